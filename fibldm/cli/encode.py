@@ -1,0 +1,16 @@
+"""``fibldm encode``: the latents between stage 1 and 2."""
+
+from typing import Any
+
+from fibldm.cli.train import Configs, Overrides, Restart, Run, Work, run_stage
+
+
+def encode(
+    data: Work,
+    run: Run,
+    config: Configs = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    restart: Restart = False,
+) -> dict[str, Any]:
+    """Cache the latents of the training and validation cases; what is there is kept."""
+    return run_stage("latents", data, run, config, overrides, restart)

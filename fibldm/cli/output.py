@@ -1,0 +1,49 @@
+"""What a command says at its end: a JSON object as the last line of standard output, or one clear paragraph."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+
+@contextmanager
+def standard_output_for_json(as_json: bool) -> Iterator[None]:
+    """While a command runs: under ``--json`` all it prints goes to standard error."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def emit_result(result: Mapping[str, Any] | None, as_json: bool) -> int:
+    """Show what a command returned, and return its exit code.
+
+    Args:
+        result: ``ok`` (``True`` where absent) and anything JSON-able; paths become strings. ``None`` is an empty one.
+        as_json: without ``--json`` nothing is shown, as the command has printed for people already.
+    """
+    complete = {"ok": True, **(result or {})}
+    if as_json:
+        print(json.dumps(complete, default=str, allow_nan=False))
+    return 0 if complete["ok"] else 1
+
+
+def emit_error(message: str, remedy: str, as_json: bool) -> None:
+    """Show an error as one paragraph on standard error and, under ``--json``, as the object on standard output."""
+    sentence = f"{message}; {remedy}" if remedy else message
+    print(f"fibldm: {sentence}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"ok": False, "error": {"message": message, "remedy": remedy}}))
+
+
+def log_to_standard_error() -> None:
+    """Show what the stages say about their progress on standard error."""
+    logger = logging.getLogger("fibldm")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,24 @@
+"""The one exception of FibLDM: what must hold and what came, and what to do about it."""
+
+
+class FibldmError(Exception):
+    """Bad input or a state that forbids going on; the command line shows it without a traceback and exits with 2.
+
+    Args:
+        message: what must hold and what came instead, in one sentence.
+        remedy: what the user can do about it; may be empty where the message says it already.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+def unknown_choice(what: str, given: object, choices: object) -> FibldmError:
+    """The error for a name that is not among ``choices`` (any iterable of names)."""
+    listed = ", ".join(str(choice) for choice in choices)  # type: ignore[attr-defined]
+    return FibldmError(f"{what} must be one of {listed}; got {given!r}")

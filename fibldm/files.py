@@ -1,0 +1,82 @@
+"""Files that are whole or absent: atomic writing, JSON, and content hashes."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fibldm.errors import FibldmError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` (same suffixes) that is renamed to it when the block ends without an error.
+
+    Raises:
+        FibldmError: the disk is full or the folder cannot be written; ``path`` is as it was before.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffix = "".join(path.suffixes)
+        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise FibldmError(f"cannot write {path}: {error.strerror}", "check the folder and its permissions") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise FibldmError(f"cannot write {path}: {error.strerror or error}", "check the free disk space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to ``path``, whole or not at all; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FibldmError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FibldmError(f"{path} must exist", "check the path, or run the step that writes it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FibldmError(f"{path} must be JSON; {error}", "write it again with the step that makes it") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_value(value: Any) -> str:
+    """SHA-256 of a JSON-able value, the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""The first stage: volumes to latents and back, behind one small interface."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets import AutoencoderKL
+from monai.networks.nets.autoencoderkl import AEKLDownsample
+from torch import Tensor, nn
+
+from fibldm.errors import FibldmError
+
+
+class Posterior(NamedTuple):
+    """What the encoder knows of a latent: a diagonal Gaussian.
+
+    Attributes:
+        mean: ``(B, C, x, y, z)``.
+        std: ``(B, C, x, y, z)``, standard deviation.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """``mean + std * noise`` for standard normal ``noise`` of the same shape."""
+        return self.mean + self.std * noise
+
+
+class Reconstruction(NamedTuple):
+    """One training pass: the decoded volume ``(B, C, X, Y, Z)`` and the posterior it was drawn from."""
+
+    volume: Tensor
+    posterior: Posterior
+
+
+class Autoencoder(nn.Module):
+    """A KL autoencoder (Rombach et al. 2022, section 3.1) on MONAI's ``AutoencoderKL``.
+
+    Args:
+        network: the encoder and decoder.
+    """
+
+    def __init__(self, network: AutoencoderKL) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def compression(self) -> int:
+        """Voxels per latent cell along each axis."""
+        return int(2 ** sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.blocks))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.network.latent_channels)
+
+    def encode(self, volume: Tensor) -> Posterior:
+        """The posterior of a volume ``(B, C, X, Y, Z)`` in ``[-1, 1]``.
+
+        Raises:
+            FibldmError: an axis is not divisible by the compression.
+        """
+        check_divisible(tuple(volume.shape[2:]), self.compression, "autoencoder compression")
+        mean, std = self.network.encode(volume)
+        return Posterior(mean, std)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The volume ``(B, C, X, Y, Z)`` of a latent ``(B, C, x, y, z)`` in the autoencoder's own scale."""
+        volume: Tensor = self.network.decode(latent)
+        return volume
+
+    def forward(self, volume: Tensor) -> Reconstruction:
+        """Encode, draw one latent, decode: the pass that is trained."""
+        posterior = self.encode(volume)
+        latent = posterior.sample(torch.randn_like(posterior.mean))
+        return Reconstruction(self.decode(latent), posterior)
+
+
+class FrozenFirstStage(nn.Module):
+    """An autoencoder that later stages can only read: no gradients, always in evaluation mode.
+
+    Args:
+        autoencoder: a trained autoencoder; it is frozen in place.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+
+    @property
+    def compression(self) -> int:
+        return self.autoencoder.compression
+
+    def train(self, mode: bool = True) -> "FrozenFirstStage":
+        """Does nothing: a frozen stage stays in evaluation mode."""
+        return self
+
+    @torch.no_grad()
+    def encode(self, volume: Tensor) -> Posterior:
+        """See `Autoencoder.encode`."""
+        return self.autoencoder.encode(volume)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return self.autoencoder.decode(latent)
+
+
+def check_divisible(size: tuple[int, ...], divisor: int, what: str) -> None:
+    """Refuse a size that is not divisible by ``divisor``, showing the arithmetic.
+
+    Raises:
+        FibldmError: names the sizes that would do.
+    """
+    if any(axis % divisor for axis in size):
+        padded = tuple(math.ceil(axis / divisor) * divisor for axis in size)
+        remainders = ", ".join(f"{axis} = {axis // divisor} x {divisor} + {axis % divisor}" for axis in size)
+        raise FibldmError(
+            f"volume size {size} must be divisible by {divisor} ({what}): {remainders}",
+            f"pad to {padded}, for example with DivisiblePadd(k={divisor})",
+        )

@@ -1,0 +1,191 @@
+"""Run folders: what a stage was made from, whether it is done, and going on where it stopped."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fibldm.errors import FibldmError
+from fibldm.files import hash_value, read_json, write_json, write_text
+
+Progress = Literal["new", "resume", "done"]
+
+STAGES = ("autoencoder", "latents", "diffusion", "controlnet")
+
+_COMMANDS = {
+    "autoencoder": "fibldm train autoencoder",
+    "latents": "fibldm encode",
+    "diffusion": "fibldm train diffusion",
+    "controlnet": "fibldm train controlnet",
+}
+
+# Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
+_NOT_DECISIVE = frozenset(
+    "bundle_root checkpoint_every dataset_dir device epochs imports num_workers restart run run_dir stage work".split()
+)
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage of a run: ``RUN/<name>`` with ``config.yaml``, ``inputs.json``, ``checkpoints/`` and ``done.json``.
+
+    Attributes:
+        run_dir: the run folder.
+        name: one of `STAGES`.
+    """
+
+    run_dir: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir) / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def begin(self, config: dict[str, Any], inputs: dict[str, str], *, restart: bool = False) -> Progress:
+        """Claim the folder for a configuration and what it builds on.
+
+        Args:
+            config: the configuration with overrides, as plain values.
+            inputs: fingerprints of the data and of the stages before.
+            restart: move what was made with another configuration aside instead of refusing.
+
+        Returns:
+            "done" if the same was finished for as many epochs, "resume" if it was begun, else "new".
+
+        Raises:
+            FibldmError: the folder holds a stage of another configuration or other inputs; names the differences.
+        """
+        decisive = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
+        if self.path.exists() and restart:
+            self.path.rename(_free_name(self.path))
+        if (self.path / "inputs.json").exists():
+            self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive, "inputs": inputs})
+            done = self.done()
+            write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            return "done" if done and done["epochs"] >= int(config.get("epochs", 0)) else "resume"
+        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_json(self.path / "inputs.json", {"config": decisive, "inputs": inputs})
+        return "new"
+
+    def finish(self, *, epochs: int, **facts: Any) -> None:
+        """Mark the stage as done with the fingerprint of what it was made from."""
+        made_from = read_json(self.path / "inputs.json")
+        write_json(self.path / "done.json", {"epochs": epochs, "made_from": hash_value(made_from), **facts})
+
+    def done(self) -> dict[str, Any] | None:
+        """The content of ``done.json``, or None while the stage is not finished."""
+        file = self.path / "done.json"
+        return read_json(file) if file.exists() else None
+
+    def require(self) -> dict[str, Any]:
+        """The content of ``done.json``.
+
+        Raises:
+            FibldmError: the stage is not finished.
+        """
+        done = self.done()
+        if done is None:
+            raise FibldmError(
+                f"stage {self.name!r} of {self.run_dir} must be finished first; "
+                + ("it is not" if self.path.exists() else "it was never started"),
+                f"run `{_COMMANDS[self.name]}`",
+            )
+        return done
+
+    def component(self, key: str, **overrides: Any) -> Any:
+        """Build one part of the stage's configuration, such as its network, from ``config.yaml``."""
+        from monai.bundle import ConfigParser
+
+        config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        parser = ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
+        return parser.get_parsed_content(key)
+
+    def trained(self, **overrides: Any) -> Any:
+        """The stage's network with its best weights, on the CPU and in evaluation mode.
+
+        Raises:
+            FibldmError: the stage is not finished, or its weights do not fit its configuration.
+        """
+        self.require()
+        network = self.component("network_def", **overrides)
+        try:
+            network.load_state_dict(self.weights()["model"])
+        except RuntimeError as error:
+            raise FibldmError(f"the weights of {self.path} must fit its config.yaml; {error}") from error
+        return network.eval()
+
+    def weights(self, name: str = "best") -> dict[str, Any]:
+        """The tensors of a checkpoint, on the CPU: ``best`` holds ``model`` (EMA weights), ``epoch``, ``loss``.
+
+        Raises:
+            FibldmError: the file is missing or cannot be read.
+        """
+        import torch
+
+        file = self.checkpoints / f"{name}.pt"
+        try:
+            content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise FibldmError(f"{file} must exist", f"run `{_COMMANDS[self.name]}`") from error
+        except Exception as error:
+            raise FibldmError(f"{file} must be a readable checkpoint; {error}", "train this stage again") from error
+        return content
+
+    def _refuse_change(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        old, new = _flatten(before), _flatten(now)
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if changed:
+            shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:6])
+            more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise FibldmError(
+                f"{self.path} was made with another configuration ({shown}{more})",
+                "use another run folder, take the change back, or give --restart to begin this stage anew "
+                "(the old one is kept beside it)",
+            )
+
+
+def load_facts(run_dir: str | Path) -> dict[str, Any]:
+    """What the latents of a run fix for all later stages: compression, labels, grid, intensity, scale, files.
+
+    Raises:
+        FibldmError: the latents are not finished, or were made by another autoencoder than the run's.
+    """
+    StageFolder(Path(run_dir), "latents").require()
+    facts: dict[str, Any] = read_json(Path(run_dir) / "latents" / "latents.json")
+    autoencoder = StageFolder(Path(run_dir), "autoencoder").require()["weights"]
+    if facts["space"]["autoencoder"] != autoencoder:
+        raise FibldmError(
+            f"the latents of {run_dir} must come from its autoencoder ({autoencoder[:12]}); "
+            f"they were made by another one ({facts['space']['autoencoder'][:12]})",
+            "run `fibldm encode --restart`, or put the autoencoder back that they were made with",
+        )
+    return facts
+
+
+def hash_weights(state: dict[str, Any]) -> str:
+    """SHA-256 of the names and values of a state dict: the fingerprint of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    return next(name for n in range(1, 10_000) if not (name := path.with_name(f"{path.name}.replaced-{n}")).exists())
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {key: leaf for name, part in items for key, leaf in _flatten(part, f"{prefix}::{name}".strip(":")).items()}

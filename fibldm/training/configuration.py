@@ -1,0 +1,209 @@
+"""From names and overrides to a checked configuration, and the plain MONAI command that runs the same."""
+
+import difflib
+import importlib
+import inspect
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+import fibldm
+from fibldm.errors import FibldmError, unknown_choice
+
+STAGE_FILES = {
+    "autoencoder": ("train_autoencoder",),
+    "latents": ("encode_latents",),
+    "diffusion": ("train_diffusion",),
+    "controlnet": ("train_diffusion", "train_controlnet"),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The files of a stage, in the order they are merged, and the overrides on top.
+
+    Attributes:
+        files: YAML files; later ones change earlier ones.
+        overrides: ``key::sub`` to value.
+    """
+
+    files: tuple[Path, ...]
+    overrides: Mapping[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The same through MONAI alone."""
+        listed = ",".join(f"'{_shown(file)}'" for file in self.files)
+        arguments = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in self.overrides.items())
+        return f'python -m monai.bundle run --config_file "[{listed}]" {arguments}'.rstrip()
+
+    def run(self) -> None:
+        """Run the configuration in this process.
+
+        Raises:
+            FibldmError: what a part of it refused, without MONAI's wrapping.
+        """
+        workflow = ConfigWorkflow(
+            config_file=[str(file) for file in self.files], logging_file=False, workflow_type="train", **self.overrides
+        )
+        try:
+            workflow.initialize()
+            workflow.run()
+        except RuntimeError as error:
+            raise _cause(error) from error
+
+
+def stage_configuration(
+    stage: str, *, work: Path, run_dir: Path, configs: Sequence[str], overrides: Mapping[str, Any]
+) -> Configuration:
+    """The configuration of a training stage: common, the stage's files, and the user's own.
+
+    Args:
+        stage: one of `STAGE_FILES`.
+        work: folder of ``fibldm prepare``.
+        run_dir: the run folder.
+        configs: paths, or names of shipped configurations, of the data and of changes; they come last.
+        overrides: ``key::sub`` to value.
+
+    Raises:
+        FibldmError: a file is missing or no YAML mapping, no data configuration is given, or a key is unknown.
+    """
+    if stage not in STAGE_FILES:
+        raise unknown_choice("stage", stage, STAGE_FILES)
+    base = [shipped(name) for name in ("common", *STAGE_FILES[stage])]
+    given = [_find(name) for name in configs]
+    known = {key for name in ("common", *sum(STAGE_FILES.values(), ())) for key in _read(shipped(name))}
+    configuration = Configuration(
+        (*base, *given), {"work": str(work), "run_dir": str(run_dir), **overrides}
+    )
+    _check(configuration, given, known)
+    return configuration
+
+
+def configs_folder() -> Path:
+    """Where the shipped configurations lie: in the installed package, or beside it in a checkout."""
+    package = Path(fibldm.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped(name: str) -> Path:
+    """The shipped configuration of a name.
+
+    Raises:
+        FibldmError: there is none; lists them.
+    """
+    file = configs_folder() / f"{name}.yaml"
+    if not file.is_file():
+        raise unknown_choice("configuration", name, sorted(path.stem for path in configs_folder().glob("*.yaml")))
+    return file
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["key::sub=value"]`` as a mapping; values are YAML.
+
+    Raises:
+        FibldmError: an assignment has no ``=``.
+    """
+    overrides = {}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign or not key:
+            raise FibldmError(f"--set needs key::sub=value; got {assignment!r}")
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if not path.is_file():
+            raise FibldmError(f"configuration {name} must exist", "check the path")
+        return path
+    return shipped(name)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise FibldmError(f"{file} must be YAML; {error}") from error
+    if not isinstance(content, dict):
+        raise FibldmError(f"{file} must hold a mapping of keys to values; it holds {type(content).__name__}")
+    return content
+
+
+def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
+    config = ConfigParser.load_config_files([str(file) for file in configuration.files])
+    if "spacing" not in config or "size" not in config:
+        data = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
+        raise FibldmError(
+            "a data configuration must give spacing and size of the model grid; none was given",
+            f"give --config with a file of your own or one of {', '.join(data)}",
+        )
+    for file in given:
+        for key in _read(file):
+            allowed = known | {"spacing", "size"} | set(_references(config))
+            if key.split("::")[0].lstrip("+") not in allowed:
+                raise _unknown_key(key, f" in {file}", allowed)
+    for key in configuration.overrides:
+        if not _exists(config, key.split("::")):
+            raise _unknown_key(key, "", {*config, *_flat_keys(config)})
+
+
+def _exists(config: Any, path: Sequence[str]) -> bool:
+    for depth, name in enumerate(path):
+        if isinstance(config, list) and name.isdigit() and int(name) < len(config):
+            config = config[int(name)]
+        elif isinstance(config, dict) and name in config:
+            config = config[name]
+        else:
+            return isinstance(config, dict) and depth == len(path) - 1 and name in _parameters(config)
+    return True
+
+
+def _parameters(config: Mapping[str, Any]) -> set[str]:
+    target = config.get("_target_", "")
+    module, _, name = str(target).rpartition(".")
+    if not module:
+        return set()
+    return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _references(config: Any) -> Iterator[str]:
+    yield from re.findall(r"@(\w+)", yaml.safe_dump(config))
+
+
+def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            name = f"{prefix}::{key}" if prefix else str(key)
+            yield name
+            yield from _flat_keys(value, name)
+
+
+def _unknown_key(key: str, where: str, known: set[str]) -> FibldmError:
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    return FibldmError(f"configuration key {key!r}{where} is not known", f"did you mean {nearest[0]!r}?")
+
+
+def _shown(file: Path) -> Path:
+    try:
+        return file.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return file
+
+
+def _cause(error: BaseException) -> BaseException:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FibldmError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error

@@ -1,0 +1,171 @@
+"""The model grid: from a volume's own voxels to those of the networks, and back.
+
+Coordinates are RAS+ millimetres; voxel indices count voxel centres from 0. A volume's axes are first turned to the closest
+RAS+ order, by exact flips and permutations, so that a volume stored in another order gives the very same voxels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from fibldm.errors import FibldmError
+
+Array = NDArray[np.generic]
+Affine = NDArray[np.float64]
+
+SPACING_TOLERANCE = 0.10
+
+_COORDINATE_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where voxels lie: ``shape`` ``(X, Y, Z)`` and ``affine`` ``(4, 4)``, voxel index to RAS+ mm."""
+
+    shape: tuple[int, int, int]
+    affine: Affine
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxel centres along each voxel axis, mm."""
+        x, y, z = nibabel.affines.voxel_sizes(self.affine)
+        return float(x), float(y), float(z)
+
+    @property
+    def field_of_view(self) -> tuple[float, float, float]:
+        """Extent along each voxel axis, mm, from voxel edge to voxel edge."""
+        x, y, z = (length * step for length, step in zip(self.shape, self.spacing, strict=True))
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels ``(X, Y, Z)`` and the grid they lie on."""
+
+    array: Array
+    affine: Affine
+
+    @property
+    def grid(self) -> Grid:
+        x, y, z = self.array.shape
+        return Grid((x, y, z), self.affine)
+
+    def canonical(self) -> "Volume":
+        """The same volume with its axes in the closest RAS+ order; only flips and permutations."""
+        turn = orientations.io_orientation(self.affine)
+        array = orientations.apply_orientation(self.array, turn)
+        return Volume(array, self.affine @ orientations.inv_ornt_aff(turn, self.array.shape))
+
+
+def read_volume(path: str) -> Volume:
+    """Read a 3-D NIfTI file as stored, without scaling integers to floats.
+
+    Raises:
+        FibldmError: the file cannot be read to its last byte, is not 3-D, or has no usable affine.
+    """
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+    except Exception as error:
+        raise FibldmError(f"{path} must be a readable NIfTI file; {error}", "check or export the file again") from error
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim != 3:
+        raise FibldmError(f"{path} must hold one 3-D volume; its shape is {array.shape}")
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise FibldmError(f"{path} must have an invertible affine; got {affine.tolist()}", "export the file again")
+    return Volume(array, affine)
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """The voxels that a run's networks were trained on.
+
+    Attributes:
+        spacing: mm along R, A, S.
+        size: voxels along R, A, S in training.
+    """
+
+    spacing: tuple[float, float, float]
+    size: tuple[int, int, int]
+
+    def training_grid(self, source: Grid) -> Grid:
+        """The training grid with its centre on the centre of ``source`` (canonical): cropped or padded to ``size``."""
+        return _centred(source, self.spacing, self.size)
+
+    def synthesis_grid(self, source: Grid, multiple: int) -> Grid:
+        """A grid that covers ``source`` (canonical), padded to a multiple; its own spacing is kept within 10 %.
+
+        Args:
+            source: grid of a mask in canonical order.
+            multiple: what every axis must be divisible by.
+        """
+        inner = source
+        if self.resamples(source):
+            extent = np.array(source.field_of_view) / self.spacing
+            inner = _centred(source, self.spacing, tuple(np.ceil(np.round(extent, 3)).astype(int)))
+        shape = np.ceil(np.array(inner.shape) / multiple).astype(int) * multiple
+        before = (shape - inner.shape) // 2
+        x, y, z = (int(length) for length in shape)
+        return Grid((x, y, z), inner.affine @ nibabel.affines.from_matvec(np.eye(3), -before))
+
+    def resamples(self, source: Grid) -> bool:
+        """Whether a mask's spacing is more than 10 % off along any axis."""
+        ratio = np.array(source.spacing) / self.spacing
+        return bool((np.abs(ratio - 1) > SPACING_TOLERANCE).any())
+
+
+def resample(
+    volume: Volume, target: Grid, *, kind: Literal["image", "label"], fill: float | Literal["edge"] = "edge"
+) -> Volume:
+    """The volume on another grid.
+
+    Images are interpolated linearly, after a Gaussian that keeps finer detail than the target's from aliasing; labels take
+    the nearest voxel.
+
+    Args:
+        volume: in any axis order.
+        target: where to.
+        kind: "image" or "label"; labels keep their type, images become float32.
+        fill: value outside the volume; "edge" repeats the outermost voxel.
+    """
+    array = volume.array.astype(np.float32) if kind == "image" else volume.array
+    matrix = np.round(np.linalg.inv(volume.affine) @ target.affine, _COORDINATE_DECIMALS)
+    if kind == "image":
+        array = _smooth(array, np.linalg.norm(matrix[:3, :3], axis=1))
+    mode = "nearest" if fill == "edge" else "constant"
+    value = 0.0 if fill == "edge" else float(fill)
+    order = 1 if kind == "image" else 0
+    moved = ndimage.affine_transform(
+        array, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=order, mode=mode, cval=value
+    )
+    return Volume(moved, target.affine)
+
+
+def turned_like(volume: Volume, grid: Grid) -> Volume:
+    """A canonical volume with its axes in the order of ``grid``, the inverse of `Volume.canonical`; exact."""
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(volume.affine), orientations.io_orientation(grid.affine)
+    )
+    return Volume(orientations.apply_orientation(volume.array, turn), grid.affine)
+
+
+def _smooth(array: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
+    sigma = np.maximum(step - 1, 0) / 2
+    if (sigma < SPACING_TOLERANCE / 2).all():
+        return array
+    return ndimage.gaussian_filter(array, sigma, mode="nearest")
+
+
+def _centred(source: Grid, spacing: tuple[float, float, float], size: tuple[int, ...]) -> Grid:
+    directions = source.affine[:3, :3] / np.array(source.spacing)
+    centre = nibabel.affines.apply_affine(source.affine, (np.array(source.shape) - 1) / 2)
+    matrix = directions * np.array(spacing)
+    x, y, z = (int(length) for length in size)
+    return Grid((x, y, z), nibabel.affines.from_matvec(matrix, centre - matrix @ ((np.array(size) - 1) / 2)))

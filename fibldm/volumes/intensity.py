@@ -1,0 +1,204 @@
+"""Between intensities on disk and tensors in ``[-1, 1]``: a named rule, stored once and inverted on output (A6)."""
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from monai.config.type_definitions import KeysCollection
+from monai.transforms.transform import MapTransform
+
+from fibldm.errors import FibldmError, unknown_choice
+from fibldm.files import read_json
+
+Kind = Literal["window", "percentile"]
+Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "window": ("low", "high"),
+    "percentile": ("lower", "upper", "output_low", "output_high"),
+}
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How a volume becomes a tensor in ``[-1, 1]``, and how a synthetic tensor becomes a volume again.
+
+    Args:
+        kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside) or ``"percentile"`` (MR: the
+            percentiles of each volume on the way in, one recorded range of the training split on the way out, so that
+            no patient's own range is written).
+        low: lower end of the window in HU; ``window`` only.
+        high: upper end of the window in HU; ``window`` only.
+        lower: percentile that becomes -1, in ``[0, 100]``; ``percentile`` only.
+        upper: percentile that becomes 1, in ``[0, 100]``; ``percentile`` only.
+        output_low: what -1 becomes on output, in arbitrary units; ``percentile`` only.
+        output_high: what 1 becomes on output, in arbitrary units; ``percentile`` only.
+
+    Raises:
+        FibldmError: unknown kind, or ends that are not finite and increasing.
+    """
+
+    kind: Kind
+    low: float = -1000.0
+    high: float = 1000.0
+    lower: float = 0.5
+    upper: float = 99.5
+    output_low: float = 0.0
+    output_high: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _FIELDS:
+            raise unknown_choice("intensity kind", self.kind, _FIELDS)
+        if self.kind == "window":
+            _check_increasing("window in HU", self.low, self.high, _INT16.min, _INT16.max)
+        else:
+            _check_increasing("percentiles", self.lower, self.upper, 0, 100)
+            _check_increasing("output_low and output_high", self.output_low, self.output_high)
+
+    @property
+    def units(self) -> Literal["HU", "arbitrary"]:
+        """Units of a volume on disk."""
+        return "HU" if self.kind == "window" else "arbitrary"
+
+    @property
+    def output_dtype(self) -> np.dtype:
+        """Voxel type of a written volume: int16 for CT, float32 for MR."""
+        return np.dtype(np.int16 if self.kind == "window" else np.float32)
+
+    @property
+    def output_range(self) -> tuple[float, float]:
+        """What -1 and 1 become on output, in ``units``."""
+        return (self.low, self.high) if self.kind == "window" else (self.output_low, self.output_high)
+
+    def normalise(self, volume: Volume) -> Volume:
+        """One volume as float32 in ``[-1, 1]``, linear inside its range and clipped outside; the input is not changed.
+
+        Args:
+            volume: one volume of any shape and real dtype, in ``units``; a MetaTensor keeps its affine.
+
+        Raises:
+            FibldmError: a voxel is not finite, or the percentiles of the volume are equal.
+        """
+        values = _finite_float(volume, "a volume to normalise")
+        low, high = self._input_range(values)
+        return ((values - low) / (high - low) * 2 - 1).clip(-1, 1)
+
+    def restore(self, volume: Volume) -> Volume:
+        """A tensor in ``[-1, 1]`` as float32 in ``units``; values outside ``[-1, 1]`` are clipped.
+
+        Raises:
+            FibldmError: a voxel is not finite.
+        """
+        low, high = self.output_range
+        values = _finite_float(volume, "a volume to restore").clip(-1, 1)
+        return (values + 1) / 2 * (high - low) + low
+
+    def to_disk(self, volume: Volume) -> np.ndarray:
+        """A tensor in ``[-1, 1]`` as an array in ``units`` and ``output_dtype``; CT is rounded to whole HU.
+
+        Raises:
+            FibldmError: a voxel is not finite.
+        """
+        values = _as_array(self.restore(volume))
+        return (np.rint(values) if self.kind == "window" else values).astype(self.output_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``intensity.json`` holds: kind, the fields of this kind, and units."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in _FIELDS[self.kind]}, "units": self.units}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Intensity":
+        """The intensity that ``to_dict`` wrote.
+
+        Raises:
+            FibldmError: unknown kind, a missing or non-numeric field, or ends that are not finite and increasing.
+        """
+        kind = values.get("kind")
+        if kind not in _FIELDS:
+            raise unknown_choice("intensity kind", kind, _FIELDS)
+        wrong = [name for name in _FIELDS[kind] if not isinstance(values.get(name), (int, float))]
+        if wrong:
+            raise FibldmError(
+                f"an intensity of kind {kind} must give numbers for {', '.join(_FIELDS[kind])}; "
+                f"{', '.join(wrong)} came as {', '.join(repr(values.get(name)) for name in wrong)}"
+            )
+        return cls(kind=kind, **{name: float(values[name]) for name in _FIELDS[kind]})
+
+    def _input_range(self, values: np.ndarray | torch.Tensor) -> tuple[float, float]:
+        if self.kind == "window":
+            return self.low, self.high
+        return percentile_range(values, self.lower, self.upper)
+
+
+def load_intensity(path: Path | str) -> Intensity:
+    """The intensity stored in an ``intensity.json``.
+
+    Raises:
+        FibldmError: the file is missing, is not JSON, or holds no intensity.
+    """
+    return Intensity.from_dict(read_json(Path(path)))
+
+
+def percentile_range(volume: np.ndarray | torch.Tensor, lower: float, upper: float) -> tuple[float, float]:
+    """The two percentiles of one volume, in its own units.
+
+    Raises:
+        FibldmError: they are equal, because the volume is constant or nearly so.
+    """
+    low, high = (float(value) for value in np.percentile(_as_array(volume), (lower, upper)))
+    if low >= high:
+        raise FibldmError(
+            f"percentiles {lower:g} and {upper:g} of a volume must differ; both are {low:g}",
+            "leave out a constant volume, crop away empty space, or choose wider percentiles",
+        )
+    return low, high
+
+
+class NormaliseIntensityd(MapTransform):
+    """MONAI transform: ``Intensity.normalise`` on each key; arrays, tensors and MetaTensors, not in place (A6).
+
+    Args:
+        keys: keys of the volumes.
+        intensity: the rule, for example from ``load_intensity``.
+        allow_missing_keys: whether a case may lack a key.
+    """
+
+    def __init__(self, keys: KeysCollection, intensity: Intensity, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.intensity = intensity
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.intensity.normalise(result[key])
+        return result
+
+
+def _check_increasing(what: str, low: float, high: float, least: float = -math.inf, most: float = math.inf) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and least <= low < high <= most):
+        bounds = f" within [{least:g}, {most:g}]" if math.isfinite(least) else ""
+        raise FibldmError(f"{what} must be finite and increasing{bounds}; got {low:g} and {high:g}")
+
+
+def _finite_float(volume: Volume, what: str) -> Volume:
+    values = _as_float(volume)
+    wrong = int((~np.isfinite(_as_array(values))).sum())
+    if wrong:
+        raise FibldmError(f"{what} must be finite; {wrong} voxels are NaN or infinite")
+    return values
+
+
+def _as_float(volume: Volume) -> Volume:
+    if isinstance(volume, torch.Tensor):
+        return volume.to(torch.float32)
+    with np.errstate(over="ignore"):
+        return volume.astype(np.float32)
+
+
+def _as_array(volume: np.ndarray | torch.Tensor) -> np.ndarray:
+    return volume.detach().cpu().numpy() if isinstance(volume, torch.Tensor) else volume

@@ -1,0 +1,68 @@
+"""Writing synthetic volumes: the mask's geometry, the mark, and where they come from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.nifti1 import Nifti1Extension
+
+from fibldm.errors import FibldmError
+from fibldm.files import atomic_path, write_json
+from fibldm.volumes.grid import Volume
+
+_COMMENT = 6
+_SCANNER = 1
+
+
+def write_synthetic(path: Path, volume: Volume, provenance: dict[str, Any]) -> None:
+    """Write a synthetic volume as NIfTI with its sidecar; there is no way to leave the mark out.
+
+    The file says so three times: ``descrip`` starts with ``SYNTHETIC``, a JSON header extension and the sidecar
+    (``<stem>.json``, written first) hold the whole provenance.
+
+    Args:
+        path: ends in ``.nii.gz``.
+        volume: in its final units and type.
+        provenance: JSON-able; ``synthetic: true`` is added.
+
+    Raises:
+        FibldmError: the volume holds a value that is not finite, or cannot be written.
+    """
+    if not np.isfinite(volume.array).all():
+        raise FibldmError(f"a synthetic volume must be finite; {path.name} is not", "train the run longer")
+    facts = {"synthetic": True, **provenance}
+    write_json(sidecar(path), facts)
+    image = nifti(volume, "SYNTHETIC by FibLDM, not a patient")
+    image.header.extensions.append(Nifti1Extension(_COMMENT, json.dumps(facts).encode()))
+    with atomic_path(path) as temporary:
+        nibabel.save(image, temporary)
+
+
+def write_labels(path: Path, labels: Volume) -> None:
+    """Write a label volume as NIfTI on its own grid."""
+    with atomic_path(path) as temporary:
+        nibabel.save(nifti(labels, "label map"), temporary)
+
+
+def nifti(volume: Volume, description: str) -> nibabel.Nifti1Image:
+    """A NIfTI image in millimetres with equal sform and qform (a sheared affine has no qform)."""
+    image = nibabel.Nifti1Image(volume.array, volume.affine)
+    image.set_sform(volume.affine, code=_SCANNER)
+    image.set_qform(volume.affine, code=_SCANNER)
+    if not np.allclose(image.get_qform(), volume.affine, atol=1e-4):
+        image.set_qform(None, code=0)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description.encode()[:79]
+    return image
+
+
+def sidecar(path: Path) -> Path:
+    """The JSON file beside a volume."""
+    return path.with_name(f"{volume_stem(path)}.json")
+
+
+def volume_stem(path: Path) -> str:
+    """The file name without ``.nii`` or ``.nii.gz``."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")

@@ -1,0 +1,143 @@
+"""Stages chained: the demo, from phantoms to a report."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from fibldm.errors import FibldmError
+from fibldm.evaluation.figures import Match, measure
+from fibldm.evaluation.report import Window, write_report
+from fibldm.files import read_json, write_json
+from fibldm.runs import STAGES
+from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_file
+from fibldm.training.configuration import stage_configuration
+from fibldm.volumes.datalist import load_datalist
+from fibldm.volumes.phantoms import write_phantoms
+from fibldm.volumes.preparation import prepare
+from fibldm.volumes.prepare_settings import PrepareSettings
+
+_logger = logging.getLogger("fibldm")
+
+_SEEDS_OF_FIRST_MASKS = 2
+_MASKS_WITH_SEEDS = 2
+_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The size of the demo.
+
+    Attributes:
+        subjects: phantom patients; about one in six is scanned twice.
+        seed: decides phantoms, split, training and samples.
+        configs: what the training stages use beside `data_chest_phantom`.
+        overrides: by stage, on top of them.
+    """
+
+    subjects: int = 50
+    seed: int = 0
+    configs: tuple[str, ...] = ("demo",)
+    overrides: Mapping[str, Mapping[str, Any]] | None = None
+
+
+def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Phantoms, prepare, three stages, synthesis from the test patients' masks, report; finished steps are kept.
+
+    Args:
+        out: gets ``phantoms``, ``work``, ``runs/demo``, ``synthetic``, ``report.html`` and ``metrics.json``.
+        settings: size and seed.
+        say: where the headlines go.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    began = time.monotonic()
+    phantoms, work, run, synthetic = out / "phantoms", out / "work", out / "runs" / "demo", out / "synthetic"
+    say(f"1/5 phantoms: {settings.subjects} patients in {phantoms}")
+    write_phantoms(phantoms, subjects=settings.subjects, seed=settings.seed)
+    say(f"2/5 prepare: checked and split by patient into {work}")
+    prepare(phantoms, work, PrepareSettings(seed=settings.seed))
+    commands = [f"fibldm prepare {phantoms} --out {work} --seed {settings.seed}"]
+    for stage in STAGES:
+        say(f"3/5 {stage}")
+        commands.append(_train(stage, work, run, settings))
+    say(f"4/5 synthesize: the test patients' masks into {synthetic}")
+    sampling = SamplingSettings(seed=settings.seed)
+    matches = _synthesize(run, phantoms, work, synthetic, sampling)
+    commands.append(f"fibldm synthesize --run {run} --masks {phantoms / 'labels'} --out {synthetic}")
+    say("5/5 measure and report")
+    figures = {
+        "run": str(run),
+        "masks": [str(match.mask) for match in matches],
+        "outputs": [str(path) for match in matches for path in match.synthetic],
+        **measure(matches),
+        "network_calls": sampling.network_calls,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    write_json(out / "metrics.json", figures)
+    write_report(
+        out / "report.html",
+        figures=figures,
+        matches=matches[:_PICTURES],
+        losses={stage: run / stage / "metrics.csv" for stage in STAGES if stage != "latents"},
+        labels=read_json(work / "datalist.json")["labels"],
+        window=Window(-1000, 300),
+        commands=commands,
+    )
+    say(_summary(out, figures, commands))
+    return figures
+
+
+def _train(stage: str, work: Path, run: Path, settings: DemoSettings) -> str:
+    overrides = {"seed": settings.seed, **dict((settings.overrides or {}).get(stage, {}))}
+    configs = ("data_chest_phantom", *settings.configs)
+    configuration = stage_configuration(stage, work=work, run_dir=run, configs=configs, overrides=overrides)
+    configuration.run()
+    verb = "encode" if stage == "latents" else f"train {stage}"
+    given = " ".join(f"--config {name}" for name in configs)
+    changes = "".join(f" --set {key}={value}" for key, value in overrides.items())
+    return f"fibldm {verb} --data {work} --run {run} {given}{changes}"
+
+
+def _synthesize(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:
+    cases = load_datalist(work, "test")
+    if len(cases) < _MASKS_WITH_SEEDS:
+        raise FibldmError(f"the demo needs at least {_MASKS_WITH_SEEDS} test cases; got {len(cases)}", "add subjects")
+    synthesizer = Synthesizer.from_run(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    counts = [1 + _SEEDS_OF_FIRST_MASKS * (position < _MASKS_WITH_SEEDS) for position in range(len(cases))]
+    files = [phantoms / "labels" / f"{case['case']}.nii.gz" for case in cases]
+    jobs = [(file, number) for file, count in zip(files, counts, strict=True) for number in range(count)]
+    console = Console(stderr=True)
+    written: dict[Path, list[Path]] = {file: [] for file in files}
+    for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
+        # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
+        path = synthesize_file(synthesizer, file, out, number=number, settings=sampling, allow_extrapolation=True)
+        written[file].append(path)
+    return [
+        Match(case["case"], case["subject"], file, phantoms / "images" / file.name, written[file])
+        for case, file in zip(cases, files, strict=True)
+    ]
+
+
+def _summary(out: Path, figures: Mapping[str, Any], commands: list[str]) -> str:
+    return "\n".join(
+        [
+            "",
+            f"lung Dice {figures['lung_dice']:.3f} (real {figures['lung_dice_real']:.3f}, "
+            f"shuffled {figures['lung_dice_shuffled']:.3f}), "
+            f"fibrosis contrast {figures['fibrosis_contrast_ratio']:.2f} of real, "
+            f"texture {figures['texture_ratio']:.2f} of real, between seeds {figures['seed_ratio']:.2f}",
+            f"{len(figures['outputs'])} synthetic volumes: {out / 'synthetic'}",
+            f"report: {out / 'report.html'}, figures: {out / 'metrics.json'}, run: {figures['run']}",
+            "",
+            "The same, step by step:",
+            *(f"  {command}" for command in commands),
+        ]
+    )

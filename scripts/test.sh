@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The tests: makes the environment on the first run, then runs the fast suite.
+#
+#   ./scripts/test.sh [--all] [pytest's arguments; paths are seen from the repository root]
+#
+# --all adds the slow and the GPU tests (these skip themselves where there is no GPU).
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+selection=(-m "not slow and not gpu")
+arguments=()
+for argument in "$@"; do
+    if [[ "$argument" == "--all" ]]; then selection=(); else arguments+=("$argument"); fi
+done
+
+make_environment
+cd "$root"
+exec "$venv/bin/pytest" ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,139 @@
+"""What every command shares: help, errors, exit codes and --json; and ``fibldm doctor``."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import fibldm.doctor
+from fibldm import __version__
+from fibldm.cli import app, run
+from fibldm.errors import FibldmError
+
+ERRORS = {
+    "bad-input": FibldmError("volume size (100, 96, 64) must be divisible by 8", "pad with DivisiblePadd(k=8)"),
+    "no-remedy": FibldmError("spacing must be positive; got -1.0"),
+    "bug": ValueError("first line\nsecond line"),
+    "interrupt": KeyboardInterrupt(),
+}
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def command() -> None:
+        print("said before")
+        raise error
+
+    return command
+
+
+@pytest.fixture(autouse=True)
+def failing_commands() -> Iterator[None]:
+    """One command for each error above, for the length of a test."""
+    before = list(app.registered_commands)
+    for name, error in ERRORS.items():
+        app.command(name)(raising(error))
+    yield
+    app.registered_commands[:] = before
+
+
+def test_help_names_the_commands_and_loads_neither_torch_nor_monai() -> None:
+    code = (
+        "import sys, fibldm.cli; code = fibldm.cli.run(['--help']); loaded = {'torch', 'monai'} & set(sys.modules);"
+        "sys.exit(str(loaded) if loaded else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "doctor" in done.stdout
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "Usage: fibldm" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fibldm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "paragraph"),
+    [
+        ("bad-input", 2, "volume size (100, 96, 64) must be divisible by 8; pad with DivisiblePadd(k=8)"),
+        ("no-remedy", 2, "spacing must be positive; got -1.0"),
+        ("bug", 1, "unexpected error: ValueError: first line; run again with --debug to see the traceback"),
+        ("interrupt", 130, "interrupted; run the same command again to go on"),
+    ],
+)
+def test_an_error_is_one_paragraph(capsys: pytest.CaptureFixture[str], command: str, code: int, paragraph: str) -> None:
+    assert run([command]) == code
+    printed = capsys.readouterr()
+    assert printed.err == f"fibldm: {paragraph}\n"
+    assert printed.out == "said before\n"
+
+
+def test_an_error_as_json_is_the_only_line_of_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bad-input", "--json"]) == 2
+    printed = capsys.readouterr()
+    message, remedy = ERRORS["bad-input"].args[0], "pad with DivisiblePadd(k=8)"
+    assert json.loads(printed.out) == {"ok": False, "error": {"message": message, "remedy": remedy}}
+    assert printed.err.startswith("said before\n")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "bug"], ["bug", "--debug"]])
+def test_debug_lets_the_error_through(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="first line"):
+        run(arguments)
+
+
+def test_a_mistyped_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctr"]) == 2
+    assert "'doctor'" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_bad_input_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--jsn", "--json"]) == 2
+    assert "--jsn" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_doctor_prints_a_line_per_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(fibldm.doctor.diagnose())
+    assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
+
+
+def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--json", "doctor"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ok"] is True
+    assert {"FibLDM", "Python", "torch", "monai", "CPU", "memory", "disk"} <= {
+        finding["name"] for finding in result["findings"]
+    }
+
+
+@pytest.mark.parametrize("version", [None, "1.5.0", "1.7.0"])
+def test_doctor_refuses_a_missing_or_unsupported_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    installed = fibldm.doctor._installed_version
+    monkeypatch.setattr(
+        fibldm.doctor, "_installed_version", lambda name: version if name == "monai" else installed(name)
+    )
+    assert run(["doctor", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    (problem,) = [finding for finding in result["findings"] if finding["level"] == "problem"]
+    assert problem["name"] == "monai"
+    assert problem["remedy"].startswith('pip install "monai')
+    assert (version or "missing") in problem["value"]
+
+
+@pytest.mark.parametrize(("exists", "level"), [(True, "ok"), (False, "note")])
+def test_doctor_looks_for_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exists: bool, level: str) -> None:
+    monkeypatch.setenv("FIBLDM_DATA", str(tmp_path if exists else tmp_path / "absent"))
+    (finding,) = [finding for finding in fibldm.doctor.diagnose() if finding.name == "FIBLDM_DATA"]
+    assert finding.level == level
+    assert str(tmp_path) in finding.value

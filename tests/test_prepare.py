@@ -1,0 +1,723 @@
+"""``fibldm prepare``: find, check, split by patient, write the work folder (A2, A6, B5, H13)."""
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.data import load_decathlon_datalist
+
+from fibldm.cli.prepare import prepare as command
+from fibldm.errors import FibldmError
+from fibldm.files import read_json, write_json
+from fibldm.volumes import work_folder
+from fibldm.volumes.case_checks import read_nifti, stored_image
+from fibldm.volumes.datalist import SPLITS, find_subjects, load_datalist, split_cases, split_subjects
+from fibldm.volumes.intensity import load_intensity
+from fibldm.volumes.layouts import Case
+from fibldm.volumes.preparation import prepare
+from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names
+
+CT = PrepareSettings(modality="ct")
+MR = PrepareSettings(modality="mr")
+SHAPE = (7, 9, 5)
+DATA = Path(os.environ.get("FIBLDM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def oblique_affine() -> np.ndarray:
+    """Anisotropic, oblique, left-handed, with permuted axes."""
+    angle = np.deg2rad(12)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.array([[0, -0.7, 0], [0, 0, 1.3], [-2.5, 0, 0]])
+    affine[:3, 3] = (31, -17, 240)
+    return affine
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([1.5, 1.5, 3, 1]) if affine is None else affine
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    return path
+
+
+def ct_array(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 400, SHAPE).astype(np.int16)
+
+
+def label_array(seed: int) -> np.ndarray:
+    array = np.zeros(SHAPE, np.uint8)
+    array[1:4, 2:5, 1:3] = 1
+    array[4, 2 : 4 + seed % 3, 3] = 2
+    return array
+
+
+def make_folders(root: Path, cases: int = 4, affine: np.ndarray | None = None) -> Path:
+    for index in range(cases):
+        write_nifti(root / f"images/p{index}.nii.gz", ct_array(index), affine)
+        write_nifti(root / f"labels/p{index}.nii.gz", label_array(index), affine)
+    return root
+
+
+def entries(work: Path) -> dict[str, dict]:
+    return {entry["case"]: {**entry, "split": split} for split in SPLITS for entry in load_datalist(work, split)}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def world(volume: nib.Nifti1Image) -> dict[tuple, float]:
+    """Value by position in RAS+ millimetres."""
+    indices = np.indices(volume.shape).reshape(3, -1).T
+    points = np.round(nib.affines.apply_affine(volume.affine, indices), 2) + 0.0
+    values = np.asarray(volume.dataobj).ravel()
+    return {tuple(point): value for point, value in zip(points, values, strict=True)}
+
+
+# Layouts (A2)
+
+
+def test_folders_are_paired_by_stem_and_written_as_decathlon_a2(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", cases=10)
+    before = snapshot(source)
+    report = prepare(source, tmp_path / "work", CT)
+    work = tmp_path / "work"
+    assert report.counts == {"training": 7, "validation": 1, "test": 2}
+    assert sorted(path.name for path in work.iterdir()) == sorted(work_folder.WRITTEN)
+    datalist = read_json(work / "datalist.json")
+    assert datalist["labels"] == {"0": "background", "1": "label 1", "2": "label 2"}
+    assert (datalist["name"], datalist["modality"], datalist["licence"]) == ("data", "ct", None)
+    assert set(datalist["test"][0]) == {"image", "label", "case", "subject"}
+    monai = load_decathlon_datalist(work / "datalist.json", True, "training")
+    assert [Path(item["image"]) for item in monai] == [Path(e["image"]) for e in load_datalist(work, "training")]
+    assert snapshot(source) == before
+    assert any("the licence of the data is not known" in note for note in report.notes)
+
+
+def test_dataset_json_beside_folders_gives_modality_names_and_licence_a2(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data")
+    facts = {"modality": {"0": "CT"}, "labels": {"background": 0, "right lung": 1}, "license": "CC-BY 4.0"}
+    write_json(source / "dataset.json", facts | {"name": "Lungs", "reference": "Someone 2020"})
+    report = prepare(source, tmp_path / "work")
+    datalist = read_json(tmp_path / "work/datalist.json")
+    assert datalist["labels"] == {"0": "background", "1": "right lung", "2": "label 2"}
+    assert datalist["licence"] == "CC-BY 4.0"
+    assert (datalist["name"], datalist["reference"]) == ("Lungs", "Someone 2020")
+    assert "labels without a name: 2" in report.notes
+
+
+def test_unmatched_cases_are_all_listed_a2(tmp_path: Path) -> None:
+    source = make_folders(tmp_path)
+    (source / "images/p1.nii.gz").unlink()
+    (source / "labels/p3.nii.gz").unlink()
+    write_nifti(source / "images/p0.nii", ct_array(9))
+    (source / "images/p9.mha").write_text("x")
+    (source / "labels/p9.mha").write_text("x")
+    (source / "labels/series").mkdir()
+    with pytest.raises(FibldmError) as caught:
+        prepare(source, tmp_path / "work", CT)
+    for part in (
+        "labels/p1.nii.gz has no image",
+        "images/p3.nii.gz has no label",
+        "images/ has p0.nii and p0.nii.gz; keep one of them",
+        "p9.mha is no NIfTI (.nii, .nii.gz), the only format read for now",
+        "labels/series is a folder",
+    ):
+        assert part in str(caught.value)
+    assert not (tmp_path / "work").exists()
+
+
+def make_decathlon(root: Path, cases: int = 3) -> Path:
+    listed = []
+    for index in range(cases):
+        write_nifti(root / f"imagesTr/a_{index}.nii.gz", ct_array(index).astype(np.float32) + 2000)
+        write_nifti(root / f"labelsTr/a_{index}.nii.gz", label_array(index))
+        listed.append({"image": f"./imagesTr/a_{index}.nii.gz", "label": f"./labelsTr/a_{index}.nii.gz"})
+    write_json(root / "dataset.json", {"modality": {"0": "MRI"}, "licence": "CC0", "training": listed, "test": ["x"]})
+    return root
+
+
+def test_decathlon_a2(tmp_path: Path) -> None:
+    report = prepare(make_decathlon(tmp_path / "Task"), tmp_path / "work")
+    assert "images without a label (test list, imagesTs) are left out: 1" in report.notes
+    assert sorted(entries(tmp_path / "work")) == ["a_0", "a_1", "a_2"]
+    intensity = load_intensity(tmp_path / "work/intensity.json")
+    assert (intensity.kind, intensity.lower, intensity.upper) == ("percentile", 0.5, 99.5)
+    assert nib.load(tmp_path / "work/images/a_0.nii.gz").get_data_dtype() == np.float32
+
+
+def test_decathlon_lists_missing_files_and_broken_entries_a2(tmp_path: Path) -> None:
+    source = make_decathlon(tmp_path)
+    facts = read_json(source / "dataset.json")
+    facts["training"] += ["./imagesTr/b.nii.gz", {"image": "imagesTr/c.nii.gz", "label": "labelsTr/c.nii.gz"}]
+    facts["training"].append(facts["training"][0])
+    write_json(source / "dataset.json", facts)
+    with pytest.raises(FibldmError) as caught:
+        prepare(source, tmp_path / "work")
+    for part in (
+        "training[3] must be an object with image and label",
+        "imagesTr/c.nii.gz does not exist",
+        "labelsTr/c.nii.gz does not exist",
+        "the name a_0 stands for 2 cases",
+    ):
+        assert part in str(caught.value)
+
+
+def make_csv(root: Path, text: str | None = None, name: str = "cases.csv") -> Path:
+    for index in range(4):
+        write_nifti(root / f"site-{index}/ct.nii.gz", ct_array(index))
+        write_nifti(root / f"site-{index}/lung.nii.gz", label_array(index))
+    rows = "".join(f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,pat{i % 3},{50 + i},\n" for i in range(4))
+    (root / name).write_text(text or f"image,label,subject,age,centre\n{rows}".replace("51,\n", ",B\n"))
+    return root / name
+
+
+def test_csv_names_covariates_and_patients_b5(tmp_path: Path) -> None:
+    prepare(make_csv(tmp_path / "data"), tmp_path / "work", CT)
+    found = entries(tmp_path / "work")
+    assert sorted(found) == ["site-0_ct", "site-1_ct", "site-2_ct", "site-3_ct"]
+    assert found["site-0_ct"]["split"] == found["site-3_ct"]["split"]
+    assert found["site-3_ct"]["subject"] == "pat0"
+    assert [found[f"site-{i}_ct"]["age"] for i in range(4)] == [50.0, None, 52.0, 53.0]
+    assert [found[f"site-{i}_ct"]["centre"] for i in range(4)] == [None, "B", None, None]
+    assert Path(found["site-0_ct"]["image"]) == (tmp_path / "work/images/site-0_ct.nii.gz").resolve()
+
+
+def test_a_folder_with_one_manifest_semicolons_and_own_names_b5(tmp_path: Path) -> None:
+    rows = "".join(
+        f"site-{i}/ct.nii.gz;site-{i}/lung.nii.gz;c{i};{s}\n" for i, s in enumerate(["Train", "train", "val", "TEST"])
+    )
+    make_csv(tmp_path, f"\ufeffimage;label;case;split\n{rows}\n")
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    report = prepare(tmp_path, tmp_path / "work", CT)
+    assert report.counts == {"training": 2, "validation": 1, "test": 1}
+    assert entries(tmp_path / "work")["c3"]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,label\n", r"missing: image; repeated: none; it has picture, label"),
+        ("image,label,age,age\n", r"missing: none; repeated: age"),
+        ("image,label\nsite-0/ct.nii.gz\n", r"cases.csv line 2 has 1 values for 2 columns"),
+        ("image,label,subject\nsite-0/ct.nii.gz,site-0/lung.nii.gz,\n", r"line 2: subject is empty"),
+        ("image,label\nsite-0/ct.nii.gz,gone.nii.gz\n", r"gone.nii.gz does not exist"),
+        ("image,label,case\nsite-0/ct.nii.gz,site-0/lung.nii.gz,../x\n", r"line 2: case must be letters, digits"),
+        (
+            "image,label,split\nsite-0/ct.nii.gz,site-0/lung.nii.gz,dev\n",
+            r"line 2: split must be one of train, .*'dev'",
+        ),
+        ("image,label\n", r"no case was found"),
+    ],
+)
+def test_wrong_manifests_are_refused_a2(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        prepare(make_csv(tmp_path, text), tmp_path / "work", CT)
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_bytes(b"image,label\n\xff\xfe\n")
+    with pytest.raises(FibldmError, match="must be a CSV file in UTF-8"):
+        prepare(tmp_path / "cases.csv", tmp_path / "work", CT)
+
+
+def test_layout_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FibldmError, match=r"must follow one layout; none fits. Looked for a dataset.json .* arrange"):
+        prepare(tmp_path / "empty", tmp_path / "work", CT)
+    make_decathlon(make_folders(tmp_path / "both"))
+    with pytest.raises(FibldmError, match=r"decathlon, folders fits.*choose with --layout"):
+        prepare(tmp_path / "both", tmp_path / "work", CT)
+    report = prepare(tmp_path / "both", tmp_path / "work", PrepareSettings(layout="folders", modality="ct"))
+    assert sum(report.counts.values()) == 4
+    assert any("dataset.json says MRI, --modality says ct" in note for note in report.notes)
+    with pytest.raises(FibldmError, match="layout must be one of auto, decathlon, folders, csv; got 'bids'"):
+        prepare(tmp_path / "both", tmp_path / "work", PrepareSettings(layout="bids"))
+    with pytest.raises(FibldmError, match="the source .* must exist"):
+        prepare(tmp_path / "gone", tmp_path / "work")
+    with pytest.raises(FibldmError, match="must hold one CSV with the columns image and label; found none"):
+        prepare(tmp_path / "both", tmp_path / "other", PrepareSettings(layout="csv"))
+
+
+# Geometry and intensity (A6)
+
+
+def test_reoriented_to_ras_by_flips_and_permutations_only(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3, oblique_affine())
+    prepare(source, tmp_path / "work", CT)
+    for kind, dtype in (("images", np.int16), ("labels", np.uint8)):
+        original = nib.load(source / f"{kind}/p1.nii.gz")
+        written = nib.load(tmp_path / f"work/{kind}/p1.nii.gz")
+        assert nib.aff2axcodes(written.affine) == ("R", "A", "S")
+        assert written.shape == (SHAPE[1], SHAPE[2], SHAPE[0])
+        np.testing.assert_allclose(written.header.get_zooms(), (0.7, 1.3, 2.5), rtol=1e-6)
+        assert written.get_data_dtype() == dtype
+        assert world(written) == world(original)
+        np.testing.assert_allclose(written.get_qform(), written.get_sform(), atol=1e-4)
+        assert written.header.get_xyzt_units()[0] == "mm"
+
+
+def test_a_label_stored_in_another_orientation_is_on_the_same_grid(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3)
+    label = nib.load(source / "labels/p1.nii.gz")
+    expected = np.asarray(label.dataobj)
+    flipped = label.as_reoriented(nib.orientations.axcodes2ornt(("P", "S", "L")))
+    nib.save(flipped, source / "labels/p1.nii.gz")
+    prepare(source, tmp_path / "work", CT)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "work/labels/p1.nii.gz").dataobj), expected)
+
+
+def test_ct_padding_becomes_air_and_whole_hu_become_int16_a6() -> None:
+    ct = np.array([[[-2048.0, -1024, 30.0004]]])
+    stored = stored_image(ct, "ct")
+    assert stored.dtype == np.int16
+    np.testing.assert_array_equal(stored, [[[-1024, -1024, 30]]])
+    fractions = stored_image(np.array([-3000.0, 30.5]), "ct")
+    assert fractions.dtype == np.float32
+    np.testing.assert_array_equal(fractions, [-1024, 30.5])
+    assert stored_image(np.array([0, 255], np.uint8), "ct").dtype == np.int16
+    assert stored_image(np.array([0, 255], np.uint8), "mr").dtype == np.float32
+
+
+def test_window_and_label_names_are_kept_a6(tmp_path: Path) -> None:
+    settings = PrepareSettings(modality="ct", window=(-900, 300), labels={1: "right lung", 7: "cyst"})
+    report = prepare(make_folders(tmp_path / "data"), tmp_path / "work", settings)
+    intensity = load_intensity(tmp_path / "work/intensity.json")
+    assert (intensity.low, intensity.high) == (-900, 300)
+    labels = read_json(tmp_path / "work/datalist.json")["labels"]
+    assert labels == {"0": "background", "1": "right lung", "2": "label 2"}
+    assert "labels that are named but occur in no case: 7 (cyst)" in report.notes
+
+
+def test_mr_output_range_is_the_median_of_the_training_split_a6(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 6)
+    prepare(source, tmp_path / "work", MR)
+    cases = [entry["case"] for entry in load_datalist(tmp_path / "work", "training")]
+    arrays = [np.asarray(nib.load(source / f"images/{case}.nii.gz").dataobj) for case in cases]
+    expected = np.median([np.percentile(array, (0.5, 99.5)) for array in arrays], axis=0)
+    np.testing.assert_allclose(load_intensity(tmp_path / "work/intensity.json").output_range, expected)
+
+
+def test_envelope_is_that_of_the_training_split(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3)
+    for index, spacing in enumerate((1.0, 1.5, 2.0)):
+        affine = np.diag([spacing, 1, 4, 1])
+        write_nifti(source / f"images/p{index}.nii.gz", ct_array(index), affine)
+        write_nifti(source / f"labels/p{index}.nii.gz", (label_array(0) == 1).astype(np.uint8) * (index + 1), affine)
+    report = prepare(source, tmp_path / "work", CT)
+    (case,) = load_datalist(tmp_path / "work", "training")
+    index = int(case["case"][1:])
+    spacing = (1.0, 1.5, 2.0)[index]
+    envelope = read_json(tmp_path / "work/datalist.json")["envelope"]
+    assert envelope["spacing_mm"] == {"min": [spacing, 1.0, 4.0], "max": [spacing, 1.0, 4.0]}
+    assert envelope["field_of_view_mm"]["max"] == [7 * spacing, 9.0, 20.0]
+    volume = pytest.approx(3 * 3 * 2 * spacing * 4 / 1000)
+    others = [value for value in ("1", "2", "3") if value != str(index + 1)]
+    assert envelope["label_volume_ml"][str(index + 1)] == {"min": volume, "max": volume}
+    assert all(envelope["label_volume_ml"][value] == {"min": 0.0, "max": 0.0} for value in others)
+    assert f"labels that occur in no training case: {', '.join(others)}" in report.notes
+
+
+# Findings
+
+
+def break_header(path: Path, **fields) -> None:
+    image = nib.load(path)
+    array = np.asarray(image.dataobj)
+    for name, value in fields.items():
+        image.header[name] = value
+    nib.save(nib.Nifti1Image(array, None, image.header), path)
+
+
+def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 20)
+    image, label = (lambda i: source / f"images/p{i}.nii.gz"), (lambda i: source / f"labels/p{i}.nii.gz")
+    image(0).write_bytes(image(0).read_bytes()[:-5])
+    image(1).write_bytes(b"not an image")
+    write_nifti(image(2), np.stack([ct_array(2)] * 2, axis=-1))
+    write_nifti(image(3), np.where(ct_array(3) > 0, np.nan, ct_array(3)).astype(np.float32))
+    write_nifti(image(4), np.zeros(SHAPE, np.int16))
+    write_nifti(image(5), ct_array(5).astype(np.int32) + 1000)
+    write_nifti(label(6), label_array(6), np.diag([1.5, 1.51, 3, 1]))
+    write_nifti(label(7), label_array(7)[:-1])
+    write_nifti(label(8), label_array(8) * np.float32(0.5))
+    write_nifti(label(9), label_array(9).astype(np.int16) * -1)
+    write_nifti(label(10), label_array(10).astype(np.int32) * 255)
+    write_nifti(image(11), ct_array(12).astype(np.float32))
+    break_header(image(13), srow_x=[1.5, 0, 0, 9])
+    break_header(image(14), srow_y=[0, 0, 0, 0])
+    write_nifti(label(15), np.zeros(SHAPE, np.uint8))
+    write_nifti(image(16), ct_array(16).astype(np.int32) - 4000)
+    break_header(image(17), xyzt_units=1)
+    break_header(image(18), srow_x=[1.5, 0, 0, 0.3], qoffset_x=0)
+    break_header(label(18), srow_x=[1.5, 0, 0, 0.3], qoffset_x=0)
+    with pytest.raises(FibldmError) as caught:
+        prepare(source, tmp_path / "work", CT)
+    lines = str(caught.value).splitlines()
+    expected = {
+        "p0": "cannot be read to its last byte",
+        "p1": "cannot be read to its last byte",
+        "p2": "must be 3-D with at least 2 voxels along each axis, and has size (7, 9, 5, 2)",
+        "p3": "image must be finite",
+        "p4": "image must not be constant; every voxel is 0",
+        "p5": "a CT must have air (below -500 HU)",
+        "p6": "image and label must have one affine; they differ by",
+        "p7": "image and label must have one size; image (7, 9, 5), label (6, 9, 5)",
+        "p8": "labels must be whole numbers",
+        "p9": "labels must be within 0...254 (255 is kept for unknown); they run from -2 to 0",
+        "p10": "they run from 0 to 510",
+        "p12": "image must be there once; it has the same voxels as p11",
+        "p13": "sform and qform of the image must agree; corners lie 6 voxels apart",
+        "p14": "the affine must be finite and invertible",
+        "p15": "warning: the label volume is all background",
+        "p16": "for a dataset of MR give --modality mr",
+        "p17": "image must be in mm; its header says meter",
+        "p18": "warning: sform and qform of the image differ by 0.20 voxels at the corners; sform is used",
+    }
+    for case, part in expected.items():
+        assert any(line.strip().startswith(f"{case}: ") and part in line for line in lines), (case, part)
+    report = read_json(tmp_path / "work/report.json")
+    assert report["ok"] is False
+    assert {finding["case"] for finding in report["findings"]} == set(expected)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["report.json"]
+
+
+def test_after_a_correction_the_failed_report_is_replaced(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data")
+    write_nifti(source / "images/p0.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="1 errors and 0 warnings in 4 cases, nothing was prepared"):
+        prepare(source, tmp_path / "work", CT)
+    write_nifti(source / "images/p0.nii.gz", ct_array(0))
+    assert not prepare(source, tmp_path / "work", CT).unchanged
+    assert read_json(tmp_path / "work/report.json")["ok"] is True
+
+
+def test_warnings_are_recorded_and_do_not_fail(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data")
+    write_nifti(source / "labels/p2.nii.gz", np.zeros(SHAPE, np.uint8))
+    sheared = np.diag([1.5, 1.5, 3, 1])
+    sheared[1, 2] = 1.0
+    for kind, array in (("images", ct_array(3)), ("labels", label_array(3))):
+        image = nib.Nifti1Image(array, sheared)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, source / f"{kind}/p3.nii.gz")
+    break_header(source / "images/p1.nii.gz", sform_code=0, qform_code=0)
+    break_header(source / "labels/p1.nii.gz", sform_code=0, qform_code=0)
+    report = prepare(source, tmp_path / "work", CT)
+    messages = {finding.case: finding.message for finding in report.findings}
+    assert messages["p2"] == "the label volume is all background"
+    assert "image header has no orientation" in messages["p1"]
+    assert "image axes are not at right angles (cosine 0.316)" in messages["p3"]
+    np.testing.assert_allclose(nib.load(tmp_path / "work/images/p3.nii.gz").affine, sheared, atol=1e-6)
+    assert len(read_json(tmp_path / "work/report.json")["findings"]) == 3
+
+
+def test_datasets_without_labels_or_with_an_image_as_label_are_refused(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3)
+    for index in range(3):
+        write_nifti(source / f"labels/p{index}.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(FibldmError, match="at least one label must occur"):
+        prepare(source, tmp_path / "work", CT)
+    write_nifti(source / "labels/p0.nii.gz", (np.arange(np.prod(SHAPE)) % 230).astype(np.uint8).reshape(SHAPE))
+    with pytest.raises(FibldmError, match="there must be at most 200 labels; 229 occur"):
+        prepare(source, tmp_path / "work", CT)
+
+
+def test_mr_that_is_nearly_all_background_is_refused(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3)
+    array = np.zeros(SHAPE, np.float32)
+    array[3, 3, 3] = 9
+    write_nifti(source / "images/p0.nii.gz", array)
+    with pytest.raises(FibldmError, match="p0: error: percentiles 0.5 and 99.5 of a volume must differ; both are 0"):
+        prepare(source, tmp_path / "work", MR)
+
+
+def test_nifti_2_uncompressed_and_scaled_files_are_read(tmp_path: Path) -> None:
+    nib.save(nib.Nifti2Image(ct_array(0), np.diag([1, 2, 3, 1])), tmp_path / "two.nii")
+    np.testing.assert_array_equal(read_nifti(tmp_path / "two.nii").array, ct_array(0))
+    scaled = nib.Nifti1Image(ct_array(0) + np.int16(1024), np.diag([1, 2, 3, 1]))
+    scaled.header.set_slope_inter(1, -1024)
+    nib.save(scaled, tmp_path / "scaled.nii.gz")
+    volume = read_nifti(tmp_path / "scaled.nii.gz")
+    np.testing.assert_array_equal(stored_image(volume.array, "ct"), stored_image(ct_array(0), "ct"))
+    np.testing.assert_array_equal(volume.spacing, (1, 2, 3))
+
+
+@given(st.data())
+def test_a_damaged_file_is_refused_or_read_whole(tmp_path_factory, data) -> None:
+    """Any truncation of a compressed file and any byte changed in its compressed part is noticed."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path = write_nifti(folder / "ct.nii.gz", ct_array(1))
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(FibldmError, match="cannot be read to its last byte"):
+        read_nifti(path)
+    raw = bytearray(gzip.decompress(content))
+    raw[data.draw(st.integers(0, 351))] = data.draw(st.integers(0, 255))
+    (folder / "header.nii").write_bytes(raw)
+    try:
+        assert read_nifti(folder / "header.nii").array.ndim == 3
+    except FibldmError as error:
+        assert "header.nii cannot be read to its last byte" in error.message  # noqa: PT017
+
+
+# Split (H13)
+
+
+@given(st.sets(st.text(min_size=1), min_size=3, max_size=400), st.integers(0, 9))
+def test_split_is_70_10_20_by_patient_and_does_not_depend_on_order_h13(subjects: set[str], seed: int) -> None:
+    split = split_subjects(subjects, seed)
+    counts = Counter(split.values())
+    total = len(subjects)
+    assert set(split) == subjects and set(counts) == set(SPLITS)
+    assert abs(counts["validation"] - 0.1 * total) <= max(0.5, 1 - 0.1 * total)
+    assert abs(counts["test"] - 0.2 * total) <= max(0.5, 1 - 0.2 * total)
+    assert split_subjects(sorted(subjects, reverse=True) * 2, seed) == split
+
+
+def test_200_patients_give_140_20_40_h13() -> None:
+    subjects = [f"p{index}" for index in range(200)]
+    split = split_subjects(subjects, 0)
+    assert Counter(split.values()) == {"training": 140, "validation": 20, "test": 40}
+    assert split_subjects(subjects, 1) != split
+    expected = {"a": "training", "b": "test", "c": "validation", "d": "training"}
+    assert split_subjects(["a", "b", "c", "d"], 0) == expected, "a split must stay the same in later versions"
+
+
+@given(st.lists(st.integers(0, 8), min_size=12, max_size=60), st.integers(0, 3))
+def test_no_patient_is_in_two_splits_h13(patients: list[int], seed: int) -> None:
+    patients = [0, 1, 2, *patients]
+    cases = [Case(f"c{i}", Path("i"), Path("l"), f"sub-{p:02d}/scan{i}") for i, p in enumerate(patients)]
+    subjects, notes = find_subjects(cases)
+    split = split_cases(cases, subjects, seed)
+    by_patient: dict[str, set[str]] = {}
+    for case in cases:
+        by_patient.setdefault(subjects[case.name], set()).add(split[case.name])
+    assert all(len(splits) == 1 for splits in by_patient.values()) and len(by_patient) == len(set(patients))
+    assert notes == []
+
+
+def test_where_the_patient_comes_from_h13(tmp_path: Path) -> None:
+    source = tmp_path / "data"
+    for index, name in enumerate(("sub-01_a", "sub-01_b", "x7_a", "x7_b", "x8_a")):
+        write_nifti(source / f"images/{name}.nii.gz", ct_array(index))
+        write_nifti(source / f"labels/{name}.nii.gz", label_array(index))
+    report = prepare(source, tmp_path / "work", CT)
+    subjects = {name: entry["subject"] for name, entry in entries(tmp_path / "work").items()}
+    assert subjects == {"sub-01_a": "sub-01", "sub-01_b": "sub-01", "x7_a": "x7_a", "x7_b": "x7_b", "x8_a": "x8_a"}
+    assert sum("3 cases name no patient" in note for note in report.notes) == 1
+    pattern = PrepareSettings(modality="ct", subject_pattern=r"/(x\d+)_")
+    report = prepare(source, tmp_path / "other", pattern)
+    subjects = {name: entry["subject"] for name, entry in entries(tmp_path / "other").items()}
+    assert [subjects[name] for name in ("sub-01_a", "x7_a", "x7_b", "x8_a")] == ["sub-01", "x7", "x7", "x8"]
+    assert not any("name no patient" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(p", r"--subject-pattern must be a regular expression; '\(p'"),
+        ("p", r"--subject-pattern must have a group around the patient; got 'p'; for example"),
+        ("(p[012])", r"must match every image; it does not match images/p3.nii.gz"),
+    ],
+)
+def test_wrong_subject_patterns_are_refused(tmp_path: Path, pattern: str, message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        prepare(make_folders(tmp_path), tmp_path / "work", PrepareSettings(modality="ct", subject_pattern=pattern))
+
+
+def test_too_few_patients_are_refused_h13(tmp_path: Path) -> None:
+    with pytest.raises(FibldmError, match="needs at least 3 patients; got 2; add patients"):
+        prepare(make_folders(tmp_path, 2), tmp_path / "work", CT)
+
+
+def test_given_split_with_a_patient_in_two_or_an_empty_part_is_refused_h13(tmp_path: Path) -> None:
+    rows = [f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,p{i % 3}" for i in range(4)]
+    head = "image,label,subject,split\n"
+    text = head + "".join(f"{row},{split}\n" for row, split in zip(rows, ("train", "val", "test", "test"), strict=True))
+    with pytest.raises(FibldmError, match="the column split puts p0 in test and training"):
+        prepare(make_csv(tmp_path, text), tmp_path / "work", CT)
+    text = head + "".join(f"{row},train\n" for row in rows)
+    with pytest.raises(FibldmError, match="validation and test came empty"):
+        prepare(make_csv(tmp_path, text), tmp_path / "work", CT)
+
+
+# Written once (H13)
+
+
+def test_a_second_run_changes_nothing_and_says_so_h13(tmp_path: Path) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+    prepare(source, work, CT)
+    before = snapshot(work)
+    times = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    for path in source.rglob("*.gz"):
+        os.utime(path, (1, 1))
+    again = prepare(source, work, PrepareSettings(layout="folders", modality="ct", window=(-1000, 1000)))
+    assert again.unchanged and sum(again.counts.values()) == 4
+    assert snapshot(work) == before and times == {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+
+
+def test_the_same_data_and_settings_give_the_same_folder_h13(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 5)
+    for name in ("one", "two"):
+        prepare(source, tmp_path / name, CT)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    content = read_json(tmp_path / "one/datalist.json")["content"]
+    write_nifti(source / "labels/p4.nii.gz", label_array(5))
+    prepare(source, tmp_path / "three", CT)
+    assert read_json(tmp_path / "three/datalist.json")["content"] != content
+
+
+def test_other_settings_or_data_are_refused_without_restart_h13(tmp_path: Path) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+    prepare(source, work, CT)
+    before = snapshot(work)
+    other = PrepareSettings(modality="ct", seed=4)
+    with pytest.raises(FibldmError, match="a split is never changed silently; different: --seed 0 -> 4; .*--restart"):
+        prepare(source, work, other)
+    write_nifti(source / "labels/p1.nii.gz", label_array(2))
+    with pytest.raises(FibldmError, match="different: files of p1"):
+        prepare(source, work, CT)
+    make_folders(source, 5)
+    write_json(source / "dataset.json", {"licence": "CC0"})
+    with pytest.raises(FibldmError, match="different: what dataset.json says; cases p4"):
+        prepare(source, work, CT)
+    assert snapshot(work) == before
+    assert sum(prepare(source, work, other, restart=True).counts.values()) == 5
+    assert read_json(work / "report.json")["settings"]["seed"] == 4
+
+
+def test_a_failed_restart_leaves_the_work_folder_as_it_was_h13(tmp_path: Path) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+    prepare(source, work, CT)
+    before = snapshot(work)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="image must not be constant"):
+        prepare(source, work, CT, restart=True)
+    assert snapshot(work) == before
+
+
+def test_a_lost_file_is_noticed(tmp_path: Path) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+    prepare(source, work, CT)
+    (work / "labels/p2.nii.gz").unlink()
+    with pytest.raises(FibldmError, match="must be complete; it lacks labels/p2.nii.gz; write it anew with --restart"):
+        prepare(source, work, CT)
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work_folder, "_datalist", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, work, CT)
+    assert snapshot(work) == {}
+    monkeypatch.undo()
+    assert not prepare(source, work, CT).unchanged
+
+
+def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data")
+    other = make_folders(tmp_path / "other")
+    write_json(other / "report.json", {"ok": False, "settings_hash": ""})
+    for restart in (False, True):
+        with pytest.raises(
+            FibldmError, match="--out must be empty, absent or a finished work folder; .* images, labels"
+        ):
+            prepare(source, other, CT, restart=restart)
+    with pytest.raises(FibldmError, match="--out must not be the source or a folder around it"):
+        prepare(source, source, CT)
+    with pytest.raises(FibldmError, match="--out must not be the source or a folder around it"):
+        prepare(source, tmp_path, CT)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FibldmError, match="--out must be a folder; .* is a file"):
+        prepare(source, tmp_path / "file", CT)
+
+
+# Settings and command
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (PrepareSettings(), "the modality must be ct or mr, one channel; nothing says it; give --modality"),
+        (PrepareSettings(modality="pet"), "modality must be one of ct, mr; got 'pet'"),
+        (PrepareSettings(modality="mr", window=(0, 1)), "--window is for CT; the modality is mr"),
+        (PrepareSettings(modality="ct", window=(100, 100)), "window in HU must be finite and increasing"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path: Path, settings: PrepareSettings, message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        prepare(make_folders(tmp_path), tmp_path / "work", settings)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"modality": {"0": "FLAIR", "1": "T1w"}}, "dataset.json says 'FLAIR, T1w'"),
+        ({"modality": {"0": "CT"}, "labels": ["a"]}, r"labels of dataset.json must be .* got \['a'\]"),
+        ([], "dataset.json must hold an object; got list"),
+    ],
+)
+def test_wrong_dataset_json_is_refused(tmp_path: Path, facts: object, message: str) -> None:
+    write_json(make_folders(tmp_path) / "dataset.json", facts)
+    with pytest.raises(FibldmError, match=message):
+        prepare(tmp_path, tmp_path / "work", PrepareSettings(layout="folders"))
+
+
+def test_label_names() -> None:
+    assert parse_label_names("1=right lung, 2 = left lung") == {1: "right lung", 2: "left lung"}
+    for wrong in ("", "1", "1=", "0=air", "255=x", "a=b", "1=a,1=b", "1=a,2=a"):
+        with pytest.raises(FibldmError, match="--labels must be VALUE=NAME,... with values 1...254"):
+            parse_label_names(wrong)
+
+
+def test_load_datalist_refuses_unknown_splits_and_other_folders(tmp_path: Path) -> None:
+    with pytest.raises(FibldmError, match="split must be one of training, validation, test; got 'train'"):
+        load_datalist(tmp_path, "train")
+    with pytest.raises(FibldmError, match="datalist.json must exist"):
+        load_datalist(tmp_path, "training")
+
+
+def test_command_reports(tmp_path: Path, capsys) -> None:
+    source, work = make_folders(tmp_path / "data"), tmp_path / "work"
+    outcome = command(source, work, modality="ct", window=(-1000, 500), labels="1=right lung,2=left lung")
+    assert outcome["counts"] == {"training": 2, "validation": 1, "test": 1}
+    assert all(Path(path).is_file() for path in outcome["outputs"]) and json.dumps(outcome)
+    shown = capsys.readouterr()
+    assert "is prepared: 2 training, 1 validation, 1 test" in shown.out
+    assert "note: 4 cases name no patient" in shown.err
+    assert command(source, work, modality="ct", window=(-1000, 500), labels="1=right lung,2=left lung")["unchanged"]
+    assert "is prepared already from this source with these settings" in capsys.readouterr().out
+
+
+@pytest.mark.data
+@pytest.mark.skipif(
+    not (DATA / "hippocampus_mri").is_dir(), reason=f"no folder hippocampus_mri in {DATA} ($FIBLDM_DATA)"
+)
+def test_hippocampus_gives_140_20_40_h13(tmp_path: Path) -> None:
+    report = prepare(DATA / "hippocampus_mri", tmp_path / "work")
+    assert report.counts == {"training": 140, "validation": 20, "test": 40}
+    assert report.findings == ()
+    datalist = read_json(tmp_path / "work/datalist.json")
+    assert datalist["labels"] == {"0": "background", "1": "Anterior", "2": "Posterior"}
+    assert datalist["licence"] == "CC-BY-SA 4.0" and "Simpson" in datalist["reference"]
+    assert len({entry["subject"] for entry in entries(tmp_path / "work").values()}) == 200
+    intensity = load_intensity(tmp_path / "work/intensity.json")
+    for entry in load_datalist(tmp_path / "work", "training"):
+        tensor = intensity.normalise(np.asarray(nib.load(entry["image"]).dataobj))
+        assert tensor.min() == -1 and tensor.max() == 1 and tensor.std() > 0.1
