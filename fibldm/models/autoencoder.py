@@ -9,6 +9,7 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.wavelet import HaarWavelet
 
 
 class Posterior(NamedTuple):
@@ -34,21 +35,47 @@ class Reconstruction(NamedTuple):
     posterior: Posterior
 
 
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of every voxel by itself.
+
+    Unlike `GroupNorm`, which takes its statistics over the whole input, it says the same of a voxel in a patch, in a tile
+    and in the whole volume, so a network trained on patches decodes whole volumes without a shift.
+
+    Args:
+        channels: number of channels of the input ``(B, C, X, Y, Z)``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(features.movedim(1, -1)).movedim(-1, 1)
+        return normalised
+
+
 class Autoencoder(nn.Module):
     """A KL autoencoder (Rombach et al. 2022, section 3.1) on MONAI's ``AutoencoderKL``.
 
     Args:
-        network: the encoder and decoder.
+        network: the encoder and decoder; with ``wavelet`` it has 8 channels in and out per channel of the volume.
+        wavelet: a Haar transform before the encoder and its inverse after the decoder halve every axis once at hardly
+            any cost, instead of the most expensive level of the network (Agarwal et al. 2025, Cosmos tokenizer).
+        local_norm: replace every `GroupNorm` of the network by a `ChannelNorm`.
     """
 
-    def __init__(self, network: AutoencoderKL) -> None:
+    def __init__(self, network: AutoencoderKL, *, wavelet: bool = False, local_norm: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.wavelet = HaarWavelet() if wavelet else None
+        if local_norm:
+            _localise_norms(network)
 
     @property
     def compression(self) -> int:
         """Voxels per latent cell along each axis."""
-        return int(2 ** sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.blocks))
+        halvings = sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.blocks)
+        return int(2 ** (halvings + (self.wavelet is not None)))
 
     @property
     def latent_channels(self) -> int:
@@ -61,13 +88,13 @@ class Autoencoder(nn.Module):
             FibldmError: an axis is not divisible by the compression.
         """
         check_divisible(tuple(volume.shape[2:]), self.compression, "autoencoder compression")
-        mean, std = self.network.encode(volume)
+        mean, std = self.network.encode(volume if self.wavelet is None else self.wavelet(volume))
         return Posterior(mean, std)
 
     def decode(self, latent: Tensor) -> Tensor:
         """The volume ``(B, C, X, Y, Z)`` of a latent ``(B, C, x, y, z)`` in the autoencoder's own scale."""
         volume: Tensor = self.network.decode(latent)
-        return volume
+        return volume if self.wavelet is None else self.wavelet.inverse(volume)
 
     def forward(self, volume: Tensor) -> Reconstruction:
         """Encode, draw one latent, decode: the pass that is trained."""
@@ -119,3 +146,11 @@ def check_divisible(size: tuple[int, ...], divisor: int, what: str) -> None:
             f"volume size {size} must be divisible by {divisor} ({what}): {remainders}",
             f"pad to {padded}, for example with DivisiblePadd(k={divisor})",
         )
+
+
+def _localise_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.GroupNorm):
+            setattr(module, name, ChannelNorm(child.num_channels))
+        else:
+            _localise_norms(child)
