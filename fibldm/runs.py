@@ -1,6 +1,7 @@
 """Run folders: what a stage was made from, whether it is done, and going on where it stopped."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ _COMMANDS = {
 
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
-    "bundle_root checkpoint_every dataset_dir device epochs imports num_workers restart run run_dir stage work".split()
+    "_meta_ bundle_root checkpoint_every dataset_dir device epochs imports num_workers restart run run_dir stage work".split()
 )
 
 
@@ -51,7 +52,7 @@ class StageFolder:
         """Claim the folder for a configuration and what it builds on.
 
         Args:
-            config: the configuration with overrides, as plain values.
+            config: the configuration with overrides, as plain values; "epochs", where there is one, is a number.
             inputs: fingerprints of the data and of the stages before.
             restart: move what was made with another configuration aside instead of refusing.
 
@@ -61,14 +62,19 @@ class StageFolder:
         Raises:
             FibldmError: the folder holds a stage of another configuration or other inputs; names the differences.
         """
+        config = json.loads(json.dumps(config, default=str))  # tuples and paths as they are read back
         decisive = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
         if self.path.exists() and restart:
             self.path.rename(_free_name(self.path))
         if (self.path / "inputs.json").exists():
             self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive, "inputs": inputs})
             done = self.done()
+            if done and done["epochs"] >= config.get("epochs", 0):
+                return "done"
+            # what goes on is not done: a later stage must not read weights that change
+            (self.path / "done.json").unlink(missing_ok=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-            return "done" if done and done["epochs"] >= int(config.get("epochs", 0)) else "resume"
+            return "resume"
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_json(self.path / "inputs.json", {"config": decisive, "inputs": inputs})
         return "new"
@@ -110,12 +116,17 @@ class StageFolder:
         """The stage's network with its best weights, on the CPU and in evaluation mode.
 
         Raises:
-            FibldmError: the stage is not finished, or its weights do not fit its configuration.
+            FibldmError: the stage is not finished, or its weights are not those it ended with.
         """
-        self.require()
+        done, weights = self.require(), self.weights()["model"]
+        if hash_weights(weights) != done["weights"]:
+            raise FibldmError(
+                f"{self.checkpoints / 'best.pt'} must be the one that the stage ended with; it was replaced",
+                f"put it back, or run `{_COMMANDS[self.name]} --restart`",
+            )
         network = self.component("network_def", **overrides)
         try:
-            network.load_state_dict(self.weights()["model"])
+            network.load_state_dict(weights)
         except RuntimeError as error:
             raise FibldmError(f"the weights of {self.path} must fit its config.yaml; {error}") from error
         return network.eval()

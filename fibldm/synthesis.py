@@ -1,12 +1,13 @@
 """The main job: from a mask to a synthetic volume on the mask's own grid."""
 
-from collections.abc import Callable
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import fibldm
@@ -26,8 +27,6 @@ from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import ModelGrid, Volume, read_volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar, volume_stem, write_labels, write_synthetic
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class SamplingSettings:
         sampler(self.sampler)
         if self.steps < 1:
             raise FibldmError(f"steps must be at least 1; got {self.steps}")
-        if self.guidance < 0:
-            raise FibldmError(f"guidance must not be negative; got {self.guidance}")
+        if not 0 <= self.guidance < math.inf:
+            raise FibldmError(f"guidance must be a number of at least 0; got {self.guidance}")
 
     @property
     def network_calls(self) -> int:
@@ -131,13 +130,12 @@ class Synthesizer:
             allow_extrapolation: go on, and say so, where the mask lies outside what the training data covered.
 
         Raises:
-            FibldmError: the mask holds an unknown label, or lies outside the training data.
+            FibldmError: the mask holds fractions or a label that the training data lack, or lies outside of them.
         """
         settings = settings or SamplingSettings()
-        labels = _as_labels(mask)
-        self.mask.check(torch.from_numpy(labels.array.astype(np.int64)))
-        outside = self.envelope.check(labels.canonical(), allow=allow_extrapolation)
-        source = labels.canonical()
+        source = _as_labels(mask).canonical()
+        self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
+        outside = self.envelope.check(source, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, self.mask.compression * self.network.multiple)
         placed = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
         decoded = self._sample(placed, key=(settings.seed, name, number), settings=settings)
@@ -145,6 +143,7 @@ class Synthesizer:
         volume = turned_like(Volume(self.intensity.to_disk(returned.array), source.affine), mask.grid)
         provenance = {
             "fibldm": fibldm.__version__,
+            "torch": torch.__version__,
             "source": self.source,
             "number": number,
             "sampling": asdict(settings),
@@ -157,7 +156,7 @@ class Synthesizer:
         }
         return Synthesis(volume, provenance)
 
-    def _sample(self, labels: Volume, *, key: tuple[int, str, int], settings: SamplingSettings) -> np.ndarray:
+    def _sample(self, labels: Volume, *, key: tuple[int, str, int], settings: SamplingSettings) -> NDArray[np.float32]:
         device = next(self.network.parameters()).device
         condition = self.mask.encode(torch.from_numpy(labels.array.astype(np.int64))[None, None].to(device))
         generator = torch.Generator().manual_seed(int(hash_value(key)[:15], 16))
@@ -196,23 +195,21 @@ def synthesize_file(
     A volume that lies there already and was made in the same way is kept; the mask as used is written to ``OUT/masks``.
 
     Raises:
-        FibldmError: another volume of this name lies there, or the mask is refused.
+        FibldmError: another volume or mask of this name lies there, or the mask is refused.
     """
     stem = volume_stem(mask_file)
     path = out / f"{stem}_{number:03d}.nii.gz"
     request = {
         "mask": mask_file.name,
         "mask_sha256": hash_file(mask_file),
-        "request": hash_value([synthesizer.source, asdict(settings), number, allow_extrapolation]),
+        "request": hash_value([synthesizer.source, asdict(settings), number]),
     }
     if path.exists():
         _check_same(path, request)
         return path
     mask = read_volume(str(mask_file))
-    made = synthesizer(
-        mask, name=stem, number=number, settings=settings, allow_extrapolation=allow_extrapolation
-    )
-    write_labels(out / "masks" / f"{stem}.nii.gz", _as_labels(mask))
+    made = synthesizer(mask, name=stem, number=number, settings=settings, allow_extrapolation=allow_extrapolation)
+    _keep_mask(out / "masks" / f"{stem}.nii.gz", _as_labels(mask))
     write_synthetic(path, made.volume, {**request, **made.provenance})
     return path
 
@@ -227,7 +224,7 @@ def find_masks(sources: list[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise FibldmError(f"masks must exist; {source} does not")
-        files += sorted(source.glob("*.nii*")) if source.is_dir() else [source]
+        files += _volumes_in(source) if source.is_dir() else [source]
     wrong = [str(file) for file in files if not file.name.endswith((".nii", ".nii.gz"))]
     if wrong or not files:
         raise FibldmError(f"masks must be NIfTI files (.nii, .nii.gz); got {', '.join(wrong) or 'none'}")
@@ -238,6 +235,11 @@ def find_masks(sources: list[Path]) -> list[Path]:
     return files
 
 
+def _volumes_in(folder: Path) -> list[Path]:
+    """NIfTI files, but none that begins with a dot: those are unfinished, or hold the attributes of another file."""
+    return sorted(file for file in folder.glob("[!.]*") if file.name.endswith((".nii", ".nii.gz")))
+
+
 def _as_labels(mask: Volume) -> Volume:
     rounded = np.rint(mask.array)
     if not np.isfinite(mask.array).all() or not np.array_equal(rounded, mask.array):
@@ -245,6 +247,15 @@ def _as_labels(mask: Volume) -> Volume:
     if rounded.min() < 0 or rounded.max() > UNKNOWN_LABEL:
         raise FibldmError(f"mask labels must lie in 0..255; got {int(rounded.min())}..{int(rounded.max())}")
     return Volume(rounded.astype(np.uint8), mask.affine)
+
+
+def _keep_mask(path: Path, labels: Volume) -> None:
+    if not path.exists():
+        write_labels(path, labels)
+        return
+    there = read_volume(str(path))
+    if not np.array_equal(there.array, labels.array) or not np.allclose(there.affine, labels.affine, atol=1e-4):
+        raise FibldmError(f"{path} lies there already and is another mask", "choose another --out folder")
 
 
 def _check_same(path: Path, request: dict[str, Any]) -> None:

@@ -11,17 +11,10 @@ import pytest
 from scipy import ndimage
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.phantom_anatomy import Anatomy, count_sessions, draw_anatomy
 from fibldm.volumes.phantom_fibrosis import Fibrosis
-from fibldm.volumes.phantoms import (
-    LABELS,
-    Anatomy,
-    Phantom,
-    count_sessions,
-    draw_anatomy,
-    draw_scan,
-    make_phantom,
-    write_phantoms,
-)
+from fibldm.volumes.phantom_rendering import draw_scan
+from fibldm.volumes.phantoms import LABELS, Phantom, make_phantom, write_phantoms
 
 SUBJECTS = range(1, 9)
 

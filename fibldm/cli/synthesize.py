@@ -18,7 +18,9 @@ def synthesize(
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Go on where a mask lies outside the training data.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")
+    ] = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
     import torch

@@ -4,10 +4,13 @@ All work on arrays ``(X, Y, Z)`` in RAS+ order: HU, and the labels of the chest 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
+from fibldm.errors import FibldmError
 
 LUNG = (1, 2)
 AIRWAYS = (3,)
@@ -15,7 +18,7 @@ FIBROSIS = (4, 5, 6)
 
 LUNG_BELOW_HU = -500
 
-Hounsfield = NDArray[np.generic]
+Hounsfield = NDArray[Any]
 Labels = NDArray[np.integer]
 
 
@@ -32,7 +35,10 @@ def body_hull(volume: Hounsfield) -> NDArray[np.bool_]:
 
 
 def lung_dice(volume: Hounsfield, labels: Labels) -> float:
-    """Dice of air-dense voxels (below -500 HU inside the body hull) and the lung labels; airways and fibrosis left out."""
+    """Dice of air-dense voxels and the lung labels; airways and fibrosis are left out.
+
+    Air-dense is what lies below -500 HU inside the body hull.
+    """
     counted = ~np.isin(labels, AIRWAYS + FIBROSIS)
     found = (volume < LUNG_BELOW_HU) & body_hull(volume) & counted
     wanted = np.isin(labels, LUNG)
@@ -59,7 +65,12 @@ def spread_between(volumes: Sequence[Hounsfield], labels: Labels) -> float:
     Args:
         volumes: at least two, of other seeds.
         labels: their mask.
+
+    Raises:
+        FibldmError: fewer than two volumes.
     """
+    if len(volumes) < 2:
+        raise FibldmError(f"a spread between volumes needs at least two of them; got {len(volumes)}")
     region = np.isin(labels, LUNG + FIBROSIS)
     values = np.stack([volume[region] for volume in volumes]).astype(np.float64)
     return float(np.sqrt(values.var(axis=0, ddof=1).mean()))

@@ -9,7 +9,9 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation import density
-from fibldm.volumes.grid import Volume, read_volume, resample
+from fibldm.volumes.grid import Array, Volume, read_volume, resample
+
+_GRID_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def measure(matches: Sequence[Match]) -> dict[str, Any]:
         (spread between seeds by the real texture), and ``cases`` with the figures of every mask.
 
     Raises:
-        FibldmError: fewer than two patients, or no mask with two seeds.
+        FibldmError: fewer than two patients, no mask with two seeds or with fibrosis, a mask without lung, or a volume
+            that does not lie on its mask's grid.
     """
     if len({match.subject for match in matches}) < 2:
         raise FibldmError("shuffled masks need masks of at least two patients", "make more phantoms")
@@ -58,8 +61,9 @@ def measure(matches: Sequence[Match]) -> dict[str, Any]:
 
 def _case(match: Match, other: Match) -> dict[str, Any]:
     labels = read_volume(str(match.mask)).canonical()
-    real = read_volume(str(match.real)).canonical().array
-    synthetic = [read_volume(str(path)).canonical().array for path in match.synthetic]
+    if not np.isin(labels.array, density.LUNG).any():
+        raise FibldmError(f"the figures of chest CT need the lung labels {density.LUNG}; {match.mask} has none")
+    real, *synthetic = (_voxels_on(labels, path) for path in (match.real, *match.synthetic))
     first = synthetic[0]
     figures: dict[str, Any] = {
         "case": match.case,
@@ -69,13 +73,13 @@ def _case(match: Match, other: Match) -> dict[str, Any]:
         "shuffled_with": other.case,
     }
     wanted, got = (density.fibrosis_contrast(volume, labels.array) for volume in (real, first))
-    if wanted is not None and got is not None:
+    if wanted and got is not None:
         figures["fibrosis_contrast_ratio"] = got / wanted
-    textures = density.texture(first, labels.array), density.texture(real, labels.array)
-    figures |= {f"texture_ratio_{region}": textures[0][region] / value for region, value in textures[1].items()}
-    if len(synthetic) > 1:
-        spread = density.spread_between(synthetic, labels.array)
-        figures["seed_ratio"] = spread / density.spread_within(real, labels.array)
+    made, wanted_texture = density.texture(first, labels.array), density.texture(real, labels.array)
+    figures |= {f"texture_ratio_{region}": made[region] / value for region, value in wanted_texture.items() if value}
+    within = density.spread_within(real, labels.array)
+    if len(synthetic) > 1 and within:
+        figures["seed_ratio"] = density.spread_between(synthetic, labels.array) / within
     return figures
 
 
@@ -85,7 +89,19 @@ def _other(matches: Sequence[Match], number: int) -> Match:
     return next(match for match in following if match.subject != matches[number].subject)
 
 
-def _on_grid(mask: Path, labels: Volume) -> np.ndarray[Any, Any]:
+def _voxels_on(labels: Volume, path: Path) -> Array:
+    volume = read_volume(str(path)).canonical()
+    off = np.abs(np.linalg.solve(labels.affine, volume.affine) - np.eye(4)).max()
+    if volume.array.shape != labels.array.shape or off > _GRID_TOLERANCE:
+        raise FibldmError(
+            f"{path} must lie on its mask's grid; volume {volume.array.shape}, mask {labels.array.shape} voxels, "
+            f"affines {off:.3g} voxels apart",
+            "synthesize from this very mask",
+        )
+    return volume.array
+
+
+def _on_grid(mask: Path, labels: Volume) -> Array:
     """Another patient's labels where they would lie in this one's scanner; background outside their field of view."""
     return resample(read_volume(str(mask)).canonical(), labels.grid, kind="label", fill=0).array
 

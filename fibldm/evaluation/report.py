@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 import fibldm
+from fibldm import UNKNOWN_LABEL
 from fibldm.evaluation.figures import Match
 from fibldm.files import write_text
-from fibldm.volumes.grid import Volume, read_volume
+from fibldm.volumes.grid import Array, Volume, read_volume
 
-_LABEL_COLOURS = ("#00000000", "#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
+_LABEL_COLOURS = ("#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
+_OVERLAY_ALPHA = 0.6
 _PLANES = ("axial", "coronal", "sagittal")
 
 
@@ -52,9 +55,9 @@ def write_report(
         window: of the pictures.
         commands: what was run, one line each.
     """
-    environment = Environment(loader=PackageLoader("fibldm.evaluation"), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("fibldm.evaluation"), autoescape=True)
     pictures = [(match, _embedded(montage(match, window))) for match in matches]
-    legend = [(name, _LABEL_COLOURS[int(value) % len(_LABEL_COLOURS)]) for value, name in labels.items() if int(value)]
+    legend = [(name, _colour(int(value))) for value, name in labels.items() if int(value)]
     html = environment.get_template("report.html.j2").render(
         version=fibldm.__version__,
         figures=figures,
@@ -69,28 +72,23 @@ def write_report(
 def montage(match: Match, window: Window) -> Figure:
     """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels' centre.
 
-    Axial and coronal pictures are shown as radiologists see them: the patient's right on the left.
+    Axial and coronal pictures are shown as radiologists see them, the patient's right on the left; sagittal ones with
+    the front on the left.
     """
     mask, real, synthetic = (
         read_volume(str(file)).canonical() for file in (match.mask, match.real, match.synthetic[0])
     )
-    found = np.argwhere(mask.array > 0)
-    centre = [int(axis) for axis in (found.mean(axis=0) if len(found) else np.array(mask.array.shape) / 2)]
+    found = np.argwhere(_drawn(mask.array))
+    centre = [int(axis) for axis in (found.mean(axis=0) if len(found) else np.array(mask.array.shape) // 2)]
     figure = Figure(figsize=(9, 9), dpi=80, facecolor="black", layout="tight")
-    axes = figure.subplots(3, 3)
     rows = (("mask", real), ("real", real), ("synthetic", synthetic))
-    for row, (name, volume) in zip(axes, rows, strict=True):
+    for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):
         for plane, axis in enumerate(row):
             picture, aspect = _slice(volume, plane, centre)
-            axis.imshow(
-                picture, cmap="gray", vmin=window.low, vmax=window.high, origin="lower", aspect=aspect,
-                interpolation="nearest",
-            )
+            shown = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
+            axis.imshow(picture, cmap="gray", vmin=window.low, vmax=window.high, **shown)
             if name == "mask":
-                colours = ListedColormap(_LABEL_COLOURS)
-                overlay = _slice(mask, plane, centre)[0]
-                axis.imshow(overlay, cmap=colours, vmin=0, vmax=len(_LABEL_COLOURS) - 1, origin="lower",
-                            aspect=aspect, alpha=0.6, interpolation="nearest")
+                axis.imshow(_coloured(_slice(mask, plane, centre)[0]), **shown)
             axis.set_title(f"{name}, {_PLANES[plane]}", color="white", fontsize=9)
             axis.axis("off")
     return figure
@@ -98,22 +96,35 @@ def montage(match: Match, window: Window) -> Figure:
 
 def loss_curves(losses: Mapping[str, Path]) -> Figure:
     """Training and validation loss of each stage by epoch."""
-    figure = Figure(figsize=(4 * max(1, len(losses)), 3), dpi=80, layout="tight")
+    figure = Figure(figsize=(4 * len(losses), 3), dpi=80, layout="tight")
     for axis, (stage, file) in zip(np.atleast_1d(figure.subplots(1, len(losses))), losses.items(), strict=True):
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        axis.plot([int(row["epoch"]) for row in rows], [float(row["loss"]) for row in rows], label="training")
-        validated = [row for row in rows if row["validation_loss"]]
-        axis.plot(
-            [int(row["epoch"]) for row in validated],
-            [float(row["validation_loss"]) for row in validated],
-            "o-", markersize=3, label="validation",
-        )
+        for column, name, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+            known = [row for row in rows if row[column]]
+            epochs, values = [int(row["epoch"]) for row in known], [float(row[column]) for row in known]
+            axis.plot(epochs, values, style, markersize=3, label=name)
         axis.set(title=stage, xlabel="epoch", ylabel="loss")
         axis.legend(fontsize=8)
     return figure
 
 
-def _slice(volume: Volume, plane: int, centre: Sequence[int]) -> tuple[np.ndarray[Any, Any], float]:
+def _colour(label: int) -> str:
+    return _LABEL_COLOURS[(label - 1) % len(_LABEL_COLOURS)]
+
+
+def _drawn(labels: Array) -> NDArray[np.bool_]:
+    return (labels != 0) & (labels != UNKNOWN_LABEL)
+
+
+def _coloured(labels: Array) -> NDArray[np.float64]:
+    """RGBA of a slice of labels; background and unknown are clear."""
+    picture = np.zeros((*labels.shape, 4))
+    for value in np.unique(labels[_drawn(labels)]):
+        picture[labels == value] = to_rgba(_colour(int(value)), alpha=_OVERLAY_ALPHA)
+    return picture
+
+
+def _slice(volume: Volume, plane: int, centre: Sequence[int]) -> tuple[Array, float]:
     x, y, z = centre
     right, front, up = volume.grid.spacing
     views = (

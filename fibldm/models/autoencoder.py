@@ -38,8 +38,8 @@ class Reconstruction(NamedTuple):
 class ChannelNorm(nn.Module):
     """Layer normalisation over the channels of every voxel by itself.
 
-    Unlike `GroupNorm`, which takes its statistics over the whole input, it says the same of a voxel in a patch, in a tile
-    and in the whole volume, so a network trained on patches decodes whole volumes without a shift.
+    Unlike `GroupNorm`, which takes its statistics over the whole input, it says the same of a voxel in a patch, in a
+    tile and in the whole volume, so a network trained on patches decodes whole volumes without a shift.
 
     Args:
         channels: number of channels of the input ``(B, C, X, Y, Z)``.

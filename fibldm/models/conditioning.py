@@ -8,14 +8,15 @@ from torch.nn import functional as F
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
+from fibldm.models.autoencoder import check_divisible
 
 
 @dataclass(frozen=True)
 class MaskEncoding:
     """A label volume as the fraction of every latent cell that each label fills.
 
-    Fractions keep each label's volume exactly, so thin labels survive. Channel ``i`` is ``labels[i]``; the last channel is
-    *unknown*, where nothing is asked for. The null condition is "all unknown".
+    Fractions keep each label's volume exactly, so thin labels survive. Channel ``i`` is ``labels[i]``; the last channel
+    is *unknown*, where nothing is asked for. The null condition is "all unknown".
 
     Attributes:
         labels: the label values of the dataset, background first.
@@ -31,12 +32,14 @@ class MaskEncoding:
         return len(self.labels) + 1
 
     def encode(self, labels: Tensor) -> Tensor:
-        """Fractions ``(B, L + 1, x, y, z)`` in ``[0, 1]`` that sum to 1, of an integer label volume ``(B, 1, X, Y, Z)``.
+        """Fractions ``(B, L + 1, x, y, z)`` in ``[0, 1]`` that sum to 1, of integer labels ``(B, 1, X, Y, Z)``.
 
         Raises:
-            FibldmError: the mask holds a label that the dataset does not have.
+            FibldmError: the mask holds a label that the dataset does not have, or an axis is not divisible by the
+                compression.
         """
         self.check(labels)
+        check_divisible(tuple(labels.shape[2:]), self.compression, "autoencoder compression")
         one_hot = torch.stack([labels[:, 0] == value for value in (*self.labels, UNKNOWN_LABEL)], dim=1)
         return F.avg_pool3d(one_hot.float(), self.compression)
 
@@ -46,7 +49,7 @@ class MaskEncoding:
         Raises:
             FibldmError: lists the labels that came and the ones there are.
         """
-        found = {int(value) for value in torch.unique(labels)}
+        found = set(torch.unique(labels).tolist())
         unexpected = sorted(found - set(self.labels) - {UNKNOWN_LABEL})
         if unexpected:
             raise FibldmError(
@@ -65,9 +68,9 @@ class MaskEncoding:
 
         Args:
             fractions: encoded mask ``(B, L + 1, x, y, z)``; not changed.
-            dropped: ``(B, L)`` booleans, one per label; the entry of the background is not read.
+            dropped: ``(B, L)`` booleans, one per label; the background, which comes first, goes with any of them.
         """
         away = dropped.clone()
-        away[:, 0] = dropped[:, 1:].any(dim=1)
+        away[:, 0] = dropped.any(dim=1)
         kept = fractions[:, :-1] * ~away[:, :, None, None, None]
         return torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1)

@@ -1,5 +1,6 @@
 """The latent space: the only place where latents are scaled."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,22 @@ class LatentSpace:
         mean: ``C`` channel means.
         std: ``C`` channel standard deviations, all above 0.
         autoencoder: fingerprint of the autoencoder whose latents these are.
+
+    Raises:
+        FibldmError: mean and std do not fit each other, or a std is not positive.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     autoencoder: str
 
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(0 < value < math.inf for value in self.std):
+            raise FibldmError(f"a latent space needs one std above 0 per channel; got mean {self.mean}, std {self.std}")
+
     @classmethod
     def fit(cls, posteriors: Iterable[Posterior], autoencoder: str) -> "LatentSpace":
-        """Fit to the posteriors of the training split: variance is ``Var(mean) + E[std^2]``, by the law of total variance.
+        """Fit to the posteriors of the training split: ``Var(mean) + E[std^2]``, by the law of total variance.
 
         Args:
             posteriors: of any spatial sizes, each ``(B, C, x, y, z)``.
@@ -93,5 +101,7 @@ class LatentSpace:
             )
 
     def _like(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        if latent.shape[1] != len(self.mean):
+            raise FibldmError(f"a latent of this space has {len(self.mean)} channels; got {latent.shape[1]}")
         shape = (1, len(self.mean)) + (1,) * (latent.ndim - 2)
         return latent.new_tensor(self.mean).view(shape), latent.new_tensor(self.std).view(shape)

@@ -40,6 +40,4 @@ class ConditionedNetwork(nn.Module):
         if self.controlnet is None or mask is None:
             return self.unet(z_t, timesteps)
         down, mid = self.controlnet(z_t, timesteps, controlnet_cond=mask)
-        return self.unet(
-            z_t, timesteps, down_block_additional_residuals=down, mid_block_additional_residual=mid
-        )
+        return self.unet(z_t, timesteps, down_block_additional_residuals=down, mid_block_additional_residual=mid)

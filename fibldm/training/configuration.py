@@ -24,6 +24,9 @@ STAGE_FILES = {
 }
 
 
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
 @dataclass(frozen=True)
 class Configuration:
     """The files of a stage, in the order they are merged, and the overrides on top.
@@ -56,7 +59,10 @@ class Configuration:
             workflow.initialize()
             workflow.run()
         except RuntimeError as error:
-            raise _cause(error) from error
+            cause = _refusal(error)
+            if cause is None:
+                raise
+            raise cause from None
 
 
 def stage_configuration(
@@ -79,9 +85,7 @@ def stage_configuration(
     base = [shipped(name) for name in ("common", *STAGE_FILES[stage])]
     given = [_find(name) for name in configs]
     known = {key for name in ("common", *sum(STAGE_FILES.values(), ())) for key in _read(shipped(name))}
-    configuration = Configuration(
-        (*base, *given), {"work": str(work), "run_dir": str(run_dir), **overrides}
-    )
+    configuration = Configuration((*base, *given), {"work": str(work), "run_dir": str(run_dir), **overrides})
     _check(configuration, given, known)
     return configuration
 
@@ -106,17 +110,20 @@ def shipped(name: str) -> Path:
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["key::sub=value"]`` as a mapping; values are YAML.
+    """``["key::sub=value"]`` as a mapping; values are YAML, and ``1e-4`` is a number as it is for MONAI.
 
     Raises:
-        FibldmError: an assignment has no ``=``.
+        FibldmError: an assignment has no ``=``, or its value is no YAML.
     """
     overrides = {}
     for assignment in assignments:
         key, sign, value = assignment.partition("=")
         if not sign or not key:
             raise FibldmError(f"--set needs key::sub=value; got {assignment!r}")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = float(value) if _SCIENTIFIC.fullmatch(value) else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise FibldmError(f"--set needs a YAML value; got {assignment!r}: {error}") from error
     return overrides
 
 
@@ -140,6 +147,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
+    contents = {file: _read(file) for file in given}
     config = ConfigParser.load_config_files([str(file) for file in configuration.files])
     if "spacing" not in config or "size" not in config:
         data = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
@@ -147,11 +155,15 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
             "a data configuration must give spacing and size of the model grid; none was given",
             f"give --config with a file of your own or one of {', '.join(data)}",
         )
-    for file in given:
-        for key in _read(file):
-            allowed = known | {"spacing", "size"} | set(_references(config))
-            if key.split("::")[0].lstrip("+") not in allowed:
+    allowed = known | {"spacing", "size"} | set(_references(config))
+    for position, file in enumerate(given, start=len(configuration.files) - len(given)):
+        before = ConfigParser.load_config_files([str(earlier) for earlier in configuration.files[:position]])
+        for key in contents[file]:
+            name, *inside = key.lstrip("+").split("::")
+            if name not in allowed:
                 raise _unknown_key(key, f" in {file}", allowed)
+            if inside and name in before and not _exists(before, [name, *inside]):
+                raise _unknown_key(key, f" in {file}", set(_flat_keys(before)))
     for key in configuration.overrides:
         if not _exists(config, key.split("::")):
             raise _unknown_key(key, "", {*config, *_flat_keys(config)})
@@ -200,10 +212,8 @@ def _shown(file: Path) -> Path:
         return file
 
 
-def _cause(error: BaseException) -> BaseException:
+def _refusal(error: BaseException) -> FibldmError | None:
     cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, FibldmError):
-            return cause
+    while cause is not None and not isinstance(cause, FibldmError):
         cause = cause.__cause__ or cause.__context__
-    return error
+    return cause

@@ -20,7 +20,7 @@ class Draw:
 
 
 def key_seed(*key: int) -> int:
-    """A 32-bit seed of a key of non-negative integers; different keys give independent streams (NumPy `SeedSequence`)."""
+    """A 32-bit seed of a key of non-negative integers, by NumPy's `SeedSequence`."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,10 @@ class Metrics:
 
     def _write(self, engine: Engine) -> None:
         loss = float(torch.stack(self._losses).mean())
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise FibldmError(
                 f"the training loss must stay finite; it is {loss} in epoch {engine.state.epoch}",
-                "lower learning_rate or the clipping norm; the last checkpoint is as it was",
+                "lower learning_rate or clip_norm; the last checkpoint is as it was",
             )
         row = (
             engine.state.epoch,
@@ -141,9 +142,14 @@ class ShowProgress:
         self.name, self.metrics = name, metrics
         self.console = Console(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self.console, disable=not self.console.is_terminal,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
         )
 
     def attach(self, engine: Engine) -> None:
@@ -205,11 +211,20 @@ class Checkpoints:
             self._save(engine)
 
     def resume(self, engine: Engine) -> int:
-        """Load ``last.pt`` if there is one and put the engine at its epoch; returns the epoch (0: begin anew)."""
+        """Load ``last.pt`` if there is one and put the engine at its epoch; returns the epoch (0: begin anew).
+
+        Raises:
+            FibldmError: the file cannot be read.
+        """
         file = self.folder / "last.pt"
         if not file.exists():
             return 0
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FibldmError(
+                f"{file} must be a readable checkpoint; {error}", "give --restart to begin this stage anew"
+            ) from error
         for name, part in self.objects.items():
             part.load_state_dict(state["objects"][name])
         self.best, self.best_loss = state["best"], state["best_loss"]

@@ -100,8 +100,8 @@ class LoadLatent(Transform):
 class EncodeStage:
     """Encode every training and validation case once, with a few augmented views of the training cases.
 
-    A view is made as the plain case is, then augmented together with its mask by transforms seeded by (seed, case, view).
-    Views that lie there already are kept, so an interrupted run goes on.
+    A view is made as the plain case is, then augmented together with its mask by transforms seeded by
+    (seed, case, view). Views that lie there already are kept, so an interrupted run goes on.
 
     Args:
         run_dir: the run folder.
@@ -145,7 +145,8 @@ class EncodeStage:
         autoencoder = stage.require()["weights"]
         folder = StageFolder(self.run_dir, "latents")
         inputs = {**self.inputs, "autoencoder": autoencoder}
-        if folder.begin(running_parser().get(), inputs, restart=self.restart) == "done":
+        config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
+        if folder.begin(config, inputs, restart=self.restart) == "done":
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
             return
         first_stage = FrozenFirstStage(stage.trained()).to(self.device)

@@ -67,7 +67,9 @@ def spectral_distance(volume: Tensor, target: Weighted) -> Tensor:
     """L1 distance of Fourier amplitudes over the three axes, where the weight is not 0."""
     inside = (target.weight > 0).to(volume.dtype)
     axes = tuple(range(2, volume.ndim))
-    amplitudes = [torch.fft.rfftn(part.float() * inside, dim=axes, norm="ortho").abs() for part in (volume, target.value)]
+    amplitudes = [
+        torch.fft.rfftn(part.float() * inside, dim=axes, norm="ortho").abs() for part in (volume, target.value)
+    ]
     return F.l1_loss(*amplitudes)
 
 

@@ -80,8 +80,8 @@ class LatentPrepareBatch(PrepareBatch):
         if self.mask is None:
             return []
         fractions = batchdata["mask"].float()
-        labels = len(self.mask.labels)
-        chances = torch.stack([torch.rand(labels + 1, generator=generator) for generator in generators])
-        dropped = chances[:, :labels] < self.label_dropout
-        dropped |= (chances[:, labels:] < self.mask_dropout)
+        chances = torch.stack([torch.rand(self.mask.channels, generator=generator) for generator in generators])
+        dropped = chances[:, :-1] < self.label_dropout
+        dropped[:, 0] = False  # background is no label of its own: it goes with the others
+        dropped |= chances[:, -1:] < self.mask_dropout
         return [self.mask.drop_labels(fractions, dropped)]

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Loss
 from monai.bundle import ConfigParser
+from torch.optim.lr_scheduler import LambdaLR
 
+from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.training.handlers import Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress
 
@@ -19,9 +22,9 @@ _logger = logging.getLogger("fibldm")
 class Stage:
     """A training stage that stands in a configuration and runs the parts named there.
 
-    It reads these IDs of the configuration: ``network_def``, ``ema``, ``optimizer``, ``lr_scheduler``, ``train::sampler``,
-    ``train::trainer``, ``validate::evaluator``, ``epochs``, ``seed``, ``checkpoint_every``, ``clip_norm``,
-    ``val_interval``.
+    It reads these IDs of the configuration: ``network_def``, ``ema``, ``optimizer``, ``lr_scheduler``,
+    ``train::sampler``, ``train::trainer``, ``validate::evaluator``, ``epochs``, ``seed``, ``checkpoint_every``,
+    ``clip_norm``, ``val_interval``.
 
     Args:
         run_dir: the run folder.
@@ -41,7 +44,8 @@ class Stage:
             FibldmError: the folder holds a stage of another configuration, or the loss is not finite.
         """
         parser = running_parser()
-        state = self.folder.begin(parser.get(), self.inputs, restart=self.restart)
+        config = {**parser.get(), "epochs": int(parser.get_parsed_content("epochs"))}
+        state = self.folder.begin(config, self.inputs, restart=self.restart)
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
             return
@@ -82,11 +86,20 @@ class Stage:
     def _go_on(self, trainer: Any, checkpoints: Checkpoints, scheduler: Any) -> None:
         epoch = checkpoints.resume(trainer)
         if epoch:
-            # a closed-form schedule of the iteration: its place is all there is to restore
-            scheduler.last_epoch = trainer.state.iteration
+            place_schedule(scheduler, trainer.state.iteration)
             _logger.info("%s: going on after epoch %d of %d", self.folder.name, epoch, trainer.state.max_epochs)
         if epoch < trainer.state.max_epochs:
             trainer.run()
+
+
+def place_schedule(scheduler: LambdaLR, iteration: int) -> None:
+    """Put a schedule that is a closed form of the iteration where it was after ``iteration`` steps.
+
+    The rate of the next step comes from the schedule and not from the checkpoint, as more epochs make it another one.
+    """
+    scheduler.last_epoch = iteration
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate
 
 
 def running_parser() -> ConfigParser:
@@ -121,7 +134,13 @@ def _validate(trainer: Engine, evaluator: Any, interval: int, metrics: Metrics) 
     def validate(engine: Engine) -> None:
         if engine.state.epoch % interval == 0 or engine.state.epoch == engine.state.max_epochs:
             evaluator.run(engine.state.epoch)
-            metrics.validation_loss = float(evaluator.state.metrics["validation_loss"])
+            loss = float(evaluator.state.metrics["validation_loss"])
+            if not math.isfinite(loss):
+                raise FibldmError(
+                    f"the validation loss must stay finite; it is {loss} in epoch {engine.state.epoch}",
+                    "lower learning_rate or clip_norm; the last checkpoint is as it was",
+                )
+            metrics.validation_loss = loss
 
 
 def _log_to(file: Path) -> logging.Handler:

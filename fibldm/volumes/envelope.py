@@ -39,8 +39,8 @@ class Envelope:
     def outside(self, labels: Volume) -> list[str]:
         """What of a label volume (canonical) lies outside, in words; a margin of a quarter, of a factor 2 for volumes.
 
-        Finer spacing than in training is no finding: the mask is resampled. A label that is absent from the mask is none
-        either.
+        Finer spacing than in training is no finding: the mask is resampled. Neither is a label that is absent, unless
+        all are: a mask of nothing but background asks for a body without organs.
         """
         grid = labels.grid
         findings = []
@@ -56,6 +56,8 @@ class Envelope:
             volume = float((labels.array == label).sum()) * voxel_ml
             if label and volume and not low / _VOLUME_FACTOR <= volume <= high * _VOLUME_FACTOR:
                 findings.append(f"label {label} fills {volume:.1f} ml (training {low:.1f}-{high:.1f} ml)")
+        if not labels.array.any():
+            findings.append("no voxel has a label (all are background)")
         return findings
 
     def check(self, labels: Volume, *, allow: bool) -> list[str]:

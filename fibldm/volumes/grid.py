@@ -1,11 +1,14 @@
 """The model grid: from a volume's own voxels to those of the networks, and back.
 
-Coordinates are RAS+ millimetres; voxel indices count voxel centres from 0. A volume's axes are first turned to the closest
-RAS+ order, by exact flips and permutations, so that a volume stored in another order gives the very same voxels.
+Coordinates are RAS+ millimetres; voxel indices count voxel centres from 0. A volume's axes are first turned to the
+closest RAS+ order, by exact flips and permutations, so that a volume stored in another order gives the very same
+voxels.
 """
 
+import gzip
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -15,12 +18,14 @@ from scipy import ndimage
 
 from fibldm.errors import FibldmError
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Affine = NDArray[np.float64]
 
 SPACING_TOLERANCE = 0.10
 
+_SAME_SPACING = 1e-3
 _COORDINATE_DECIMALS = 6
+_SMALLEST_DETERMINANT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,22 @@ class Grid:
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels ``(X, Y, Z)`` and the grid they lie on."""
+    """Voxels ``(X, Y, Z)`` and the grid they lie on.
+
+    Raises:
+        FibldmError: the array is not 3-D.
+    """
 
     array: Array
     affine: Affine
 
+    def __post_init__(self) -> None:
+        if self.array.ndim != 3:
+            raise FibldmError(f"a volume must be 3-D (X, Y, Z); its shape is {self.array.shape}")
+
     @property
     def grid(self) -> Grid:
+        """Where the voxels lie."""
         x, y, z = self.array.shape
         return Grid((x, y, z), self.affine)
 
@@ -66,19 +80,30 @@ def read_volume(path: str) -> Volume:
     """Read a 3-D NIfTI file as stored, without scaling integers to floats.
 
     Raises:
-        FibldmError: the file cannot be read to its last byte, is not 3-D, or has no usable affine.
+        FibldmError: the file is missing, cannot be read to its last byte, is no NIfTI, is not 3-D, holds no plain
+            numbers, is not in mm, or has no usable affine.
     """
+    if not Path(path).exists():
+        raise FibldmError(f"{path} must exist", "check the path")
     try:
+        _read_to_the_end(path)
         image = nibabel.load(path)
-        array = np.asanyarray(image.dataobj)
+        array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
     except Exception as error:
         raise FibldmError(f"{path} must be a readable NIfTI file; {error}", "check or export the file again") from error
+    if not isinstance(image, nibabel.Nifti1Pair):
+        raise FibldmError(f"{path} must be a NIfTI file; it is {type(image).__name__}", "convert it to NIfTI")
+    if array.dtype.kind not in "iuf":
+        raise FibldmError(f"{path} must hold plain numbers; its voxels are {array.dtype}", "export one channel")
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if array.ndim != 3:
+    if array.ndim != 3 or not array.size:
         raise FibldmError(f"{path} must hold one 3-D volume; its shape is {array.shape}")
+    units = image.header.get_xyzt_units()[0]
+    if units not in ("mm", "unknown"):
+        raise FibldmError(f"{path} must be in mm; its header says {units}", "export the file again, in mm")
     affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _invertible(affine):
         raise FibldmError(f"{path} must have an invertible affine; got {affine.tolist()}", "export the file again")
     return Volume(array, affine)
 
@@ -96,7 +121,13 @@ class ModelGrid:
     size: tuple[int, int, int]
 
     def training_grid(self, source: Grid) -> Grid:
-        """The training grid with its centre on the centre of ``source`` (canonical): cropped or padded to ``size``."""
+        """The training grid with its centre on the centre of ``source`` (canonical): cropped or padded to ``size``.
+
+        A source that has the model's spacing already is moved by whole voxels only, so that nothing is interpolated;
+        its centre may then lie half a voxel off.
+        """
+        if np.allclose(source.spacing, self.spacing, rtol=_SAME_SPACING, atol=0):
+            return _cropped_or_padded(source, self.size)
         return _centred(source, self.spacing, self.size)
 
     def synthesis_grid(self, source: Grid, multiple: int) -> Grid:
@@ -110,15 +141,12 @@ class ModelGrid:
         if self.resamples(source):
             extent = np.array(source.field_of_view) / self.spacing
             inner = _centred(source, self.spacing, tuple(np.ceil(np.round(extent, 3)).astype(int)))
-        shape = np.ceil(np.array(inner.shape) / multiple).astype(int) * multiple
-        before = (shape - inner.shape) // 2
-        x, y, z = (int(length) for length in shape)
-        return Grid((x, y, z), inner.affine @ nibabel.affines.from_matvec(np.eye(3), -before))
+        return _cropped_or_padded(inner, tuple(-(-length // multiple) * multiple for length in inner.shape))
 
     def resamples(self, source: Grid) -> bool:
         """Whether a mask's spacing is more than 10 % off along any axis."""
-        ratio = np.array(source.spacing) / self.spacing
-        return bool((np.abs(ratio - 1) > SPACING_TOLERANCE).any())
+        off = np.abs(np.array(source.spacing) / self.spacing - 1)
+        return bool((np.round(off, _COORDINATE_DECIMALS) > SPACING_TOLERANCE).any())
 
 
 def resample(
@@ -126,25 +154,26 @@ def resample(
 ) -> Volume:
     """The volume on another grid.
 
-    Images are interpolated linearly, after a Gaussian that keeps finer detail than the target's from aliasing; labels take
-    the nearest voxel.
+    Images are interpolated linearly, after a Gaussian that keeps finer detail than the target's from aliasing; labels
+    take the nearest voxel.
 
     Args:
         volume: in any axis order.
         target: where to.
         kind: "image" or "label"; labels keep their type, images become float32.
-        fill: value outside the volume; "edge" repeats the outermost voxel.
+        fill: value outside the field of view, which ends at the voxels' edges; "edge" repeats the outermost voxel.
     """
-    array = volume.array.astype(np.float32) if kind == "image" else volume.array
     matrix = np.round(np.linalg.inv(volume.affine) @ target.affine, _COORDINATE_DECIMALS)
-    if kind == "image":
-        array = _smooth(array, np.linalg.norm(matrix[:3, :3], axis=1))
-    mode = "nearest" if fill == "edge" else "constant"
-    value = 0.0 if fill == "edge" else float(fill)
-    order = 1 if kind == "image" else 0
+    if kind == "label":
+        return Volume(_nearest(volume.array, matrix, target.shape, fill), target.affine)
+    smooth = _smooth(volume.array.astype(np.float32), np.linalg.norm(matrix[:3, :3], axis=1))
     moved = ndimage.affine_transform(
-        array, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=order, mode=mode, cval=value
+        smooth, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=1, mode="nearest"
     )
+    if fill != "edge":
+        # SciPy's own constant fill ends at the centres of the outermost voxels, half a voxel too early
+        inside = _nearest(np.ones(smooth.shape, dtype=np.uint8), matrix, target.shape, 0)
+        moved[inside == 0] = fill
     return Volume(moved, target.affine)
 
 
@@ -156,11 +185,40 @@ def turned_like(volume: Volume, grid: Grid) -> Volume:
     return Volume(orientations.apply_orientation(volume.array, turn), grid.affine)
 
 
+def _read_to_the_end(path: str) -> None:
+    """A compressed file that was cut off within its checksum still gives all voxels; only reading on shows it."""
+    if path.endswith(".gz"):
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+
+
+def _invertible(affine: Affine) -> bool:
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not lengths.all():
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) > _SMALLEST_DETERMINANT)
+
+
+def _nearest(array: Array, matrix: Affine, shape: tuple[int, int, int], fill: float | Literal["edge"]) -> Array:
+    mode, value = ("nearest", 0.0) if fill == "edge" else ("grid-constant", float(fill))
+    moved: Array = ndimage.affine_transform(
+        array, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=0, mode=mode, cval=value
+    )
+    return moved
+
+
 def _smooth(array: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
     sigma = np.maximum(step - 1, 0) / 2
     if (sigma < SPACING_TOLERANCE / 2).all():
         return array
     return ndimage.gaussian_filter(array, sigma, mode="nearest")
+
+
+def _cropped_or_padded(source: Grid, size: tuple[int, ...]) -> Grid:
+    x, y, z = (int(length) for length in size)
+    before = (np.array(size) - source.shape) // 2
+    return Grid((x, y, z), source.affine @ nibabel.affines.from_matvec(np.eye(3), -before))
 
 
 def _centred(source: Grid, spacing: tuple[float, float, float], size: tuple[int, ...]) -> Grid:

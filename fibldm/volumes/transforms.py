@@ -1,7 +1,7 @@
 """Transforms that MONAI lacks."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.volumes.grid import ModelGrid, Volume, resample
+from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample
 
 
 class ToModelGridd(MapTransform):
@@ -34,18 +34,12 @@ class ToModelGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         image = item[self.image_key]
-        item[self.image_key] = self._moved(image, "image", self.pad_value)
-        item["valid"] = self._moved(MetaTensor(torch.ones_like(image[:1]), meta=image.meta), "label", 0)
+        target = self.grid.training_grid(_channels(image)[0].canonical().grid)
+        item[self.image_key] = _moved(image, target, "image", self.pad_value)
+        item["valid"] = _moved(MetaTensor(torch.ones_like(image[:1]), meta=image.meta), target, "label", 0)
         if self.label_key in item:
-            item[self.label_key] = self._moved(item[self.label_key], "label", UNKNOWN_LABEL)
+            item[self.label_key] = _moved(item[self.label_key], target, "label", UNKNOWN_LABEL)
         return item
-
-    def _moved(self, tensor: MetaTensor, kind: Any, fill: float) -> MetaTensor:
-        affine = np.asarray(tensor.affine, dtype=np.float64)
-        channels = [Volume(channel, affine).canonical() for channel in tensor.numpy()]
-        target = self.grid.training_grid(channels[0].grid)
-        moved = [resample(channel, target, kind=kind, fill=fill).array for channel in channels]
-        return MetaTensor(torch.from_numpy(np.stack(moved)), affine=torch.from_numpy(target.affine))
 
 
 class AsPlainTensorsd(MapTransform):
@@ -60,3 +54,14 @@ class AsPlainTensorsd(MapTransform):
             value = data[key]
             plain[key] = value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
         return plain
+
+
+def _channels(tensor: MetaTensor) -> list[Volume]:
+    affine = np.asarray(tensor.affine, dtype=np.float64)
+    return [Volume(channel, affine) for channel in tensor.numpy()]
+
+
+def _moved(tensor: MetaTensor, target: Grid, kind: Literal["image", "label"], fill: float) -> MetaTensor:
+    # turned first: a voxel that lies between two others then goes to the same one in every axis order
+    moved = [resample(channel.canonical(), target, kind=kind, fill=fill).array for channel in _channels(tensor)]
+    return MetaTensor(torch.from_numpy(np.stack(moved)), affine=torch.from_numpy(target.affine))

@@ -19,29 +19,34 @@ _SCANNER = 1
 def write_synthetic(path: Path, volume: Volume, provenance: dict[str, Any]) -> None:
     """Write a synthetic volume as NIfTI with its sidecar; there is no way to leave the mark out.
 
-    The file says so three times: ``descrip`` starts with ``SYNTHETIC``, a JSON header extension and the sidecar
-    (``<stem>.json``, written first) hold the whole provenance.
+    It says so three times: ``descrip`` starts with ``SYNTHETIC``, a JSON header extension and the sidecar
+    (``<stem>.json``) hold the whole provenance. The sidecar is in place before the volume is, so that no volume is ever
+    without one.
 
     Args:
         path: ends in ``.nii.gz``.
         volume: in its final units and type.
-        provenance: JSON-able; ``synthetic: true`` is added.
+        provenance: JSON-able; ``synthetic: true`` is added, whatever it says itself.
 
     Raises:
         FibldmError: the volume holds a value that is not finite, or cannot be written.
     """
     if not np.isfinite(volume.array).all():
         raise FibldmError(f"a synthetic volume must be finite; {path.name} is not", "train the run longer")
-    facts = {"synthetic": True, **provenance}
-    write_json(sidecar(path), facts)
+    facts = {"synthetic": True} | provenance | {"synthetic": True}
     image = nifti(volume, "SYNTHETIC by FibLDM, not a patient")
     image.header.extensions.append(Nifti1Extension(_COMMENT, json.dumps(facts).encode()))
     with atomic_path(path) as temporary:
         nibabel.save(image, temporary)
+        write_json(sidecar(path), facts)
 
 
 def write_labels(path: Path, labels: Volume) -> None:
-    """Write a label volume as NIfTI on its own grid."""
+    """Write a label volume as NIfTI on its own grid.
+
+    Raises:
+        FibldmError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
         nibabel.save(nifti(labels, "label map"), temporary)
 

@@ -1,0 +1,21 @@
+"""Networks and the mathematics of diffusion on tensors; no file format, no training engine.
+
+Volumes and latents:
+
+* ``autoencoder``: volumes to latents and back
+* ``wavelet``: the Haar transform at its outer end
+* ``latents``: the scale of the latents, the only place where they are scaled
+
+Diffusion:
+
+* ``process``: how a latent becomes noise, the training targets, and the way back
+* ``timesteps``: times for training, validation and sampling
+* ``samplers``: from noise to a latent with a denoiser
+
+The network that follows a mask:
+
+* ``conditioning``: masks as fractions at the latent's size, with a channel for *unknown*
+* ``controlnet``: a ControlNet that starts as a copy of its base network
+* ``network``: the UNet with its ControlNet, as engine and checkpoint see them
+* ``denoiser``: network, process, condition and guidance as the one function that samplers call
+"""

@@ -1,0 +1,283 @@
+"""The shipped configurations: every part they name exists, and a mistyped key is refused."""
+
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.utils import optional_import
+
+from fibldm import __version__
+from fibldm.cli import run
+from fibldm.errors import FibldmError
+from fibldm.runs import StageFolder
+from fibldm.training.configuration import (
+    STAGE_FILES,
+    Configuration,
+    configs_folder,
+    parse_overrides,
+    shipped,
+    stage_configuration,
+)
+
+ROOT = Path(__file__).parents[1]
+TinyStage = Callable[..., Configuration]
+
+DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
+COMBINATIONS = [
+    (stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in ((), ("tiny",), ("demo",))
+]
+
+
+def files(stage: str, data: str, *extra: str) -> list[str]:
+    return [str(shipped(name)) for name in ("common", data, *STAGE_FILES[stage], *extra)]
+
+
+def components(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping with a ``_target_``, at any depth."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict) and "_target_" in value:
+        yield value
+    for part in parts:
+        yield from components(part)
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts(part)
+
+
+def locate(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    found, exists = optional_import(module, name=name)
+    assert exists, f"{target} cannot be imported"
+    return found
+
+
+def check_component(component: dict[str, Any]) -> None:
+    given = {key: None for key in component if not (key.startswith("_") and key.endswith("_"))}
+    inspect.signature(locate(component["_target_"])).bind(**given)
+
+
+def check_references(parser: ConfigParser) -> None:
+    for text in texts(parser.get()):
+        if text.startswith(("$", "@")):
+            for reference in re.findall(r"@([\w:#]+)", text):
+                assert reference.rstrip(":") in parser, f"{text!r} names {reference!r}, which does not exist"
+
+
+@pytest.mark.parametrize(("stage", "data", "extra"), COMBINATIONS, ids=lambda value: "-".join(value) or "plain" if isinstance(value, tuple) else value)  # fmt: skip
+def test_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files(files(stage, data, *extra)))
+    found = list(components(parser.get()))
+    assert len(found) > 4
+    for component in found:
+        check_component(component)
+    check_references(parser)
+
+
+@pytest.mark.parametrize("wrong", [{"_target_": "torch.nn.Lineer"}, {"_target_": "torch.nn.Linear", "in_feetures": 3}])
+def test_a_part_that_does_not_exist_would_be_seen(wrong: dict[str, Any]) -> None:
+    with pytest.raises((AssertionError, TypeError)):
+        check_component(wrong)
+    with pytest.raises(AssertionError, match="'a::c', which does not exist"):
+        check_references(ConfigParser({"a": {"b": 1}, "d": "$@a::b + @a::c"}))
+
+
+def test_every_shipped_configuration_is_one_of_the_documented() -> None:
+    used = {Path(file).stem for combination in COMBINATIONS for file in files(*combination[:2], *combination[2])}
+    assert used == {path.stem for path in configs_folder().glob("*.yaml")}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "controlnet"])
+def test_the_training_configurations_have_the_properties_of_a_bundle(
+    tiny_stage: TinyStage, tiny_run: Path, stage: str
+) -> None:
+    configuration = tiny_stage(stage, tiny_run)
+    workflow = ConfigWorkflow(
+        config_file=[str(file) for file in configuration.files], workflow_type="train", **configuration.overrides
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    assert workflow.version == __version__
+
+
+@pytest.mark.parametrize("stage", STAGE_FILES)
+def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None:
+    name = STAGE_FILES[stage][-1]
+    header = re.match(r"(#.*\n)+", shipped(name).read_text())
+    assert header is not None
+    text = re.sub(r"\\?\n#\s*", " ", header.group())
+    for word in ("Needs:", "Override: --", "Expect"):
+        assert word in text
+    arguments = shlex.split(text[text.index("python -m") : text.index("Override")])
+    assert arguments[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
+    listed = [ROOT / file for file in yaml.safe_load(arguments[5])]
+    assert all(file.is_file() for file in listed)
+    assert [str(file) for file in listed] == files(stage, "data_chest_phantom")
+    option = re.search(r"Override: --([\w:]+) ", text)
+    assert option is not None
+    assert option.group(1) in ConfigParser(ConfigParser.load_config_files(files(stage, DATA[0])))
+
+
+def test_no_file_that_the_readme_names_is_missing() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md")
+    named = set(re.findall(r"(?:configs|docs|scripts|bundles|tests|fibldm)/[\w./-]*\w", readme.read_text()))
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert named
+    assert not missing
+
+
+# --- keys
+
+
+def make(stage: str = "autoencoder", *configs: str, **overrides: Any) -> Configuration:
+    return stage_configuration(
+        stage, work=Path("w"), run_dir=Path("r"), configs=configs or (DATA[0],), overrides=overrides
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("epohcs", "epochs"),
+        ("train::trainer::max_epohcs", "train::trainer::max_epochs"),
+        ("network_def::wavelat", "network_def::wavelet"),
+        ("views", "views"),
+    ],
+)
+def test_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -> None:
+    with pytest.raises(FibldmError, match=f"key '{key}' is not known") as raised:
+        make("autoencoder", **{key: 1})
+    if key != "views":  # a key of another stage is no key of this one
+        assert raised.value.remedy == f"did you mean '{nearest}'?"
+
+
+@pytest.mark.parametrize("key", ["epochs", "optimizer::betas", "preprocessing::0::keys", "train::dataset::progress"])
+def test_a_key_that_exists_or_that_a_component_takes_is_let_through(key: str) -> None:
+    assert make("autoencoder", **{key: 1}).overrides[key] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "nearest"),
+    [("epohcs: 3", "epochs"), ("train::trainer::max_epohcs: 3", "train::trainer::max_epochs")],
+)
+def test_a_mistyped_key_in_a_file_names_the_nearest_key(tmp_path: Path, content: str, nearest: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(FibldmError, match=rf"key '{content.split(': ')[0]}' in {file} is not known") as raised:
+        make("autoencoder", DATA[0], str(file))
+    assert raised.value.remedy == f"did you mean '{nearest}'?"
+
+
+def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder")
+    assert make("autoencoder", DATA[0], str(file)).files[-1] == file
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        (("tiny",), "a data configuration must give spacing and size"),
+        (("data_chest_fantom",), "configuration must be one of common, .*data_chest_phantom"),
+        (("absent.yaml",), "configuration absent.yaml must exist"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(configs: tuple[str, ...], message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        make("autoencoder", *configs)
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [", "must be YAML"), ("- a", "must hold a mapping .* list")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(FibldmError, match=message):
+        make("autoencoder", DATA[0], str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_stage_lists_the_stages() -> None:
+    with pytest.raises(FibldmError, match="stage must be one of autoencoder, latents, diffusion, controlnet"):
+        make("autoencodr")
+
+
+def test_overrides_are_yaml() -> None:
+    assert parse_overrides(["a=3", "b::c=[1, 2]", "d=1e-4", "e=text", "f=", "g=a=b", "h=true"]) == {
+        "a": 3,
+        "b::c": [1, 2],
+        "d": 1e-4,
+        "e": "text",
+        "f": None,
+        "g": "a=b",
+        "h": True,
+    }
+
+
+@pytest.mark.parametrize("wrong", ["epochs", "=3", "a=["])
+def test_an_override_that_is_no_assignment_is_refused(wrong: str) -> None:
+    with pytest.raises(FibldmError, match="--set needs"):
+        parse_overrides([wrong])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "autoencoder", "--set", "epohcs=1"], "'epohcs' is not known; did you mean 'epochs'?"),
+        (["train", "autoencodr"], "stage must be one of"),
+        (["encode", "--set", "veiws=1"], "did you mean 'views'?"),
+    ],
+)
+def test_the_command_line_exits_with_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--config", DATA[0], "--json"]
+    assert run([*arguments, *places]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert message in f"{error['message']}; {error['remedy']}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_folder_that_is_none_is_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    places = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--config", DATA[0]]
+    assert run(["train", "autoencoder", *places]) == 2
+    assert f"{tmp_path / 'datalist.json'} must exist" in capsys.readouterr().err
+
+
+def test_the_command_line_trains_and_says_how_monai_would(
+    capsys: pytest.CaptureFixture[str], phantom_work: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    chosen = ["--config", str(tiny_data), "--config", "tiny", "--set", "device=cpu"]
+    places = ["--data", str(phantom_work), "--run", str(tmp_path / "run")]
+    assert run(["train", "autoencoder", *places, *chosen, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["outputs"] == [str(tmp_path / "run" / "autoencoder")]
+    assert "python -m monai.bundle run --config_file" in printed.err
+
+
+@pytest.mark.slow
+def test_the_plain_monai_command_trains_the_same(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+    configuration = tiny_stage("autoencoder", tmp_path / "run", patch=[16, 16, 16])
+    listed = ",".join(f"'{file}'" for file in configuration.files)
+    arguments = shlex.split(configuration.command)
+    assert arguments[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
+    resolved = [str((Path.cwd() / file).resolve()) for file in yaml.safe_load(arguments[5])]
+    assert resolved == yaml.safe_load(f"[{listed}]")
+    code = "import torch, runpy; torch.set_num_threads(1); runpy.run_module('monai.bundle', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *arguments[3:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = StageFolder(tmp_path / "run", "autoencoder").weights("last")["objects"]["network"]
+    ours = StageFolder(tiny_run, "autoencoder").weights("last")["objects"]["network"]
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)

@@ -1,0 +1,391 @@
+"""The parts of the networks: wavelet, autoencoder, latent space, mask encoding, ControlNet, guidance."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
+from torch import Tensor, nn
+
+from fibldm import UNKNOWN_LABEL
+from fibldm.errors import FibldmError
+from fibldm.models.autoencoder import Autoencoder, ChannelNorm, FrozenFirstStage, Posterior
+from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.denoiser import Denoiser, guided
+from fibldm.models.latents import LatentSpace
+from fibldm.models.network import ConditionedNetwork
+from fibldm.models.process import Prediction, RectifiedFlow
+from fibldm.models.wavelet import HaarWavelet
+
+LABELS = (0, 1, 4, 7)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def autoencoder(*, wavelet: bool = True, local_norm: bool = True) -> Autoencoder:
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        spatial_dims=3,
+        in_channels=8 if wavelet else 1,
+        out_channels=8 if wavelet else 1,
+        channels=(8, 8) if wavelet else (8, 8, 8),
+        num_res_blocks=(1, 1) if wavelet else (1, 1, 1),
+        latent_channels=3,
+        norm_num_groups=4,
+        attention_levels=(False,) * (2 if wavelet else 3),
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    )
+    return Autoencoder(network, wavelet=wavelet, local_norm=local_norm)
+
+
+def unet(*, channels: int = 2, **changes: object) -> DiffusionModelUNet:
+    torch.manual_seed(1)
+    network = DiffusionModelUNet(in_channels=channels, out_channels=channels, **numbers(**changes))
+    nn.init.normal_(network.out[2].conv.weight)  # MONAI starts it at 0, where everything is equal
+    return network
+
+
+def controlnet(*, channels: int = 2, mask_channels: int = 5, **changes: object) -> ControlNet:
+    torch.manual_seed(2)
+    return ControlNet(
+        in_channels=channels,
+        conditioning_embedding_in_channels=mask_channels,
+        conditioning_embedding_num_channels=(8,),
+        **numbers(**changes),
+    )
+
+
+def numbers(**changes: object) -> dict[str, object]:
+    return {
+        "spatial_dims": 3,
+        "channels": (8, 16),
+        "attention_levels": (False, True),
+        "num_res_blocks": 1,
+        "num_head_channels": 8,
+        "norm_num_groups": 4,
+        **changes,
+    }
+
+
+# --- wavelet
+
+
+def test_the_haar_bands_are_orthonormal_but_for_the_mean() -> None:
+    """The band of means has the volume's own values; the other seven bands hold the rest of its energy exactly."""
+    volume = normal(2, 3, 6, 4, 8)
+    bands = HaarWavelet()(volume).unflatten(1, (3, 8))
+    means = nn.functional.avg_pool3d(volume, 2)
+    torch.testing.assert_close(bands[:, :, 0], means)
+    torch.testing.assert_close(bands[:, :, 1:].square().sum(), volume.square().sum() - 8 * means.square().sum())
+
+
+def test_the_haar_inverse_is_exact() -> None:
+    wavelet = HaarWavelet()
+    volume = normal(1, 2, 4, 6, 2)
+    torch.testing.assert_close(wavelet.inverse(wavelet(volume)), volume, rtol=0, atol=1e-6)
+
+
+def test_the_wavelet_is_no_weight() -> None:
+    assert not HaarWavelet().state_dict()
+
+
+# --- autoencoder
+
+
+def test_a_channel_norm_says_the_same_of_a_patch_and_of_the_whole() -> None:
+    norm, whole = ChannelNorm(6), normal(1, 6, 8, 8, 8)
+    with torch.no_grad():
+        norm.norm.weight.copy_(normal(6, seed=1))
+        torch.testing.assert_close(norm(whole)[:, :, 2:5, 3:, :4], norm(whole[:, :, 2:5, 3:, :4]))
+    torch.testing.assert_close(ChannelNorm(6)(whole).mean(1), torch.zeros(1, 8, 8, 8), atol=1e-6, rtol=0)
+
+
+def test_local_norms_make_a_patch_decode_as_in_the_whole_and_group_norms_do_not() -> None:
+    def difference(local_norm: bool) -> float:
+        network, latent = autoencoder(local_norm=local_norm).eval(), normal(1, 3, 16, 8, 8)
+        with torch.no_grad():
+            whole, part = network.decode(latent), network.decode(latent[:, :, :12])
+        return float((whole[:, :, :8] - part[:, :, :8]).abs().max())
+
+    assert difference(local_norm=True) < 1e-5
+    assert difference(local_norm=False) > 1e-3
+
+
+@pytest.mark.parametrize("wavelet", [True, False])
+def test_a5_a_volume_becomes_a_latent_at_a_quarter_of_its_size(wavelet: bool) -> None:
+    network = autoencoder(wavelet=wavelet)
+    assert (network.compression, network.latent_channels) == (4, 3)
+    posterior = network.encode(normal(2, 1, 16, 8, 12))
+    assert posterior.mean.shape == posterior.std.shape == (2, 3, 4, 2, 3)
+    assert bool((posterior.std > 0).all())
+    assert network.decode(posterior.mean).shape == (2, 1, 16, 8, 12)
+    assert network(normal(1, 1, 8, 8, 8)).volume.shape == (1, 1, 8, 8, 8)
+
+
+def test_a5_a_size_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(FibldmError, match=r"\(16, 10, 12\) must be divisible by 4 .*10 = 2 x 4 \+ 2") as raised:
+        autoencoder().encode(torch.zeros(1, 1, 16, 10, 12))
+    assert raised.value.remedy == "pad to (16, 12, 12), for example with DivisiblePadd(k=4)"
+
+
+def test_a8_a_frozen_first_stage_cannot_be_trained() -> None:
+    frozen = FrozenFirstStage(autoencoder())
+    model = nn.ModuleDict({"first": frozen, "other": nn.Conv3d(3, 3, 1)}).train()
+    before = copy.deepcopy(frozen.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    latent = frozen.encode(normal(1, 1, 8, 8, 8)).mean
+    frozen.decode(model["other"](latent))
+    model["other"](latent).square().sum().backward()
+    optimizer.step()
+    assert not any(part.training for part in frozen.autoencoder.modules())
+    assert frozen.train() is frozen
+    assert all(weight.grad is None and not weight.requires_grad for weight in frozen.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    assert not latent.requires_grad
+
+
+# --- latent space
+
+
+def test_b18_the_latent_space_has_the_moments_of_drawn_latents() -> None:
+    posteriors = [
+        Posterior(normal(1, 2, *size, seed=n) * 3 + 5, normal(1, 2, *size, seed=n + 9).abs())
+        for n, size in enumerate([(2, 3, 4), (5, 1, 2)])
+    ]
+    space = LatentSpace.fit(iter(posteriors), "ae")
+    flat = [np.concatenate([np.moveaxis(p[k].numpy(), 1, 0).reshape(2, -1) for p in posteriors], 1) for k in (0, 1)]
+    flat = [part.astype(np.float64) for part in flat]
+    np.testing.assert_allclose(space.mean, flat[0].mean(1), rtol=1e-12)
+    np.testing.assert_allclose(np.square(space.std), flat[0].var(1) + np.square(flat[1]).mean(1), rtol=1e-10)
+
+
+def test_b18_normalised_latents_come_back() -> None:
+    space = LatentSpace((1.0, -2.0), (0.5, 4.0), "ae")
+    latent = normal(3, 2, 4, 5, 6)
+    torch.testing.assert_close(space.denormalise(space.normalise(latent)), latent)
+    noise = normal(3, 2, 4, 5, 6, seed=1)
+    posterior = Posterior(latent, latent.abs())
+    torch.testing.assert_close(
+        space.normalise_posterior(posterior).sample(noise), space.normalise(posterior.sample(noise))
+    )
+    assert LatentSpace.from_dict(space.to_dict()) == space
+
+
+def test_e14_a_constant_scales_as_in_stable_diffusion() -> None:
+    latent = normal(1, 4, 2, 2, 2)
+    space = LatentSpace.constant(0.18215, 4, "ae")
+    torch.testing.assert_close(space.normalise(latent), latent * 0.18215)
+    torch.testing.assert_close(space.denormalise(latent), latent / 0.18215)
+
+
+def test_h14_latents_of_another_autoencoder_are_refused() -> None:
+    space = LatentSpace.constant(1, 4, "a" * 64)
+    space.check_autoencoder("a" * 64, "run")
+    with pytest.raises(FibldmError, match=r"of run must come from .*\(b{12}\); .* another one \(a{12}\)"):
+        space.check_autoencoder("b" * 64, "run")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LatentSpace.fit([], "ae"), "at least one training latent"),
+        (lambda: LatentSpace.fit([Posterior(torch.ones(1, 2, 3, 3, 3), torch.zeros(1, 2, 3, 3, 3))], "ae"), "vary"),
+        (lambda: LatentSpace((0.0,), (0.0,), "ae"), "one std above 0"),
+        (lambda: LatentSpace((0.0,), (1.0, 1.0), "ae"), "one std above 0"),
+        (lambda: LatentSpace.constant(1, 1, "ae").normalise(torch.zeros(1, 2, 1, 1, 1)), "has 1 channels; got 2"),
+    ],
+)
+def test_b18_what_no_latent_space_can_be(make: object, message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        make()  # type: ignore[operator]
+
+
+# --- mask encoding
+
+
+def mask_of(labels: tuple[int, ...], seed: int = 0) -> Tensor:
+    drawn = torch.randint(len(labels) + 1, (2, 1, 8, 4, 12), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor([*labels, UNKNOWN_LABEL])[drawn].to(torch.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 3, 182])
+def test_a4_a17_fractions_keep_the_volume_of_every_label(count: int) -> None:
+    encoding, mask = MaskEncoding(tuple(range(count)), 4), mask_of(tuple(range(count)))
+    before = mask.clone()
+    fractions = encoding.encode(mask)
+    assert fractions.shape == (2, encoding.channels, 2, 1, 3)
+    assert encoding.channels == count + 1
+    assert torch.equal(fractions.sum(1), torch.ones(2, 2, 1, 3))
+    for channel, label in enumerate([*range(count), UNKNOWN_LABEL]):
+        assert float(fractions[:, channel].sum()) * 4**3 == float((mask == label).sum())
+    assert torch.equal(mask, before)
+
+
+def test_a4_a_thin_label_survives() -> None:
+    mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
+    mask[0, 0, 3, 5, :] = 7
+    fractions = MaskEncoding(LABELS, 4).encode(mask)
+    assert fractions[0, 3, 0, 1].tolist() == [4 / 64, 4 / 64]
+    assert float(fractions[0, 3].sum()) == 8 / 64
+
+
+def test_a19_unknown_voxels_go_to_the_last_channel() -> None:
+    mask = torch.full((1, 1, 4, 4, 4), UNKNOWN_LABEL, dtype=torch.uint8)
+    encoding = MaskEncoding(LABELS, 4)
+    assert encoding.encode(mask).flatten().tolist() == [0, 0, 0, 0, 1]
+    assert torch.equal(encoding.encode(mask), encoding.null(encoding.encode(torch.zeros_like(mask))))
+
+
+@pytest.mark.parametrize("wrong", [3, 4.5])
+def test_h10_a_label_that_the_data_do_not_have_is_refused(wrong: float) -> None:
+    mask = torch.zeros(1, 1, 4, 4, 4)
+    mask[0, 0, 1, 2, 3] = wrong
+    with pytest.raises(FibldmError, match=rf"\[0, 1, 4, 7\] or 255 \(unknown\); got also \[{wrong:.1f}\]"):
+        MaskEncoding(LABELS, 4).encode(mask)
+
+
+def test_a5_a_mask_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(FibldmError, match="must be divisible by 4"):
+        MaskEncoding(LABELS, 4).encode(torch.zeros(1, 1, 4, 4, 6))
+
+
+def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing_else() -> None:
+    encoding = MaskEncoding(LABELS, 4)
+    fractions = encoding.encode(mask_of(LABELS))
+    before = fractions.clone()
+    dropped = torch.tensor([[False, False, True, False], [False, False, False, False]])
+    result = encoding.drop_labels(fractions, dropped)
+    assert torch.equal(fractions, before)
+    assert torch.equal(result[1], before[1])
+    assert torch.equal(result[0, [1, 3]], before[0, [1, 3]])
+    assert torch.equal(result[0, [0, 2]], torch.zeros(2, 2, 1, 3))
+    assert torch.equal(result[0, 4], before[0, 4] + before[0, 0] + before[0, 2])
+
+
+@pytest.mark.parametrize("labels", [(0,), (0, 1), LABELS])
+def test_c10_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]) -> None:
+    encoding = MaskEncoding(labels, 4)
+    fractions = encoding.encode(mask_of(labels))
+    all_dropped = encoding.drop_labels(fractions, torch.ones(2, len(labels), dtype=torch.bool))
+    assert torch.equal(all_dropped, encoding.null(fractions))
+
+
+# --- ControlNet
+
+
+def steered(**changes: object) -> ConditionedNetwork:
+    return ConditionedNetwork(unet(), controlnet(**changes), freeze_base=True)
+
+
+def test_e13_a_new_controlnet_changes_nothing_to_the_bit() -> None:
+    network = steered().eval()
+    z, t, mask = normal(2, 2, 4, 4, 4), torch.tensor([3.0, 700.0]), torch.rand(2, 5, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(network(z, t, mask), unet().eval()(z, t))
+        assert torch.equal(network(z, t), unet().eval()(z, t))
+
+
+def test_e13_a_controlnet_starts_with_the_weights_of_its_base() -> None:
+    network = steered()
+    base, own = network.unet.state_dict(), network.controlnet.state_dict()
+    shared = [name for name in own if not name.startswith("controlnet_")]
+    assert {name.split(".")[0] for name in shared} == {"conv_in", "time_embed", "down_blocks", "middle_block"}
+    assert all(torch.equal(own[name], base[name]) for name in shared)
+    assert all(own[name].data_ptr() != base[name].data_ptr() for name in shared)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": (8, 24)},
+        {"channels": (8, 16, 16), "attention_levels": (False, True, True)},
+        {"channels": (8,), "attention_levels": (False,)},
+        {"num_res_blocks": 2},
+        {"attention_levels": (True, True)},
+        {"num_head_channels": 16},
+        {"norm_num_groups": 8},
+    ],
+    ids=str,
+)
+def test_e13_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    other = ControlNet(
+        in_channels=2,
+        conditioning_embedding_in_channels=5,
+        conditioning_embedding_num_channels=(8,),
+        **numbers(**changes),
+    )
+    with pytest.raises(FibldmError, match="must be built with the numbers of its base network"):
+        ConditionedNetwork(unet(), other)
+
+
+@pytest.mark.parametrize("mask_channels", [1, 4, 183])
+def test_e13_a17_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channels: int) -> None:
+    network = steered(mask_channels=mask_channels)
+    z, t = normal(1, 2, 4, 4, 4), torch.tensor([500.0])
+    assert network(z, t, torch.rand(1, mask_channels, 4, 4, 4)).shape == z.shape
+    with pytest.raises(RuntimeError, match=f"to have {mask_channels} channels"):
+        network(z, t, torch.rand(1, mask_channels + 1, 4, 4, 4))
+
+
+def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
+    network = steered()
+    for part in (network.controlnet.controlnet_mid_block, network.controlnet.controlnet_cond_embedding.conv_out):
+        nn.init.normal_(next(part.parameters()))  # past the zeros it starts with, where most gradients are 0
+    network(normal(1, 2, 4, 4, 4), torch.tensor([500.0]), torch.rand(1, 5, 4, 4, 4)).square().sum().backward()
+    assert all(weight.grad is None for weight in network.unet.parameters())
+    assert all(weight.grad is not None for weight in network.controlnet.parameters())
+    gradient = network.controlnet.controlnet_cond_embedding.conv_in.conv.weight.grad
+    assert gradient is not None
+    assert float(gradient.abs().sum()) > 0
+
+
+def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
+    assert ConditionedNetwork(unet()).multiple == 2
+
+
+# --- denoiser and guidance
+
+
+def test_a_denoiser_turns_the_output_into_the_latent() -> None:
+    """Rectified flow: ``z_0 = z_t - t (eps - z_0)``, with the network's time of 1000 t."""
+    network = ConditionedNetwork(unet()).eval()
+    z_t, t = normal(2, 2, 4, 4, 4), torch.tensor([0.25, 0.75])
+    with torch.no_grad():
+        flow = network(z_t, 1000 * t)
+        made = Denoiser(network, RectifiedFlow(), "flow")(z_t, t)
+    torch.testing.assert_close(made.z_0, z_t - t.view(2, 1, 1, 1, 1) * flow)
+
+
+def test_c10_guidance_of_1_costs_no_second_call() -> None:
+    def conditional(z_t: Tensor, t: Tensor) -> Prediction:
+        return Prediction(z_t)
+
+    def forbidden(z_t: Tensor, t: Tensor) -> Prediction:
+        raise AssertionError
+
+    assert guided(conditional, forbidden, 1.0) is conditional
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
+def test_c10_guidance_goes_along_the_line_from_the_null_to_the_condition(scale: float) -> None:
+    given, null = normal(1, 2, 3, 3, 3), normal(1, 2, 3, 3, 3, seed=1)
+    denoise = guided(lambda z, t: Prediction(given), lambda z, t: Prediction(null), scale)
+    result = denoise(given, torch.ones(1)).z_0
+    torch.testing.assert_close(result, null + scale * (given - null))
+
+
+def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise() -> None:
+    """Ho & Salimans 2022, eq. 6: the latent of the guided noise is the guided latent."""
+    process, t = RectifiedFlow(), torch.tensor([0.4])
+    z_t, eps_c, eps_n = normal(1, 1, 2, 2, 2), normal(1, 1, 2, 2, 2, seed=1), normal(1, 1, 2, 2, 2, seed=2)
+
+    def latent(eps: Tensor) -> Tensor:
+        return (z_t - process.sigma(t) * eps) / process.alpha(t)
+
+    made = guided(lambda z, t: Prediction(latent(eps_c)), lambda z, t: Prediction(latent(eps_n)), 3.0)(z_t, t).z_0
+    torch.testing.assert_close(made, latent(eps_n + 3.0 * (eps_c - eps_n)))

@@ -1,0 +1,198 @@
+"""A stage that was interrupted ends with the same weights as one that was not (H7, C19, D24).
+
+The fast tests raise in the middle of an epoch; the slow ones kill the process, which gives nothing the time to tidy up.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fibldm.files import hash_file
+from fibldm.models.autoencoder import FrozenFirstStage
+from fibldm.runs import STAGES, StageFolder
+from fibldm.training.configuration import Configuration
+from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
+
+TRAINED = ("autoencoder", "diffusion", "controlnet")
+EPOCHS = 4
+TinyStage = Callable[..., Configuration]
+
+# Runs a command of MONAI's after making every checkpoint or latent take long enough to be killed at.
+SLOWLY = """
+import os, runpy, time, torch
+torch.set_num_threads(1)
+rename = os.replace
+def rename_slowly(source, target, **settings):
+    rename(source, target, **settings)
+    if str(target).endswith(("last.pt", ".safetensors")):
+        time.sleep(0.4)
+os.replace = rename_slowly
+runpy.run_module("monai.bundle", run_name="__main__")
+"""
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def before(tiny_run: Path, tmp_path: Path) -> Callable[[str, str], Path]:
+    """Makes a run folder that has all the stages before one: ``before(stage, name)``."""
+
+    def copied(stage: str, name: str) -> Path:
+        for earlier in STAGES[: STAGES.index(stage)]:
+            shutil.copytree(tiny_run / earlier, tmp_path / name / earlier)
+        return tmp_path / name
+
+    return copied
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two nested values are not equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [where]
+    if isinstance(one, dict) and one.keys() == other.keys():
+        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list) and len(one) == len(other):
+        return [found for n, part in enumerate(one) for found in differences(part, other[n], f"{where}/{n}")]
+    return [] if one == other else [where]
+
+
+def checkpoint_differences(run: Path, other: Path, stage: str) -> list[str]:
+    folders = [StageFolder(run, stage), StageFolder(other, stage)]
+    assert folders[0].require()["weights"] == folders[1].require()["weights"]
+    last, best = ([folder.weights(name) for folder in folders] for name in ("last", "best"))
+    assert last[0]["objects"].keys() == {"network", "ema", "optimizer"}
+    return [*differences(*last, "last"), *differences(*best, "best")]
+
+
+def losses(run: Path, stage: str) -> list[list[str]]:
+    rows = [row.split(",") for row in (run / stage / "metrics.csv").read_text().splitlines()]
+    return [row[:-1] for row in rows]  # all but the seconds
+
+
+def test_a_difference_would_be_seen() -> None:
+    one = {"a": [torch.zeros(2), {"b": 1.0}]}
+    assert differences(one, {"a": [torch.zeros(2), {"b": 1.0}]}) == []
+    assert differences(one, {"a": [torch.tensor([0.0, 1e-30]), {"b": 2.0}]}) == ["/a/0", "/a/1/b"]
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_h7_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
+    tiny_stage: TinyStage, before: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    whole, broken = before(stage, "whole"), before(stage, "broken")
+    settings = {"epochs": EPOCHS, "batch_size": 1}
+    tiny_stage(stage, whole, **settings).run()
+    prepare = VolumePrepareBatch if stage == "autoencoder" else LatentPrepareBatch
+    original, calls = prepare.__call__, 0
+
+    def break_off(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        # 2 epochs of 3 or more steps each and their validation are over
+        if calls > 12 and not (broken / "was-interrupted").exists():
+            (broken / "was-interrupted").touch()
+            raise Interrupted
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(prepare, "__call__", break_off)
+    with pytest.raises(RuntimeError):
+        tiny_stage(stage, broken, **settings).run()
+    assert StageFolder(broken, stage).done() is None
+    assert 0 < StageFolder(broken, stage).weights("last")["epoch"] < EPOCHS
+    torch.manual_seed(12345)  # a new process has other random numbers
+    tiny_stage(stage, broken, **settings).run()
+    assert "going on after epoch" in (broken / stage / "log.txt").read_text()
+    assert checkpoint_differences(whole, broken, stage) == []
+    assert losses(whole, stage) == losses(broken, stage)
+
+
+def test_h7_latents_that_broke_off_end_the_same(
+    tiny_stage: TinyStage, before: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = before("latents", "whole"), before("latents", "broken")
+    tiny_stage("latents", whole, views=3).run()
+    encode, calls = FrozenFirstStage.encode, 0
+
+    def break_off(self: FrozenFirstStage, volume: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Interrupted
+        return encode(self, volume)
+
+    monkeypatch.setattr(FrozenFirstStage, "encode", break_off)
+    with pytest.raises(RuntimeError):
+        tiny_stage("latents", broken, views=3).run()
+    kept = latent_files(broken)
+    assert len(kept) == 2
+    tiny_stage("latents", broken, views=3).run()
+    assert latent_files(broken) == latent_files(whole)
+    assert kept.items() < latent_files(whole).items()
+
+
+def latent_files(run: Path) -> dict[str, str]:
+    files = (path for path in (run / "latents").rglob("*") if path.name.endswith((".safetensors", "latents.json")))
+    return {str(file.relative_to(run)): hash_file(file) for file in files}
+
+
+# --- the same by SIGKILL
+
+
+def start(configuration: Configuration) -> subprocess.Popen[bytes]:
+    listed = "[" + ",".join(f"'{file.resolve()}'" for file in configuration.files) + "]"
+    options = [text for key, value in configuration.overrides.items() for text in (f"--{key}", str(value))]
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, "run", "--config_file", listed, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINED)
+def test_h7_a_stage_that_was_killed_ends_with_the_same_weights(
+    tiny_stage: TinyStage, before: Callable[[str, str], Path], stage: str
+) -> None:
+    whole, killed = before(stage, "whole"), before(stage, "killed")
+    tiny_stage(stage, whole, epochs=EPOCHS).run()
+    interrupted = tiny_stage(stage, killed, epochs=EPOCHS)
+    kill_when(start(interrupted), (killed / stage / "checkpoints" / "last.pt").exists)
+    assert StageFolder(killed, stage).done() is None
+    assert StageFolder(killed, stage).weights("last")["epoch"] < EPOCHS
+    assert start(interrupted).wait(60) == 0
+    assert checkpoint_differences(whole, killed, stage) == []
+    assert losses(whole, stage) == losses(killed, stage)
+
+
+@pytest.mark.slow
+def test_h7_latents_that_were_killed_end_the_same(
+    tiny_stage: TinyStage, before: Callable[[str, str], Path]
+) -> None:
+    whole, killed = before("latents", "whole"), before("latents", "killed")
+    tiny_stage("latents", whole, views=3).run()
+    interrupted = tiny_stage("latents", killed, views=3)
+    folder = killed / "latents" / "training"
+    kill_when(start(interrupted), lambda: any(folder.glob("sub*.safetensors")))
+    assert 0 < len(latent_files(killed)) < len(latent_files(whole))
+    assert start(interrupted).wait(60) == 0
+    assert latent_files(killed) == latent_files(whole)
