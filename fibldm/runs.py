@@ -24,7 +24,8 @@ _COMMANDS = {
 
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
-    "_meta_ bundle_root checkpoint_every dataset_dir device epochs imports num_workers restart run run_dir stage work".split()
+    "_meta_ bundle_root checkpoint_every dataset_dir device epochs imports num_workers restart run run_dir "
+    "stage work".split()
 )
 
 

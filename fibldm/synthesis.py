@@ -1,6 +1,7 @@
 """The main job: from a mask to a synthetic volume on the mask's own grid."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 import fibldm
@@ -163,9 +166,8 @@ class Synthesizer:
         shape = (len(self.space.mean), *condition.shape[2:])
         noise = draw_noise(shape, [generator]).to(device)
         denoise = guided(self._denoiser(condition), self._denoiser(self.mask.null(condition)), settings.guidance)
-        z = sampler(settings.sampler)(
-            denoise, noise, sampling_times(settings.steps), process=self.process, generators=[generator]
-        )
+        times = sampling_times(settings.steps, spacing=self.process.sampling_spacing)
+        z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=[generator])
         volume: Tensor = self.first_stage.decode(self.space.denormalise(z))
         return volume[0, 0].clamp(-1, 1).float().cpu().numpy()
 
@@ -212,6 +214,42 @@ def synthesize_file(
     _keep_mask(out / "masks" / f"{stem}.nii.gz", _as_labels(mask))
     write_synthetic(path, made.volume, {**request, **made.provenance})
     return path
+
+
+def synthesize_files(
+    run_dir: str | Path,
+    masks: Sequence[str | Path],
+    out: str | Path,
+    *,
+    count: int,
+    settings: SamplingSettings,
+    allow_extrapolation: bool = False,
+    device: str | torch.device | None = None,
+) -> list[Path]:
+    """Write ``count`` volumes of every mask that ``masks`` names (files and folders), with a progress bar.
+
+    Args:
+        run_dir: a run whose ControlNet stage is finished.
+        masks: NIfTI files, and folders of them.
+        out: folder to write to; see `synthesize_file`.
+        count: volumes per mask.
+        settings: how to sample.
+        allow_extrapolation: go on where a mask lies outside what the training data covered.
+        device: None takes CUDA where there is one.
+
+    Raises:
+        FibldmError: no mask, one that is refused, or a run that is not finished.
+    """
+    files = find_masks([Path(mask) for mask in masks])
+    synthesizer = Synthesizer.from_run(run_dir, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    jobs = [(file, number) for file in files for number in range(count)]
+    console = Console(stderr=True)
+    return [
+        synthesize_file(
+            synthesizer, file, Path(out), number=number, settings=settings, allow_extrapolation=allow_extrapolation
+        )
+        for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal)
+    ]
 
 
 def find_masks(sources: list[Path]) -> list[Path]:

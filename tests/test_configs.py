@@ -32,10 +32,9 @@ from fibldm.training.configuration import (
 ROOT = Path(__file__).parents[1]
 TinyStage = Callable[..., Configuration]
 
+ALONE = ("inference",)  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
-COMBINATIONS = [
-    (stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in ((), ("tiny",), ("demo",))
-]
+COMBINATIONS = [(stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in ((), ("tiny",), ("demo",))]
 
 
 def files(stage: str, data: str, *extra: str) -> list[str]:
@@ -77,14 +76,23 @@ def check_references(parser: ConfigParser) -> None:
                 assert reference.rstrip(":") in parser, f"{text!r} names {reference!r}, which does not exist"
 
 
-@pytest.mark.parametrize(("stage", "data", "extra"), COMBINATIONS, ids=lambda value: "-".join(value) or "plain" if isinstance(value, tuple) else value)  # fmt: skip
-def test_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
-    parser = ConfigParser(ConfigParser.load_config_files(files(stage, data, *extra)))
+def check_all(merged: list[str]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files(merged))
     found = list(components(parser.get()))
-    assert len(found) > 4
+    assert found
     for component in found:
         check_component(component)
     check_references(parser)
+
+
+@pytest.mark.parametrize(("stage", "data", "extra"), COMBINATIONS, ids=str)
+def test_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
+    check_all(files(stage, data, *extra))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_every_part_of_a_configuration_that_runs_alone_exists(name: str) -> None:
+    check_all([str(shipped(name))])
 
 
 @pytest.mark.parametrize("wrong", [{"_target_": "torch.nn.Lineer"}, {"_target_": "torch.nn.Linear", "in_feetures": 3}])
@@ -97,7 +105,7 @@ def test_a_part_that_does_not_exist_would_be_seen(wrong: dict[str, Any]) -> None
 
 def test_every_shipped_configuration_is_one_of_the_documented() -> None:
     used = {Path(file).stem for combination in COMBINATIONS for file in files(*combination[:2], *combination[2])}
-    assert used == {path.stem for path in configs_folder().glob("*.yaml")}
+    assert used | {*ALONE} == {path.stem for path in configs_folder().glob("*.yaml")}
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "controlnet"])
@@ -185,7 +193,9 @@ def test_a_mistyped_key_in_a_file_names_the_nearest_key(tmp_path: Path, content:
 
 def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder")
+    file.write_text(
+        "views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder"
+    )
     assert make("autoencoder", DATA[0], str(file)).files[-1] == file
 
 

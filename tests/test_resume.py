@@ -185,9 +185,7 @@ def test_h7_a_stage_that_was_killed_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_h7_latents_that_were_killed_end_the_same(
-    tiny_stage: TinyStage, before: Callable[[str, str], Path]
-) -> None:
+def test_h7_latents_that_were_killed_end_the_same(tiny_stage: TinyStage, before: Callable[[str, str], Path]) -> None:
     whole, killed = before("latents", "whole"), before("latents", "killed")
     tiny_stage("latents", whole, views=3).run()
     interrupted = tiny_stage("latents", killed, views=3)

@@ -14,7 +14,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.runs import STAGES, StageFolder, hash_weights, load_facts
 from fibldm.training.configuration import Configuration
-from fibldm.training.latents import Latents
+from fibldm.training.latents import Latents, LoadLatent
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
 TinyStage = Callable[..., Configuration]
@@ -140,9 +140,14 @@ def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> Non
     assert len(last["optimizer"]["state"]) == trained
 
 
-def test_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
+def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
     latents = Latents.open(tiny_run)
-    assert latents.channels == 8
+    views = [LoadLatent(latents)(item) for item in latents.items("training")]
+    means, spreads = (torch.stack([view[key] for view in views]).double() for key in ("mean", "std"))
+    assert means.shape[1:] == (latents.channels, 8, 8, 8)
+    torch.testing.assert_close(means.mean((0, 2, 3, 4)), torch.zeros(latents.channels).double(), atol=1e-5, rtol=0)
+    square = (means.square() + spreads.square()).mean((0, 2, 3, 4))
+    torch.testing.assert_close(square, torch.ones(latents.channels).double(), atol=1e-4, rtol=0)
     assert latents.mask.channels == len(latents.facts["labels"]) + 1
     assert latents.facts["grid"] == {"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 32]}
     assert not {item["subject"] for item in latents.items("training")} & {

@@ -98,7 +98,7 @@ def test_a_volume_is_its_own_target() -> None:
 
 @pytest.mark.parametrize(("process", "target"), PAIRS, ids=lambda value: getattr(value, "schedule", str(value)))
 def test_the_noise_that_is_added_is_the_noise_that_is_predicted(process: Process, target: Any) -> None:
-    """With a latent that is certain, ``eps = (z_t - alpha z_0) / sigma``; the target must be made of that very noise."""
+    """With a certain latent ``eps = (z_t - alpha z_0) / sigma``; the target must be made of that very noise."""
     items = [sample(5, view=1), sample(6, view=2)]
     prepare = LatentPrepareBatch(process, target=target, times=GridTimes(4))
     z_t, wanted, (network_time,), _ = prepare(batch(*items), device="cpu")
@@ -178,7 +178,7 @@ def engine_of(step: Callable[[Engine, Any], Any], length: int = 1, epochs: int =
 
 
 def test_the_average_of_a_ramp_is_its_closed_form() -> None:
-    """Weights ``w_n = n``: past the warm-up the average lags by ``(1 - m) / m``; before it, it is the product formula."""
+    """Weights ``w_n = n``: the average is a product formula, and past the warm-up it lags by ``(1 - m) / m``."""
     model = nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         model.weight.zero_()
@@ -241,9 +241,7 @@ def test_gradients_are_scaled_to_the_norm() -> None:
 
 def metrics_engine(folder: Path, losses: list[float]) -> tuple[Engine, Metrics]:
     """One iteration per epoch, with these losses; the engine ends after the last."""
-    engine = engine_of(
-        lambda engine, item: {"loss": torch.tensor(losses[engine.state.epoch - 1])}, epochs=len(losses)
-    )
+    engine = engine_of(lambda engine, item: {"loss": torch.tensor(losses[engine.state.epoch - 1])}, epochs=len(losses))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.25)
     metrics = Metrics(folder / "metrics.csv", optimizer)
     metrics.attach(engine)

@@ -23,23 +23,13 @@ def synthesize(
     ] = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-
-    from fibldm.synthesis import SamplingSettings, Synthesizer, find_masks, synthesize_file
+    from fibldm.synthesis import SamplingSettings, synthesize_files
 
     settings = SamplingSettings(sampler=sampler, steps=steps, guidance=guidance, seed=seed)
-    files = find_masks(masks)
-    synthesizer = Synthesizer.from_run(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
-    jobs = [(file, number) for file in files for number in range(count)]
-    outputs = [
-        synthesize_file(
-            synthesizer, file, out, number=number, settings=settings, allow_extrapolation=allow_extrapolation
-        )
-        for file, number in track(jobs, "synthesize", console=Console(stderr=True))
-    ]
+    outputs = synthesize_files(
+        run, masks, out, count=count, settings=settings, allow_extrapolation=allow_extrapolation, device=device
+    )
     print(f"{len(outputs)} synthetic volumes in {out} ({settings.network_calls} network calls each)")
     return {"outputs": [str(path) for path in outputs], "network_calls": settings.network_calls}

@@ -102,8 +102,11 @@ def _voxels_on(labels: Volume, path: Path) -> Array:
 
 
 def _on_grid(mask: Path, labels: Volume) -> Array:
-    """Another patient's labels where they would lie in this one's scanner; background outside their field of view."""
-    return resample(read_volume(str(mask)).canonical(), labels.grid, kind="label", fill=0).array
+    """Another patient's labels with their field of view centred on this one's; background outside of it."""
+    other = read_volume(str(mask)).canonical()
+    shift = np.eye(4)
+    shift[:3, 3] = labels.grid.centre - other.grid.centre
+    return resample(Volume(other.array, shift @ other.affine), labels.grid, kind="label", fill=0).array
 
 
 def _mean(cases: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
     @property
     def compression(self) -> int:
         """Voxels per latent cell along each axis."""
-        halvings = sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.blocks)
+        halvings = sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.modules())
         return int(2 ** (halvings + (self.wavelet is not None)))
 
     @property

@@ -13,8 +13,8 @@ def copy_base_weights(controlnet: ControlNet, unet: DiffusionModelUNet) -> Contr
     """Start a ControlNet from its base network: every layer they share gets the base network's weights.
 
     The outputs of its own layers stay zero, as MONAI initialises them, so that at the start the ControlNet changes
-    nothing. MONAI's embedding of the mask ends in a zero layer of its own; it starts at random here, since two zeros in a
-    row give the mask no gradient until the first one has moved.
+    nothing. MONAI's embedding of the mask ends in a zero layer of its own; it starts at random here, since two zeros in
+    a row give the mask no gradient until the first one has moved.
 
     Raises:
         FibldmError: the two were not built with the same numbers.

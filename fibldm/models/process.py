@@ -62,6 +62,11 @@ class Process(ABC):
         return (alpha * z_0 + sigma * noise).to(z_0.dtype)
 
     @property
+    def sampling_spacing(self) -> Literal["uniform", "quadratic"]:
+        """The grid of sampling times on which few steps lose least, see `timesteps.sampling_times`."""
+        return "uniform"
+
+    @property
     def targets(self) -> tuple[Target, ...]:
         """The targets from which ``z_0`` can be recovered at every time in (0, 1]."""
         return get_args(Target) if self._alpha_at_one >= SMALLEST_ALPHA else get_args(Target)[1:]
@@ -191,6 +196,11 @@ class VariancePreserving(Process):
     def sigma(self, t: Tensor) -> Tensor:
         # 1 - alpha^2 would lose half the digits near t = 0.
         return _rounded(torch.expm1(2 * self._log_alpha(t)).abs().sqrt(), t)
+
+    @property
+    def sampling_spacing(self) -> Literal["uniform", "quadratic"]:
+        """Quadratic: the schedule changes fastest near t = 0."""
+        return "quadratic"
 
     def network_time(self, t: Tensor) -> Tensor:
         """Index into the table of betas, ``steps t - 1`` in [0, steps - 1]."""

@@ -61,7 +61,7 @@ class KeyedDataset(CacheDataset):
     An item also holds ``seed`` and ``view``, from which the batch draws its noise and times.
     """
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:  # type: ignore[override]
         if isinstance(self.transform, Randomizable):
             self.transform.set_random_state(seed=draw.seed)
         item: dict[str, Any] = dict(self._transform(draw.index))

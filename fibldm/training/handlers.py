@@ -58,8 +58,8 @@ class EMA(EMAHandler):
         for average, weight in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
             if weight.requires_grad:
                 average.lerp_(weight, momentum)
-        for average, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
-            average.copy_(buffer)
+        for buffer, current in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            buffer.copy_(current)
 
 
 class ClipGradient:
@@ -108,7 +108,8 @@ class Metrics:
         self._losses, self.validation_loss, self._started = [], None, time.monotonic()
 
     def _add(self, engine: Engine) -> None:
-        self._losses.append(engine.state.output["loss"].detach())
+        output: Any = engine.state.output
+        self._losses.append(output["loss"].detach())
 
     def _write(self, engine: Engine) -> None:
         loss = float(torch.stack(self._losses).mean())
@@ -159,7 +160,7 @@ class ShowProgress:
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._stop)
 
     def _start(self, engine: Engine) -> None:
-        total = engine.state.max_epochs * engine.state.epoch_length
+        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
         self.task = self.progress.add_task(self.name, total=total, completed=engine.state.iteration, loss="")
         self.progress.start()
 
@@ -170,7 +171,7 @@ class ShowProgress:
         row = self.metrics.rows[-1]
         text = f"loss {float(row['loss']):.4f}"
         self.progress.update(self.task, loss=text)
-        epochs = engine.state.max_epochs
+        epochs = engine.state.max_epochs or 0
         if engine.state.epoch % max(1, epochs // 20) == 0 or engine.state.epoch == epochs:
             validation = f", validation {row['validation_loss']}" if row["validation_loss"] else ""
             _logger.info("%s: epoch %d/%d, %s%s", self.name, engine.state.epoch, epochs, text, validation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.process import Process
+from fibldm.models.process import Process, Target
 from fibldm.models.timesteps import GridTimes, TrainingTimes
 from fibldm.training.losses import Weighted
 
@@ -45,7 +45,7 @@ class LatentPrepareBatch(PrepareBatch):
         self,
         process: Process,
         *,
-        target: str,
+        target: Target,
         times: TrainingTimes,
         mask: MaskEncoding | None = None,
         mask_dropout: float = 0.0,

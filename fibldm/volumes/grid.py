@@ -47,6 +47,11 @@ class Grid:
         x, y, z = (length * step for length, step in zip(self.shape, self.spacing, strict=True))
         return x, y, z
 
+    @property
+    def centre(self) -> Affine:
+        """Centre of the field of view, RAS+ mm, shape ``(3,)``."""
+        return nibabel.affines.apply_affine(self.affine, (np.array(self.shape) - 1) / 2)
+
 
 @dataclass(frozen=True)
 class Volume:
