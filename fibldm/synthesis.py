@@ -99,14 +99,13 @@ class Synthesizer:
         facts = load_facts(run_dir)
         stage = StageFolder(Path(run_dir), "controlnet")
         weights = stage.require()["weights"]
-        labels = tuple(int(label) for label in facts["labels"])
         return cls(
             network=stage.trained(device="cpu").to(device),
             first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
             space=LatentSpace.from_dict(facts["space"]),
             process=stage.component("process"),
             target=stage.component("target"),
-            mask=MaskEncoding(labels, facts["compression"]),
+            mask=stage.component("mask"),
             grid=ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
             intensity=Intensity.from_dict(facts["intensity"]),
             envelope=Envelope.from_dict(facts["envelope"]),
@@ -140,6 +139,7 @@ class Synthesizer:
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
         outside = self.envelope.check(source, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, self.mask.compression * self.network.multiple)
+        same_spacing = np.allclose(grid.spacing, source.grid.spacing)
         placed = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
         decoded = self._sample(placed, key=(settings.seed, name, number), settings=settings)
         returned = resample(Volume(decoded, grid.affine), source.grid, kind="image")
@@ -153,7 +153,7 @@ class Synthesizer:
             "network_calls": settings.network_calls,
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
-            "resampled_to_mm": list(grid.spacing) if self.grid.resamples(source.grid) else None,
+            "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
             "extrapolation": outside,
             "notice": "synthetic; a mask drawn on a real scan still carries the anatomy of its patient",
         }

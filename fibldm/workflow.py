@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ class DemoSettings:
         subjects: phantom patients; about one in six is scanned twice.
         seed: decides phantoms, split, training and samples.
         configs: what the training stages use beside `data_chest_phantom`.
-        overrides: by stage, on top of them.
+        epochs: by stage; the others take what their configuration says.
     """
 
     subjects: int = 50
     seed: int = 0
     configs: tuple[str, ...] = ("demo",)
-    overrides: Mapping[str, Mapping[str, Any]] | None = None
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 45, "diffusion": 45, "controlnet": 60})
 
 
 def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
 
 
 def _train(stage: str, work: Path, run: Path, settings: DemoSettings) -> str:
-    overrides = {"seed": settings.seed, **dict((settings.overrides or {}).get(stage, {}))}
+    overrides = {"seed": settings.seed}
+    if stage in settings.epochs:
+        overrides["epochs"] = settings.epochs[stage]
     configs = ("data_chest_phantom", *settings.configs)
     configuration = stage_configuration(stage, work=work, run_dir=run, configs=configs, overrides=overrides)
     configuration.run()

@@ -389,3 +389,25 @@ def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise()
 
     made = guided(lambda z, t: Prediction(latent(eps_c)), lambda z, t: Prediction(latent(eps_n)), 3.0)(z_t, t).z_0
     torch.testing.assert_close(made, latent(eps_n + 3.0 * (eps_c - eps_n)))
+
+
+@pytest.mark.parametrize("detail", [1, 2, 4])
+def test_a19_mask_detail_says_where_in_a_cell_a_label_lies(detail):
+    """A4, A19: the parts of a cell average to its fraction; one voxel fills one part, in the order of the axes."""
+    labels = torch.randint(0, 3, (2, 1, 8, 12, 4))
+    coarse, fine = MaskEncoding((0, 1, 2), 4).encode(labels), MaskEncoding((0, 1, 2), 4, detail).encode(labels)
+    assert fine.shape == (2, 4 * detail**3, 2, 3, 1)
+    torch.testing.assert_close(fine.unflatten(1, (4, -1)).mean(dim=2), coarse)
+    voxel = torch.zeros(1, 1, 4, 4, 4, dtype=torch.long)
+    voxel[0, 0, 3, 0, 1] = 1
+    part = (3 * detail // 4) * detail**2 + (0 * detail // 4) * detail + 1 * detail // 4
+    assert MaskEncoding((0, 1), 4, detail).encode(voxel)[0, detail**3 :][: detail**3].flatten().nonzero().item() == part
+
+
+def test_a19_dropping_every_label_of_a_detailed_mask_is_its_null():
+    """C10, H10: dropout and guidance share the null, whatever the detail."""
+    mask = MaskEncoding((0, 1, 2), 4, 2)
+    encoded = mask.encode(torch.randint(0, 3, (2, 1, 8, 8, 8)))
+    torch.testing.assert_close(mask.drop_labels(encoded, torch.ones(2, 3, dtype=torch.bool)), mask.null(encoded))
+    with pytest.raises(FibldmError, match="mask detail must divide the compression 4; got 3"):
+        MaskEncoding((0, 1), 4, 3)

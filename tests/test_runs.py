@@ -142,13 +142,13 @@ def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> Non
 
 def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
     latents = Latents.open(tiny_run)
-    views = [LoadLatent(latents)(item) for item in latents.items("training")]
+    views = [LoadLatent(latents, latents.mask(2))(item) for item in latents.items("training")]
     means, spreads = (torch.stack([view[key] for view in views]).double() for key in ("mean", "std"))
     assert means.shape[1:] == (latents.channels, 8, 8, 8)
     torch.testing.assert_close(means.mean((0, 2, 3, 4)), torch.zeros(latents.channels).double(), atol=1e-5, rtol=0)
     square = (means.square() + spreads.square()).mean((0, 2, 3, 4))
     torch.testing.assert_close(square, torch.ones(latents.channels).double(), atol=1e-4, rtol=0)
-    assert latents.mask.channels == len(latents.facts["labels"]) + 1
+    assert latents.mask(1).channels == len(latents.facts["labels"]) + 1
     assert latents.facts["grid"] == {"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 32]}
     assert not {item["subject"] for item in latents.items("training")} & {
         item["subject"] for item in latents.items("validation")

@@ -70,7 +70,7 @@ def write_report(
 
 
 def montage(match: Match, window: Window) -> Figure:
-    """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels' centre.
+    """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels.
 
     Axial and coronal pictures are shown as radiologists see them, the patient's right on the left; sagittal ones with
     the front on the left.
@@ -80,6 +80,8 @@ def montage(match: Match, window: Window) -> Figure:
     )
     found = np.argwhere(_drawn(mask.array))
     centre = [int(axis) for axis in (found.mean(axis=0) if len(found) else np.array(mask.array.shape) // 2)]
+    if len(found):
+        centre[0] = int(np.quantile(found[:, 0], 0.75))  # sagittal through the right lung, not the mediastinum
     figure = Figure(figsize=(9, 9), dpi=80, facecolor="black", layout="tight")
     rows = (("mask", real), ("real", real), ("synthetic", synthetic))
     for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):

@@ -18,7 +18,7 @@ class Denoiser:
         network: in evaluation mode.
         process: the one it was trained on.
         target: what its output means.
-        mask: encoded mask ``(B, L + 1, x, y, z)``; None for the base network alone.
+        mask: encoded mask ``(B, M, x, y, z)``; None for the base network alone.
     """
 
     network: ConditionedNetwork

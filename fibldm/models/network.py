@@ -35,7 +35,7 @@ class ConditionedNetwork(nn.Module):
         Args:
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
-            mask: encoded mask ``(B, L + 1, x, y, z)``; None turns the ControlNet's residuals off.
+            mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNet's residuals off.
         """
         if self.controlnet is None or mask is None:
             return self.unet(z_t, timesteps)

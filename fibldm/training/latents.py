@@ -57,9 +57,9 @@ class Latents:
     def space(self) -> LatentSpace:
         return LatentSpace.from_dict(self.facts["space"])
 
-    @property
-    def mask(self) -> MaskEncoding:
-        return MaskEncoding(tuple(int(label) for label in self.facts["labels"]), self.facts["compression"])
+    def mask(self, detail: int) -> MaskEncoding:
+        """How the masks of these latents are encoded, see `MaskEncoding`."""
+        return MaskEncoding(tuple(int(label) for label in self.facts["labels"]), self.facts["compression"], detail)
 
     @property
     def fingerprint(self) -> str:
@@ -77,13 +77,14 @@ class LoadLatent(Transform):
 
     Args:
         latents: the run's latents.
+        mask: how to encode the masks.
     """
 
-    def __init__(self, latents: Latents) -> None:
-        self.space, self.mask = latents.space, latents.mask
+    def __init__(self, latents: Latents, mask: MaskEncoding) -> None:
+        self.space, self.mask = latents.space, mask
 
     def __call__(self, item: Mapping[str, str]) -> dict[str, Tensor]:
-        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(L + 1, x, y, z)``; float32.
+        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(M, x, y, z)``; float32.
 
         Raises:
             FibldmError: another autoencoder made this latent.

@@ -80,7 +80,7 @@ class LatentPrepareBatch(PrepareBatch):
         if self.mask is None:
             return []
         fractions = batchdata["mask"].float()
-        chances = torch.stack([torch.rand(self.mask.channels, generator=generator) for generator in generators])
+        chances = torch.stack([torch.rand(len(self.mask.labels) + 1, generator=generator) for generator in generators])
         dropped = chances[:, :-1] < self.label_dropout
         dropped[:, 0] = False  # background is no label of its own: it goes with the others
         dropped |= chances[:, -1:] < self.mask_dropout

@@ -6,6 +6,7 @@ voxels.
 """
 
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,22 +137,31 @@ class ModelGrid:
         return _centred(source, self.spacing, self.size)
 
     def synthesis_grid(self, source: Grid, multiple: int) -> Grid:
-        """A grid that covers ``source`` (canonical), padded to a multiple; its own spacing is kept within 10 %.
+        """A grid that covers ``source`` (canonical): of the training size where that covers it, else of a multiple.
+
+        A network is at its best at the size it was trained on. The source's own spacing is kept, and nothing
+        interpolated, where it is within 10 % of the model's and does not ask for a larger grid than the model's would.
 
         Args:
             source: grid of a mask in canonical order.
             multiple: what every axis must be divisible by.
         """
-        inner = source
-        if self.resamples(source):
-            extent = np.array(source.field_of_view) / self.spacing
-            inner = _centred(source, self.spacing, tuple(np.ceil(np.round(extent, 3)).astype(int)))
-        return _cropped_or_padded(inner, tuple(-(-length // multiple) * multiple for length in inner.shape))
+        extent = np.ceil(np.round(np.array(source.field_of_view) / self.spacing, 3)).astype(int)
+        resampled = self._padded(extent, multiple)
+        own = self._padded(source.shape, multiple)
+        if self._near(source) and all(length <= limit for length, limit in zip(own, resampled, strict=True)):
+            return _cropped_or_padded(source, own)
+        return _cropped_or_padded(_centred(source, self.spacing, tuple(extent)), resampled)
 
-    def resamples(self, source: Grid) -> bool:
-        """Whether a mask's spacing is more than 10 % off along any axis."""
+    def _padded(self, shape: Sequence[int] | NDArray[np.int_], multiple: int) -> tuple[int, ...]:
+        return tuple(
+            -(-max(int(length), trained) // multiple) * multiple
+            for length, trained in zip(shape, self.size, strict=True)
+        )
+
+    def _near(self, source: Grid) -> bool:
         off = np.abs(np.array(source.spacing) / self.spacing - 1)
-        return bool((np.round(off, _COORDINATE_DECIMALS) > SPACING_TOLERANCE).any())
+        return bool((np.round(off, _COORDINATE_DECIMALS) <= SPACING_TOLERANCE).all())
 
 
 def resample(

@@ -58,8 +58,8 @@ def draw_scan(
         spacing: millimetres along the patient's x, y, z; 4.4 to 5.6 each where None.
         orientation: axis codes of the stored axes, such as ``"LPS"``; mostly LPS, LAS or RAS where None.
     """
-    field = rng.uniform(300, 350, 3)
-    field[0] = max(field[0], 2 * (anatomy.width + 15 + anatomy.fat) + 14)
+    field = rng.uniform(285, 314, 3)
+    field[0] = min(max(field[0], 2 * (anatomy.width + 15 + anatomy.fat) + 14), 314)
     drawn = np.clip(rng.uniform(4.4, 5.6, 3), field / 74, field / 58)
     edges = drawn if spacing is None else np.array(spacing, float)
     codes = orientation or rng.choice(["LPS", "LAS", "RAS", _any_orientation(rng)], p=[0.35, 0.2, 0.2, 0.25])

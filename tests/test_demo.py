@@ -1,0 +1,38 @@
+"""The demo, with networks too small to learn: every step runs, every promised file is there."""
+
+import json
+
+import pytest
+
+from fibldm.errors import FibldmError
+from fibldm.workflow import DemoSettings, demo
+
+TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), epochs={})
+
+
+@pytest.mark.slow
+def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, capsys):
+    """D6, E17, H6: one command from nothing to a report; finished steps are skipped."""
+    figures = demo(tmp_path, TINY)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == figures
+    names = "run masks outputs lung_dice lung_dice_real lung_dice_shuffled fibrosis_contrast_ratio texture_ratio"
+    assert set(names.split()) | {"seed_ratio", "network_calls", "seconds"} <= set(figures)
+    assert figures["network_calls"] <= 10
+    assert figures["lung_dice_real"] > 0.97
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    for folder in ("phantoms", "work", "runs/demo", "synthetic"):
+        assert (tmp_path / folder).is_dir()
+    assert "fibldm train controlnet" in capsys.readouterr().out
+    files = [*tmp_path.glob("synthetic/*.nii.gz"), *tmp_path.glob("runs/demo/*/checkpoints/*.pt")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    again = demo(tmp_path, TINY)
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    assert again | {"seconds": 0} == figures | {"seconds": 0}
+
+
+def test_demo_refuses_a_folder_of_other_phantoms(tmp_path):
+    """D1: nothing is mixed; the error says what to do."""
+    (tmp_path / "phantoms").mkdir(parents=True)
+    (tmp_path / "phantoms" / "dataset.json").write_text('{"name": "mine"}')
+    with pytest.raises(FibldmError, match="phantoms"):
+        demo(tmp_path, TINY, say=lambda line: None)
