@@ -347,3 +347,15 @@ def _interior(grid: Grid, source: Grid, margin: float) -> NDArray[np.bool_]:
     at = nibabel.affines.apply_affine(np.linalg.inv(source.affine), world(grid))
     inset = margin / np.array(source.spacing)
     return ((at >= inset) & (at <= np.array(source.shape) - 1 - inset)).all(axis=-1)
+
+
+def test_training_keeps_the_voxels_of_a_volume_within_ten_percent_that_fits():
+    """A3, H5: nothing is interpolated; a larger one is brought to the model spacing and cropped."""
+    model = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16))
+    near = asymmetric((12, 16, 11), oblique_affine((5.4, 4.6, 5.0)))
+    kept = model.training_grid(near.grid)
+    np.testing.assert_allclose(kept.spacing, near.grid.spacing)
+    placed = resample(near, kept, kind="label", fill=-1).array
+    np.testing.assert_array_equal(placed[2:14, :, 2:13], near.array)
+    large = model.training_grid(Grid((17, 16, 11), oblique_affine((5.4, 4.6, 5.0))))
+    np.testing.assert_allclose(large.spacing, model.spacing)

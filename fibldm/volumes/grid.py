@@ -127,12 +127,14 @@ class ModelGrid:
     size: tuple[int, int, int]
 
     def training_grid(self, source: Grid) -> Grid:
-        """The training grid with its centre on the centre of ``source`` (canonical): cropped or padded to ``size``.
+        """The training grid around the centre of ``source`` (canonical): cropped or padded to ``size``.
 
-        A source that has the model's spacing already is moved by whole voxels only, so that nothing is interpolated;
-        its centre may then lie half a voxel off.
+        As in synthesis, a source within 10 % of the model spacing that fits keeps its own, moved by whole voxels only,
+        so that image and labels are what was measured and drawn; its centre may then lie half a voxel off.
         """
-        if np.allclose(source.spacing, self.spacing, rtol=_SAME_SPACING, atol=0):
+        fits = all(length <= limit for length, limit in zip(source.shape, self.size, strict=True))
+        exact = np.allclose(source.spacing, self.spacing, rtol=_SAME_SPACING, atol=0)
+        if exact or (fits and self._near(source)):
             return _cropped_or_padded(source, self.size)
         return _centred(source, self.spacing, self.size)
 

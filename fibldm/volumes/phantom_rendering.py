@@ -55,12 +55,12 @@ def draw_scan(
         anatomy: the patient.
         rng: draws everything that is not given.
         session: number of the examination, from 1; a stiffer lung breathes in less.
-        spacing: millimetres along the patient's x, y, z; 4.4 to 5.6 each where None.
+        spacing: millimetres along the patient's x, y, z; 4.5 to 5.5 each where None.
         orientation: axis codes of the stored axes, such as ``"LPS"``; mostly LPS, LAS or RAS where None.
     """
     field = rng.uniform(285, 314, 3)
     field[0] = min(max(field[0], 2 * (anatomy.width + 15 + anatomy.fat) + 14), 314)
-    drawn = np.clip(rng.uniform(4.4, 5.6, 3), field / 74, field / 58)
+    drawn = np.maximum(rng.uniform(4.5, 5.5, 3), field / 64)
     edges = drawn if spacing is None else np.array(spacing, float)
     codes = orientation or rng.choice(["LPS", "LAS", "RAS", _any_orientation(rng)], p=[0.35, 0.2, 0.2, 0.25])
     stored = nib.orientations.axcodes2ornt(codes)
