@@ -71,7 +71,10 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     say(f"4/5 synthesize: the test patients' masks into {synthetic}")
     sampling = SamplingSettings(seed=settings.seed)
     matches = _synthesize(run, phantoms, work, synthetic, sampling)
-    commands.append(f"fibldm synthesize --run {run} --masks {phantoms / 'labels'} --out {synthetic}")
+    given = " ".join(f"--masks {match.mask}" for match in matches)
+    commands.append(
+        f"fibldm synthesize --run {run} {given} --out {synthetic} --seed {settings.seed} --allow-extrapolation"
+    )
     say("5/5 measure and report")
     figures = {
         "run": str(run),

@@ -57,7 +57,7 @@ def tiny_stage(phantom_work: Path, tiny_data: Path) -> TinyStage:
     """Makes the configuration of a stage with the smallest networks: ``tiny_stage(stage, run, key=value, ...)``."""
 
     def configuration(stage: str, run: Path, **overrides: object) -> Configuration:
-        settings = {"device": "cpu", **overrides}
+        settings = {"device": "cpu", "precision": "float32", **overrides}
         configs = [str(tiny_data), "tiny"]
         return stage_configuration(stage, work=phantom_work, run_dir=run, configs=configs, overrides=settings)
 
