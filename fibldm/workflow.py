@@ -44,7 +44,7 @@ class DemoSettings:
     subjects: int = 50
     seed: int = 0
     configs: tuple[str, ...] = ("demo",)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 45, "diffusion": 45, "controlnet": 70})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 45, "diffusion": 45, "controlnet": 100})
 
 
 def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
