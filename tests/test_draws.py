@@ -7,6 +7,7 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandSpatialCropd
 
+from fibldm.errors import FibldmError
 from fibldm.training.draws import Draw, EpochSampler, KeyedDataset, key_seed
 
 
@@ -87,3 +88,8 @@ def test_h8_crops_are_the_same_in_any_batch_and_in_workers() -> None:
     assert len(set(alone)) == 10
     assert loaded(batch_size=4, workers=0) == alone
     assert loaded(batch_size=3, workers=2) == alone
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(FibldmError, match="seeds must be whole numbers of at least 0; got -3"):
+        key_seed(-3, 1)

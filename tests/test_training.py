@@ -12,6 +12,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import list_data_collate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
@@ -20,7 +21,7 @@ from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.process import Process, RectifiedFlow, VariancePreserving
 from fibldm.models.timesteps import GridTimes, LogitNormalTimes, UniformTimes
 from fibldm.training.draws import EpochSampler
-from fibldm.training.handlers import EMA, Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress
+from fibldm.training.handlers import EMA, Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.losses import AutoencoderLoss, DenoisingLoss, Weighted, kl_divergence, weighted_error
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 from fibldm.training.stage import place_schedule, running_parser
@@ -141,6 +142,30 @@ def test_the_latent_is_drawn_from_its_posterior() -> None:
     z = LatentPrepareBatch(RectifiedFlow(), target="flow", times=GridTimes(10**6))(batch(*items), device="cpu")[0]
     assert abs(float(z.mean()) - 5) < 0.1
     assert abs(float(z.std()) - 2) < 0.1
+
+
+def test_g3_a_cell_weighs_as_the_labels_that_fill_it() -> None:
+    labels = torch.zeros(1, 1, 16, 8, 8)
+    labels[:, :, :4, :4, :4] = 2
+    labels[:, :, :1, 4:, :4] = 1  # a quarter of the next cell
+    item = {**sample(1), "mask": MASK.encode(labels)[0], "valid": torch.ones(1, 4, 2, 2)}
+    item["valid"][0, 0, 0, 0] = 0.5
+
+    def weight(**given: Any) -> Tensor:
+        prepare = LatentPrepareBatch(RectifiedFlow(), target="flow", times=UniformTimes(), mask=MASK, **given)
+        made: Tensor = prepare(batch(item), device="cpu")[1].weight
+        return made
+
+    assert torch.equal(weight(), item["valid"][None])
+    expected = torch.ones(1, 1, 4, 2, 2)
+    expected[..., 0, 0, 0], expected[..., 0, 1, 0] = 0.5 * 3, 0.25 * 5 + 0.75
+    torch.testing.assert_close(weight(label_weights={2: 3, 1: 5}), expected)
+
+
+@pytest.mark.parametrize("weights", [{7: 2.0}, {1: 0.0}, {1: math.nan}])
+def test_weights_of_unknown_labels_or_of_nothing_are_refused(weights: dict[int, float]) -> None:
+    with pytest.raises(FibldmError, match=r"positive numbers for the labels \[0, 1, 2\]; got"):
+        LatentPrepareBatch(RectifiedFlow(), target="flow", times=UniformTimes(), mask=MASK, label_weights=weights)
 
 
 def test_c11_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
@@ -266,6 +291,22 @@ def test_metrics_write_a_row_per_epoch_and_drop_those_that_are_done_again(tmp_pa
     engine.state.epoch, engine.state.iteration = 1, 1
     engine.run([0], max_epochs=4)
     assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == ["1", "20", "30", "40"]
+
+
+def test_tensorboard_shows_the_rows_and_those_done_again_once(tmp_path: Path) -> None:
+    """A24."""
+
+    def train(losses: list[float], after: int = 0) -> None:
+        engine, metrics = metrics_engine(tmp_path, losses)
+        TensorBoard(metrics).attach(engine)
+        engine.state.epoch = engine.state.iteration = after
+        engine.run([0], max_epochs=len(losses))
+
+    train([1.0, 2.0, 3.0])
+    train([10.0, 20.0, 30.0, 40.0], after=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 20), (3, 30), (4, 40)]
+    assert "validation_loss" not in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

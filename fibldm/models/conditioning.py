@@ -75,6 +75,14 @@ class MaskEncoding:
         nothing[:, -(self.detail**3) :] = 1
         return nothing
 
+    def shares(self, fractions: Tensor) -> Tensor:
+        """How much of each latent cell every label and, last, *unknown* fills: ``(B, L + 1, x, y, z)``, summing to 1.
+
+        Args:
+            fractions: encoded mask ``(B, channels, x, y, z)``.
+        """
+        return fractions.unflatten(1, (len(self.labels) + 1, -1)).mean(dim=2)
+
     def drop_labels(self, fractions: Tensor, dropped: Tensor) -> Tensor:
         """Move labels to unknown, as if nobody had drawn them: what they fill, and the background that may hide them.
 

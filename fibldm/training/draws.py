@@ -9,6 +9,8 @@ from monai.data import CacheDataset
 from monai.transforms import Randomizable
 from torch.utils.data import Sampler
 
+from fibldm.errors import FibldmError
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -20,7 +22,13 @@ class Draw:
 
 
 def key_seed(*key: int) -> int:
-    """A 32-bit seed of a key of non-negative integers, by NumPy's `SeedSequence`."""
+    """A 32-bit seed of a key of integers, by NumPy's `SeedSequence`.
+
+    Raises:
+        FibldmError: one of them is negative.
+    """
+    if min(key) < 0:
+        raise FibldmError(f"seeds must be whole numbers of at least 0; got {min(key)}", "choose another seed")
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

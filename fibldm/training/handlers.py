@@ -131,6 +131,40 @@ class Metrics:
         write_text(self.file, "\n".join(lines) + "\n")
 
 
+class TensorBoard:
+    """The rows of ``metrics.csv`` as TensorBoard events beside it, flushed every epoch.
+
+    Args:
+        metrics: what is written; the epochs that a resume does again take the place of those before.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.writer: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        # imported here, since it takes a second that only training has
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.metrics.file.parent), purge_step=engine.state.epoch + 1)
+
+    def _write(self, engine: Engine) -> None:
+        row = self.metrics.rows[-1]
+        for name in ("loss", "validation_loss", "learning_rate", "seconds"):
+            if row[name]:
+                self.writer.add_scalar(name, float(row[name]), engine.state.epoch)
+        self.writer.flush()
+
+    def _close(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
 class ShowProgress:
     """A bar with loss, epochs and time left on a terminal; elsewhere a line in the log about every twentieth epoch.
 

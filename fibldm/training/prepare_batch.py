@@ -1,11 +1,14 @@
 """From a collated batch to what the network sees and is asked for: MONAI's `PrepareBatch` seam."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
 from torch import Tensor
 
+from fibldm import UNKNOWN_LABEL
+from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.process import Process, Target
@@ -24,6 +27,27 @@ class VolumePrepareBatch(PrepareBatch):
         return image, Weighted(image, valid)
 
 
+class SegmentationPrepareBatch(PrepareBatch):
+    """Segmentation: every voxel is asked for the channel of its label; unknown voxels and padding do not count.
+
+    Args:
+        labels: label values, distinct, in the order of the network's output channels; others count as unknown.
+    """
+
+    def __init__(self, labels: Sequence[int]) -> None:
+        self.channels = torch.full((UNKNOWN_LABEL + 1,), UNKNOWN_LABEL, dtype=torch.long)
+        self.channels[list(labels)] = torch.arange(len(labels))
+
+    def __call__(
+        self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Weighted]:
+        channel = self.channels[batchdata["label"].long()]
+        known = channel != UNKNOWN_LABEL
+        parts = (batchdata["image"], torch.where(known, channel, 0), known * batchdata["valid"].float())
+        image, value, weight = (part.to(device, non_blocking=non_blocking, **kwargs) for part in parts)
+        return image, Weighted(value, weight)
+
+
 class LatentPrepareBatch(PrepareBatch):
     """Stages 2 and 3: draw a latent, a time and one noise per sample; that noise is both added and predicted.
 
@@ -36,9 +60,11 @@ class LatentPrepareBatch(PrepareBatch):
         mask: how masks are encoded; None trains without a mask.
         mask_dropout: probability that the whole mask is unknown.
         label_dropout: probability of every single label to become unknown.
+        label_weights: of the loss where a label is, by label value; 1 where none is named (Guo et al. 2025, MAISI,
+            weigh tumours so). A latent cell weighs as the labels that fill it.
 
     Raises:
-        FibldmError: the target is not regular on the process.
+        FibldmError: the target is not regular on the process, or a weight has no label or mask.
     """
 
     def __init__(
@@ -50,10 +76,12 @@ class LatentPrepareBatch(PrepareBatch):
         mask: MaskEncoding | None = None,
         mask_dropout: float = 0.0,
         label_dropout: float = 0.0,
+        label_weights: Mapping[int, float] | None = None,
     ) -> None:
         process.check_target(target)
         self.process, self.target, self.times, self.mask = process, target, times, mask
         self.mask_dropout, self.label_dropout = mask_dropout, label_dropout
+        self.label_weights = _weights(label_weights or {}, mask)
 
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -63,10 +91,17 @@ class LatentPrepareBatch(PrepareBatch):
         z_0 = posterior.sample(self._noise(posterior.mean, generators))
         t = self._times(batchdata["view"], generators)
         noise = self._noise(z_0, generators)
-        target = Weighted(self.process.target(self.target, z_0, noise, t), batchdata["valid"].float())
+        target = Weighted(self.process.target(self.target, z_0, noise, t), self._weight(batchdata))
         inputs = (self.process.diffuse(z_0, noise, t), self.process.network_time(t), *self._mask(batchdata, generators))
         moved = [part.to(device, non_blocking=non_blocking, **kwargs) for part in (*target, *inputs)]
         return moved[2], Weighted(moved[0], moved[1]), tuple(moved[3:]), {}
+
+    def _weight(self, batchdata: dict[str, Tensor]) -> Tensor:
+        valid = batchdata["valid"].float()
+        if self.mask is None or self.label_weights is None:
+            return valid
+        shares = self.mask.shares(batchdata["mask"].float())
+        return valid * torch.einsum("blxyz,l->bxyz", shares, self.label_weights)[:, None]
 
     def _noise(self, like: Tensor, generators: list[torch.Generator]) -> Tensor:
         return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
@@ -85,3 +120,16 @@ class LatentPrepareBatch(PrepareBatch):
         dropped[:, 0] = False  # background is no label of its own: it goes with the others
         dropped |= chances[:, -1:] < self.mask_dropout
         return [self.mask.drop_labels(fractions, dropped)]
+
+
+def _weights(by_label: Mapping[int, float], mask: MaskEncoding | None) -> Tensor | None:
+    """Weights of the labels of a mask and of unknown, in the order of its channels; None where all weigh the same."""
+    if not by_label:
+        return None
+    known = mask.labels if mask is not None else ()
+    given = {int(label): float(weight) for label, weight in by_label.items()}
+    if wrong := {label: weight for label, weight in given.items() if label not in known or not weight > 0}:
+        raise FibldmError(
+            f"label weights must be positive numbers for the labels {list(known)}; got {wrong}", "change label_weights"
+        )
+    return torch.tensor([given.get(label, 1.0) for label in known] + [1.0])

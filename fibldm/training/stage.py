@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.training.handlers import Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress
+from fibldm.training.handlers import Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress, TensorBoard
 
 _logger = logging.getLogger("fibldm")
 
@@ -72,7 +72,7 @@ class Stage:
         ema.attach(trainer)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
         _validate(trainer, get("validate::evaluator"), int(get("val_interval")), metrics)
-        for handler in (metrics, ShowProgress(self.folder.name, metrics), checkpoints):
+        for handler in (metrics, TensorBoard(metrics), checkpoints, ShowProgress(self.folder.name, metrics)):
             handler.attach(trainer)
         self._go_on(trainer, checkpoints, scheduler)
         best = self.folder.weights()
