@@ -262,7 +262,7 @@ def find_masks(sources: list[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise FibldmError(f"masks must exist; {source} does not")
-        files += _volumes_in(source) if source.is_dir() else [source]
+        files += volumes_in(source) if source.is_dir() else [source]
     wrong = [str(file) for file in files if not file.name.endswith((".nii", ".nii.gz"))]
     if wrong or not files:
         raise FibldmError(f"masks must be NIfTI files (.nii, .nii.gz); got {', '.join(wrong) or 'none'}")
@@ -273,7 +273,7 @@ def find_masks(sources: list[Path]) -> list[Path]:
     return files
 
 
-def _volumes_in(folder: Path) -> list[Path]:
+def volumes_in(folder: Path) -> list[Path]:
     """NIfTI files, but none that begins with a dot: those are unfinished, or hold the attributes of another file."""
     return sorted(file for file in folder.glob("[!.]*") if file.name.endswith((".nii", ".nii.gz")))
 

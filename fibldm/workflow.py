@@ -13,6 +13,7 @@ from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.figures import Match, measure
+from fibldm.evaluation.measurements import MEASUREMENTS, evaluate
 from fibldm.evaluation.report import Window, write_report
 from fibldm.files import read_json, write_json
 from fibldm.runs import STAGES
@@ -39,12 +40,14 @@ class DemoSettings:
         seed: decides phantoms, split, training and samples.
         configs: what the training stages use beside `data_chest_phantom`.
         epochs: by stage; the others take what their configuration says.
+        segmenter_steps: training steps of the segmenter that measures.
     """
 
     subjects: int = 50
     seed: int = 0
     configs: tuple[str, ...] = ("demo",)
     epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 45, "diffusion": 45, "controlnet": 100})
+    segmenter_steps: int = 150
 
 
 def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -60,22 +63,30 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     """
     began = time.monotonic()
     phantoms, work, run, synthetic = out / "phantoms", out / "work", out / "runs" / "demo", out / "synthetic"
-    say(f"1/5 phantoms: {settings.subjects} patients in {phantoms}")
+    say(f"1/6 phantoms: {settings.subjects} patients in {phantoms}")
     write_phantoms(phantoms, subjects=settings.subjects, seed=settings.seed)
-    say(f"2/5 prepare: checked and split by patient into {work}")
+    say(f"2/6 prepare: checked and split by patient into {work}")
     prepare(phantoms, work, PrepareSettings(seed=settings.seed))
     commands = [f"fibldm prepare {phantoms} --out {work} --seed {settings.seed}"]
     for stage in STAGES:
-        say(f"3/5 {stage}")
+        say(f"3/6 {stage}")
         commands.append(_train(stage, work, run, settings))
-    say(f"4/5 synthesize: the test patients' masks into {synthetic}")
+    say(f"4/6 synthesize: the test patients' masks into {synthetic}")
     sampling = SamplingSettings(seed=settings.seed)
     matches = _synthesize(run, phantoms, work, synthetic, sampling)
     given = " ".join(f"--masks {match.mask}" for match in matches)
     commands.append(
         f"fibldm synthesize --run {run} {given} --out {synthetic} --seed {settings.seed} --allow-extrapolation"
     )
-    say("5/5 measure and report")
+    say("5/6 evaluate")
+    segmenter = {"steps": settings.segmenter_steps}
+    sections = evaluate(
+        tuple(MEASUREMENTS), run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
+    )
+    commands.append(
+        f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic} --set steps={settings.segmenter_steps}"
+    )
+    say("6/6 report")
     figures = {
         "run": str(run),
         "masks": [str(match.mask) for match in matches],
@@ -89,6 +100,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         out / "report.html",
         figures=figures,
         matches=matches[:_PICTURES],
+        sections=sections,
         losses={stage: run / stage / "metrics.csv" for stage in STAGES if stage != "latents"},
         labels=read_json(work / "datalist.json")["labels"],
         window=Window(-1000, 300),

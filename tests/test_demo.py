@@ -7,7 +7,12 @@ import pytest
 from fibldm.errors import FibldmError
 from fibldm.workflow import DemoSettings, demo
 
-TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), epochs={})
+TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), epochs={}, segmenter_steps=2)
+
+
+def figures_of(section):
+    assert section["figures"]
+    return section["figures"].values()
 
 
 @pytest.mark.slow
@@ -22,7 +27,15 @@ def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, caps
     assert (tmp_path / "report.html").stat().st_size > 50_000
     for folder in ("phantoms", "work", "runs/demo", "synthetic"):
         assert (tmp_path / folder).is_dir()
-    assert "fibldm train controlnet" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    measured = json.loads((tmp_path / "runs/demo/evaluation/metrics.json").read_text())
+    for name in ("faithfulness", "realism", "reconstruction", "copies"):
+        assert name in printed
+        assert all(
+            set(figure) >= {"value", "low", "high", "n", "real_vs_real"} for figure in figures_of(measured[name])
+        )
+    assert "fibldm train controlnet" in printed
+    assert "fibldm evaluate all" in printed
     files = [*tmp_path.glob("synthetic/*.nii.gz"), *tmp_path.glob("runs/demo/*/checkpoints/*.pt")]
     before = {file: file.stat().st_mtime_ns for file in files}
     again = demo(tmp_path, TINY)

@@ -8,7 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fibldm.evaluation.figures import Match
+from fibldm.evaluation.record import Section
 from fibldm.evaluation.report import Window, loss_curves, montage, write_report
+from fibldm.evaluation.statistics import Figure
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 
@@ -67,6 +69,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
         tmp_path / "report.html",
         figures=figures(healthy, ill),
         matches=[match],
+        sections={"realism": Section({"kid/<x>": Figure(0.125, 0.1, 0.15, 12, 0.05)}, notes=["too <smooth>"])},
         losses=losses,
         labels={"0": "background", "5": "scar <i>", "7": "seven"},
         window=Window(-1000, 300),
@@ -79,6 +82,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
     assert html.count("&lt;b&gt;case&amp;1") == 3 and "<b>case" not in html
     assert "scar &lt;i&gt;" in html and "--out &lt;work&gt;" in html
     assert "not patients" in html
+    assert "kid/&lt;x&gt;" in html and "[0.1, 0.15]" in html and "real 0.05" in html and "too &lt;smooth&gt;" in html
 
 
 def test_montage_shows_the_patients_right_on_the_left(match):

@@ -8,8 +8,8 @@ from fibldm.cli.train import Configs, Overrides, Restart, Run, Work, run_stage
 def encode(
     data: Work,
     run: Run,
-    config: Configs = [],  # noqa: B006
-    overrides: Overrides = [],  # noqa: B006
+    config: Configs = [],
+    overrides: Overrides = [],
     restart: Restart = False,
 ) -> dict[str, Any]:
     """Cache the latents of the training and validation cases; what is there is kept."""

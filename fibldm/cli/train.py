@@ -18,8 +18,8 @@ def train(
     stage: Annotated[str, typer.Argument(help="autoencoder, diffusion or controlnet.")],
     data: Work,
     run: Run,
-    config: Configs = [],  # noqa: B006
-    overrides: Overrides = [],  # noqa: B006
+    config: Configs = [],
+    overrides: Overrides = [],
     restart: Restart = False,
 ) -> dict[str, Any]:
     """Train one stage; an interrupted one goes on, a finished one is skipped."""

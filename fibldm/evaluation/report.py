@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.evaluation.figures import Match
+from fibldm.evaluation.pictures import PLANES, show, slice_of
+from fibldm.evaluation.record import Section
 from fibldm.files import write_text
-from fibldm.volumes.grid import Array, Volume, read_volume
+from fibldm.volumes.grid import Array, read_volume
 
 _LABEL_COLOURS = ("#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
 _OVERLAY_ALPHA = 0.6
-_PLANES = ("axial", "coronal", "sagittal")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def write_report(
     *,
     figures: Mapping[str, Any],
     matches: Sequence[Match],
+    sections: Mapping[str, Section],
     losses: Mapping[str, Path],
     labels: Mapping[str, str],
     window: Window,
@@ -50,6 +52,7 @@ def write_report(
         path: the HTML file.
         figures: content of ``metrics.json``.
         matches: what to show as pictures: mask, real and synthetic.
+        sections: what `fibldm evaluate` measured, by name.
         losses: ``metrics.csv`` by stage.
         labels: names by label value.
         window: of the pictures.
@@ -62,6 +65,7 @@ def write_report(
         version=fibldm.__version__,
         figures=figures,
         pictures=pictures,
+        sections=sections,
         legend=legend,
         curves=_embedded(loss_curves(losses)),
         commands=commands,
@@ -70,11 +74,7 @@ def write_report(
 
 
 def montage(match: Match, window: Window) -> Figure:
-    """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels.
-
-    Axial and coronal pictures are shown as radiologists see them, the patient's right on the left; sagittal ones with
-    the front on the left.
-    """
+    """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels."""
     mask, real, synthetic = (
         read_volume(str(file)).canonical() for file in (match.mask, match.real, match.synthetic[0])
     )
@@ -86,13 +86,11 @@ def montage(match: Match, window: Window) -> Figure:
     rows = (("mask", real), ("real", real), ("synthetic", synthetic))
     for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):
         for plane, axis in enumerate(row):
-            picture, aspect = _slice(volume, plane, centre)
-            shown = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
-            axis.imshow(picture, cmap="gray", vmin=window.low, vmax=window.high, **shown)
+            picture, aspect = slice_of(volume.array, volume.grid.spacing, plane, centre)
+            show(axis, picture, aspect, cmap="gray", vmin=window.low, vmax=window.high)
             if name == "mask":
-                axis.imshow(_coloured(_slice(mask, plane, centre)[0]), **shown)
-            axis.set_title(f"{name}, {_PLANES[plane]}", color="white", fontsize=9)
-            axis.axis("off")
+                show(axis, _coloured(slice_of(mask.array, mask.grid.spacing, plane, centre)[0]), aspect)
+            axis.set_title(f"{name}, {PLANES[plane]}", color="white", fontsize=9)
     return figure
 
 
@@ -124,17 +122,6 @@ def _coloured(labels: Array) -> NDArray[np.float64]:
     for value in np.unique(labels[_drawn(labels)]):
         picture[labels == value] = to_rgba(_colour(int(value)), alpha=_OVERLAY_ALPHA)
     return picture
-
-
-def _slice(volume: Volume, plane: int, centre: Sequence[int]) -> tuple[Array, float]:
-    x, y, z = centre
-    right, front, up = volume.grid.spacing
-    views = (
-        (volume.array[::-1, :, z].T, front / right),
-        (volume.array[::-1, y, :].T, up / right),
-        (volume.array[x, ::-1, :].T, up / front),
-    )
-    return views[plane]
 
 
 def _embedded(figure: Figure) -> str:

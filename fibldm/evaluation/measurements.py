@@ -1,0 +1,114 @@
+"""All that is measured of a run, by name; what `fibldm evaluate` and the demo call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fibldm.errors import FibldmError, unknown_choice
+from fibldm.evaluation.cases import Case, Evaluated
+from fibldm.evaluation.copies import measure_copies
+from fibldm.evaluation.faithfulness import measure_faithfulness
+from fibldm.evaluation.realism import measure_realism
+from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
+from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured, with what all of it shares made once and only where it is needed.
+
+    Attributes:
+        evaluated: the run and its data.
+        synthetic_folder: folder of synthetic volumes; None where nothing needs one.
+        segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
+        device: to compute on; None takes CUDA where there is one.
+    """
+
+    evaluated: Evaluated
+    synthetic_folder: Path | None = None
+    segmenter_settings: Mapping[str, Any] | None = None
+    device: str | None = None
+
+    @cached_property
+    def synthetic(self) -> list[Case]:
+        if self.synthetic_folder is None:
+            raise FibldmError("this measurement needs synthetic volumes; none were given", "give --synthetic FOLDER")
+        return self.evaluated.synthetic(self.synthetic_folder)
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        return trained_segmenter(self.evaluated, overrides=self.segmenter_settings, device=self._device)
+
+    @cached_property
+    def reconstructor(self) -> Reconstructor:
+        return Reconstructor.from_run(self.evaluated.run_dir, device=self._device)
+
+    def reconstruction(self) -> Section:
+        return measure_reconstruction(
+            self.evaluated, self.segmenter, self.reconstructor, pictures=self.evaluated.folder
+        )
+
+    def faithfulness(self) -> Section:
+        return measure_faithfulness(self.evaluated, self.synthetic, self.segmenter)
+
+    def realism(self) -> Section:
+        return measure_realism(self.evaluated, self.synthetic, self.segmenter)
+
+    def copies(self) -> Section:
+        return measure_copies(
+            self.evaluated, self.synthetic, reconstruct=self.reconstructor, pictures=self.evaluated.folder
+        )
+
+    @property
+    def _device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
+    "faithfulness": Measurements.faithfulness,
+    "realism": Measurements.realism,
+    "reconstruction": Measurements.reconstruction,
+    "copies": Measurements.copies,
+}
+
+
+def evaluate(
+    names: Sequence[str],
+    *,
+    run_dir: str | Path,
+    work: str | Path,
+    synthetic: str | Path | None = None,
+    segmenter_settings: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Section]:
+    """Measure, say and record each in ``RUN/evaluation/metrics.json``.
+
+    Args:
+        names: of `MEASUREMENTS`.
+        run_dir: a run whose latents are finished.
+        work: the work folder that it was trained on.
+        synthetic: folder of ``fibldm synthesize``; all but reconstruction need it.
+        segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
+        device: None takes CUDA where there is one.
+        say: where the figures go, as text.
+
+    Raises:
+        FibldmError: an unknown name, a run or folder that does not fit, or too few volumes.
+    """
+    for name in names:
+        if name not in MEASUREMENTS:
+            raise unknown_choice("measurement", name, MEASUREMENTS)
+    folder = Path(synthetic) if synthetic is not None else None
+    measurements = Measurements(Evaluated.open(run_dir, work), folder, segmenter_settings, device)
+    sections = {}
+    for name in names:
+        sections[name] = MEASUREMENTS[name](measurements)
+        record(measurements.evaluated.folder, name, sections[name])
+        say(sections[name].text(name))
+    return sections

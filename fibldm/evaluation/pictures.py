@@ -1,0 +1,137 @@
+"""Slices of volumes as radiologists see them, and volumes side by side in one picture.
+
+Volumes are ``(X, Y, Z)`` in RAS+ order. Axial and coronal slices are shown with the patient's right on the left,
+sagittal ones with the front on the left; the upper edge of an axial slice is the front, of the others the top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+
+from fibldm.errors import FibldmError
+from fibldm.files import atomic_path
+from fibldm.volumes.grid import Array
+
+PLANES = ("axial", "coronal", "sagittal")
+
+_INCHES = 1.5
+_FONT = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two volumes to look at side by side.
+
+    Attributes:
+        title: one line above them.
+        left: ``(X, Y, Z)``, RAS+.
+        right: of the same shape.
+        spacing: mm along R, A, S.
+        names: of left and right.
+
+    Raises:
+        FibldmError: the volumes are not 3-D or not of one shape.
+    """
+
+    title: str
+    left: Array
+    right: Array
+    spacing: tuple[float, float, float]
+    names: tuple[str, str] = ("real", "synthetic")
+
+    def __post_init__(self) -> None:
+        if self.left.ndim != 3 or self.left.shape != self.right.shape:
+            raise FibldmError(
+                f"a pair of pictures needs two 3-D volumes of one shape; got {self.left.shape} and {self.right.shape}",
+                "resample one to the grid of the other",
+            )
+
+
+def write_comparison(
+    path: Path, pairs: Sequence[Pair], *, window: tuple[float, float] = (-1.0, 1.0), difference: bool = True
+) -> None:
+    """Write a PNG with a row for each pair: slices of left, of right, and of right minus left.
+
+    Args:
+        path: the file.
+        pairs: from top to bottom.
+        window: values shown as black and as white; a difference has its full colour at a quarter of this range.
+        difference: whether to show it, red where right is brighter and blue where it is darker.
+
+    Raises:
+        FibldmError: there is no pair, the window is empty, or the file cannot be written.
+    """
+    low, high = window
+    if not pairs:
+        raise FibldmError("a comparison needs at least one pair; got none")
+    if not low < high:
+        raise FibldmError(f"the window of a picture must end above its beginning; got {window}")
+    figure = comparison(pairs, window, difference)
+    with atomic_path(Path(path)) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def comparison(pairs: Sequence[Pair], window: tuple[float, float], difference: bool) -> Figure:
+    """The picture that `write_comparison` writes."""
+    columns = len(PLANES) * (3 if difference else 2)
+    size = (_INCHES * columns, (_INCHES + 0.4) * len(pairs))
+    figure = Figure(figsize=size, dpi=100, facecolor="black", layout="constrained")
+    for row, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).ravel(), pairs, strict=True):
+        row.set_facecolor("black")
+        row.suptitle(pair.title, color="white", fontsize=_FONT + 1)
+        _draw_pair(row, pair, window, difference)
+    return figure
+
+
+def slice_of(
+    volume: Array, spacing: tuple[float, float, float], plane: int, centre: Sequence[int]
+) -> tuple[Array, float]:
+    """One slice, its first row at the bottom, and the height of its pixels in terms of their width.
+
+    Args:
+        volume: ``(X, Y, Z)``, RAS+.
+        spacing: mm along R, A, S.
+        plane: index into `PLANES`.
+        centre: voxel index ``(x, y, z)`` that the slice goes through.
+    """
+    x, y, z = centre
+    right, front, up = spacing
+    views = (
+        (volume[::-1, :, z].T, front / right),
+        (volume[::-1, y, :].T, up / right),
+        (volume[x, ::-1, :].T, up / front),
+    )
+    return views[plane]
+
+
+def show(axis: Axes, picture: Array, aspect: float, **style: Any) -> None:
+    """Draw what `slice_of` gave, without interpolation; ``style`` is of ``imshow``."""
+    axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
+    axis.axis("off")
+
+
+def _draw_pair(row: SubFigure, pair: Pair, window: tuple[float, float], difference: bool) -> None:
+    gray: dict[str, Any] = {"cmap": "gray", "vmin": window[0], "vmax": window[1]}
+    limit = (window[1] - window[0]) / 4
+    volumes = [(pair.names[0], pair.left, gray), (pair.names[1], pair.right, gray)]
+    if difference:
+        change = pair.right.astype(np.float32) - pair.left.astype(np.float32)
+        volumes.append((f"difference, ±{limit:g}", change, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}))
+    axes = row.subplots(1, len(volumes) * len(PLANES)).reshape(len(volumes), len(PLANES))
+    for (name, volume, style), group in zip(volumes, axes, strict=True):
+        for plane, axis in enumerate(group):
+            picture, aspect = slice_of(volume, pair.spacing, plane, _centre(volume))
+            show(axis, picture, aspect, **style)
+            axis.set_title(f"{name}\n{PLANES[plane]}", color="white", fontsize=_FONT)
+
+
+def _centre(volume: Array) -> tuple[int, int, int]:
+    """The middle, but right of it: a sagittal slice through the midline shows less than one beside it."""
+    x, y, z = volume.shape
+    return 2 * x // 3, y // 2, z // 2

@@ -1,0 +1,270 @@
+"""Do synthetic volumes, as a set, look like real scans? Distances between sets, beside those of two sets of scans.
+
+The patient is the unit: one volume of each. Synthetic volumes of some patients' masks are compared with the scans of
+other patients, and so are the scans of the first: the same masks, the same reference, as many patients, none in both.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from fibldm.errors import FibldmError
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
+from fibldm.evaluation.distances import (
+    frechet_distance,
+    gaussian_kernel,
+    median_bandwidth,
+    polynomial_kernel,
+    squared_mmd,
+)
+from fibldm.evaluation.radiomics import Radiomics
+from fibldm.evaluation.record import Section
+from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum, spectrum_distance
+from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
+from fibldm.evaluation.structure import ms_ssim, scale_weights, spread_pairs
+from fibldm.files import hash_value
+from fibldm.volumes.writer import volume_stem
+
+_SEED = 0
+_PAIRS = 50
+_SPECTRUM_VERSION = 1  # Count up whenever the same volume gives another spectrum.
+
+Array = NDArray[np.float64]
+
+
+class FeatureExtractor(Protocol):
+    """A network that gives features, such as `fibldm.evaluation.segmenter.Segmenter`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def features(self, image: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+
+
+class Sets(NamedTuple):
+    """What is compared: lists of one length, a volume per patient.
+
+    Attributes:
+        synthetic: the volumes in question.
+        real: the scans that their masks were drawn on, in the same order; where the masks are of nobody in the work
+            folder, scans of test patients.
+        reference: scans of other patients than those of ``real``.
+        paired: whether ``real`` are the scans of the very masks.
+    """
+
+    synthetic: list[Case]
+    real: list[Case]
+    reference: list[Case]
+    paired: bool
+
+
+class Arrays(NamedTuple):
+    """What was computed of `Sets`, ``(n, d)`` each."""
+
+    synthetic: Array
+    real: Array
+    reference: Array
+
+
+def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: FeatureExtractor) -> Section:
+    """Distances between the synthetic volumes and real scans.
+
+    * ``kid/...``, ``mmd/...``, ``frechet/...``: `squared_mmd` with the polynomial and with the Gaussian kernel, and
+      `frechet_distance`, of radiomic features and of the segmenter's, both `standardised`.
+    * ``spectrum``: `spectrum_distance`, dB.
+    * ``ms_ssim``: mean MS-SSIM between volumes of different patients; above that of real scans they are too alike.
+      What is padded on both sides counts too, in synthetic and real volumes the same.
+
+    Args:
+        evaluated: the run and its work folder.
+        synthetic: the volumes, with masks; of each patient the first by name counts.
+        segmenter: the network whose features are used.
+
+    Raises:
+        FibldmError: a volume has no mask, or there are fewer than two patients to compare.
+    """
+    need_masks(list(synthetic), "realism")
+    sets = choose_sets(evaluated.real(), synthetic)
+    radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
+    features = {
+        "radiomics": _arrays(FeatureCache(evaluated, "radiomics", radiomics.fingerprint), radiomics, sets),
+        "segmenter": _arrays(
+            FeatureCache(evaluated, "segmenter-features", segmenter.fingerprint),
+            lambda sample: segmenter.features(sample.image),
+            sets,
+        ),
+    }
+    spectra = _spectra(evaluated, sets)
+    likeness, pairs = _likeness(evaluated, sets)
+    figures = {**_distances(features), "spectrum": _compared(spectrum_distance, spectra), "ms_ssim": likeness}
+    facts = {
+        "extractors": {
+            "radiomics": {"hash": radiomics.fingerprint, "features": features["radiomics"].real.shape[1]},
+            "segmenter": {"hash": segmenter.fingerprint, "features": features["segmenter"].real.shape[1]},
+        },
+        "ms_ssim": {"scales": len(scale_weights(evaluated.grid.size)), "pairs": pairs},
+        "scaling": "arcsinh of the difference from the mean of the scans in their standard deviations",
+        "units": {"spectrum": "dB"},
+        **_who(sets),
+    }
+    return Section(figures, facts, _cases(sets, spectra), _notes(sets, synthetic))
+
+
+def choose_sets(real: Sequence[Case], synthetic: Sequence[Case]) -> Sets:
+    """Who is compared with whom; where there are more patients than needed, a seeded choice.
+
+    Args:
+        real: all cases of the work folder.
+        synthetic: volumes with masks. Where some masks are of patients of the work folder, only their volumes count.
+
+    Raises:
+        FibldmError: fewer than two patients on a side.
+    """
+    scans = {case.name: case for case in real}
+    known = [case for case in synthetic if _mask_name(case) in scans]
+    volumes = _first_of_each(known or synthetic)
+    test = [case for case in real if case.split == "test"]
+    targets = [scans[_mask_name(case)] for case in volumes] if known else _first_of_each(test)
+    taken = {case.subject for case in targets}
+    others = _first_of_each(case for case in real if case.subject not in taken)
+    n = min(len(volumes), len(targets), len(others))
+    if n < 2:
+        raise FibldmError(
+            "realism needs synthetic volumes of at least two patients, scans of their masks (or of the test split) and "
+            f"scans of two other patients; got {len(volumes)}, {len(targets)} and {len(others)}",
+            "synthesize from masks of more patients of the test split, but not of all patients",
+        )
+    return Sets(_chosen(volumes, n), _chosen(targets, n), _chosen(others, n), bool(known))
+
+
+def standardised(features: Arrays) -> Arrays:
+    """``arcsinh`` of features with mean 0 and standard deviation 1 over all real scans.
+
+    As it is among the scans, logarithmic far from them: otherwise a feature that hardly differs among few scans decides
+    alone, and where all are far off the Gaussian kernel sees no difference between bad and worse. A feature without
+    spread among the scans is only centred. NaN, the features of a label that a volume lacks, becomes 0, the mean of the
+    scans: synthetic and real volumes have the same masks, so what is lacking is lacking in both.
+    """
+    scans = np.ma.masked_invalid(np.concatenate([features.real, features.reference]))
+    mean, std = scans.mean(axis=0).filled(0), scans.std(axis=0).filled(0)
+    scale = np.where(std > 0, std, 1)
+    return Arrays(*(np.nan_to_num(np.arcsinh((part - mean) / scale), nan=0.0) for part in features))
+
+
+def _distances(features: dict[str, Arrays]) -> dict[str, Figure]:
+    scaled = {name: standardised(arrays) for name, arrays in features.items()}
+    kid = {f"kid/{name}": _compared(_kid, arrays) for name, arrays in scaled.items()}
+    mmd = {f"mmd/{name}": _mmd(arrays) for name, arrays in scaled.items()}
+    return {**kid, **mmd, **{f"frechet/{name}": _frechet(arrays) for name, arrays in scaled.items()}}
+
+
+def _kid(x: Array, y: Array) -> float:
+    return squared_mmd(x, y, polynomial_kernel)
+
+
+def _mmd(arrays: Arrays) -> Figure:
+    bandwidth = median_bandwidth(np.concatenate([arrays.real, arrays.reference]))
+    return _compared(partial(squared_mmd, kernel=gaussian_kernel(bandwidth)), arrays)
+
+
+def _frechet(arrays: Arrays) -> Figure:
+    n, dimensions = arrays.real.shape
+    if n > dimensions:
+        return _compared(frechet_distance, arrays)
+    return Figure(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
+
+
+def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Figure:
+    synthetic, real, reference = arrays
+    return figure(
+        lambda chosen: distance(synthetic[chosen], reference[chosen]),
+        len(synthetic),
+        real_vs_real=distance(real, reference),
+    )
+
+
+def _arrays(cache: FeatureCache, compute: Callable[[Sample], NDArray[Any]], sets: Sets) -> Arrays:
+    cases = [*sets.synthetic, *sets.real, *sets.reference]
+    computed = np.stack([cache.get(case, compute) for case in _bar(cases, f"realism: {cache.name}")])
+    return Arrays(*np.split(computed.astype(np.float64), 3))
+
+
+def _spectra(evaluated: Evaluated, sets: Sets) -> Arrays:
+    """Over the bins of the model grid: the cases' own spacings differ by up to 10 %."""
+    edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
+    cache = FeatureCache(evaluated, "spectrum", hash_value([_SPECTRUM_VERSION, edges.tolist()]))
+    return _arrays(cache, lambda sample: radial_spectrum(sample.image, sample.spacing, edges=edges), sets)
+
+
+def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
+    """MS-SSIM among at most 50 patients in about 50 pairs, the same on both sides, and the number of pairs."""
+    n = min(len(sets.real), _PAIRS)
+    pairs = spread_pairs(n, _PAIRS)
+    values, of_real = (_pair_values(evaluated, _chosen(cases, n), pairs) for cases in (sets.synthetic, sets.real))
+    members = np.array(pairs)
+
+    def mean_among(chosen: Indices) -> float:
+        return float(values[np.isin(members, chosen).all(axis=1)].mean())
+
+    return figure(mean_among, n, real_vs_real=float(of_real.mean())), len(pairs)
+
+
+def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
+    """Volumes are read again for every pair: a hundred large ones would not fit into memory."""
+    bar = _bar(pairs, "realism: MS-SSIM")
+    return np.array([ms_ssim(evaluated.read(cases[i]).image, evaluated.read(cases[j]).image) for i, j in bar])
+
+
+def _who(sets: Sets) -> dict[str, Any]:
+    return {
+        "patients": len(sets.real),
+        "compared_with": "scans of the same masks" if sets.paired else "scans of test patients",
+        "real": [case.name for case in sets.real],
+        "reference": [case.name for case in sets.reference],
+    }
+
+
+def _cases(sets: Sets, spectra: Arrays) -> list[dict[str, Any]]:
+    return [
+        {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
+        for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
+    ]
+
+
+def _notes(sets: Sets, synthetic: Sequence[Case]) -> list[str]:
+    notes = []
+    if not sets.paired:
+        notes += ["The masks are of nobody in the work folder: real_vs_real is of scans with other masks."]
+    left_out = {case.subject for case in synthetic} - {case.subject for case in sets.synthetic}
+    if left_out:
+        notes += [f"Synthetic volumes of {len(left_out)} patients were left out: sets are as large as the smallest."]
+    return notes
+
+
+def _mask_name(case: Case) -> str:
+    return volume_stem(cast(Path, case.label))  # `need_masks` saw to it
+
+
+def _first_of_each(cases: Iterable[Case]) -> list[Case]:
+    """The first case by name of every patient, in the order of the patients."""
+    first: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        first.setdefault(case.subject, case)
+    return [first[subject] for subject in sorted(first)]
+
+
+def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
+    """The same places of all lists of one length."""
+    kept = np.sort(np.random.default_rng(_SEED).permutation(len(cases))[:n])
+    return [cases[index] for index in kept]
+
+
+def _bar(items: Sequence[Any], what: str) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal)

@@ -1,0 +1,209 @@
+"""What the autoencoder loses of real test scans: no synthetic volume is better than its reconstructions (C18, F2)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from skimage.metrics import structural_similarity
+
+from fibldm.errors import FibldmError
+from fibldm.evaluation.cases import Case, Evaluated, Sample
+from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
+from fibldm.evaluation.overlap import dice_by_label, measured_labels
+from fibldm.evaluation.pictures import Pair, write_comparison
+from fibldm.evaluation.record import Section
+from fibldm.evaluation.segmenter import Segmenter
+from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum, spectrum_distance
+from fibldm.evaluation.statistics import Figure, figure
+from fibldm.models.autoencoder import FrozenFirstStage
+from fibldm.runs import StageFolder
+from fibldm.volumes.intensity import Intensity
+
+PICTURE = "reconstruction.png"
+
+_RANGE = 2.0
+_HIGHEST_PSNR = 100.0
+_SSIM_SIGMA = 1.5
+_SSIM_WINDOW = 11
+_PICTURED = 4
+
+Image = NDArray[np.float32]
+Region = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Reconstructor:
+    """A volume through the autoencoder and back: its posterior's mean, decoded.
+
+    Attributes:
+        first_stage: the autoencoder.
+        fingerprint: hash of its weights.
+        device: where it is.
+    """
+
+    first_stage: FrozenFirstStage
+    fingerprint: str
+    device: torch.device
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, device: str | torch.device = "cpu") -> "Reconstructor":
+        """The autoencoder of a run.
+
+        Raises:
+            FibldmError: it is not trained.
+        """
+        stage = StageFolder(Path(run_dir), "autoencoder")
+        first_stage = FrozenFirstStage(stage.trained()).to(device)
+        return cls(first_stage, stage.require()["weights"], torch.device(device))
+
+    def __call__(self, image: Image) -> Image:
+        """The reconstruction ``(X, Y, Z)``, float32 in ``[-1, 1]``, of an image of the same shape and range.
+
+        Raises:
+            FibldmError: an axis is not divisible by the compression of the autoencoder.
+        """
+        volume = torch.from_numpy(image)[None, None].float().to(self.device)
+        decoded = self.first_stage.decode(self.first_stage.encode(volume).mean)
+        reconstruction: Image = decoded[0, 0].clamp(-1, 1).float().cpu().numpy()
+        return reconstruction
+
+
+class Reconstructed(NamedTuple):
+    """What was measured of one scan: values by figure, and the spectra of scan and reconstruction."""
+
+    case: Case
+    values: Mapping[str, float]
+    real_spectrum: NDArray[np.float64]
+    spectrum: NDArray[np.float64]
+
+
+def measure_reconstruction(
+    evaluated: Evaluated, segmenter: Segmenter, reconstructor: Reconstructor, *, pictures: Path
+) -> Section:
+    """Real test scans against their reconstructions.
+
+    Figures are ``psnr`` (dB), ``ssim`` and ``mae`` (HU for a window, else of the range ``[-1, 1]``), see
+    `image_quality`, over the field of view and per label as ``<figure>/<label>``; ``dice_change`` and
+    ``dice_change/<label>``, the Dice of what a segmenter finds in the reconstruction minus that of the real scan,
+    negative where the autoencoder loses what the segmenter goes by; and ``spectrum`` (dB), see `spectrum_distance`,
+    whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare a scan with itself,
+    which has no counterpart among real scans: their ``real_vs_real`` is None.
+
+    The four scans with the largest error are drawn in ``reconstruction.png``.
+
+    Args:
+        evaluated: run and work folder.
+        segmenter: trained on the training split of the work folder.
+        reconstructor: of the run.
+        pictures: folder to draw in.
+
+    Raises:
+        FibldmError: the model grid is too small, or the picture cannot be written.
+    """
+    console, cases = Console(stderr=True), evaluated.real("test")
+    measured = [
+        _reconstructed(evaluated, case, segmenter, reconstructor)
+        for case in track(cases, "reconstruction", console=console, disable=not console.is_terminal)
+    ]
+    values = [Measured(row.case, row.values) for row in measured]
+    worst = sorted(values, key=lambda row: -row.values["mae"])[:_PICTURED]
+    write_comparison(pictures / PICTURE, [_pair(evaluated, row, reconstructor) for row in worst])
+    facts = {
+        "autoencoder": reconstructor.fingerprint,
+        "segmenter": segmenter.fingerprint,
+        "units": {"psnr": "dB", "mae": _unit(evaluated.intensity)[1], "spectrum": "dB"},
+        "ssim": {"sigma": _SSIM_SIGMA, "window": _SSIM_WINDOW},
+        "picture": PICTURE,
+    }
+    return Section(mean_figures(values) | {"spectrum": _spectrum_figure(measured)}, facts, described(values))
+
+
+def image_quality(real: Image, made: Image, regions: Mapping[str, Region], *, unit: float = 1) -> dict[str, float]:
+    """``psnr<name>``, ``ssim<name>`` and ``mae<name>`` of an image in each region, by the region's name.
+
+    PSNR is ``10 log10(2^2 / MSE)`` dB, at most 100, where 2 is the range of ``[-1, 1]``. SSIM is the mean, over the
+    region, of the map of Wang et al. 2004, "Image quality assessment", eq. 13, in 3-D with their Gaussian window of
+    sigma 1.5 voxels.
+
+    Args:
+        real: ``(X, Y, Z)`` in ``[-1, 1]``.
+        made: of the same shape and range.
+        regions: where to measure, ``(X, Y, Z)``, none empty.
+        unit: what a step of 1 in ``[-1, 1]`` is in the unit of MAE.
+
+    Raises:
+        FibldmError: an axis is shorter than the window of SSIM.
+    """
+    if min(real.shape) < _SSIM_WINDOW:
+        raise FibldmError(f"SSIM needs at least {_SSIM_WINDOW} voxels along each axis; got {real.shape}")
+    real, made = real.astype(np.float64), made.astype(np.float64)
+    _, similarity = structural_similarity(
+        real, made, data_range=_RANGE, gaussian_weights=True, sigma=_SSIM_SIGMA, use_sample_covariance=False, full=True
+    )
+    values: dict[str, float] = {}
+    for name, region in regions.items():
+        difference = (made - real)[region]
+        values |= {
+            f"psnr{name}": _psnr(float(np.square(difference).mean())),
+            f"ssim{name}": float(similarity[region].mean()),
+            f"mae{name}": unit * float(np.abs(difference).mean()),
+        }
+    return values
+
+
+def _psnr(squared_error: float) -> float:
+    lowest = _RANGE**2 / 10 ** (_HIGHEST_PSNR / 10)  # a clipped region may come back without any error
+    return float(10 * np.log10(_RANGE**2 / max(squared_error, lowest)))
+
+
+def _reconstructed(
+    evaluated: Evaluated, case: Case, segmenter: Segmenter, reconstructor: Reconstructor
+) -> Reconstructed:
+    sample, names = evaluated.read(case), foreground(evaluated)
+    made = _inside(sample, reconstructor)
+    labels = measured_labels(sample.labels, names)
+    regions = {"": sample.valid} | {f"/{names[label]}": sample.labels == label for label in labels}
+    values = image_quality(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
+    before = dice_by_label(segmentation(evaluated, case, segmenter), sample.labels, labels)
+    after = dice_by_label(segmenter.segment(made), sample.labels, labels)
+    changes = {f"dice_change/{names[label]}": after[label] - before[label] for label in labels}
+    if changes:
+        values |= {"dice_change": float(np.mean(list(changes.values()))), **changes}
+    # the bins of the model grid, for cases that keep a spacing of their own
+    edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
+    spectra = (radial_spectrum(image, sample.spacing, edges=edges) for image in (sample.image, made))
+    return Reconstructed(case, values, *spectra)
+
+
+def _inside(sample: Sample, reconstructor: Reconstructor) -> Image:
+    """The reconstruction, with the image itself in the padding, which no one ever sees."""
+    return np.where(sample.valid, reconstructor(sample.image), sample.image)
+
+
+def _unit(intensity: Intensity) -> tuple[float, str]:
+    """What a step of 1 in ``[-1, 1]`` is, and the unit of that."""
+    if intensity.kind == "window":
+        return (intensity.high - intensity.low) / 2, "HU"
+    return 1.0, "of [-1, 1]"
+
+
+def _spectrum_figure(measured: Sequence[Reconstructed]) -> Figure:
+    """Distance of the patients' mean spectra; two halves of the patients compare at least two."""
+    patients = list(dict.fromkeys(row.case.subject for row in measured))
+    grouped = [[row for row in measured if row.case.subject == patient] for patient in patients]
+    real = np.stack([np.mean([row.real_spectrum for row in rows], axis=0) for rows in grouped])
+    made = np.stack([np.mean([row.spectrum for row in rows], axis=0) for rows in grouped])
+    halves = spectrum_distance(real[::2], real[1::2]) if len(patients) > 1 else None
+    return figure(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
+
+
+def _pair(evaluated: Evaluated, row: Measured, reconstructor: Reconstructor) -> Pair:
+    sample, (_, unit) = evaluated.read(row.case), _unit(evaluated.intensity)
+    title = f"{row.case.name}: MAE {row.values['mae']:.3g} {unit}"
+    return Pair(title, sample.image, _inside(sample, reconstructor), sample.spacing, ("real", "reconstruction"))

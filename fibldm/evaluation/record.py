@@ -1,0 +1,85 @@
+"""What was measured of a run: ``RUN/evaluation/metrics.json``, one section per measurement."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fibldm import __version__
+from fibldm.evaluation.statistics import Figure
+from fibldm.files import read_json, write_json
+
+
+class Row(NamedTuple):
+    """A figure in words: value, 95 % interval, the same of real scans, number of patients, note; empty where none."""
+
+    name: str
+    value: str
+    interval: str
+    real: str
+    patients: str
+    note: str
+
+    @classmethod
+    def of(cls, name: str, figure: Figure) -> "Row":
+        return cls(
+            name,
+            "-" if figure.value is None else f"{figure.value:.4g}",
+            "" if figure.low is None else f"[{figure.low:.4g}, {figure.high:.4g}]",
+            "" if figure.real_vs_real is None else f"real {figure.real_vs_real:.4g}",
+            f"n={figure.n}",
+            figure.note,
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """The result of one measurement.
+
+    Attributes:
+        figures: by name, such as ``dice/left lung``.
+        facts: what it was measured with: extractor hashes, scales, units, pictures.
+        cases: the values of each volume.
+        notes: sentences a reader must not miss.
+    """
+
+    figures: Mapping[str, Figure]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    cases: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as it lies in ``metrics.json``."""
+        figures = {name: figure.to_dict() for name, figure in self.figures.items()}
+        return {
+            "figures": figures,
+            **self.facts,
+            "notes": list(self.notes),
+            "cases": [dict(case) for case in self.cases],
+        }
+
+    def rows(self) -> list[Row]:
+        """The figures for people."""
+        return [Row.of(name, figure) for name, figure in self.figures.items()]
+
+    def text(self, title: str) -> str:
+        """The figures and notes under a title, one line each."""
+        rows = self.rows()
+        width = max((len(row.name) for row in rows), default=0)
+        lines = [
+            f"  {row.name:<{width}}  {row.value:>8} {row.interval:<20} {row.real:<14} {row.patients} {row.note}".rstrip()
+            for row in rows
+        ]
+        return "\n".join([title, *lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def record(folder: Path, name: str, section: Section) -> Path:
+    """Put a section into ``metrics.json`` of an evaluation folder, in place of what was measured before.
+
+    Raises:
+        FibldmError: the file there is no JSON, or cannot be written.
+    """
+    path = folder / "metrics.json"
+    content: dict[str, Any] = read_json(path) if path.exists() else {}
+    write_json(path, content | {"fibldm": __version__, name: section.to_dict()})
+    return path
