@@ -67,8 +67,8 @@ class Section:
         rows = self.rows()
         width = max((len(row.name) for row in rows), default=0)
         lines = [
-            f"  {row.name:<{width}}  {row.value:>8} {row.interval:<20} {row.real:<14} {row.patients} {row.note}".rstrip()
-            for row in rows
+            f"  {name:<{width}}  {value:>8} {interval:<20} {real:<14} {patients} {note}".rstrip()
+            for name, value, interval, real, patients, note in rows
         ]
         return "\n".join([title, *lines, *(f"  note: {note}" for note in self.notes)])
 
