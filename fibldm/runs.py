@@ -20,6 +20,7 @@ _COMMANDS = {
     "latents": "fibldm encode",
     "diffusion": "fibldm train diffusion",
     "controlnet": "fibldm train controlnet",
+    "segmenter": "fibldm evaluate",
 }
 
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
@@ -35,7 +36,7 @@ class StageFolder:
 
     Attributes:
         run_dir: the run folder.
-        name: one of `STAGES`.
+        name: one of `STAGES`, or "segmenter"; "segmenter/<more>" is one of several.
     """
 
     run_dir: Path
@@ -44,6 +45,11 @@ class StageFolder:
     @property
     def path(self) -> Path:
         return Path(self.run_dir) / self.name
+
+    @property
+    def command(self) -> str:
+        """What makes the stage on the command line."""
+        return _COMMANDS[self.name.partition("/")[0]]
 
     @property
     def checkpoints(self) -> Path:
@@ -101,7 +107,7 @@ class StageFolder:
             raise FibldmError(
                 f"stage {self.name!r} of {self.run_dir} must be finished first; "
                 + ("it is not" if self.path.exists() else "it was never started"),
-                f"run `{_COMMANDS[self.name]}`",
+                f"run `{self.command}`",
             )
         return done
 
@@ -123,7 +129,7 @@ class StageFolder:
         if hash_weights(weights) != done["weights"]:
             raise FibldmError(
                 f"{self.checkpoints / 'best.pt'} must be the one that the stage ended with; it was replaced",
-                f"put it back, or run `{_COMMANDS[self.name]} --restart`",
+                f"put it back, or delete {self.path} and run `{self.command}` again",
             )
         network = self.component("network_def", **overrides)
         try:
@@ -144,7 +150,7 @@ class StageFolder:
         try:
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise FibldmError(f"{file} must exist", f"run `{_COMMANDS[self.name]}`") from error
+            raise FibldmError(f"{file} must exist", f"run `{self.command}`") from error
         except Exception as error:
             raise FibldmError(f"{file} must be a readable checkpoint; {error}", "train this stage again") from error
         return content

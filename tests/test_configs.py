@@ -32,7 +32,7 @@ from fibldm.training.configuration import (
 ROOT = Path(__file__).parents[1]
 TinyStage = Callable[..., Configuration]
 
-ALONE = ("inference",)  # configurations that are run by themselves
+ALONE = ("inference", "evaluate")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
 COMBINATIONS = [(stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in ((), ("tiny",), ("demo",))]
 
@@ -108,7 +108,7 @@ def test_every_shipped_configuration_is_one_of_the_documented() -> None:
     assert used | {*ALONE} == {path.stem for path in configs_folder().glob("*.yaml")}
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "controlnet"])
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "controlnet", "segmenter"])
 def test_the_training_configurations_have_the_properties_of_a_bundle(
     tiny_stage: TinyStage, tiny_run: Path, stage: str
 ) -> None:
@@ -197,6 +197,12 @@ def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) 
         "views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder"
     )
     assert make("autoencoder", DATA[0], str(file)).files[-1] == file
+
+
+def test_the_model_grid_may_come_as_overrides() -> None:
+    assert make("segmenter", "tiny", spacing=[1.0, 2.0, 3.0], size=[16, 32, 64]).overrides["size"] == [16, 32, 64]
+    with pytest.raises(FibldmError, match="a data configuration must give spacing and size"):
+        make("segmenter", "tiny", spacing=[1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ STAGE_FILES = {
     "latents": ("encode_latents",),
     "diffusion": ("train_diffusion",),
     "controlnet": ("train_diffusion", "train_controlnet"),
+    "segmenter": ("train_segmenter",),
 }
 
-
+_GRID = {"spacing", "size"}
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -149,13 +150,14 @@ def _read(file: Path) -> dict[str, Any]:
 def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
     contents = {file: _read(file) for file in given}
     config = ConfigParser.load_config_files([str(file) for file in configuration.files])
-    if "spacing" not in config or "size" not in config:
+    config |= {key: value for key, value in configuration.overrides.items() if key in _GRID}
+    if not config.keys() >= _GRID:
         data = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
         raise FibldmError(
             "a data configuration must give spacing and size of the model grid; none was given",
             f"give --config with a file of your own or one of {', '.join(data)}",
         )
-    allowed = known | {"spacing", "size"} | set(_references(config))
+    allowed = known | _GRID | set(_references(config))
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
         before = ConfigParser.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:

@@ -3,6 +3,8 @@
 from typing import Literal, NamedTuple
 
 import torch
+from monai.losses import DiceLoss
+from monai.networks.utils import one_hot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,3 +89,22 @@ class DenoisingLoss(nn.Module):
     def forward(self, prediction: Tensor, target: Weighted) -> Tensor:
         """A scalar, for outputs ``(B, C, x, y, z)``."""
         return weighted_error(prediction, target, self.norm)
+
+
+class SegmentationLoss(nn.Module):
+    """Dice loss plus cross entropy over the voxels that count, as `monai.losses.DiceCELoss` where all of them do.
+
+    Dice is averaged over samples and labels, background included (Milletari et al. 2016, "V-Net", equation 3, without
+    the squares; Isensee et al. 2021, "nnU-Net", add the cross entropy).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = DiceLoss()
+
+    def forward(self, prediction: Tensor, target: Weighted) -> Tensor:
+        """A scalar, for logits ``(B, L, X, Y, Z)`` and channel numbers ``(B, 1, X, Y, Z)``, integers in 0..L-1."""
+        labels = one_hot(target.value, prediction.shape[1])
+        dice: Tensor = self.dice(prediction.softmax(dim=1) * target.weight, labels * target.weight)
+        error = F.cross_entropy(prediction, target.value[:, 0], reduction="none")[:, None]
+        return dice + (error * target.weight).sum() / target.weight.sum().clamp(min=1e-6)

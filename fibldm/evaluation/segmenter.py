@@ -1,0 +1,122 @@
+"""One segmenter of real scans for every measurement: a small 3-D UNet, trained once for each content and setting."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import SlidingWindowInferer
+from monai.networks.layers import SkipConnection
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fibldm.evaluation.cases import Evaluated
+from fibldm.files import hash_value
+from fibldm.runs import StageFolder
+from fibldm.training.configuration import Configuration, stage_configuration
+from fibldm.volumes.datalist import read_datalist
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Finds the labels of a run in a volume; in float32, so that a figure does not depend on the device.
+
+    Attributes:
+        network: `monai.networks.nets.UNet` in evaluation mode, one output channel for each label.
+        labels: label values in the order of the channels.
+        fingerprint: SHA-256 of the weights.
+        window: voxels along R, A, S that the network sees at once.
+    """
+
+    network: nn.Module
+    labels: tuple[int, ...]
+    fingerprint: str
+    window: tuple[int, ...]
+
+    def segment(self, image: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The label of every voxel.
+
+        Args:
+            image: ``(X, Y, Z)`` on the model grid, in ``[-1, 1]``.
+
+        Returns:
+            Label values ``(X, Y, Z)``, those of `labels`.
+        """
+        channels = self._logits(image).argmax(dim=0).cpu().numpy()
+        return np.array(self.labels, dtype=np.uint8)[channels]
+
+    def features(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Means over the volume of what the deepest layer gives: a description of what the volume shows.
+
+        Args:
+            image: ``(X, Y, Z)`` on the model grid, in ``[-1, 1]``.
+
+        Returns:
+            ``(D,)``; of a volume larger than `window`, the mean over its windows.
+        """
+        means: list[Tensor] = []
+        hook = self._deepest.register_forward_hook(lambda _, __, output: means.append(output.mean(dim=(0, 2, 3, 4))))
+        try:
+            self._logits(image)
+        finally:
+            hook.remove()
+        described: NDArray[np.float32] = torch.stack(means).mean(dim=0).cpu().numpy()
+        return described
+
+    @property
+    def _deepest(self) -> nn.Module:
+        """MONAI's UNet nests each level in the `SkipConnection` of the level above it."""
+        return [part.submodule for part in self.network.modules() if isinstance(part, SkipConnection)][-1]
+
+    @torch.inference_mode()
+    def _logits(self, image: NDArray[np.float32]) -> Tensor:
+        device = next(self.network.parameters()).device
+        volume = torch.from_numpy(np.ascontiguousarray(image))[None, None].to(device)
+        logits: Tensor = SlidingWindowInferer(self.window, overlap=0.5, mode="gaussian")(volume, self.network)[0]
+        return logits
+
+
+def trained_segmenter(
+    evaluated: Evaluated, *, overrides: Mapping[str, Any] | None = None, device: str | torch.device | None = None
+) -> Segmenter:
+    """The segmenter of the training split, trained where there is none yet of this data and these settings.
+
+    It lies in ``RUN/evaluation/segmenter/<hash>``, where the hash is of all that decides it: other data or settings
+    get a segmenter of their own, and one that was interrupted goes on.
+
+    Args:
+        evaluated: the run and its work folder, whose model grid, intensity and labels it takes.
+        overrides: of ``configs/train_segmenter.yaml``, ``key::sub`` to value, such as ``{"steps": 1000}``.
+        device: to train and to measure on; None takes CUDA where there is one.
+
+    Raises:
+        FibldmError: an override is not known, or a file of the work folder or of the segmenter cannot be read.
+    """
+    settings = {
+        "spacing": list(evaluated.grid.spacing),
+        "size": list(evaluated.grid.size),
+        "intensity": {
+            "_target_": "fibldm.volumes.intensity.Intensity.from_dict",
+            "values": evaluated.intensity.to_dict(),
+        },
+        "labels": sorted(evaluated.labels),
+        **(overrides or {}),
+    }
+    configuration = stage_configuration(
+        "segmenter", work=evaluated.work, run_dir=evaluated.folder, configs=(), overrides=settings
+    )
+    stage = StageFolder(evaluated.folder, f"segmenter/{_key(configuration, evaluated)}")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places = {"stage::name": stage.name, "device": str(chosen)}
+    replace(configuration, overrides={**configuration.overrides, **places}).run()
+    network, window = stage.trained().to(chosen), stage.component("window")
+    return Segmenter(network, tuple(settings["labels"]), stage.require()["weights"], window)
+
+
+def _key(configuration: Configuration, evaluated: Evaluated) -> str:
+    """A hash of what decides a segmenter: configuration and data, but not where they lie."""
+    config = ConfigParser.load_config_files([str(file) for file in configuration.files])
+    chosen = {key: value for key, value in configuration.overrides.items() if key not in ("work", "run_dir")}
+    return hash_value([config, chosen, read_datalist(evaluated.work)["content"]])[:12]
