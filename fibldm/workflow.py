@@ -101,6 +101,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         figures=figures,
         matches=matches[:_PICTURES],
         sections=sections,
+        evaluation=run / "evaluation",
         losses={stage: run / stage / "metrics.csv" for stage in STAGES if stage != "latents"},
         labels=read_json(work / "datalist.json")["labels"],
         window=Window(-1000, 300),

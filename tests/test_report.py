@@ -65,11 +65,16 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
     healthy = {"case": "healthy", "lung_dice": 0.91, "lung_dice_real": 0.97, "lung_dice_shuffled": 0.4}
     healthy |= {"texture_ratio_lung": 0.8}
     ill = {**healthy, "case": match.case, "texture_ratio_fibrosis": 0.7, "fibrosis_contrast_ratio": 1.23}
+    loss_curves(losses).savefig(tmp_path / "worst.png")
+    measured = Section(
+        {"kid/<x>": Figure(0.125, 0.1, 0.15, 12, 0.05)}, {"picture": "worst.png"}, notes=["too <smooth>"]
+    )
     write_report(
         tmp_path / "report.html",
         figures=figures(healthy, ill),
         matches=[match],
-        sections={"realism": Section({"kid/<x>": Figure(0.125, 0.1, 0.15, 12, 0.05)}, notes=["too <smooth>"])},
+        sections={"realism": measured},
+        evaluation=tmp_path,
         losses=losses,
         labels={"0": "background", "5": "scar <i>", "7": "seven"},
         window=Window(-1000, 300),
@@ -77,7 +82,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
     )
     html = (tmp_path / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)|url\(|@import|<script""", html)
-    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}"', html)) == 2
+    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}"', html)) == 3
     assert "healthy" in html and "no fibrosis" in html and "1.23" in html
     assert html.count("&lt;b&gt;case&amp;1") == 3 and "<b>case" not in html
     assert "scar &lt;i&gt;" in html and "--out &lt;work&gt;" in html

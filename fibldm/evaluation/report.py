@@ -41,6 +41,7 @@ def write_report(
     figures: Mapping[str, Any],
     matches: Sequence[Match],
     sections: Mapping[str, Section],
+    evaluation: Path,
     losses: Mapping[str, Path],
     labels: Mapping[str, str],
     window: Window,
@@ -53,6 +54,7 @@ def write_report(
         figures: content of ``metrics.json``.
         matches: what to show as pictures: mask, real and synthetic.
         sections: what `fibldm evaluate` measured, by name.
+        evaluation: folder of the pictures that the sections name.
         losses: ``metrics.csv`` by stage.
         labels: names by label value.
         window: of the pictures.
@@ -65,7 +67,7 @@ def write_report(
         version=fibldm.__version__,
         figures=figures,
         pictures=pictures,
-        sections=sections,
+        sections=[(name, section, _picture(section, evaluation)) for name, section in sections.items()],
         legend=legend,
         curves=_embedded(loss_curves(losses)),
         commands=commands,
@@ -106,6 +108,11 @@ def loss_curves(losses: Mapping[str, Path]) -> Figure:
         axis.set(title=stage, xlabel="epoch", ylabel="loss")
         axis.legend(fontsize=8)
     return figure
+
+
+def _picture(section: Section, folder: Path) -> str | None:
+    name = section.facts.get("picture")
+    return base64.b64encode((folder / name).read_bytes()).decode() if name else None
 
 
 def _colour(label: int) -> str:
