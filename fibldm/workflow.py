@@ -40,14 +40,14 @@ class DemoSettings:
         seed: decides phantoms, split, training and samples.
         configs: what the training stages use beside `data_chest_phantom`.
         epochs: by stage; the others take what their configuration says.
-        segmenter_steps: training steps of the segmenter that measures.
+        segmenter: overrides of the segmenter that measures.
     """
 
     subjects: int = 50
     seed: int = 0
     configs: tuple[str, ...] = ("demo",)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 45, "diffusion": 45, "controlnet": 100})
-    segmenter_steps: int = 150
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 65, "diffusion": 45, "controlnet": 75})
+    segmenter: Mapping[str, Any] = field(default_factory=lambda: {"steps": 160, "batch_size": 2})
 
 
 def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -79,13 +79,11 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         f"fibldm synthesize --run {run} {given} --out {synthetic} --seed {settings.seed} --allow-extrapolation"
     )
     say("5/6 evaluate")
-    segmenter = {"steps": settings.segmenter_steps}
     sections = evaluate(
-        tuple(MEASUREMENTS), run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
+        tuple(MEASUREMENTS), run_dir=run, work=work, synthetic=synthetic, segmenter_settings=settings.segmenter, say=say
     )
-    commands.append(
-        f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic} --set steps={settings.segmenter_steps}"
-    )
+    changes = _as_options(settings.segmenter)
+    commands.append(f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic}{changes}")
     say("6/6 report")
     figures = {
         "run": str(run),
@@ -120,8 +118,11 @@ def _train(stage: str, work: Path, run: Path, settings: DemoSettings) -> str:
     configuration.run()
     verb = "encode" if stage == "latents" else f"train {stage}"
     given = " ".join(f"--config {name}" for name in configs)
-    changes = "".join(f" --set {key}={value}" for key, value in overrides.items())
-    return f"fibldm {verb} --data {work} --run {run} {given}{changes}"
+    return f"fibldm {verb} --data {work} --run {run} {given}{_as_options(overrides)}"
+
+
+def _as_options(overrides: Mapping[str, Any]) -> str:
+    return "".join(f" --set {key}={value}" for key, value in overrides.items())
 
 
 def _synthesize(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:

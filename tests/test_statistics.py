@@ -82,3 +82,10 @@ def test_sections_are_recorded_side_by_side(tmp_path) -> None:  # type: ignore[n
     assert content["reconstruction"]["figures"]["psnr"]["value"] == 30.0
     assert content["reconstruction"]["unit"] == "dB"
     assert content["reconstruction"]["notes"] == ["few"]
+
+
+def test_shuffled_masks_stand_beside_the_right_ones() -> None:
+    figures = {"dice": mean_figure({"a": [0.9]}, real_vs_real=0.95), "dice/shuffled": mean_figure({"a": [0.2]})}
+    (row,) = Section(figures).rows()
+    assert (row.name, row.value, row.real, row.shuffled) == ("dice", "0.9", "real 0.95", "shuffled 0.2")
+    assert Section(figures, notes=["so it is"]).text("faithfulness").splitlines()[-1] == "  note: so it is"

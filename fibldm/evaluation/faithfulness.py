@@ -15,7 +15,7 @@ from rich.progress import track
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
 from fibldm.evaluation.overlap import FEWEST_VOXELS, named_values, overlaps
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.record import SHUFFLED, Section
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.statistics import Figure, by_patient, mean_figure
 
@@ -58,7 +58,7 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
     ceiling = mean_figures(_measure(evaluated, [(case, case) for case in real], segmenter))
     shuffled = mean_figures(_measure(evaluated, _with_other_masks(synthetic), segmenter))
     figures = mean_figures(measured, {name: figure.value for name, figure in ceiling.items()})
-    floor = {f"{name}/shuffled": figure for name, figure in shuffled.items()}
+    floor = {f"{name}{SHUFFLED}": figure for name, figure in shuffled.items()}
     return Section(
         figures | floor,
         _facts(segmenter, measured, real, names),

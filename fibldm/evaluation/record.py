@@ -9,24 +9,28 @@ from fibldm import __version__
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json, write_json
 
+SHUFFLED = "/shuffled"
+
 
 class Row(NamedTuple):
-    """A figure in words: value, 95 % interval, the same of real scans, number of patients, note; empty where none."""
+    """A figure in words: value, 95 % interval, of real scans, of shuffled masks, patients, note; empty where none."""
 
     name: str
     value: str
     interval: str
     real: str
+    shuffled: str
     patients: str
     note: str
 
     @classmethod
-    def of(cls, name: str, figure: Figure) -> "Row":
+    def of(cls, name: str, figure: Figure, shuffled: Figure | None) -> "Row":
         return cls(
             name,
             "-" if figure.value is None else f"{figure.value:.4g}",
             "" if figure.low is None else f"[{figure.low:.4g}, {figure.high:.4g}]",
             "" if figure.real_vs_real is None else f"real {figure.real_vs_real:.4g}",
+            "" if shuffled is None or shuffled.value is None else f"shuffled {shuffled.value:.4g}",
             f"n={figure.n}",
             figure.note,
         )
@@ -59,16 +63,21 @@ class Section:
         }
 
     def rows(self) -> list[Row]:
-        """The figures for people."""
-        return [Row.of(name, figure) for name, figure in self.figures.items()]
+        """The figures for people; that of shuffled masks (``<name>/shuffled``) stands beside that of the right ones."""
+        beside = {f"{name}{SHUFFLED}" for name in self.figures}
+        return [
+            Row.of(name, figure, self.figures.get(f"{name}{SHUFFLED}"))
+            for name, figure in self.figures.items()
+            if name not in beside
+        ]
 
     def text(self, title: str) -> str:
         """The figures and notes under a title, one line each."""
         rows = self.rows()
         width = max((len(row.name) for row in rows), default=0)
         lines = [
-            f"  {name:<{width}}  {value:>8} {interval:<20} {real:<14} {patients} {note}".rstrip()
-            for name, value, interval, real, patients, note in rows
+            f"  {name:<{width}}  {value:>8} {interval:<20} {real:<14} {shuffled:<16} {patients} {note}".rstrip()
+            for name, value, interval, real, shuffled, patients, note in rows
         ]
         return "\n".join([title, *lines, *(f"  note: {note}" for note in self.notes)])
 
