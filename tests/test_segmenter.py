@@ -237,5 +237,8 @@ def test_weights_that_were_replaced_are_refused(evaluated: Evaluated) -> None:
     content = torch.load(best, weights_only=True)
     next(iter(content["model"].values())).add_(1)
     torch.save(content, best)
-    with pytest.raises(FibldmError, match=r"best\.pt must be the one that the stage ended with.*delete .* and run `fibldm evaluate` again"):
+    with pytest.raises(
+        FibldmError,
+        match=r"best\.pt must be the one that the stage ended with.*delete .* and run `fibldm evaluate` again",
+    ):
         train(evaluated)
