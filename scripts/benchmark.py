@@ -34,6 +34,7 @@ from monai.transforms import Compose
 from torch import Tensor
 
 import fibldm
+from fibldm.cli.output import emit_error
 from fibldm.errors import FibldmError
 from fibldm.files import write_json
 from fibldm.models.denoiser import Denoiser
@@ -343,4 +344,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FibldmError as error:
+        emit_error(error.message, error.remedy, as_json=False)
+        sys.exit(2)

@@ -8,6 +8,7 @@ else (noise says nothing of a mask), so the table is to be read, and the ones th
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -18,6 +19,8 @@ import numpy as np
 from scipy import ndimage
 
 from fibldm import UNKNOWN_LABEL
+from fibldm.cli.output import emit_error
+from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated, Sample
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.realism import measure_realism
@@ -85,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     segmenter = trained_segmenter(evaluated, overrides=parse_overrides(given.set))
     results = {}
     for name, (degrade, strengths, must) in DEGRADATIONS.items():
+        if degrade is permute_labels:
+            strengths = sorted({min(strength, len(evaluated.labels) - 1) for strength in strengths})
         rows = {strength: measure(evaluated, segmenter, degrade, strength) for strength in strengths}
         print(table(name, rows, must), flush=True)
         results[name] = {str(strength): row for strength, row in rows.items()}
@@ -100,9 +105,10 @@ def measure(
             sample = evaluated.read(case)
             degraded = degrade(sample, strength) if strength else sample
             affine = np.diag([*sample.spacing, 1.0])
-            image = evaluated.intensity.to_disk(degraded.image)
+            scanned = ndimage.find_objects(sample.valid.astype(np.uint8))[0]  # written with padding, it would be air
+            image = evaluated.intensity.to_disk(degraded.image[scanned])
             write_synthetic(Path(folder) / f"{case.name}_000.nii.gz", Volume(image, affine), {})
-            write_labels(Path(folder) / "masks" / f"{case.name}.nii.gz", Volume(degraded.labels, affine))
+            write_labels(Path(folder) / "masks" / f"{case.name}.nii.gz", Volume(degraded.labels[scanned], affine))
         cases = evaluated.synthetic(folder)
         sections = (measure_faithfulness(evaluated, cases, segmenter), measure_realism(evaluated, cases, segmenter))
         figures = {name: figure for section in sections for name, figure in section.figures.items()}
@@ -131,4 +137,8 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FibldmError as error:
+        emit_error(error.message, error.remedy, as_json=False)
+        sys.exit(2)

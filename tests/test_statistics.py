@@ -87,5 +87,5 @@ def test_sections_are_recorded_side_by_side(tmp_path) -> None:  # type: ignore[n
 def test_shuffled_masks_stand_beside_the_right_ones() -> None:
     figures = {"dice": mean_figure({"a": [0.9]}, real_vs_real=0.95), "dice/shuffled": mean_figure({"a": [0.2]})}
     (row,) = Section(figures).rows()
-    assert (row.name, row.value, row.real, row.shuffled) == ("dice", "0.9", "real 0.95", "shuffled 0.2")
+    assert (row.name, row.value, row.real, row.shuffled) == ("dice", "0.9", "0.95", "0.2")
     assert Section(figures, notes=["so it is"]).text("faithfulness").splitlines()[-1] == "  note: so it is"

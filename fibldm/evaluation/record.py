@@ -29,9 +29,9 @@ class Row(NamedTuple):
             name,
             "-" if figure.value is None else f"{figure.value:.4g}",
             "" if figure.low is None else f"[{figure.low:.4g}, {figure.high:.4g}]",
-            "" if figure.real_vs_real is None else f"real {figure.real_vs_real:.4g}",
-            "" if shuffled is None or shuffled.value is None else f"shuffled {shuffled.value:.4g}",
-            f"n={figure.n}",
+            "" if figure.real_vs_real is None else f"{figure.real_vs_real:.4g}",
+            "" if shuffled is None or shuffled.value is None else f"{shuffled.value:.4g}",
+            str(figure.n),
             figure.note,
         )
 
@@ -76,8 +76,9 @@ class Section:
         rows = self.rows()
         width = max((len(row.name) for row in rows), default=0)
         lines = [
-            f"  {name:<{width}}  {value:>8} {interval:<20} {real:<14} {shuffled:<16} {patients} {note}".rstrip()
-            for name, value, interval, real, shuffled, patients, note in rows
+            f"  {row.name:<{width}}  {row.value:>8} {row.interval:<20} {row.real and f'real {row.real}':<14} "
+            f"{row.shuffled and f'shuffled {row.shuffled}':<16} n={row.patients} {row.note}".rstrip()
+            for row in rows
         ]
         return "\n".join([title, *lines, *(f"  note: {note}" for note in self.notes)])
 

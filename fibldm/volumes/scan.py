@@ -1,0 +1,127 @@
+"""What the readers give and the layouts find: one image or mask as read, and the files of a case."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
+Level = Literal["error", "warning"]
+Covariate = str | float | None
+Files = tuple[Path, ...]
+"""The files of one image or mask: one file, or the slices of one series in any order."""
+
+ACQUISITION = (
+    "kernel",
+    "slice_thickness_mm",
+    "contrast",
+    "tube_voltage_kv",
+    "respiration",
+    "field_strength_t",
+    "repetition_time_ms",
+    "echo_time_ms",
+)
+"""What a reader may say of how an image was made: numbers in the unit of the name; contrast is "yes" or "no",
+respiration "inspiration" or "expiration". What a file does not state is left out, never guessed."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An image or mask as read, its axes brought to RAS+ order by flips and permutations only.
+
+    Attributes:
+        array: voxels ``(X, Y, Z)``, or ``(X, Y, Z, C)`` of a file that holds several channels; CT in HU.
+        affine: ``(4, 4)``, voxel index (of the centre) to RAS+ mm.
+        sha256: of the files' bytes.
+        facts: of `ACQUISITION`, what the files state.
+        findings: what is wrong but does not keep it from being read, for the report.
+        names: of a mask, label names by value, where the file says them.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+    sha256: str
+    facts: Mapping[str, Covariate] = field(default_factory=dict)
+    findings: tuple[tuple[Level, str], ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def spacing(self) -> NDArray[np.float64]:
+        """mm along the RAS+ axes."""
+        return nibabel.affines.voxel_sizes(self.affine)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the labels of a case come from.
+
+    Attributes:
+        files: of the mask.
+        value: what the voxels of a binary mask become; ``None`` for a label map or a DICOM mask.
+        names: of a DICOM mask (segmentation, RT structure set), values by the segments' names; others are left out.
+    """
+
+    files: Files
+    value: int | None = None
+    names: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case as found.
+
+    Attributes:
+        name: unique name, also the stem of the written files.
+        images: files of every channel; one entry where one file holds all of them.
+        masks: none, one label map, or several binary masks of which an earlier one wins.
+        path: the image's path as the dataset gives it (POSIX), searched for the patient.
+        subject: patient, or ``None`` where the dataset does not say.
+        split: ``training``, ``validation`` or ``test``, or ``None`` where the dataset does not say.
+        covariates: what else the dataset says; ``None`` for a missing value.
+        private: whether name and path may tell the patient (DICOM); they are then written nowhere.
+    """
+
+    name: str
+    images: tuple[Files, ...]
+    masks: tuple[Mask, ...]
+    path: str
+    subject: str | None = None
+    split: str | None = None
+    covariates: Mapping[str, Covariate] = field(default_factory=dict)
+    private: bool = False
+
+    @property
+    def files(self) -> Files:
+        """All files of the case."""
+        images = [file for channel in self.images for file in channel]
+        return (*images, *(file for mask in self.masks for file in mask.files))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as found: its cases, and what it says about itself.
+
+    Attributes:
+        layout: its name, one of `fibldm.volumes.layouts.LAYOUTS`.
+        name: of the dataset.
+        cases: sorted by name.
+        channels: names of the image channels, in order.
+        modality: as the dataset writes it, or ``None``.
+        labels: label names by value, without background.
+        licence: as the dataset writes it, or ``None``.
+        references: the description, reference and attribution that the dataset gives.
+        notes: what was left out, one sentence each.
+    """
+
+    layout: str
+    name: str
+    cases: tuple[Case, ...]
+    channels: tuple[str, ...] = ("image",)
+    modality: str | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    licence: str | None = None
+    references: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
