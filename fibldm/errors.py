@@ -15,7 +15,13 @@ class FibldmError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+        return sentence(self.message, self.remedy)
+
+
+def sentence(message: str, remedy: str) -> str:
+    """Message and remedy as one text; after a list, the remedy has a line of its own."""
+    separator = "\n" if "\n" in message else "; "
+    return f"{message}{separator}{remedy}" if remedy else message
 
 
 def unknown_choice(what: str, given: object, choices: object) -> FibldmError:

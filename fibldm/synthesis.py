@@ -1,10 +1,10 @@
 """The main job: from a mask to a synthetic volume on the mask's own grid."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,9 +27,14 @@ from fibldm.models.samplers import calls, draw_noise, sampler
 from fibldm.models.timesteps import sampling_times
 from fibldm.runs import StageFolder, load_facts
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.grid import ModelGrid, Volume, read_volume, resample, turned_like
+from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.writer import sidecar, volume_stem, write_labels, write_synthetic
+from fibldm.volumes.masks import as_labels, find_masks, keep_mask, mask_stem, read_mask
+from fibldm.volumes.masks import volumes_in as volumes_in
+from fibldm.volumes.writer import sidecar, write_synthetic
+
+if TYPE_CHECKING:
+    from fibldm.volumes.dicom_output import DicomOutput
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Synthesizer:
         intensity: between tensors and the units on disk.
         envelope: what the training data covered.
         source: what the sidecar says of the weights.
+        names: of the labels by value, without background; needed for DICOM only.
+        channels: names of the image channels, in order.
     """
 
     network: ConditionedNetwork
@@ -88,6 +95,8 @@ class Synthesizer:
     intensity: Intensity
     envelope: Envelope
     source: dict[str, Any]
+    names: Mapping[int, str] = field(default_factory=dict)
+    channels: tuple[str, ...] = ("image",)
 
     @classmethod
     def from_run(cls, run_dir: str | Path, *, device: str | torch.device = "cpu") -> "Synthesizer":
@@ -110,6 +119,8 @@ class Synthesizer:
             intensity=Intensity.from_dict(facts["intensity"]),
             envelope=Envelope.from_dict(facts["envelope"]),
             source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
+            names={int(value): name for value, name in facts["labels"].items() if int(value)},
+            channels=tuple(facts.get("channels", ("image",))),
         )
 
     @torch.no_grad()
@@ -135,15 +146,16 @@ class Synthesizer:
             FibldmError: the mask holds fractions or a label that the training data lack, or lies outside of them.
         """
         settings = settings or SamplingSettings()
-        source = _as_labels(mask).canonical()
+        source = as_labels(mask).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
         outside = self.envelope.check(source, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, self.mask.compression * self.network.multiple)
         same_spacing = np.allclose(grid.spacing, source.grid.spacing)
         placed = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
         decoded = self._sample(placed, key=(settings.seed, name, number), settings=settings)
-        returned = resample(Volume(decoded, grid.affine), source.grid, kind="image")
-        volume = turned_like(Volume(self.intensity.to_disk(returned.array), source.affine), mask.grid)
+        returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
+        on_disk = self.intensity.to_disk(np.stack(returned))
+        channels = tuple(turned_like(Volume(part, source.affine), mask.grid) for part in on_disk)
         provenance = {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
@@ -151,13 +163,14 @@ class Synthesizer:
             "number": number,
             "sampling": asdict(settings),
             "network_calls": settings.network_calls,
+            "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
             "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
             "extrapolation": outside,
             "notice": "synthetic; a mask drawn on a real scan still carries the anatomy of its patient",
         }
-        return Synthesis(volume, provenance)
+        return Synthesis(channels, provenance)
 
     def _sample(self, labels: Volume, *, key: tuple[int, str, int], settings: SamplingSettings) -> NDArray[np.float32]:
         device = next(self.network.parameters()).device
@@ -169,7 +182,7 @@ class Synthesizer:
         times = sampling_times(settings.steps, spacing=self.process.sampling_spacing)
         z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=[generator])
         volume: Tensor = self.first_stage.decode(self.space.denormalise(z))
-        return volume[0, 0].clamp(-1, 1).float().cpu().numpy()
+        return volume[0].clamp(-1, 1).float().cpu().numpy()
 
     def _denoiser(self, condition: Tensor) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, condition)
@@ -177,10 +190,21 @@ class Synthesizer:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A synthetic volume in its units on disk, and where it comes from."""
+    """A synthetic volume in its units on disk, one `Volume` for each channel, and where it comes from."""
 
-    volume: Volume
+    channels: tuple[Volume, ...]
     provenance: dict[str, Any]
+
+    @property
+    def volume(self) -> Volume:
+        """The volume of a run with one channel.
+
+        Raises:
+            FibldmError: the run has several.
+        """
+        if len(self.channels) > 1:
+            raise FibldmError(f"this volume has {len(self.channels)} channels, not one", "take Synthesis.channels")
+        return self.channels[0]
 
 
 def synthesize_file(
@@ -191,28 +215,56 @@ def synthesize_file(
     number: int,
     settings: SamplingSettings,
     allow_extrapolation: bool = False,
+    dicom: "DicomOutput | None" = None,
 ) -> Path:
     """Write volume ``number`` of a mask file to ``OUT/<mask stem>_<number:03d>.nii.gz`` with its sidecar.
 
     A volume that lies there already and was made in the same way is kept; the mask as used is written to ``OUT/masks``.
 
+    Args:
+        synthesizer: makes the volume.
+        mask_file: NIfTI, or a DICOM segmentation whose segments have the names of the run's labels.
+        out: folder to write to.
+        number: which of the volumes of this mask.
+        settings: how to sample.
+        allow_extrapolation: go on where the mask lies outside what the training data covered.
+        dicom: writes a DICOM series ``OUT/<mask stem>_<number:03d>/`` and the mask as a segmentation; None is NIfTI.
+
     Raises:
-        FibldmError: another volume or mask of this name lies there, or the mask is refused.
+        FibldmError: another volume or mask of this name lies there, the mask is refused, or cannot be told in DICOM.
     """
-    stem = volume_stem(mask_file)
-    path = out / f"{stem}_{number:03d}.nii.gz"
+    stem = mask_stem(mask_file)
+    nifti, series = out / f"{stem}_{number:03d}.nii.gz", out / f"{stem}_{number:03d}"
+    path, other = (nifti, series) if dicom is None else (series, nifti)
     request = {
         "mask": mask_file.name,
         "mask_sha256": hash_file(mask_file),
         "request": hash_value([synthesizer.source, asdict(settings), number]),
     }
+    if dicom is not None:
+        request["dicom_request"] = dicom.fingerprint(synthesizer.names)
+    if other.exists():
+        raise FibldmError(f"{other} lies there already, in another format", "choose another --out folder")
     if path.exists():
         _check_same(path, request)
         return path
-    mask = read_volume(str(mask_file))
+    mask = read_mask(mask_file, synthesizer.names)
+    if dicom is not None:
+        dicom.check(mask.grid, synthesizer.names, synthesizer.intensity)
     made = synthesizer(mask, name=stem, number=number, settings=settings, allow_extrapolation=allow_extrapolation)
-    _keep_mask(out / "masks" / f"{stem}.nii.gz", _as_labels(mask))
-    write_synthetic(path, made.volume, {**request, **made.provenance})
+    if dicom is None:
+        keep_mask(out / "masks" / f"{stem}.nii.gz", as_labels(mask))
+        write_synthetic(path, made.channels, {**request, **made.provenance})
+    else:
+        dicom.write(
+            path,
+            made.volume,
+            as_labels(mask),
+            names=synthesizer.names,
+            intensity=synthesizer.intensity,
+            request=request,
+            provenance=made.provenance,
+        )
     return path
 
 
@@ -225,17 +277,19 @@ def synthesize_files(
     settings: SamplingSettings,
     allow_extrapolation: bool = False,
     device: str | torch.device | None = None,
+    dicom: "DicomOutput | None" = None,
 ) -> list[Path]:
     """Write ``count`` volumes of every mask that ``masks`` names (files and folders), with a progress bar.
 
     Args:
         run_dir: a run whose ControlNet stage is finished.
-        masks: NIfTI files, and folders of them.
+        masks: NIfTI files and DICOM segmentations, and folders of them.
         out: folder to write to; see `synthesize_file`.
         count: volumes per mask.
         settings: how to sample.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         device: None takes CUDA where there is one.
+        dicom: writes DICOM instead of NIfTI.
 
     Raises:
         FibldmError: no mask, one that is refused, or a run that is not finished.
@@ -246,54 +300,16 @@ def synthesize_files(
     console = Console(stderr=True)
     return [
         synthesize_file(
-            synthesizer, file, Path(out), number=number, settings=settings, allow_extrapolation=allow_extrapolation
+            synthesizer,
+            file,
+            Path(out),
+            number=number,
+            settings=settings,
+            allow_extrapolation=allow_extrapolation,
+            dicom=dicom,
         )
         for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal)
     ]
-
-
-def find_masks(sources: list[Path]) -> list[Path]:
-    """The mask files that a list of files and folders names, in order of their names.
-
-    Raises:
-        FibldmError: there is none, one is not NIfTI, or two have the same name.
-    """
-    files: list[Path] = []
-    for source in sources:
-        if not source.exists():
-            raise FibldmError(f"masks must exist; {source} does not")
-        files += volumes_in(source) if source.is_dir() else [source]
-    wrong = [str(file) for file in files if not file.name.endswith((".nii", ".nii.gz"))]
-    if wrong or not files:
-        raise FibldmError(f"masks must be NIfTI files (.nii, .nii.gz); got {', '.join(wrong) or 'none'}")
-    stems = [volume_stem(file) for file in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise FibldmError(f"every mask needs a name of its own; given twice: {', '.join(twice)}", "rename them")
-    return files
-
-
-def volumes_in(folder: Path) -> list[Path]:
-    """NIfTI files, but none that begins with a dot: those are unfinished, or hold the attributes of another file."""
-    return sorted(file for file in folder.glob("[!.]*") if file.name.endswith((".nii", ".nii.gz")))
-
-
-def _as_labels(mask: Volume) -> Volume:
-    rounded = np.rint(mask.array)
-    if not np.isfinite(mask.array).all() or not np.array_equal(rounded, mask.array):
-        raise FibldmError("a mask must hold whole numbers", "is this a label map, and not an image or a probability?")
-    if rounded.min() < 0 or rounded.max() > UNKNOWN_LABEL:
-        raise FibldmError(f"mask labels must lie in 0..255; got {int(rounded.min())}..{int(rounded.max())}")
-    return Volume(rounded.astype(np.uint8), mask.affine)
-
-
-def _keep_mask(path: Path, labels: Volume) -> None:
-    if not path.exists():
-        write_labels(path, labels)
-        return
-    there = read_volume(str(path))
-    if not np.array_equal(there.array, labels.array) or not np.allclose(there.affine, labels.affine, atol=1e-4):
-        raise FibldmError(f"{path} lies there already and is another mask", "choose another --out folder")
 
 
 def _check_same(path: Path, request: dict[str, Any]) -> None:

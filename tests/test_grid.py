@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.volumes.grid import Grid, ModelGrid, Volume, read_volume, resample, turned_like
+from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
+from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.transforms import AsPlainTensorsd, ToModelGridd
 
 AXIS_ORDERS = [
@@ -256,22 +257,25 @@ def test_read_volume_refuses_what_is_no_volume(tmp_path):
     bad = [
         (
             write(tmp_path / "series.nii", np.stack([array] * 2, axis=-1)),
-            r"one 3-D volume; its shape is \(4, 5, 7, 2\)",
+            r"one 3-D volume of plain numbers; it holds int16 of shape \(4, 5, 7, 2\)",
         ),
-        (write(tmp_path / "flat.nii", array[..., 0]), r"one 3-D volume; its shape is \(4, 5\)"),
-        (write(tmp_path / "rgb.nii", rgb), "must hold plain numbers"),
+        (
+            write(tmp_path / "flat.nii", array[..., 0]),
+            r"one 3-D volume of plain numbers; it holds int16 of shape \(4, 5\)",
+        ),
+        (write(tmp_path / "rgb.nii", rgb), "must hold one 3-D volume of plain numbers"),
         (
             write(tmp_path / "complex.nii", array.astype(np.complex64)),
-            "must hold plain numbers; its voxels are complex64",
+            "plain numbers; it holds complex64",
         ),
         (write(tmp_path / "metre.nii", array, units="meter"), "must be in mm; its header says meter"),
-        (str(tmp_path / "absent.nii.gz"), "absent.nii.gz must exist; check the path"),
+        (str(tmp_path / "absent.nii.gz"), "absent.nii.gz must exist and be a file; check the path"),
     ]
     for path, message in bad:
         with pytest.raises(FibldmError, match=message):
             read_volume(path)
     nibabel.save(nibabel.MGHImage(array.astype(np.float32), np.eye(4)), tmp_path / "brain.mgz")
-    with pytest.raises(FibldmError, match="must be a NIfTI file; it is MGHImage"):
+    with pytest.raises(FibldmError, match="brain.mgz cannot be read to its last byte|must not be compressed"):
         read_volume(str(tmp_path / "brain.mgz"))
 
 
@@ -282,7 +286,7 @@ def test_read_volume_refuses_a_truncated_file(tmp_path, missing):
     whole = Path(write(tmp_path / "whole.nii.gz", rng.integers(0, 9000, (8, 9, 10)).astype(np.int16)))
     for name, content in (("cut.nii.gz", whole.read_bytes()), ("cut.nii", gzip.decompress(whole.read_bytes()))):
         (tmp_path / name).write_bytes(content[:-missing])
-        with pytest.raises(FibldmError, match="must be a readable NIfTI file"):
+        with pytest.raises(FibldmError, match="cannot be read to its last byte"):
             read_volume(str(tmp_path / name))
 
 
@@ -298,7 +302,7 @@ def test_read_volume_refuses_an_affine_without_inverse(tmp_path, column):
     header["sform_code"], header["vox_offset"] = 1, 352
     data[:348] = header.binaryblock
     (tmp_path / "flat.nii").write_bytes(bytes(data))
-    with pytest.raises(FibldmError, match="must have an invertible affine"):
+    with pytest.raises(FibldmError, match="the affine must be finite and invertible"):
         read_volume(str(tmp_path / "flat.nii"))
 
 

@@ -13,6 +13,7 @@ from fibldm.volumes.intensity import Intensity, NormaliseIntensityd, load_intens
 
 CT = Intensity("window", low=-1000, high=600)
 MR = Intensity("percentile", lower=0.5, upper=99.5, output_low=12.5, output_high=884.0)
+TWO = Intensity("percentile", lower=0.5, upper=99.5, output_low=(12.5, -3.0), output_high=(884.0, 7.0))
 
 
 @given(st.lists(st.integers(-1000, 600), min_size=1))
@@ -48,6 +49,41 @@ def test_percentiles_are_those_of_the_volume_on_the_way_in() -> None:
     np.testing.assert_allclose(MR.normalise(volume * 1700 + 3), tensor, atol=1e-5)
 
 
+def test_each_channel_has_its_own_percentiles_and_its_own_range() -> None:
+    first = np.arange(1001, dtype=np.float64).reshape(7, 11, 13)
+    second = np.square(first[::-1]) - 40
+    tensor = TWO.normalise(np.stack([first, second]))
+    assert tensor.dtype == np.float32
+    for channel, alone in zip(tensor, (first, second), strict=True):
+        np.testing.assert_allclose(channel, MR.normalise(alone), atol=1e-6)
+    ends = np.stack([np.full((2, 3, 4), -1.2), np.linspace(-1, 1, 24).reshape(2, 3, 4)])
+    restored = TWO.to_disk(ends)
+    assert restored.dtype == np.float32
+    np.testing.assert_array_equal(restored[0], 12.5)
+    np.testing.assert_allclose(restored[1], np.linspace(-3, 7, 24).reshape(2, 3, 4), atol=1e-5)
+    np.testing.assert_allclose(TWO.restore(torch.from_numpy(ends)), restored)
+    np.testing.assert_array_equal(CT.normalise(np.stack([first, second])), [CT.normalise(first), CT.normalise(second)])
+
+
+def test_volumes_of_other_channels_than_the_rule_are_refused() -> None:
+    volume = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    for intensity, wrong, channels in ((TWO, volume[:1], 2), (TWO, volume[0], 2), (MR, volume, 1)):
+        message = (
+            rf"as many channels as output_low and output_high of its intensity, {channels}, as \(C, X, Y, Z\); its"
+        )
+        for refuse in (intensity.normalise, intensity.restore):
+            with pytest.raises(FibldmError, match=message):
+                refuse(wrong)
+    volume[1] = 7
+    with pytest.raises(FibldmError, match=r"percentiles 0.5 and 99.5 of channel 2 must differ; both are 7"):
+        TWO.normalise(volume)
+
+
+def test_one_channel_may_have_an_axis_of_its_own() -> None:
+    volume = np.random.default_rng(0).normal(size=(3, 4, 5))
+    np.testing.assert_array_equal(MR.normalise(volume[None])[0], MR.normalise(volume))
+
+
 @pytest.mark.parametrize("intensity", [CT, MR])
 def test_arrays_and_tensors_agree_and_the_input_is_not_changed(intensity: Intensity) -> None:
     volume = np.random.default_rng(0).normal(-200, 500, (5, 6, 7)).astype(np.float32)
@@ -59,10 +95,10 @@ def test_arrays_and_tensors_agree_and_the_input_is_not_changed(intensity: Intens
     np.testing.assert_array_equal(volume, kept)
 
 
-@pytest.mark.parametrize("intensity", [CT, MR])
+@pytest.mark.parametrize("intensity", [CT, TWO])
 def test_transform_keeps_the_affine_and_leaves_other_keys_alone(intensity: Intensity) -> None:
     affine = torch.tensor([[0.0, 2.0, 0, 5], [-1.5, 0, 0, -7], [0, 0, 3.0, 11], [0, 0, 0, 1]], dtype=torch.float64)
-    image = MetaTensor(torch.linspace(-900, 500, 24).reshape(1, 2, 3, 4), affine=affine)
+    image = MetaTensor(torch.linspace(-900, 500, 48).reshape(2, 2, 3, 4), affine=affine)
     data = {"image": image, "label": torch.ones(1, 2, 3, 4)}
     before = image.clone()
     result = NormaliseIntensityd("image", intensity)(data)
@@ -73,7 +109,7 @@ def test_transform_keeps_the_affine_and_leaves_other_keys_alone(intensity: Inten
     assert data["image"] is image and torch.equal(image, before)
 
 
-@pytest.mark.parametrize("intensity", [CT, MR])
+@pytest.mark.parametrize("intensity", [CT, MR, TWO])
 def test_stored_and_read_back(intensity: Intensity, tmp_path) -> None:
     write_json(tmp_path / "intensity.json", intensity.to_dict())
     assert load_intensity(tmp_path / "intensity.json") == intensity
@@ -90,6 +126,7 @@ def test_what_is_stored() -> None:
         "output_high": 884.0,
         "units": "arbitrary",
     }
+    assert TWO.to_dict() | {"output_low": [12.5, -3.0], "output_high": [884.0, 7.0]} == TWO.to_dict()
 
 
 def test_units_and_output() -> None:
@@ -105,6 +142,21 @@ def test_units_and_output() -> None:
         ({"kind": "window", "low": -1000}, r"must give numbers for low, high; high came as None"),
         ({"kind": "window", "low": 5, "high": 5}, r"window in HU must be finite and increasing .* got 5 and 5"),
         ({"kind": "window", "low": -1000, "high": 40000}, r"within \[-32768, 32767\]; got -1000 and 40000"),
+        (
+            {"kind": "percentile", "lower": [1], "upper": 99, "output_low": [0, "1"], "output_high": [1, 2]},
+            r"must give numbers for lower, upper, .*; lower, output_low came as \[1\], \[0, '1'\]",
+        ),
+        *(
+            (
+                {"kind": "percentile", "lower": 1, "upper": 99, "output_low": low, "output_high": high},
+                r"output_low and output_high must be two numbers, or one of both for each of several channels; got",
+            )
+            for low, high in (([0, 1], [2]), ([0], [2]), ([0, 1], 2), ([], []))
+        ),
+        (
+            {"kind": "percentile", "lower": 1, "upper": 99, "output_low": [0, 5], "output_high": [1, 5]},
+            r"output_low and output_high must be finite and increasing; got 5 and 5",
+        ),
         (
             {"kind": "percentile", "lower": -1, "upper": 99, "output_low": 0, "output_high": 1},
             r"percentiles must be finite and increasing within \[0, 100\]; got -1 and 99",

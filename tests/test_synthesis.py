@@ -12,11 +12,14 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
+from highdicom import get_volume_from_series
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from nibabel import orientations
 
+from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
@@ -26,9 +29,11 @@ from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import SamplingSettings, Synthesizer, find_masks, synthesize_file
+from fibldm.volumes.dicom_output import DicomOutput
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.grid import ModelGrid, Volume, read_volume
+from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.writer import sidecar
 
 LABELS = (0, 1, 2, 5)
@@ -73,6 +78,7 @@ def synthesizer() -> Synthesizer:
             ((4.0, 6.0),) * 3, ((80.0, 200.0),) * 3, {1: (1.0, 9000.0), 2: (1.0, 9000.0), 5: (0.0, 90.0)}
         ),
         source={"weights": "w", "autoencoder": "ae", "licence": "CC0-1.0"},
+        names={1: "left lung", 2: "right lung", 5: "nodule"},
     )
 
 
@@ -333,22 +339,123 @@ def test_find_masks(tmp_path):
     """A27: files and folders, in order; unfinished files and other files of a folder are passed over."""
     folder = tmp_path / "masks"
     folder.mkdir()
-    for name in ("b.nii.gz", "a.nii", ".writing-x.nii.gz", "._b.nii.gz", "notes.txt", "c.nii.bak"):
+    for name in ("b.nii.gz", "a.nii", ".writing-x.nii.gz", "._b.nii.gz", "notes.txt", "c.nii.bak", "d.dcm"):
         (folder / name).write_bytes(gzip.compress(b""))
     (tmp_path / "z.nii.gz").touch()
-    assert find_masks([tmp_path / "z.nii.gz", folder]) == [tmp_path / "z.nii.gz", folder / "a.nii", folder / "b.nii.gz"]
+    found = [folder / name for name in ("a.nii", "b.nii.gz", "d.dcm")]
+    assert find_masks([tmp_path / "z.nii.gz", folder]) == [tmp_path / "z.nii.gz", *found]
 
 
 def test_find_masks_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("a.nii", "a.nii.gz", "scan.dcm"):
+    for name in ("a.nii", "a.nii.gz", "a.dcm", "scan.mha"):
         (tmp_path / name).touch()
     bad = [
         ([tmp_path / "absent"], "masks must exist; .*absent does not"),
-        ([tmp_path / "empty"], r"masks must be NIfTI files \(.nii, .nii.gz\); got none"),
-        ([tmp_path / "scan.dcm"], r"masks must be NIfTI files .*; got .*scan.dcm"),
+        ([tmp_path / "empty"], r"masks must be NIfTI files \(.nii, .nii.gz\) or DICOM .* \(.dcm\); got none"),
+        ([tmp_path / "scan.mha"], r"masks must be NIfTI files .*; got .*scan.mha"),
         ([tmp_path], "every mask needs a name of its own; given twice: a; rename them"),
     ]
     for sources, message in bad:
         with pytest.raises(FibldmError, match=message):
             find_masks(sources)
+
+
+def _tree(folder: Path) -> dict[str, int]:
+    return {str(part.relative_to(folder)): part.stat().st_mtime_ns for part in folder.rglob("*.*")}
+
+
+def test_dicom_and_nifti_are_one_volume(synthesizer, tmp_path):
+    """H1, H5: the same voxels at the same places, a mask that references the series, and a sidecar."""
+    file, dicom = write_mask(tmp_path / "case.nii.gz", body()), DicomOutput.read()
+    nifti = synthesize_file(synthesizer, file, tmp_path / "nifti", number=1, settings=QUICK)
+    path = synthesize_file(synthesizer, file, tmp_path / "out", number=1, settings=QUICK, dicom=dicom)
+    assert path == tmp_path / "out" / "case_001"
+    slices = [pydicom.dcmread(part) for part in sorted(path.iterdir())]
+    read = get_volume_from_series(slices)
+    placed = Volume(read.array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine).canonical()
+    wanted = read_volume(str(nifti)).canonical()
+    np.testing.assert_array_equal(placed.array, wanted.array)
+    np.testing.assert_allclose(placed.affine, wanted.affine, atol=1e-4)
+    mask = pydicom.dcmread(tmp_path / "out" / "masks" / "case_001.dcm")
+    assert mask.ReferencedSeriesSequence[0].SeriesInstanceUID == slices[0].SeriesInstanceUID
+    assert [item.SegmentLabel for item in mask.SegmentSequence] == ["left lung", "right lung", "nodule"]
+    told, told_nifti = (json.loads(sidecar(part).read_text()) for part in (path, nifti))
+    assert told["synthetic"] is True and told["dicom"] == {"quantisation_step": 1.0, "template": False}
+    assert {key: told[key] for key in told_nifti} == told_nifti
+    number = len(slices)
+    assert sorted(_tree(tmp_path / "out"))[0] == "case_001.json" and len(_tree(tmp_path / "out")) == number + 2
+
+
+def test_a_dicom_rerun_keeps_what_is_there_and_refuses_another_request(synthesizer, tmp_path):
+    file, out, dicom = write_mask(tmp_path / "case.nii.gz", body()), tmp_path / "out", DicomOutput.read()
+    path = synthesize_file(synthesizer, file, out, number=0, settings=QUICK, dicom=dicom)
+    before = _tree(out)
+    assert synthesize_file(synthesizer, file, out, number=0, settings=QUICK, dicom=dicom) == path
+    assert before == _tree(out)
+    with pytest.raises(
+        FibldmError, match="case_000 lies there already and was made from another mask, run or settings"
+    ):
+        synthesize_file(synthesizer, file, out, number=0, settings=replace(QUICK, seed=1), dicom=dicom)
+    with pytest.raises(FibldmError, match="case_000 lies there already, in another format; choose another --out"):
+        synthesize_file(synthesizer, file, out, number=0, settings=QUICK)
+    again = synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, dicom=dicom)
+    for part in sorted(path.iterdir()):
+        assert part.read_bytes() == (again / part.name).read_bytes()
+
+
+def test_a_label_without_coded_meaning_is_refused_before_anything_is_made(synthesizer, tmp_path):
+    file = write_mask(tmp_path / "case.nii.gz", body())
+    odd = replace(synthesizer, names={1: "left lung", 2: "label 2", 5: "odd"}, network=None)
+    with pytest.raises(FibldmError, match="there is none for label 2, odd; give --label-codes FILE"):
+        synthesize_file(odd, file, tmp_path / "out", number=0, settings=QUICK, dicom=DicomOutput.read())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dicom_segmentation_is_taken_as_mask(synthesizer, tmp_path):
+    """A27: the mask that was written gives the volume of the same name again; strange segments are refused."""
+    file = write_mask(tmp_path / "case.nii.gz", body())
+    synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK, dicom=DicomOutput.read())
+    written = tmp_path / "out" / "masks" / "case_000.dcm"
+    path = synthesize_file(synthesizer, written, tmp_path / "again", number=0, settings=QUICK)
+    assert path.name == "case_000_000.nii.gz"
+    used = read_volume(str(tmp_path / "again" / "masks" / "case_000.nii.gz"))
+    canonical = body().canonical()
+    np.testing.assert_array_equal(used.array, canonical.array)
+    np.testing.assert_allclose(used.affine, canonical.affine, atol=1e-4)
+    made = synthesizer(body(), name="case_000", settings=QUICK).volume.canonical()
+    np.testing.assert_array_equal(read_volume(str(path)).array, made.array)
+    other = replace(synthesizer, names={1: "left lung", 2: "right lung"})
+    with pytest.raises(
+        FibldmError, match=r"must have the name of a label of the run \(left.*; got also nodule; rename"
+    ):
+        synthesize_file(other, written, tmp_path / "other", number=0, settings=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "dcm"], "--format must be one of nifti, dicom; got 'dcm'"),
+        (["--template", "x"], "--format nifti takes no --template"),
+        (["--label-codes", "x"], "--format nifti takes no --label-codes"),
+        (["--format", "dicom", "--bids", "T1w"], "--format dicom takes no --bids"),
+        (["--format", "dicom", "--template", "/absent"], "a template must be a folder"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
+    assert run(["synthesize", "--run", str(tmp_path), "--masks", "x", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_writes_dicom_and_bids(tiny_run, phantom_work, tmp_path):
+    """H1: with the phantoms' own labels, whose codes and names come from the run."""
+    mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
+    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--steps", "1", "--allow-extrapolation"]
+    assert run([*command, "--out", str(tmp_path / "dicom"), "--format", "dicom"]) == 0
+    (segmentation,) = (tmp_path / "dicom" / "masks").iterdir()
+    named = {item.SegmentLabel for item in pydicom.dcmread(segmentation).SegmentSequence}
+    assert {"left lung", "right lung", "airways"} <= named
+    assert run([*command, "--out", str(tmp_path / "nifti"), "--bids", "ct"]) == 0
+    assert len(list((tmp_path / "nifti" / "bids").glob("sub-*/ct/*_desc-synthetic_ct.nii.gz"))) == 1
+    assert "left lung" in (tmp_path / "nifti" / "bids" / "dseg.tsv").read_text()
+    assert run([*command, "--out", str(tmp_path / "other"), "--bids", "T1w"]) == 2

@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import list_data_collate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
@@ -293,8 +294,10 @@ def test_metrics_write_a_row_per_epoch_and_drop_those_that_are_done_again(tmp_pa
     assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == ["1", "20", "30", "40"]
 
 
-def test_tensorboard_shows_the_rows_and_those_done_again_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_rows_and_those_done_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A24."""
+    # files of one second are read in the order of a count that sorts as text, in which the tenth comes before the ninth
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
     def train(losses: list[float], after: int = 0) -> None:
         engine, metrics = metrics_engine(tmp_path, losses)

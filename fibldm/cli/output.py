@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from fibldm.errors import sentence
+
 
 @contextmanager
 def standard_output_for_json(as_json: bool) -> Iterator[None]:
@@ -33,8 +35,7 @@ def emit_result(result: Mapping[str, Any] | None, as_json: bool) -> int:
 
 def emit_error(message: str, remedy: str, as_json: bool) -> None:
     """Show an error as one paragraph on standard error and, under ``--json``, as the object on standard output."""
-    sentence = f"{message}; {remedy}" if remedy else message
-    print(f"fibldm: {sentence}", file=sys.stderr)
+    print(f"fibldm: {sentence(message, remedy)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"ok": False, "error": {"message": message, "remedy": remedy}}))
 

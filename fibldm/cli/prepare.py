@@ -1,5 +1,6 @@
 """``fibldm prepare``: check a dataset, split it by patient, write the work folder."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,50 +9,96 @@ import typer
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV manifest.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
     out: Annotated[Path, typer.Option("--out", help="Work folder to write.")],
-    layout: Annotated[str, typer.Option(help="auto, decathlon, folders or csv.")] = "auto",
-    modality: Annotated[str | None, typer.Option(help="ct or mr; by default what dataset.json says.")] = None,
+    layout: Annotated[str, typer.Option(help="auto, decathlon, nnunet, bids, folders, csv, dicom or organs.")] = "auto",
+    modality: Annotated[str | None, typer.Option(help="ct or mr; by default what the dataset says.")] = None,
     window: Annotated[
         tuple[float, float] | None, typer.Option(help="CT only: HU that become -1 and 1 (default -1000 1000).")
     ] = None,
     labels: Annotated[str | None, typer.Option(help='Names, for example "1=right lung,2=left lung".')] = None,
+    remap: Annotated[str | None, typer.Option(help='Label values to change, for example "2=1,4=1".')] = None,
+    channels: Annotated[
+        str | None, typer.Option(help='Image channels, for example "T1w,FLAIR"; of BIDS, those to take.')
+    ] = None,
+    merge_masks: Annotated[
+        str | None, typer.Option(help="Binary masks to merge, most important first: airways,lung_left,lung_right.")
+    ] = None,
+    bids_mask: Annotated[str | None, typer.Option(help="Pattern of the mask files of a BIDS dataset.")] = None,
+    spacing: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="mm, for formats that state none (PNG, HDF5, .mat).")
+    ] = None,
+    resample_masks: Annotated[
+        bool, typer.Option("--resample-masks", help="Bring masks on another grid to their image's.")
+    ] = False,
+    derive: Annotated[str | None, typer.Option(help="lung: make lung masks from HU for CT without masks.")] = None,
+    bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
+    hide_names: Annotated[
+        bool, typer.Option("--hide-names", help="Name cases by hashes, not by files (DICOM always).")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad/--strict", help="Leave cases with errors out, or fail (default).")
+    ] = False,
     subject_pattern: Annotated[
         str | None, typer.Option(help="Regular expression on the image path; its first group is the patient.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into training, validation and test.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one for each CPU core.")] = None,
+    keep_salt: Annotated[
+        bool, typer.Option("--keep-salt", help="Write the salt of the patients' names into the work folder.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Write a work folder anew that was made otherwise.")
     ] = False,
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
     from fibldm.volumes.preparation import prepare as prepare_dataset
-    from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names
+    from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names, parse_remap
 
     settings = PrepareSettings(
         layout=layout,
         modality=modality,
         window=window,
         labels=parse_label_names(labels) if labels is not None else {},
+        remap=parse_remap(remap) if remap is not None else {},
+        channels=_names(channels),
+        merge_masks=_names(merge_masks),
+        bids_mask=bids_mask,
+        spacing=spacing,
+        resample_masks=resample_masks,
+        derive=derive,
+        bias_field=bias_field,
+        hide_names=hide_names,
+        skip_bad=skip_bad,
         subject_pattern=subject_pattern,
         seed=seed,
     )
-    report = prepare_dataset(source, out, settings, restart=restart)
-    warnings = [f"{finding.case}: {finding.message}" for finding in report.findings]
-    for line in (*(f"warning: {warning}" for warning in warnings), *(f"note: {note}" for note in report.notes)):
+    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)
+    width = max((len(finding.case) for finding in report.findings), default=0)
+    findings = [f"{finding.case:<{width}}  {finding.level:<7}  {finding.message}" for finding in report.findings]
+    for line in (*findings, *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))
     return {
         "outputs": [str(report.work / name) for name in ("datalist.json", "intensity.json", "report.json")],
         "counts": dict(report.counts),
         "unchanged": report.unchanged,
-        "warnings": warnings,
+        "left_out": list(report.left_out),
+        "findings": [
+            {"case": finding.case, "level": finding.level, "message": finding.message} for finding in report.findings
+        ],
         "notes": list(report.notes),
     }
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
 def _summary(report: Any) -> str:
     counts = ", ".join(f"{count} {split}" for split, count in report.counts.items())
+    left_out = f"; left out: {', '.join(report.left_out)}" if report.left_out else ""
     if report.unchanged:
-        return f"{report.work} is prepared already from this source with these settings ({counts}); nothing to do"
-    return f"{report.work} is prepared: {counts}"
+        return f"{report.work} is prepared already from this source with these settings ({counts}{left_out})"
+    return f"{report.work} is prepared: {counts}{left_out}"

@@ -1,14 +1,19 @@
 """``fibldm synthesize``: synthetic volumes from masks."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fibldm.volumes.dicom_output import DicomOutput
 
 
 def synthesize(
     run: Annotated[Path, typer.Option("--run", help="Run folder with a finished ControlNet stage.")],
-    masks: Annotated[list[Path], typer.Option("--masks", help="NIfTI mask or folder of them; may be repeated.")],
+    masks: Annotated[
+        list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
@@ -18,18 +23,66 @@ def synthesize(
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Go on where a mask lies outside the training data.")
     ] = False,
+    output_format: Annotated[str, typer.Option("--format", help="nifti, or dicom: a series and its mask.")] = "nifti",
+    template: Annotated[
+        Path | None, typer.Option(help="DICOM only: folder of the series that gives technical tags, never patient's.")
+    ] = None,
+    label_codes: Annotated[
+        Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
+    ] = None,
+    bids: Annotated[
+        str | None,
+        typer.Option(metavar="SUFFIX", help="NIfTI only: also write OUT/bids; T1w, T2w, FLAIR, ..., or ct."),
+    ] = None,
+    skull_stripped: Annotated[
+        bool | None, typer.Option("--skull-stripped/--no-skull-stripped", help="With --bids, of MR: as BIDS asks.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")
     ] = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
+    from fibldm.runs import load_facts
     from fibldm.synthesis import SamplingSettings, synthesize_files
+    from fibldm.volumes.bids_writer import check_bids, write_bids
 
     settings = SamplingSettings(sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
+    _check_options(output_format, {"--template": template, "--label-codes": label_codes}, {"--bids": bids})
+    if bids is not None:
+        check_bids(bids, modality=load_facts(run)["modality"], skull_stripped=skull_stripped)
     outputs = synthesize_files(
-        run, masks, out, count=count, settings=settings, allow_extrapolation=allow_extrapolation, device=device
+        run,
+        masks,
+        out,
+        count=count,
+        settings=settings,
+        allow_extrapolation=allow_extrapolation,
+        device=device,
+        dicom=_dicom_output(template, label_codes) if output_format == "dicom" else None,
     )
+    if bids is not None:
+        names = {int(value): name for value, name in load_facts(run)["labels"].items() if int(value)}
+        write_bids(out / "bids", outputs, suffix=bids, names=names, skull_stripped=skull_stripped)
     print(f"{len(outputs)} synthetic volumes in {out} ({settings.network_calls} network calls each)")
     return {"outputs": [str(path) for path in outputs], "network_calls": settings.network_calls}
+
+
+def _dicom_output(template: Path | None, label_codes: Path | None) -> "DicomOutput":
+    from fibldm.volumes.dicom_output import DicomOutput
+
+    return DicomOutput.read(template, label_codes)
+
+
+def _check_options(output_format: str, for_dicom: dict[str, Any], for_nifti: dict[str, Any]) -> None:
+    from fibldm.errors import FibldmError, unknown_choice
+
+    if output_format not in ("nifti", "dicom"):
+        raise unknown_choice("--format", output_format, ("nifti", "dicom"))
+    others = for_dicom if output_format == "nifti" else for_nifti
+    wrong = [option for option, value in others.items() if value is not None]
+    if wrong:
+        raise FibldmError(
+            f"--format {output_format} takes no {' and no '.join(wrong)}", "change or leave out one of them"
+        )

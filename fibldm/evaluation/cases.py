@@ -12,10 +12,12 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file, hash_value
 from fibldm.runs import load_facts
-from fibldm.synthesis import volumes_in
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
-from fibldm.volumes.grid import Array, ModelGrid, Volume, read_volume, resample
+from fibldm.volumes.grid import Array, ModelGrid, Volume, resample
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.masks import volumes_in
+from fibldm.volumes.nifti import read_volume
+from fibldm.volumes.readers import read_scan
 from fibldm.volumes.writer import volume_stem
 
 _AIR = -1.0
@@ -44,7 +46,7 @@ class Sample(NamedTuple):
     """A case on the model grid, axes in RAS+ order.
 
     Attributes:
-        image: ``(X, Y, Z)``, float32 in ``[-1, 1]``, air where padded.
+        image: ``(X, Y, Z)``, or ``(C, X, Y, Z)`` of several channels, float32 in ``[-1, 1]``, -1 (air) where padded.
         labels: ``(X, Y, Z)``, uint8, unknown (255) where padded or without a mask.
         valid: ``(X, Y, Z)``, whether the voxel lies in the field of view.
         spacing: mm along R, A, S; the case's own where that is within 10 % of the model grid's.
@@ -66,6 +68,7 @@ class Evaluated:
         grid: the model grid.
         intensity: between files and ``[-1, 1]``.
         labels: names by label value, background included.
+        channels: names of the image channels, in order.
     """
 
     run_dir: Path
@@ -73,6 +76,7 @@ class Evaluated:
     grid: ModelGrid
     intensity: Intensity
     labels: dict[int, str]
+    channels: tuple[str, ...] = ("image",)
 
     @classmethod
     def open(cls, run_dir: str | Path, work: str | Path) -> "Evaluated":
@@ -94,6 +98,7 @@ class Evaluated:
             ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
             Intensity.from_dict(facts["intensity"]),
             {int(value): str(name) for value, name in facts["labels"].items()},
+            tuple(facts.get("channels", ("image",))),
         )
 
     @property
@@ -102,11 +107,15 @@ class Evaluated:
         return self.run_dir / "evaluation"
 
     def real(self, *splits: str) -> list[Case]:
-        """The real cases of some splits, of all where none is named."""
+        """The real cases with a mask of some splits, of all where none is named.
+
+        Raises:
+            FibldmError: no case of a split has a mask.
+        """
         return [
             Case(entry["case"], str(entry["subject"]), split, Path(entry["image"]), Path(entry["label"]))
             for split in splits or SPLITS
-            for entry in load_datalist(self.work, split)
+            for entry in load_datalist(self.work, split, masks=True)
         ]
 
     def synthetic(self, folder: str | Path) -> list[Case]:
@@ -127,11 +136,14 @@ class Evaluated:
         """A case on the model grid, as training saw it.
 
         Raises:
-            FibldmError: a file cannot be read, or mask and volume do not lie on one grid.
+            FibldmError: a file cannot be read, holds other channels than the run has, or mask and volume do not lie on
+                one grid.
         """
-        image = read_volume(str(case.image)).canonical()
+        channels = _read_channels(case.image, len(self.channels))
+        image = channels[0]
         grid = self.grid.training_grid(image.grid)
-        normalised = Volume(self.intensity.normalise(image.array), image.affine)
+        normalised = self.intensity.normalise(np.stack([channel.array for channel in channels]))
+        moved = [resample(Volume(part, image.affine), grid, kind="image", fill=_AIR).array for part in normalised]
         inside = Volume(np.ones(image.array.shape, dtype=np.uint8), image.affine)
         valid = resample(inside, grid, kind="label", fill=0).array.astype(bool)
         labels: Array = np.full(grid.shape, UNKNOWN_LABEL, dtype=np.uint8)
@@ -140,7 +152,7 @@ class Evaluated:
             if mask.array.shape != image.array.shape or not np.allclose(mask.affine, image.affine, atol=1e-2):
                 raise FibldmError(f"{case.image} must lie on the grid of its mask {case.label}; it does not")
             labels = resample(mask, grid, kind="label", fill=UNKNOWN_LABEL).array.astype(np.uint8)
-        return Sample(resample(normalised, grid, kind="image", fill=_AIR).array, labels, valid, grid.spacing)
+        return Sample(moved[0] if len(moved) == 1 else np.stack(moved), labels, valid, grid.spacing)
 
     def key(self, case: Case) -> str:
         """SHA-256 of what `read` gives: the files' contents, the grid and the intensity."""
@@ -175,6 +187,11 @@ class FeatureCache:
         return computed
 
 
+def each_channel(image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """The channels ``(X, Y, Z)`` of an image ``(C, X, Y, Z)``, or the image itself where it has one only."""
+    return list(image.reshape(-1, *image.shape[-3:]))
+
+
 def need_masks(cases: list[Case], what: str) -> None:
     """Refuse cases without masks.
 
@@ -187,6 +204,16 @@ def need_masks(cases: list[Case], what: str) -> None:
             f"{what} needs the mask of every volume; {', '.join(missing[:6])} came without",
             "put them into the folder masks/ beside the volumes, named as the volumes are without their _000",
         )
+
+
+def _read_channels(path: Path, count: int) -> list[Volume]:
+    """The channels of an image file, axes in RAS+ order."""
+    if count == 1:
+        return [read_volume(str(path)).canonical()]
+    scan = read_scan((path,))
+    if scan.array.shape[3:] != (count,):
+        raise FibldmError(f"{path} must hold {count} channels, as (X, Y, Z, C); its shape is {scan.array.shape}")
+    return [Volume(scan.array[..., channel], scan.affine) for channel in range(count)]
 
 
 def _synthetic(file: Path, known: dict[str, Case]) -> Case:

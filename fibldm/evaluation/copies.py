@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample
-from fibldm.evaluation.pictures import Pair, write_comparison
+from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.record import Section
 from fibldm.evaluation.statistics import FEWEST_PATIENTS, Figure, by_patient, mean_figure
 from fibldm.files import hash_value
@@ -46,7 +46,7 @@ Floats = NDArray[np.float32]
 
 
 class Reconstruct(Protocol):
-    """An autoencoder's pass: an image ``(X, Y, Z)`` in ``[-1, 1]`` to its reconstruction of the same shape."""
+    """An autoencoder's pass: an image ``(X, Y, Z)`` or ``(C, X, Y, Z)`` in ``[-1, 1]`` to its reconstruction."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -78,7 +78,7 @@ class TrainingDetails:
 
     @classmethod
     def of(cls, cases: Sequence[Case], details: Iterable[Floats]) -> "TrainingDetails":
-        """Of training scans and their details, ``(x, y, z)`` each."""
+        """Of training scans and their details, ``(x, y, z)`` or ``(C, x, y, z)`` each."""
         rows = np.stack([_shifted(one, (0, 0, 0)) for one in details])
         mean = rows.mean(axis=0)
         return cls(cases, mean, _standardise(rows, mean))
@@ -124,7 +124,7 @@ def measure_copies(
     closest = max(nearest.similarity for nearest in of_test)
     threshold = 1 - (1 - closest) / 2
     picture = Path(pictures) / "copies.png"
-    write_comparison(picture, [_pair(evaluated, nearest) for nearest in made[:_PICTURED]])
+    write_comparison(picture, [pair for nearest in made[:_PICTURED] for pair in _pairs(evaluated, nearest)])
     return Section(
         figures=_figures(made, of_validation, of_test, closest, threshold),
         facts={
@@ -143,10 +143,16 @@ def measure_copies(
 
 
 def detail_of(image: Floats) -> Floats:
-    """What a volume ``(X, Y, Z)`` holds below the scale of a voxel's neighbourhood, on at most 64 voxels an axis."""
-    x, y, z = (min(length, _LONGEST_AXIS) for length in image.shape)
-    coarse = F.adaptive_avg_pool3d(torch.from_numpy(image)[None], (x, y, z))[0].numpy()
-    return np.asarray(coarse - ndimage.gaussian_filter(coarse, _BLUR, mode="nearest"))
+    """What an image holds below the scale of a voxel's neighbourhood, on at most 64 voxels an axis.
+
+    Args:
+        image: ``(X, Y, Z)``, or ``(C, X, Y, Z)``, whose channels keep apart.
+    """
+    x, y, z = (min(length, _LONGEST_AXIS) for length in image.shape[-3:])
+    channels = torch.from_numpy(image).reshape(-1, *image.shape[-3:])
+    coarse = F.adaptive_avg_pool3d(channels, (x, y, z)).numpy()
+    detail = coarse - ndimage.gaussian_filter(coarse, _BLUR, mode="nearest", axes=(1, 2, 3))
+    return np.asarray(detail.reshape(*image.shape[:-3], x, y, z))
 
 
 def _cached_detail(cache: FeatureCache, reconstruct: Reconstruct, case: Case) -> Floats:
@@ -159,8 +165,8 @@ def _cached_detail(cache: FeatureCache, reconstruct: Reconstruct, case: Case) ->
 def _shifted(detail: Floats, step: tuple[int, ...]) -> Floats:
     """The voxels that lie ``step`` beyond those of the volume without its margin, ``(D,)``."""
     starts = [_SHIFT + offset for offset in step]
-    window = (slice(start, start + n - 2 * _SHIFT) for start, n in zip(starts, detail.shape, strict=True))
-    return detail[tuple(window)].ravel()
+    x, y, z = (slice(start, start + n - 2 * _SHIFT) for start, n in zip(starts, detail.shape[-3:], strict=True))
+    return detail[..., x, y, z].ravel()
 
 
 def _standardise(rows: Floats, mean: Floats) -> Floats:
@@ -219,10 +225,17 @@ def _notes(made: Sequence[Nearest], threshold: float, test: Sequence[Case]) -> l
     return notes
 
 
-def _pair(evaluated: Evaluated, nearest: Nearest) -> Pair:
+def _pairs(evaluated: Evaluated, nearest: Nearest) -> list[Pair]:
     real, made = evaluated.read(nearest.training), evaluated.read(nearest.case)
     title = f"{nearest.training.name} and {nearest.case.name}: similarity {nearest.similarity:.3f}"
-    return Pair(title, real.image, made.image, real.spacing, ("training", "synthetic"))
+    return channel_pairs(
+        title,
+        real.image,
+        made.image,
+        spacing=real.spacing,
+        names=("training", "synthetic"),
+        channels=evaluated.channels,
+    )
 
 
 def _check_numbers(synthetic: int, training: int, test: int) -> None:

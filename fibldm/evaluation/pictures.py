@@ -53,6 +53,31 @@ class Pair:
             )
 
 
+def channel_pairs(
+    title: str,
+    left: Array,
+    right: Array,
+    *,
+    spacing: tuple[float, float, float],
+    names: tuple[str, str],
+    channels: Sequence[str],
+) -> list[Pair]:
+    """A pair of two images ``(X, Y, Z)``, or a pair for each channel of ``(C, X, Y, Z)`` with its name in the title.
+
+    Args:
+        title: one line above them.
+        left: image.
+        right: of the same shape.
+        spacing: mm along R, A, S.
+        names: of left and right.
+        channels: names of the channels.
+    """
+    if left.ndim == 3:
+        return [Pair(title, left, right, spacing, names)]
+    parts = zip(channels, left, right, strict=True)
+    return [Pair(f"{title}, {channel}", one, other, spacing, names) for channel, one, other in parts]
+
+
 def write_comparison(
     path: Path, pairs: Sequence[Pair], *, window: tuple[float, float] = (-1.0, 1.0), difference: bool = True
 ) -> None:

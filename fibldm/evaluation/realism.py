@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel, need_masks
 from fibldm.evaluation.distances import (
     frechet_distance,
     gaussian_kernel,
@@ -25,7 +25,7 @@ from fibldm.evaluation.distances import (
 )
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.record import Section
-from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum, spectrum_distance
+from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
 from fibldm.evaluation.structure import ms_ssim, scale_weights, spread_pairs
 from fibldm.files import hash_value
@@ -81,6 +81,8 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
     * ``ms_ssim``: mean MS-SSIM between volumes of different patients; above that of real scans they are too alike.
       What is padded on both sides counts too, in synthetic and real volumes the same.
 
+    Of several channels, radiomic features and spectra stand one after the other, and MS-SSIM is their mean.
+
     Args:
         evaluated: the run and its work folder.
         synthetic: the volumes, with masks; of each patient the first by name counts.
@@ -93,7 +95,9 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
     sets = choose_sets(evaluated.real(), synthetic)
     radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
     features = {
-        "radiomics": _arrays(FeatureCache(evaluated, "radiomics", radiomics.fingerprint), radiomics, sets),
+        "radiomics": _arrays(
+            FeatureCache(evaluated, "radiomics", radiomics.fingerprint), partial(_of_each_channel, radiomics), sets
+        ),
         "segmenter": _arrays(
             FeatureCache(evaluated, "segmenter-features", segmenter.fingerprint),
             lambda sample: segmenter.features(sample.image),
@@ -199,7 +203,7 @@ def _spectra(evaluated: Evaluated, sets: Sets) -> Arrays:
     """Over the bins of the model grid: the cases' own spacings differ by up to 10 %."""
     edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
     cache = FeatureCache(evaluated, "spectrum", hash_value([_SPECTRUM_VERSION, edges.tolist()]))
-    return _arrays(cache, lambda sample: radial_spectrum(sample.image, sample.spacing, edges=edges), sets)
+    return _arrays(cache, lambda sample: channel_spectra(sample.image, sample.spacing, edges=edges), sets)
 
 
 def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
@@ -218,7 +222,16 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
     """Volumes are read again for every pair: a hundred large ones would not fit into memory."""
     bar = _bar(pairs, "realism: MS-SSIM")
-    return np.array([ms_ssim(evaluated.read(cases[i]).image, evaluated.read(cases[j]).image) for i, j in bar])
+    return np.array([_similarity(evaluated.read(cases[i]), evaluated.read(cases[j])) for i, j in bar])
+
+
+def _of_each_channel(compute: Callable[[Sample], Array], sample: Sample) -> Array:
+    return np.concatenate([compute(sample._replace(image=channel)) for channel in each_channel(sample.image)])
+
+
+def _similarity(first: Sample, second: Sample) -> float:
+    pairs = zip(each_channel(first.image), each_channel(second.image), strict=True)
+    return float(np.mean([ms_ssim(one, other) for one, other in pairs]))
 
 
 def _who(sets: Sets) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from rich.progress import track
 from skimage.metrics import structural_similarity
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, Sample
+from fibldm.evaluation.cases import Case, Evaluated, Sample, each_channel
 from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
 from fibldm.evaluation.overlap import dice_by_label, measured_labels
-from fibldm.evaluation.pictures import Pair, write_comparison
+from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.record import Section
 from fibldm.evaluation.segmenter import Segmenter
-from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum, spectrum_distance
+from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import Figure, figure
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
@@ -63,14 +63,14 @@ class Reconstructor:
         return cls(first_stage, stage.require()["weights"], torch.device(device))
 
     def __call__(self, image: Image) -> Image:
-        """The reconstruction ``(X, Y, Z)``, float32 in ``[-1, 1]``, of an image of the same shape and range.
+        """The reconstruction, float32 in ``[-1, 1]``, of an image ``(X, Y, Z)`` or ``(C, X, Y, Z)`` of the same range.
 
         Raises:
             FibldmError: an axis is not divisible by the compression of the autoencoder.
         """
-        volume = torch.from_numpy(image)[None, None].float().to(self.device)
+        volume = torch.from_numpy(image).reshape(1, -1, *image.shape[-3:]).float().to(self.device)
         decoded = self.first_stage.decode(self.first_stage.encode(volume).mean)
-        reconstruction: Image = decoded[0, 0].clamp(-1, 1).float().cpu().numpy()
+        reconstruction: Image = decoded.clamp(-1, 1).float().cpu().numpy().reshape(image.shape)
         return reconstruction
 
 
@@ -95,6 +95,8 @@ def measure_reconstruction(
     whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare a scan with itself,
     which has no counterpart among real scans: their ``real_vs_real`` is None.
 
+    Of several channels, `image_quality` is the mean of them, and the spectra stand one after the other.
+
     The four scans with the largest error are drawn in ``reconstruction.png``.
 
     Args:
@@ -113,7 +115,7 @@ def measure_reconstruction(
     ]
     values = [Measured(row.case, row.values) for row in measured]
     worst = sorted(values, key=lambda row: -row.values["mae"])[:_PICTURED]
-    write_comparison(pictures / PICTURE, [_pair(evaluated, row, reconstructor) for row in worst])
+    write_comparison(pictures / PICTURE, [pair for row in worst for pair in _pairs(evaluated, row, reconstructor)])
     facts = {
         "autoencoder": reconstructor.fingerprint,
         "segmenter": segmenter.fingerprint,
@@ -169,7 +171,7 @@ def _reconstructed(
     made = _inside(sample, reconstructor)
     labels = measured_labels(sample.labels, names)
     regions = {"": sample.valid} | {f"/{names[label]}": sample.labels == label for label in labels}
-    values = image_quality(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
+    values = _channel_means(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
     before = dice_by_label(segmentation(evaluated, case, segmenter), sample.labels, labels)
     after = dice_by_label(segmenter.segment(made), sample.labels, labels)
     changes = {f"dice_change/{names[label]}": after[label] - before[label] for label in labels}
@@ -177,8 +179,14 @@ def _reconstructed(
         values |= {"dice_change": float(np.mean(list(changes.values()))), **changes}
     # the bins of the model grid, for cases that keep a spacing of their own
     edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
-    spectra = (radial_spectrum(image, sample.spacing, edges=edges) for image in (sample.image, made))
+    spectra = (channel_spectra(image, sample.spacing, edges=edges) for image in (sample.image, made))
     return Reconstructed(case, values, *spectra)
+
+
+def _channel_means(real: Image, made: Image, regions: Mapping[str, Region], *, unit: float) -> dict[str, float]:
+    pairs = zip(each_channel(real), each_channel(made), strict=True)
+    values = [image_quality(one, other, regions, unit=unit) for one, other in pairs]
+    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
 
 
 def _inside(sample: Sample, reconstructor: Reconstructor) -> Image:
@@ -203,7 +211,14 @@ def _spectrum_figure(measured: Sequence[Reconstructed]) -> Figure:
     return figure(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
 
 
-def _pair(evaluated: Evaluated, row: Measured, reconstructor: Reconstructor) -> Pair:
+def _pairs(evaluated: Evaluated, row: Measured, reconstructor: Reconstructor) -> list[Pair]:
     sample, (_, unit) = evaluated.read(row.case), _unit(evaluated.intensity)
     title = f"{row.case.name}: MAE {row.values['mae']:.3g} {unit}"
-    return Pair(title, sample.image, _inside(sample, reconstructor), sample.spacing, ("real", "reconstruction"))
+    return channel_pairs(
+        title,
+        sample.image,
+        _inside(sample, reconstructor),
+        spacing=sample.spacing,
+        names=("real", "reconstruction"),
+        channels=evaluated.channels,
+    )

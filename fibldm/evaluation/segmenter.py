@@ -39,7 +39,7 @@ class Segmenter:
         """The label of every voxel.
 
         Args:
-            image: ``(X, Y, Z)`` on the model grid, in ``[-1, 1]``.
+            image: ``(X, Y, Z)`` or ``(C, X, Y, Z)`` on the model grid, in ``[-1, 1]``.
 
         Returns:
             Label values ``(X, Y, Z)``, those of `labels`.
@@ -51,7 +51,7 @@ class Segmenter:
         """Means over the volume of what the deepest layer gives: a description of what the volume shows.
 
         Args:
-            image: ``(X, Y, Z)`` on the model grid, in ``[-1, 1]``.
+            image: ``(X, Y, Z)`` or ``(C, X, Y, Z)`` on the model grid, in ``[-1, 1]``.
 
         Returns:
             ``(D,)``; of a volume larger than `window`, the mean over its windows.
@@ -73,7 +73,7 @@ class Segmenter:
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.float32]) -> Tensor:
         device = next(self.network.parameters()).device
-        volume = torch.from_numpy(np.ascontiguousarray(image))[None, None].to(device)
+        volume = torch.from_numpy(np.ascontiguousarray(image)).reshape(1, -1, *image.shape[-3:]).to(device)
         logits: Tensor = SlidingWindowInferer(self.window, overlap=0.5, mode="gaussian")(volume, self.network)[0]
         return logits
 

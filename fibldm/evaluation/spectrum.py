@@ -76,6 +76,16 @@ def radial_spectrum(
     return np.log10(np.maximum(total / counts, _SMALLEST_POWER))
 
 
+def channel_spectra(image: NDArray[Any], spacing: Sequence[float], *, edges: NDArray[np.floating[Any]]) -> Spectrum:
+    """`radial_spectrum` of each channel of an image ``(X, Y, Z)`` or ``(C, X, Y, Z)``, one after the other, ``(C K,)``.
+
+    Raises:
+        FibldmError: as `radial_spectrum`.
+    """
+    channels = image.reshape(-1, *image.shape[-3:])
+    return np.concatenate([radial_spectrum(channel, spacing, edges=edges) for channel in channels])
+
+
 def spectrum_distance(a: Spectrum, b: Spectrum) -> float:
     """Mean over the bins of the absolute difference between the mean log spectra of two sets, dB.
 

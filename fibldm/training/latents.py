@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fibldm import UNKNOWN_LABEL
 from fibldm.files import atomic_path, hash_file, write_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
@@ -106,12 +105,11 @@ class EncodeStage:
 
     Args:
         run_dir: the run folder.
-        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label`` (absent: all unknown),
-            ``case``, ``subject``.
-        preprocessing: to the model grid: ``image``, ``valid`` and, where there is one, ``label``.
+        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label``, ``case``, ``subject``.
+        preprocessing: to the model grid: ``image``, ``label`` and ``valid``.
         augmentation: random, on the three together.
         views: of every training case, the plain one included.
-        facts: goes into ``latents.json`` as it is: labels, intensity, grid, envelope, licence, ...
+        facts: goes into ``latents.json`` as it is: channels, labels, intensity, grid, envelope, licence, ...
         inputs: fingerprints of the data.
         seed: of the augmentation.
         device: to encode on.
@@ -181,8 +179,6 @@ class EncodeStage:
 
     def _view(self, prepared: Mapping[Hashable, Any], index: int, view: int) -> dict[str, Tensor]:
         item = dict(prepared)
-        if "label" not in item:
-            item["label"] = torch.full_like(item["image"][:1], UNKNOWN_LABEL)
         if view:
             self.augmentation.set_random_state(seed=key_seed(self.seed, index, view))
             item = self.augmentation(item)

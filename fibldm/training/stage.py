@@ -18,6 +18,9 @@ from fibldm.training.handlers import Checkpoints, ClipGradient, Metrics, SetEpoc
 
 _logger = logging.getLogger("fibldm")
 
+# Recorded as numbers: a run is read again without the data that they come from.
+_COUNTS = ("epochs", "image_channels")
+
 
 class Stage:
     """A training stage that stands in a configuration and runs the parts named there.
@@ -44,7 +47,8 @@ class Stage:
             FibldmError: the folder holds a stage of another configuration, or the loss is not finite.
         """
         parser = running_parser()
-        config = {**parser.get(), "epochs": int(parser.get_parsed_content("epochs"))}
+        config = parser.get()
+        config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
         state = self.folder.begin(config, self.inputs, restart=self.restart)
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)

@@ -9,38 +9,48 @@ from typing import Any
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import read_json
-from fibldm.volumes.layouts import Case
+from fibldm.volumes.scan import Case
 
 SPLITS = ("training", "validation", "test")
 
 _BIDS_SUBJECT = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 
 
-def load_datalist(work: Path | str, split: str) -> list[dict[str, Any]]:
-    """The cases of one split of a work folder, with absolute paths under ``image`` and ``label``.
+def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[dict[str, Any]]:
+    """The cases of one split of a work folder, with absolute paths under ``image`` and, where there is one, ``label``.
 
     Args:
         work: the folder that ``fibldm prepare`` wrote.
         split: ``training``, ``validation`` or ``test``.
+        masks: only the cases that have a mask, of which there must be one.
 
     Raises:
-        FibldmError: unknown split, or the folder holds no datalist.
+        FibldmError: unknown split, the folder holds no datalist, or ``masks`` and no case of the split has one.
     """
     if split not in SPLITS:
         raise unknown_choice("split", split, SPLITS)
     root = Path(work).resolve()
     entries = read_json(root / "datalist.json")[split]
-    return [entry | {key: str(root / entry[key]) for key in ("image", "label")} for entry in entries]
+    chosen = [entry for entry in entries if "label" in entry or not masks]
+    if entries and not chosen:
+        raise FibldmError(
+            f"this step needs {split} cases with a mask; none of the {len(entries)} in {work} has one",
+            "add masks and run fibldm prepare again; only fibldm train autoencoder goes without",
+        )
+    files = ("image", "label")
+    return [entry | {key: str(root / entry[key]) for key in files if key in entry} for entry in chosen]
 
 
 def read_datalist(work: Path | str) -> dict[str, Any]:
     """The whole of ``datalist.json``, the cases of every split as `load_datalist` gives them.
 
+    ``channels`` names the image channels in order; a folder written before there could be several has one.
+
     Raises:
         FibldmError: the folder holds no datalist.
     """
     content: dict[str, Any] = read_json(Path(work) / "datalist.json")
-    return content | {split: load_datalist(work, split) for split in SPLITS}
+    return {"channels": ["image"]} | content | {split: load_datalist(work, split) for split in SPLITS}
 
 
 def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[dict[str, str], list[str]]:
@@ -88,6 +98,8 @@ def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, str]:
 def split_cases(cases: Sequence[Case], subjects: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     """The split of every case, by case name: the dataset's own where it has one, else drawn by patient.
 
+    Patients without any mask go to training: nothing could be measured on them.
+
     Args:
         cases: all cases.
         subjects: patient by case name.
@@ -98,20 +110,22 @@ def split_cases(cases: Sequence[Case], subjects: Mapping[str, str], seed: int = 
     """
     given = {case.name: case.split for case in cases if case.split is not None}
     if not given:
-        drawn = split_subjects(subjects.values(), seed)
-        return {case.name: drawn[subjects[case.name]] for case in cases}
+        masked = [subjects[case.name] for case in cases if case.masks]
+        drawn = split_subjects(masked or [subjects[case.name] for case in cases], seed)
+        return {case.name: drawn.get(subjects[case.name], SPLITS[0]) for case in cases}
     _check_given(given, subjects)
     return given
 
 
 def _check_given(given: Mapping[str, str], subjects: Mapping[str, str]) -> None:
-    by_subject = defaultdict(set)
-    for name, split in given.items():
-        by_subject[subjects[name]].add(split)
-    torn = [f"{subject} in {' and '.join(sorted(splits))}" for subject, splits in by_subject.items() if len(splits) > 1]
+    by_subject = defaultdict(list)
+    for name in sorted(given):
+        by_subject[subjects[name]].append(name)
+    torn = [names for names in by_subject.values() if len({given[name] for name in names}) > 1]
     if torn:
+        listed = "; ".join(", ".join(f"{name} in {given[name]}" for name in names) for names in torn)
         raise FibldmError(
-            f"every patient must be in one split only; the column split puts {', '.join(sorted(torn))}",
+            f"every patient must be in one split only; the split given tears cases of one patient apart: {listed}",
             "correct the split, or leave the column out to have one drawn",
         )
     missing = [split for split in SPLITS if split not in given.values()]

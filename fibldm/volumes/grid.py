@@ -5,10 +5,8 @@ closest RAS+ order, by exact flips and permutations, so that a volume stored in 
 voxels.
 """
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import nibabel
@@ -26,7 +24,6 @@ SPACING_TOLERANCE = 0.10
 
 _SAME_SPACING = 1e-3
 _COORDINATE_DECIMALS = 6
-_SMALLEST_DETERMINANT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,38 +77,6 @@ class Volume:
         turn = orientations.io_orientation(self.affine)
         array = orientations.apply_orientation(self.array, turn)
         return Volume(array, self.affine @ orientations.inv_ornt_aff(turn, self.array.shape))
-
-
-def read_volume(path: str) -> Volume:
-    """Read a 3-D NIfTI file as stored, without scaling integers to floats.
-
-    Raises:
-        FibldmError: the file is missing, cannot be read to its last byte, is no NIfTI, is not 3-D, holds no plain
-            numbers, is not in mm, or has no usable affine.
-    """
-    if not Path(path).exists():
-        raise FibldmError(f"{path} must exist", "check the path")
-    try:
-        _read_to_the_end(path)
-        image = nibabel.load(path)
-        array = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
-    except Exception as error:
-        raise FibldmError(f"{path} must be a readable NIfTI file; {error}", "check or export the file again") from error
-    if not isinstance(image, nibabel.Nifti1Pair):
-        raise FibldmError(f"{path} must be a NIfTI file; it is {type(image).__name__}", "convert it to NIfTI")
-    if array.dtype.kind not in "iuf":
-        raise FibldmError(f"{path} must hold plain numbers; its voxels are {array.dtype}", "export one channel")
-    if array.ndim == 4 and array.shape[3] == 1:
-        array = array[..., 0]
-    if array.ndim != 3 or not array.size:
-        raise FibldmError(f"{path} must hold one 3-D volume; its shape is {array.shape}")
-    units = image.header.get_xyzt_units()[0]
-    if units not in ("mm", "unknown"):
-        raise FibldmError(f"{path} must be in mm; its header says {units}", "export the file again, in mm")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not _invertible(affine):
-        raise FibldmError(f"{path} must have an invertible affine; got {affine.tolist()}", "export the file again")
-    return Volume(array, affine)
 
 
 @dataclass(frozen=True)
@@ -200,21 +165,6 @@ def turned_like(volume: Volume, grid: Grid) -> Volume:
         orientations.io_orientation(volume.affine), orientations.io_orientation(grid.affine)
     )
     return Volume(orientations.apply_orientation(volume.array, turn), grid.affine)
-
-
-def _read_to_the_end(path: str) -> None:
-    """A compressed file that was cut off within its checksum still gives all voxels; only reading on shows it."""
-    if path.endswith(".gz"):
-        with gzip.open(path) as stream:
-            while stream.read(1 << 22):
-                pass
-
-
-def _invertible(affine: Affine) -> bool:
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not lengths.all():
-        return False
-    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) > _SMALLEST_DETERMINANT)
 
 
 def _nearest(array: Array, matrix: Affine, shape: tuple[int, int, int], fill: float | Literal["edge"]) -> Array:

@@ -1,7 +1,7 @@
 """Between intensities on disk and tensors in ``[-1, 1]``: a named rule, stored once and inverted on output (A6)."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +16,8 @@ from fibldm.files import read_json
 
 Kind = Literal["window", "percentile"]
 Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
+Level = float | tuple[float, ...]
+"""One number, or one for each channel."""
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "window": ("low", "high"),
@@ -31,16 +33,17 @@ class Intensity:
     Args:
         kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside) or ``"percentile"`` (MR: the
             percentiles of each volume on the way in, one recorded range of the training split on the way out, so that
-            no patient's own range is written).
-        low: lower end of the window in HU; ``window`` only.
-        high: upper end of the window in HU; ``window`` only.
+            no patient's own range is written; each channel has its own).
+        low: lower end of the window in HU, of all channels; ``window`` only.
+        high: upper end of the window in HU, of all channels; ``window`` only.
         lower: percentile that becomes -1, in ``[0, 100]``; ``percentile`` only.
         upper: percentile that becomes 1, in ``[0, 100]``; ``percentile`` only.
-        output_low: what -1 becomes on output, in arbitrary units; ``percentile`` only.
-        output_high: what 1 becomes on output, in arbitrary units; ``percentile`` only.
+        output_low: what -1 becomes on output, in arbitrary units; of several channels, one number for each;
+            ``percentile`` only.
+        output_high: what 1 becomes on output, in the same form; ``percentile`` only.
 
     Raises:
-        FibldmError: unknown kind, or ends that are not finite and increasing.
+        FibldmError: unknown kind, ends that are not finite and increasing, or not one of both for each channel.
     """
 
     kind: Kind
@@ -48,8 +51,8 @@ class Intensity:
     high: float = 1000.0
     lower: float = 0.5
     upper: float = 99.5
-    output_low: float = 0.0
-    output_high: float = 0.0
+    output_low: Level = 0.0
+    output_high: Level = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in _FIELDS:
@@ -58,7 +61,7 @@ class Intensity:
             _check_increasing("window in HU", self.low, self.high, _INT16.min, _INT16.max)
         else:
             _check_increasing("percentiles", self.lower, self.upper, 0, 100)
-            _check_increasing("output_low and output_high", self.output_low, self.output_high)
+            _check_output(self.output_low, self.output_high)
 
     @property
     def units(self) -> Literal["HU", "arbitrary"]:
@@ -71,7 +74,7 @@ class Intensity:
         return np.dtype(np.int16 if self.kind == "window" else np.float32)
 
     @property
-    def output_range(self) -> tuple[float, float]:
+    def output_range(self) -> tuple[Level, Level]:
         """What -1 and 1 become on output, in ``units``."""
         return (self.low, self.high) if self.kind == "window" else (self.output_low, self.output_high)
 
@@ -79,60 +82,89 @@ class Intensity:
         """One volume as float32 in ``[-1, 1]``, linear inside its range and clipped outside; the input is not changed.
 
         Args:
-            volume: one volume of any shape and real dtype, in ``units``; a MetaTensor keeps its affine.
+            volume: one volume of any real dtype, in ``units``: ``(C, X, Y, Z)`` where each channel has its own range,
+                else of any shape; a MetaTensor keeps its affine.
 
         Raises:
-            FibldmError: a voxel is not finite, or the percentiles of the volume are equal.
+            FibldmError: a voxel is not finite, the percentiles of a channel are equal, or there are other channels than
+                the rule has.
         """
         values = _finite_float(volume, "a volume to normalise")
+        self._check_channels(values)
         low, high = self._input_range(values)
         return ((values - low) / (high - low) * 2 - 1).clip(-1, 1)
 
     def restore(self, volume: Volume) -> Volume:
         """A tensor in ``[-1, 1]`` as float32 in ``units``; values outside ``[-1, 1]`` are clipped.
 
+        Args:
+            volume: of a shape as in `normalise`.
+
         Raises:
-            FibldmError: a voxel is not finite.
+            FibldmError: a voxel is not finite, or there are other channels than the rule has.
         """
-        low, high = self.output_range
         values = _finite_float(volume, "a volume to restore").clip(-1, 1)
+        self._check_channels(values)
+        low, high = (_beside(values, level) for level in self.output_range)
         return (values + 1) / 2 * (high - low) + low
 
     def to_disk(self, volume: Volume) -> np.ndarray:
         """A tensor in ``[-1, 1]`` as an array in ``units`` and ``output_dtype``; CT is rounded to whole HU.
 
         Raises:
-            FibldmError: a voxel is not finite.
+            FibldmError: as `restore`.
         """
         values = _as_array(self.restore(volume))
         return (np.rint(values) if self.kind == "window" else values).astype(self.output_dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``intensity.json`` holds: kind, the fields of this kind, and units."""
-        return {"kind": self.kind, **{name: getattr(self, name) for name in _FIELDS[self.kind]}, "units": self.units}
+        """What ``intensity.json`` holds: kind, the fields of this kind (lists of several channels), and units."""
+        fields = {name: getattr(self, name) for name in _FIELDS[self.kind]}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {"kind": self.kind, **plain, "units": self.units}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Intensity":
         """The intensity that ``to_dict`` wrote.
 
         Raises:
-            FibldmError: unknown kind, a missing or non-numeric field, or ends that are not finite and increasing.
+            FibldmError: unknown kind, a missing or non-numeric field, or fields that `Intensity` refuses.
         """
         kind = values.get("kind")
         if kind not in _FIELDS:
             raise unknown_choice("intensity kind", kind, _FIELDS)
-        wrong = [name for name in _FIELDS[kind] if not isinstance(values.get(name), (int, float))]
+        levels = {name: _level(values.get(name), by_channel=name.startswith("output")) for name in _FIELDS[kind]}
+        wrong = [name for name, level in levels.items() if level is None]
         if wrong:
             raise FibldmError(
                 f"an intensity of kind {kind} must give numbers for {', '.join(_FIELDS[kind])}; "
                 f"{', '.join(wrong)} came as {', '.join(repr(values.get(name)) for name in wrong)}"
             )
-        return cls(kind=kind, **{name: float(values[name]) for name in _FIELDS[kind]})
+        return cls(kind=kind, **levels)
 
-    def _input_range(self, values: np.ndarray | torch.Tensor) -> tuple[float, float]:
+    def _input_range(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
+        """Lower and upper end of the range that becomes ``[-1, 1]``, of a shape that fits beside ``values``."""
         if self.kind == "window":
             return self.low, self.high
-        return percentile_range(values, self.lower, self.upper)
+        if not isinstance(self.output_low, tuple):
+            return percentile_range(values, self.lower, self.upper)
+        channels = enumerate(_as_array(values), start=1)
+        ranges = [percentile_range(channel, self.lower, self.upper, f"channel {n}") for n, channel in channels]
+        low, high = (_beside(values, level) for level in zip(*ranges, strict=True))
+        return low, high
+
+    def _check_channels(self, values: np.ndarray | torch.Tensor) -> None:
+        """A rule for each channel needs just these; one rule for a volume must not be taken of several together."""
+        if self.kind == "window":
+            return
+        channels = len(self.output_low) if isinstance(self.output_low, tuple) else 1
+        fits = values.shape[0] == channels if values.ndim == 4 else channels == 1
+        if not fits:
+            raise FibldmError(
+                f"a volume must have as many channels as output_low and output_high of its intensity, {channels}, "
+                f"as (C, X, Y, Z); its shape is {tuple(values.shape)}",
+                "prepare the data again, with the same channels for every case",
+            )
 
 
 def load_intensity(path: Path | str) -> Intensity:
@@ -144,8 +176,16 @@ def load_intensity(path: Path | str) -> Intensity:
     return Intensity.from_dict(read_json(Path(path)))
 
 
-def percentile_range(volume: np.ndarray | torch.Tensor, lower: float, upper: float) -> tuple[float, float]:
+def percentile_range(
+    volume: np.ndarray | torch.Tensor, lower: float, upper: float, what: str = "a volume"
+) -> tuple[float, float]:
     """The two percentiles of one volume, in its own units.
+
+    Args:
+        volume: of any shape.
+        lower: percentile, in ``[0, 100]``.
+        upper: percentile, in ``[0, 100]``.
+        what: how an error calls the volume.
 
     Raises:
         FibldmError: they are equal, because the volume is constant or nearly so.
@@ -153,7 +193,7 @@ def percentile_range(volume: np.ndarray | torch.Tensor, lower: float, upper: flo
     low, high = (float(value) for value in np.percentile(_as_array(volume), (lower, upper)))
     if low >= high:
         raise FibldmError(
-            f"percentiles {lower:g} and {upper:g} of a volume must differ; both are {low:g}",
+            f"percentiles {lower:g} and {upper:g} of {what} must differ; both are {low:g}",
             "leave out a constant volume, crop away empty space, or choose wider percentiles",
         )
     return low, high
@@ -161,6 +201,8 @@ def percentile_range(volume: np.ndarray | torch.Tensor, lower: float, upper: flo
 
 class NormaliseIntensityd(MapTransform):
     """MONAI transform: ``Intensity.normalise`` on each key; arrays, tensors and MetaTensors, not in place (A6).
+
+    Volumes are ``(C, X, Y, Z)``; C may be 1.
 
     Args:
         keys: keys of the volumes.
@@ -183,6 +225,34 @@ def _check_increasing(what: str, low: float, high: float, least: float = -math.i
     if not (math.isfinite(low) and math.isfinite(high) and least <= low < high <= most):
         bounds = f" within [{least:g}, {most:g}]" if math.isfinite(least) else ""
         raise FibldmError(f"{what} must be finite and increasing{bounds}; got {low:g} and {high:g}")
+
+
+def _check_output(low: Level, high: Level) -> None:
+    lows, highs = (level if isinstance(level, tuple) else (level,) for level in (low, high))
+    if type(low) is not type(high) or len(lows) != len(highs) or (isinstance(low, tuple) and len(lows) < 2):
+        raise FibldmError(
+            f"output_low and output_high must be two numbers, or one of both for each of several channels; "
+            f"got {low} and {high}"
+        )
+    for least, most in zip(lows, highs, strict=True):
+        _check_increasing("output_low and output_high", least, most)
+
+
+def _level(value: object, *, by_channel: bool) -> Any:
+    """A number as read from JSON, or a list of them where there may be one for each channel; None for anything else."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if by_channel and isinstance(value, Sequence) and all(isinstance(part, (int, float)) for part in value):
+        return tuple(float(part) for part in value)
+    return None
+
+
+def _beside(values: np.ndarray | torch.Tensor, level: Level) -> Any:
+    """A number as it is; numbers of the channels as float32 ``(C, 1, ...)`` that broadcasts with ``values``."""
+    if not isinstance(level, tuple):
+        return level
+    column = np.array(level, dtype=np.float32).reshape(-1, *(1,) * (values.ndim - 1))
+    return torch.from_numpy(column).to(values.device) if isinstance(values, torch.Tensor) else column
 
 
 def _finite_float(volume: Volume, what: str) -> Volume:

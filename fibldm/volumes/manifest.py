@@ -1,15 +1,20 @@
-"""Read a CSV manifest: one case a row, with patient, split and covariates where they are known (A2, B5)."""
+"""Read tables: a manifest with one case a row, the older label.csv, columns of covariates (A2, B5, E15, F7)."""
 
 import csv
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.readers import stem
+from fibldm.volumes.scan import Covariate
 
-REQUIRED = ("image", "label")
+IMAGE = "image"
+CHANNEL_MARK = "image:"
+LABEL = "label"
 OPTIONAL = ("case", "subject", "split")
+RESERVED = (IMAGE, LABEL, *OPTIONAL)
 SPLIT_NAMES = {
     "train": "training",
     "training": "training",
@@ -18,72 +23,95 @@ SPLIT_NAMES = {
     "test": "test",
 }
 MISSING = ("", "na", "n/a", "nan", "none", "null")
+LEGACY_NAMES = ("label.csv", "labels.csv")
 
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,2})?")
+_DAY = r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
+_NUMBER = re.compile(rf"(?!{_DAY}$)-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{{1,2}})?")
 _CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MASK_COLUMNS = ("mask", "seg", "segmentation")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: paths as written, ``None`` for what the manifest does not say, covariates by column."""
+    """One row.
 
-    image: Path
-    label: Path
+    Attributes:
+        line: of the file, for messages.
+        images: one path a channel, as written.
+        label: path as written, or ``None``.
+        case: name of the case.
+        named: whether the manifest gives that name, else it is made from the path.
+        subject: patient, or ``None``.
+        split: ``training``, ``validation`` or ``test``, or ``None``.
+        covariates: the other columns; ``None`` for a missing value.
+    """
+
+    line: int
+    images: tuple[Path, ...]
+    label: Path | None
     case: str
-    subject: str | None
-    split: str | None
-    covariates: Mapping[str, str | float | None]
+    named: bool = False
+    subject: str | None = None
+    split: str | None = None
+    covariates: Mapping[str, Covariate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows that could be read, and what is wrong with the others, one sentence each."""
+    """What a manifest says.
 
+    Attributes:
+        channels: names of the image channels, in the order of the columns.
+        rows: the rows that could be read.
+        problems: what is wrong with the others, one sentence each.
+        notes: what was left out, one sentence each.
+    """
+
+    channels: tuple[str, ...]
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a CSV file has the columns ``image`` and ``label``."""
+    """Whether a CSV or TSV file has a column ``image`` (or ``image:CHANNEL``), or is an older ``label.csv``."""
     try:
-        return set(REQUIRED) <= set(_read_table(path)[0])
+        columns = read_table(path)[0]
     except FibldmError:
         return False
+    return bool(_image_columns(columns)) or _is_legacy(path, columns)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The rows of a manifest with the columns image, label and optionally case, subject, split and covariates.
+    """The rows of a manifest with the column image, or one column ``image:NAME`` a channel, as ``image:T1``.
 
-    A covariate column becomes numbers where all its values are numbers; an empty value becomes ``None``.
+    Optional columns: label (may be empty: a case without mask), case, subject, split. Every other column is a
+    covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called label.csv or
+    labels.csv without the columns image and label has the image in its first and the mask in its second column, under
+    any header.
 
     Raises:
         FibldmError: the file is no CSV text, or a required column is missing or stands twice.
     """
-    columns, table = _read_table(path)
-    missing = [name for name in REQUIRED if name not in columns]
-    repeated = sorted({name for name in columns if columns.count(name) > 1})
-    if missing or repeated:
-        raise FibldmError(
-            f"{path} must have the columns image and label, each column once; missing: {', '.join(missing) or 'none'}; "
-            f"repeated: {', '.join(repeated) or 'none'}; it has {', '.join(columns) or 'none'}"
-        )
-    ragged = [
-        f"{path.name} line {line} has {len(values)} values for {len(columns)} columns"
-        for line, values in table
-        if len(values) != len(columns)
-    ]
-    numbered = [
-        (line, dict(zip(columns, values, strict=True))) for line, values in table if len(values) == len(columns)
-    ]
-    problems = [f"{path.name} line {line}: {problem}" for line, record in numbered for problem in _row_problems(record)]
-    records = [record for _, record in numbered if not _row_problems(record)]
-    covariates = _covariates(columns, records)
-    rows = [_row(record, values) for record, values in zip(records, covariates, strict=True)]
-    return Manifest(tuple(rows), (*ragged, *problems))
+    columns, table = read_table(path)
+    if _is_legacy(path, columns):
+        return _read_legacy(path, columns, table)
+    _check_columns(path, columns)
+    records, problems = _records(path, columns, table)
+    others = [name for name in columns if name not in RESERVED and not name.startswith(CHANNEL_MARK)]
+    values, notes = covariates(others, [record for _, record in records])
+    images = _image_columns(columns)
+    rows = [_row(line, record, images, known) for (line, record), known in zip(records, values, strict=True)]
+    channels = tuple(name.removeprefix(CHANNEL_MARK) for name in images)
+    return Manifest(channels, tuple(rows), tuple(problems), notes)
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and (line number, values) of every row that is not empty."""
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Column names, and (line number, values) of every row that is not empty; separated by comma, semicolon or tab.
+
+    Raises:
+        FibldmError: the file cannot be read as CSV text.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
@@ -96,42 +124,140 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return columns, rows
 
 
+def read_records(path: Path, key: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names, and the values of every row by column, of a table with the column ``key``.
+
+    Raises:
+        FibldmError: the file cannot be read as CSV text, the column is missing, or a row has too few or many values.
+    """
+    columns, table = read_table(path)
+    if key not in columns or any(len(values) != len(columns) for _, values in table):
+        raise FibldmError(f"{path} must have a column {key}, and a value for every column in every line")
+    return columns, [dict(zip(columns, values, strict=True)) for _, values in table]
+
+
+def covariates(
+    columns: Sequence[str], records: Sequence[Mapping[str, str]]
+) -> tuple[list[dict[str, Covariate]], tuple[str, ...]]:
+    """The values of ``columns`` for every record, and notes on the columns that are left out.
+
+    A column becomes numbers where all its values are numbers (eight digits that are a date are none).
+    """
+    names = [name for name in columns if name and name not in RESERVED]
+    values = {name: _typed([record[name] for record in records]) for name in names}
+    reserved = [name for name in columns if name in RESERVED]
+    notes = (f"columns whose name has a meaning of its own are left out: {', '.join(reserved)}",) if reserved else ()
+    return [{name: values[name][index] for name in names} for index in range(len(records))], notes
+
+
+def split_name(text: str) -> str:
+    """The split that ``text`` names: ``training``, ``validation`` or ``test``.
+
+    Raises:
+        FibldmError: it names none.
+    """
+    if text.lower() not in SPLIT_NAMES:
+        raise FibldmError(f"split must be one of {', '.join(SPLIT_NAMES)}; got {text!r}")
+    return SPLIT_NAMES[text.lower()]
+
+
+def _image_columns(columns: Iterable[str]) -> list[str]:
+    return [name for name in columns if name == IMAGE or name.startswith(CHANNEL_MARK)]
+
+
+def _is_legacy(path: Path, columns: Sequence[str]) -> bool:
+    complete = bool(_image_columns(columns)) and LABEL in columns
+    return path.name.lower() in LEGACY_NAMES and len(columns) > 1 and not complete
+
+
+def _read_legacy(path: Path, columns: list[str], table: list[tuple[int, list[str]]]) -> Manifest:
+    if any((path.parent / name).is_file() for name in columns[:2] if name):
+        raise FibldmError(
+            f"the first line of {path} must be a header; it names files", "put a line such as image,mask above"
+        )
+    problems = [f"{path.name} line {line} must have an image and a mask" for line, row in table if not _is_pair(row)]
+    rows = [_legacy_row(line, row) for line, row in table if _is_pair(row)]
+    extra = len(columns) - 2
+    notes = (f"columns of {path.name} beyond the second are left out: {extra}",) if extra else ()
+    return Manifest((IMAGE,), tuple(rows), tuple(problems), notes)
+
+
+def _is_pair(row: Sequence[str]) -> bool:
+    return len(row) > 1 and all(row[:2])
+
+
+def _legacy_row(line: int, row: Sequence[str]) -> Row:
+    image = Path(row[0])
+    return Row(line, (image,), Path(row[1]), _derived_name(image))
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    images = _image_columns(columns)
+    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    if not images or repeated:
+        raise FibldmError(
+            f"{path} must have the column image (or one column image:NAME a channel) and may have label, each column "
+            f"once; missing: {'none' if images else IMAGE}; repeated: {', '.join(repeated) or 'none'}; it has "
+            f"{', '.join(columns) or 'none'}"
+        )
+    if IMAGE in images and len(images) > 1 or CHANNEL_MARK in images:
+        raise FibldmError(
+            f"{path} must have either the column image or one column image:NAME a channel; it has {', '.join(images)}"
+        )
+    masks = [name for name in columns if name.lower() in _MASK_COLUMNS]
+    if masks and LABEL not in columns:
+        raise FibldmError(
+            f"the masks of {path} must stand in a column label; it has {', '.join(masks)} instead", "rename the column"
+        )
+
+
+def _records(
+    path: Path, columns: list[str], table: list[tuple[int, list[str]]]
+) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """(Line number, values by column) of every sound row, and what is wrong with the others."""
+    problems = [
+        f"{path.name} line {line} has {len(values)} values for {len(columns)} columns"
+        for line, values in table
+        if len(values) != len(columns)
+    ]
+    whole = [(line, dict(zip(columns, values, strict=True))) for line, values in table if len(values) == len(columns)]
+    problems += [f"{path.name} line {line}: {problem}" for line, record in whole for problem in _row_problems(record)]
+    return [(line, record) for line, record in whole if not _row_problems(record)], problems
+
+
 def _row_problems(record: Mapping[str, str]) -> list[str]:
-    problems = [f"{name} is empty" for name in REQUIRED + OPTIONAL if record.get(name) == ""]
+    needed = (*_image_columns(record), *OPTIONAL)
+    problems = [f"{name} is empty" for name in needed if record.get(name) == ""]
     split, case = record.get("split"), record.get("case")
     if split and split.lower() not in SPLIT_NAMES:
         problems.append(f"split must be one of {', '.join(SPLIT_NAMES)}; got {split!r}")
     if case and not _CASE_NAME.fullmatch(case):
-        problems.append(f"case must be letters, digits, '.', '_' and '-'; got {case!r}")
+        problems.append("case must be letters, digits, '.', '_' and '-', the first a letter or digit")
     return problems
 
 
-def _row(record: Mapping[str, str], covariates: Mapping[str, str | float | None]) -> Row:
-    image, split = Path(record["image"]), record.get("split")
+def _row(line: int, record: Mapping[str, str], images: list[str], known: Mapping[str, Covariate]) -> Row:
+    paths = tuple(Path(record[name]) for name in images)
+    label, split = record.get(LABEL), record.get("split")
     return Row(
-        image=image,
-        label=Path(record["label"]),
-        case=record.get("case") or _derived_name(image),
+        line=line,
+        images=paths,
+        label=Path(label) if label else None,
+        case=record.get("case") or _derived_name(paths[0]),
+        named="case" in record,
         subject=record.get("subject"),
-        split=SPLIT_NAMES[split.lower()] if split else None,
-        covariates=covariates,
+        split=split_name(split) if split else None,
+        covariates=known,
     )
 
 
 def _derived_name(image: Path) -> str:
     """Parent folder and stem, so that many files called ``ct.nii.gz`` get names of their own."""
-    stem = image.name.removesuffix(".gz").removesuffix(".nii")
     folder = image.parent.name.strip(".")
-    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{folder}_{stem}" if folder else stem)
+    return f"{folder}_{stem(image)}" if folder else stem(image)
 
 
-def _covariates(columns: list[str], records: list[dict[str, str]]) -> list[dict[str, str | float | None]]:
-    names = [name for name in columns if name and name not in REQUIRED + OPTIONAL]
-    values = {name: _typed([record[name] for record in records]) for name in names}
-    return [{name: values[name][index] for name in names} for index in range(len(records))]
-
-
-def _typed(values: list[str]) -> list[str | float | None]:
+def _typed(values: list[str]) -> list[Covariate]:
     known = [value for value in values if value.lower() not in MISSING]
     numeric = bool(known) and all(_NUMBER.fullmatch(value) for value in known)
     return [None if value.lower() in MISSING else float(value) if numeric else value for value in values]

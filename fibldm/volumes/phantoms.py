@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError
-from fibldm.files import atomic_path, read_json, write_json
+from fibldm.files import read_json, write_json
 from fibldm.volumes.phantom_anatomy import count_sessions, draw_anatomy
 from fibldm.volumes.phantom_rendering import draw_scan, render
+from fibldm.volumes.writer import write_nifti
 
 LABELS: dict[int, str] = {
     0: "background",
@@ -157,16 +157,6 @@ def _write_examination(out: Path, seed: int, subject: int, session: int | None) 
     image, labels = out / "images" / name, out / "labels" / name
     if not (image.exists() and labels.exists()):
         phantom = make_phantom(seed, subject, session or 1)
-        _write_nifti(image, phantom.volume, phantom.affine)
-        _write_nifti(labels, phantom.labels, phantom.affine)
+        for path, array in ((image, phantom.volume), (labels, phantom.labels)):
+            write_nifti(path, array, phantom.affine, "SYNTHETIC phantom")
     return image
-
-
-def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    nifti = nib.Nifti1Image(array, affine)
-    nifti.set_sform(affine, 1)
-    nifti.set_qform(affine, 1)
-    nifti.header.set_xyzt_units("mm")
-    nifti.header["descrip"] = b"SYNTHETIC phantom"
-    with atomic_path(path) as temporary:
-        nib.save(nifti, temporary)

@@ -1,35 +1,48 @@
 """Check a dataset and write the work folder that every later stage reads (A2, A6, B5, H13).
 
 The folder holds ``images/CASE.nii.gz`` and ``labels/CASE.nii.gz`` in RAS+, ``datalist.json`` (Decathlon form, split by
-patient), ``intensity.json`` and, written last, ``report.json``.
+patient), ``intensity.json`` and, written last, ``report.json``. Every case is read, checked and written by itself, in
+parallel, and a case that is done is not done again when a run was interrupted or failed for another case.
 """
 
+import signal
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
+from fibldm import __version__
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value, read_json, write_json
-from fibldm.volumes.case_checks import CaseFacts, Finding, check_case
-from fibldm.volumes.layouts import Case, find_source
+from fibldm.files import hash_value, read_json, write_json, write_text
+from fibldm.volumes.case_checks import Finding
+from fibldm.volumes.datalist import split_subjects
+from fibldm.volumes.layouts import find_source
+from fibldm.volumes.prepare_case import CaseFacts, Record, Rules, prepare_case
 from fibldm.volumes.prepare_settings import Plan, PrepareSettings, make_plan
+from fibldm.volumes.pseudonyms import SALT_FILE, Pseudonyms, key_path, read_pseudonyms, write_key
+from fibldm.volumes.scan import Case, Source
 from fibldm.volumes.work_folder import (
-    PERCENTILES,
-    STAGING,
     WRITTEN,
     Checked,
     file_stat,
+    foreign_files,
     label_values,
+    replaced,
     report_dict,
-    staging,
-    tracked,
-    write_work,
+    write_lists,
 )
 
 MAX_LABELS = 200
 """More labels than this are taken for an image given as a label volume."""
+
+RECORDS = "records"
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,9 @@ class Report:
     Attributes:
         work: the work folder.
         counts: number of cases by split.
-        findings: warnings about cases.
+        findings: warnings about cases, and errors of those left out.
         notes: what has to be said about the dataset as a whole.
+        left_out: cases left out for their errors.
         unchanged: whether the folder was there already, from the same source and settings.
     """
 
@@ -48,36 +62,54 @@ class Report:
     counts: Mapping[str, int]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     unchanged: bool = False
 
 
 def prepare(
-    source: Path, work: Path, settings: PrepareSettings | None = None, *, restart: bool = False, progress: bool = True
+    source: Path,
+    work: Path,
+    settings: PrepareSettings | None = None,
+    *,
+    restart: bool = False,
+    workers: int = 1,
+    keep_salt: bool = False,
+    progress: bool = True,
 ) -> Report:
     """Check every case of ``source`` and write the work folder ``work``, or find that it is there already.
 
     Args:
-        source: folder of a dataset, or a CSV manifest; never changed.
+        source: folder of a dataset, or a table of its cases; never changed.
         work: folder to write.
         settings: what the user decides; ``None`` means the defaults.
         restart: whether a work folder of another source or other settings is written anew.
-        progress: whether to show progress bars on standard error, where that is a terminal.
+        workers: processes that read at the same time; each holds one case in memory. More than one needs a main module
+            that can be imported (``if __name__ == "__main__"``).
+        keep_salt: whether the salt of the patients' names is written into ``work`` as well.
+        progress: whether to show a progress bar on standard error, where that is a terminal.
 
     Raises:
         FibldmError: a setting does not fit, the layout or split cannot be made, a case has an error (all findings are
             listed, and recorded in ``report.json``), or ``work`` holds something else.
     """
     source, work, settings = Path(source), Path(work), settings or PrepareSettings()
+    if workers < 1:
+        raise FibldmError(f"--workers must be at least 1; got {workers}")
     earlier = _earlier_report(source, work)
-    plan = make_plan(find_source(source, settings.layout), settings)
+    found = find_source(source, settings.layout, options=settings.layout_options)
+    pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
+    plan = make_plan(found, settings, pseudonyms, earlier["left_out"] if earlier is not None and not restart else ())
     if earlier is not None and not restart:
         return _unchanged(work, earlier, plan)
-    checked = _check_all(plan, progress)
-    if not checked.sound:
-        _fail(work, plan, checked, complete=earlier is not None)
-    with staging(work) as folder:
-        write_work(folder, plan, checked, progress=progress)
-    return Report(work, plan.counts, checked.findings, checked.notes)
+    write_key(work, pseudonyms, plan.source.cases)
+    with replaced(work) as folder:
+        checked = _check_all(plan, folder, workers, progress)
+        plan = _settle(work, found, plan, checked, pseudonyms, complete=earlier is not None)
+        write_lists(folder, plan, checked)
+    if keep_salt:
+        write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
+    left_out = tuple(checked.bad)
+    return Report(work, plan.counts, checked.findings, checked.notes, left_out)
 
 
 def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
@@ -89,8 +121,7 @@ def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
         raise FibldmError(f"--out must be a folder; {work} is a file", "choose another folder")
     report = read_json(work / "report.json") if (work / "report.json").exists() else {"ok": False, "settings_hash": ""}
     ours = isinstance(report, dict) and "settings_hash" in report
-    allowed = (*(WRITTEN if ours and report.get("ok") else WRITTEN[-1:] if ours else ()), STAGING)
-    foreign = sorted(path.name for path in work.glob("*") if path.name not in allowed)
+    foreign = foreign_files(work, ours=ours, complete=ours and bool(report.get("ok")))
     if foreign:
         raise FibldmError(
             f"--out must be empty, absent or a finished work folder; {work} holds {', '.join(foreign)}",
@@ -99,23 +130,42 @@ def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
     return report if report["ok"] else None
 
 
+def _pseudonyms(work: Path, *, needed: bool) -> Pseudonyms:
+    there = read_pseudonyms(work)
+    if there is None and needed:
+        raise FibldmError(
+            f"{work} is known by its key {key_path(work)}, which is gone", "put it back, or write anew with --restart"
+        )
+    return there or Pseudonyms()
+
+
 def _unchanged(work: Path, earlier: Mapping[str, Any], plan: Plan) -> Report:
     decisions = plan.decisions()
     same = earlier["settings_hash"] == hash_value(decisions)
     changed = [] if same else _differences(earlier, decisions)
     if same:
-        changed = [f"files of {case.name}" for case in plan.source.cases if not _same_files(case, earlier["cases"])]
+        rules = plan.rules
+        changed = [f"files of {case.name}" for case in plan.source.cases if not _same_files(case, rules, earlier)]
     if changed:
         raise FibldmError(
             f"{work} was prepared otherwise, and a split is never changed silently; different: {'; '.join(changed)}",
             "choose another --out, or write it anew with --restart",
         )
-    files = [f"{kind}/{case.name}.nii.gz" for kind in WRITTEN[:2] for case in plan.source.cases]
-    lost = [name for name in (*files, *WRITTEN[2:]) if not (work / name).is_file()]
+    lost = [name for name in (*_volumes(earlier), *WRITTEN[2:]) if not (work / name).is_file()]
     if lost:
-        raise FibldmError(f"{work} must be complete; it lacks {', '.join(lost)}", "write it anew with --restart")
+        raise FibldmError(
+            f"{work} must be complete; it lacks {', '.join(sorted(lost))}", "write it anew with --restart"
+        )
     findings = tuple(Finding(**finding) for finding in earlier["findings"])
-    return Report(work, plan.counts, findings, tuple(earlier["notes"]), unchanged=True)
+    left_out = tuple(earlier["left_out"])
+    return Report(work, plan.counts, findings, tuple(earlier["notes"]), left_out, unchanged=True)
+
+
+def _volumes(earlier: Mapping[str, Any]) -> Iterator[str]:
+    for name in earlier["cases"].keys() - set(earlier["left_out"]):
+        yield f"images/{name}.nii.gz"
+        if earlier["cases"][name]["label_volume_ml"] is not None:
+            yield f"labels/{name}.nii.gz"
 
 
 def _differences(earlier: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[str]:
@@ -124,30 +174,68 @@ def _differences(earlier: Mapping[str, Any], decisions: Mapping[str, Any]) -> li
         f"--{key.replace('_', '-')} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
     ]
     if earlier["dataset"] != decisions["dataset"]:
-        listed.append("what dataset.json says")
+        listed.append("what the dataset says of itself")
     patients, cases = earlier["patients"], decisions["cases"]
     names = sorted(name for name in patients.keys() | cases.keys() if patients.get(name) != cases.get(name))
     return listed + ([f"cases {', '.join(names)}"] if names else [])
 
 
-def _same_files(case: Case, earlier: Mapping[str, Any]) -> bool:
-    return all(
-        file_stat(path) == {key: earlier[case.name][kind][key] for key in ("bytes", "mtime_ns")}
-        or hash_file(path) == earlier[case.name][kind]["sha256"]
-        for kind, path in (("image", case.image), ("label", case.label))
-    )
+def _same_files(case: Case, rules: Rules, earlier: Mapping[str, Any]) -> bool:
+    """Whether a case that was sound is what it was; one that was left out has to be looked at anew if it changed."""
+    about = earlier["cases"].get(case.name)
+    if about is None:
+        return prepare_case(case, rules, None).facts is None
+    if file_stat(case) == about["files"]:
+        return True
+    facts = prepare_case(case, rules, None).facts
+    return facts is not None and [facts.image_voxels, facts.label_voxels] == about["voxels"]
 
 
-def _check_all(plan: Plan, progress: bool) -> Checked:
-    findings: list[Finding] = []
-    facts: dict[str, CaseFacts] = {}
-    for case in tracked(plan.source.cases, "Checking", progress):
-        found, about = check_case(case, plan.modality, PERCENTILES)
-        findings += found
-        if about is not None:
-            facts[case.name] = about
+def _check_all(plan: Plan, folder: Path, workers: int, progress: bool) -> Checked:
+    """Read, check and write every case that an earlier, interrupted run has not done."""
+    cases, rules = plan.source.cases, plan.rules
+    stats = {case.name: file_stat(case) for case in cases}
+    keys = {case.name: _record_key(case, rules, stats[case.name]) for case in cases}
+    done = {name: record for name in keys if (record := _stored_record(folder, name, keys[name])) is not None}
+    waiting = [case for case in cases if case.name not in done]
+    for case, record in zip(waiting, _prepared(waiting, rules, folder, workers, progress), strict=True):
+        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": record.to_dict()})
+        done[case.name] = record
+    facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
+    findings = [finding for case in cases for finding in done[case.name].findings]
     findings += _copies(facts) + _label_findings(facts)
-    return Checked(facts, tuple(findings), (*plan.notes, *_label_notes(plan, facts)))
+    return Checked(facts, stats, tuple(findings), (*plan.notes, *_label_notes(plan, facts)))
+
+
+def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, progress: bool) -> Iterator[Record]:
+    console = Console(stderr=True)
+    shown = {"description": "prepare", "console": console, "disable": not (progress and console.is_terminal)}
+    if workers == 1 or len(cases) < 2:
+        yield from (prepare_case(case, rules, folder) for case in track(cases, **shown))  # type: ignore[arg-type]
+        return
+    context = get_context("spawn")
+    # an interruption is for this process to deal with, which ends the others
+    pool = ProcessPoolExecutor(min(workers, len(cases)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        waiting = [pool.submit(prepare_case, case, rules, folder) for case in cases]
+        for future in track(waiting, **shown):  # type: ignore[arg-type]
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise FibldmError("a process that read a case was killed, likely for memory", "use fewer --workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _record_key(case: Case, rules: Rules, stat: str) -> str:
+    return hash_value([__version__, asdict(rules), [asdict(mask) for mask in case.masks], stat])
+
+
+def _stored_record(folder: Path, name: str, key: str) -> Record | None:
+    path = folder / RECORDS / f"{name}.json"
+    stored = read_json(path) if path.is_file() else {}
+    record = Record.from_dict(stored["record"]) if stored.get("key") == key else None
+    volumes = [] if record is None or record.facts is None else [f"images/{name}.nii.gz"]
+    return record if all((folder / volume).is_file() for volume in volumes) else None
 
 
 def _copies(facts: Mapping[str, CaseFacts]) -> list[Finding]:
@@ -163,7 +251,7 @@ def _copies(facts: Mapping[str, CaseFacts]) -> list[Finding]:
 
 def _label_findings(facts: Mapping[str, CaseFacts]) -> list[Finding]:
     values = label_values(facts)
-    if facts and not values:
+    if not values and any(about.label_ml is not None for about in facts.values()):
         return [Finding("all cases", "error", "at least one label must occur; every label volume is background")]
     if len(values) > MAX_LABELS:
         message = f"there must be at most {MAX_LABELS} labels; {len(values)} occur (an image given as a label?)"
@@ -173,23 +261,30 @@ def _label_findings(facts: Mapping[str, CaseFacts]) -> list[Finding]:
 
 def _label_notes(plan: Plan, facts: Mapping[str, CaseFacts]) -> list[str]:
     values, names = label_values(facts), plan.label_names
-    trained = label_values({name: about for name, about in facts.items() if plan.splits[name] == "training"})
+    trained = label_values({name: about for name, about in facts.items() if plan.splits.get(name) == "training"})
+    unmasked = [name for name, about in facts.items() if about.label_ml is None]
     lists = {
         "labels that are named but occur in no case": [f"{key} ({names[key]})" for key in names if key not in values],
-        "labels without a name": [str(value) for value in values if names and value not in names],
         "labels that occur in no training case": [str(value) for value in values if value not in trained],
     }
-    return [f"{what}: {', '.join(found)}" for what, found in lists.items() if found]
+    notes = [f"{what}: {', '.join(found)}" for what, found in lists.items() if found]
+    return [*notes, f"cases without a mask, for the autoencoder only: {len(unmasked)}"] if unmasked else notes
 
 
-def _fail(work: Path, plan: Plan, checked: Checked, *, complete: bool) -> None:
-    """Raise all findings, after recording them where this overwrites no finished folder."""
+def _settle(work: Path, found: Source, plan: Plan, checked: Checked, pseudonyms: Pseudonyms, *, complete: bool) -> Plan:
+    """The plan for the cases that are sound; raises all findings where bad ones are not to be left out."""
+    if not checked.bad or (plan.settings.skip_bad and "all cases" not in checked.bad):
+        settled = make_plan(found, plan.settings, pseudonyms, checked.bad) if checked.bad else plan
+        if not settled.splits:
+            split_subjects(subject for name, subject in settled.subjects.items() if name not in checked.bad)
+        return settled
     if not complete:
-        write_json(work / "report.json", report_dict(plan, checked))
+        write_json(work / "report.json", report_dict(plan, checked, ok=False))
     errors = sum(finding.level == "error" for finding in checked.findings)
-    listed = "".join(f"\n  {finding.case}: {finding.level}: {finding.message}" for finding in checked.findings)
+    width = max(len(finding.case) for finding in checked.findings)
+    listed = "".join(f"\n  {f.case:<{width}}  {f.level:<7}  {f.message}" for f in checked.findings)
     raise FibldmError(
         f"every case must be sound; {errors} errors and {len(checked.findings) - errors} warnings in "
         f"{len(plan.source.cases)} cases, nothing was prepared:{listed}",
-        "correct or leave out these cases, and run fibldm prepare again",
+        f"correct these cases, or leave them out with --skip-bad ({key_path(work).name} says where each lies)",
     )

@@ -1,34 +1,52 @@
 """What a user decides about a preparation, and everything that is settled before a voxel is read (A2, H13)."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.volumes.case_checks import Modality
 from fibldm.volumes.datalist import SPLITS, find_subjects, split_cases
-from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.layouts import Source
+from fibldm.volumes.layouts import LayoutOptions
+from fibldm.volumes.lung import LABELS as LUNGS
+from fibldm.volumes.prepare_case import Rules
+from fibldm.volumes.pseudonyms import Pseudonyms
+from fibldm.volumes.scan import Case, Covariate, Source
 
 CT_WINDOW = (-1000.0, 1000.0)
 
-_MODALITY_NAMES: dict[str, Modality] = {
+_MODALITY_NAMES = {
     "ct": "ct",
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
+_PRIVATE_COLUMN = re.compile(
+    r"(patient|subject|first|last|family|given|sur)[ _-]*(name|id)|^name$|mrn|uid|accession|birth|dob|date|phone|addr",
+    re.IGNORECASE,
+)
+_DATE = re.compile(r"(19|20)\d\d[-/.]?[01]\d[-/.]?[0-3]\d|[0-3]?\d[-/.][01]?\d[-/.](19|20)\d\d")
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
     """What a user may decide about a preparation.
 
-    Args:
-        layout: ``auto``, ``decathlon``, ``folders`` or ``csv``.
-        modality: ``ct`` or ``mr``; ``None`` takes the one of ``dataset.json``.
+    Attributes:
+        layout: one of `fibldm.volumes.layouts.LAYOUTS`.
+        modality: ``ct`` or ``mr``; ``None`` takes what the dataset says.
         window: HU that become -1 and 1, CT only; ``None`` means -1000 and 1000.
-        labels: names by label value; they go before those of ``dataset.json``.
+        labels: names by label value; they go before those of the dataset.
+        remap: label values to change, as read to as written.
+        channels: names of the image channels; where files are named by channel (BIDS), those to take.
+        merge_masks: names of binary masks, most important first.
+        bids_mask: pattern of the mask files of a BIDS dataset; ``None`` takes the only ones there are.
+        spacing: mm, for formats that state none.
+        resample_masks: whether masks on another grid are brought to the image's.
+        derive: ``"lung"`` makes lung masks of CT without masks.
+        bias_field: whether the bias field of MR is corrected (N4).
+        hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
+        skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
         seed: seed of the split.
     """
@@ -37,8 +55,23 @@ class PrepareSettings:
     modality: str | None = None
     window: tuple[float, float] | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
+    remap: Mapping[int, int] = field(default_factory=dict)
+    channels: tuple[str, ...] = ()
+    merge_masks: tuple[str, ...] = ()
+    bids_mask: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    resample_masks: bool = False
+    derive: str | None = None
+    bias_field: bool = False
+    hide_names: bool = False
+    skip_bad: bool = False
     subject_pattern: str | None = None
     seed: int = 0
+
+    @property
+    def layout_options(self) -> LayoutOptions:
+        """What of it the layouts need."""
+        return LayoutOptions(merge_masks=self.merge_masks, bids_mask=self.bids_mask, channels=self.channels)
 
 
 @dataclass(frozen=True)
@@ -46,25 +79,29 @@ class Plan:
     """The dataset as found and the decisions about it, without a look at the voxels.
 
     Attributes:
-        source: the dataset as found.
+        source: the dataset as found, its cases under the names they are written by.
         settings: the settings with layout, modality and window resolved.
-        modality: ``ct`` or ``mr``.
-        subjects: patient by case name.
-        splits: split by case name.
+        subjects: patient by case name, as a salted hash.
+        splits: split by case name; empty where there are too few patients for one, which is said after all else.
         notes: what has to be said, one sentence each.
     """
 
     source: Source
     settings: PrepareSettings
-    modality: Modality
     subjects: Mapping[str, str]
     splits: Mapping[str, str]
     notes: tuple[str, ...]
 
     @property
+    def modality(self) -> str:
+        """``ct`` or ``mr``."""
+        return str(self.settings.modality)
+
+    @property
     def label_names(self) -> dict[int, str]:
         """Names by label value: the user's before the dataset's."""
-        return {**self.source.labels, **self.settings.labels}
+        names = {**self.source.labels, **self.settings.labels}
+        return names or (LUNGS if self.settings.derive == "lung" else {})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,14 +109,34 @@ class Plan:
         counted = Counter(self.splits.values())
         return {split: counted[split] for split in SPLITS}
 
+    @property
+    def rules(self) -> Rules:
+        """What is decided about the voxels of every case."""
+        settings = self.settings
+        return Rules(
+            modality=self.modality,
+            channels=self.source.channels,
+            labels=tuple(sorted(self.label_names)),
+            spacing=settings.spacing,
+            remap=settings.remap,
+            ordered=bool(settings.merge_masks),
+            resample_masks=settings.resample_masks,
+            derive=settings.derive,
+            bias_field=settings.bias_field,
+        )
+
     def decisions(self) -> dict[str, Any]:
         """All that decides a work folder besides the files' content, as JSON: settings, dataset and cases."""
-        settings = asdict(self.settings) | {"labels": by_text(self.settings.labels)}
+        settings = self.settings
         source = self.source
         return {
-            "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+            "settings": {
+                key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
+                for key, value in asdict(settings).items()
+            },
             "dataset": {
                 "name": source.name,
+                "channels": list(source.channels),
                 "labels": by_text(source.labels),
                 "licence": source.licence,
                 **source.references,
@@ -91,22 +148,40 @@ class Plan:
         }
 
 
-def make_plan(source: Source, settings: PrepareSettings) -> Plan:
-    """Settle modality, window, patients and split.
+def make_plan(
+    source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms, left_out: Collection[str] = ()
+) -> Plan:
+    """Settle modality, window, names, patients and split.
+
+    The split is drawn by the patients as the dataset calls them, so that it does not depend on the salt.
+
+    Args:
+        source: the dataset as found.
+        settings: what the user decides.
+        pseudonyms: what patients are called in the work folder.
+        left_out: cases, as they are written, that are not split.
 
     Raises:
         FibldmError: a setting does not fit the dataset, or no split by patient can be made.
     """
     modality = _modality(source, settings)
-    if settings.window is not None and modality != "ct":
-        raise FibldmError("--window is for CT; the modality is mr", "leave the window out")
-    window = (settings.window or CT_WINDOW) if modality == "ct" else None
-    if window is not None:
-        Intensity("window", low=window[0], high=window[1])
-    subjects, notes = find_subjects(source.cases, settings.subject_pattern)
-    splits = split_cases(source.cases, subjects, settings.seed)
-    settled = replace(settings, layout=source.layout, modality=modality, window=window)
-    return Plan(source, settled, modality, subjects, splits, (*source.notes, *notes, *_notes(source, modality)))
+    window = _window(settings, modality)
+    _check_settings(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
+    cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
+    known, notes = find_subjects(cases, settings.subject_pattern)
+    public, dropped = _public(cases, pseudonyms)
+    subjects = {new.name: known[case.name] for case, new in zip(cases, public, strict=True)}
+    kept = [case for case in public if case.name not in left_out]
+    enough = any(case.split for case in kept) or len({subjects[case.name] for case in kept}) >= len(SPLITS)
+    splits = split_cases(kept, subjects, settings.seed) if enough else {}
+    channels = settings.channels if len(settings.channels) > 1 else source.channels
+    return Plan(
+        replace(source, cases=tuple(sorted(public, key=lambda case: case.name)), channels=channels),
+        replace(settings, layout=source.layout, modality=modality, window=window),
+        {name: pseudonyms.subject(subject) for name, subject in subjects.items()},
+        splits,
+        (*source.notes, *notes, *dropped, *_notes(source, modality)),
+    )
 
 
 def parse_label_names(text: str) -> dict[int, str]:
@@ -127,31 +202,96 @@ def parse_label_names(text: str) -> dict[int, str]:
     return names
 
 
+def parse_remap(text: str) -> dict[int, int]:
+    """Label values to change from ``"2=1,4=1"``; 0 takes a label away.
+
+    Raises:
+        FibldmError: an entry is no ``value=value``, or a value stands twice.
+    """
+    pairs = [entry.strip().partition("=") for entry in text.split(",")]
+    values = [(old.strip(), new.strip()) for old, _, new in pairs]
+    remap = {int(old): int(new) for old, new in values if old.isdecimal() and new.isdecimal()}
+    if len(remap) < len(pairs) or any(not 0 <= new < UNKNOWN_LABEL for new in remap.values()):
+        raise FibldmError(
+            f"--remap must be OLD=NEW,... with new values 0...{UNKNOWN_LABEL - 1}, each old value once; got {text!r}",
+            'for example --remap "2=1,4=1"',
+        )
+    return remap
+
+
 def by_text(values: Mapping[int, Any]) -> dict[str, Any]:
     """The same mapping with the keys that JSON allows."""
     return {str(key): value for key, value in values.items()}
 
 
-def _modality(source: Source, settings: PrepareSettings) -> Modality:
+def _public(cases: list[Case], pseudonyms: Pseudonyms) -> tuple[list[Case], list[str]]:
+    """The cases under the names they are written by, without covariates that may tell the patient, and a note."""
+    columns = {name for case in cases for name, value in case.covariates.items() if _tells_patient(name, value)}
+    renamed = [
+        replace(
+            case,
+            name=pseudonyms.case(case),
+            path="" if case.private else case.path,
+            covariates={name: value for name, value in case.covariates.items() if name not in columns},
+        )
+        for case in cases
+    ]
+    note = f"columns that may tell the patient are left out: {', '.join(sorted(columns))}"
+    return renamed, [note] if columns else []
+
+
+def _tells_patient(name: str, value: Covariate) -> bool:
+    return bool(_PRIVATE_COLUMN.search(name)) or (isinstance(value, str) and bool(_DATE.search(value)))
+
+
+def _window(settings: PrepareSettings, modality: str) -> tuple[float, float] | None:
+    if modality != "ct":
+        if settings.window is not None:
+            raise FibldmError("--window is for CT; the modality is mr", "leave the window out")
+        return None
+    low, high = settings.window or CT_WINDOW
+    if not -32768 <= low < high <= 32767:
+        raise FibldmError(f"--window must be two increasing values in HU; got {low:g} and {high:g}")
+    return low, high
+
+
+def _check_settings(settings: PrepareSettings, modality: str, *, masked: int) -> None:
+    if settings.derive not in (None, "lung"):
+        raise unknown_choice("--derive", settings.derive, ("lung",))
+    if settings.derive and modality != "ct":
+        raise FibldmError("--derive lung is for CT; the modality is mr", "leave it out")
+    if settings.derive and masked:
+        raise FibldmError(
+            f"--derive lung is for data without masks; {masked} cases have one", "leave it out, or the masks"
+        )
+    if settings.bias_field and modality != "mr":
+        raise FibldmError("--bias-field is for MR; the modality is ct", "leave it out")
+    if settings.spacing is not None and not all(length > 0 for length in settings.spacing):
+        raise FibldmError(f"--spacing must be three lengths above 0 in mm; got {settings.spacing}")
+
+
+def _modality(source: Source, settings: PrepareSettings) -> str:
     if settings.modality is None:
         said = _said_modality(source)
         if said is not None:
             return said
-        came = f"dataset.json says {source.modality!r}" if source.modality else "nothing says it"
-        raise FibldmError(f"the modality must be ct or mr, one channel; {came}", "give --modality ct or --modality mr")
+        came = f"the dataset says {source.modality!r}" if source.modality else "nothing says it"
+        raise FibldmError(f"the modality must be ct or mr; {came}", "give --modality ct or --modality mr")
     if settings.modality not in ("ct", "mr"):
         raise unknown_choice("modality", settings.modality, ("ct", "mr"))
-    return "ct" if settings.modality == "ct" else "mr"
+    return settings.modality
 
 
-def _said_modality(source: Source) -> Modality | None:
-    return _MODALITY_NAMES.get((source.modality or "").strip().lower())
+def _said_modality(source: Source) -> str | None:
+    """``ct`` or ``mr`` where all channels say the same."""
+    said = {_MODALITY_NAMES.get(name.strip().lower()) for name in (source.modality or "").split(",")}
+    return said.pop() if len(said) == 1 else None
 
 
-def _notes(source: Source, modality: Modality) -> list[str]:
+def _notes(source: Source, modality: str) -> list[str]:
     notes = []
     if _said_modality(source) not in (None, modality):
-        notes.append(f"dataset.json says {source.modality}, --modality says {modality} and goes before it")
+        notes.append(f"the dataset says {source.modality}, --modality says {modality} and goes before it")
     if source.licence is None:
         notes.append("the licence of the data is not known; write it into a dataset.json beside the data")
     return notes

@@ -21,7 +21,7 @@ class ToModelGridd(MapTransform):
     Args:
         grid: spacing and size to bring them to.
         image_key: a `MetaTensor` ``(C, X, Y, Z)``.
-        label_key: a `MetaTensor` ``(1, X, Y, Z)``; a case without one is let through.
+        label_key: a `MetaTensor` ``(1, X, Y, Z)``; a case without a mask has none.
         pad_value: of the image, in its normalised range; -1 is air in CT.
     """
 

@@ -1,0 +1,118 @@
+"""Synthetic volumes as DICOM: the image series, the mask as a segmentation that references it, and the sidecar."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fibldm import __version__
+from fibldm.errors import FibldmError
+from fibldm.files import hash_value, write_json
+from fibldm.volumes.dicom_segmentation import write_segmentation
+from fibldm.volumes.dicom_template import Modality, Template, read_template
+from fibldm.volumes.dicom_writer import Identity, in_viewing_order, make_series, quantisation_step, write_series
+from fibldm.volumes.grid import Grid, Volume
+from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.label_codes import LabelCodes, load_label_codes
+from fibldm.volumes.writer import sidecar
+
+
+@dataclass(frozen=True)
+class DicomOutput:
+    """How synthetic volumes leave as DICOM; usually made by `read`.
+
+    Attributes:
+        codes: coded meanings of labels.
+        template: gives technical tags, or ``None``.
+    """
+
+    codes: LabelCodes
+    template: Template | None = None
+
+    @classmethod
+    def read(cls, template: Path | None = None, label_codes: Path | None = None) -> "DicomOutput":
+        """From the folder of a template series and a table of label codes; ``None`` does without.
+
+        Raises:
+            FibldmError: the series or the table is refused, see `read_template` and `load_label_codes`.
+        """
+        return cls(load_label_codes(label_codes), read_template(template) if template is not None else None)
+
+    def fingerprint(self, names: Mapping[int, str]) -> str:
+        """SHA-256 of what decides the files besides the volume: the template's tags and the labels' codes."""
+        tags = self.template.tags.to_json_dict() if self.template is not None else None
+        return hash_value([tags, sorted(names.items()), repr(self.codes.find(names.values()))])
+
+    def check(self, grid: Grid, names: Mapping[int, str], intensity: Intensity) -> None:
+        """See that a volume can be written, before it is made.
+
+        Args:
+            grid: of the volume.
+            names: of all labels that its mask may hold.
+            intensity: of the volume.
+
+        Raises:
+            FibldmError: a label without coded meaning, several channels, sheared axes, or a template that does not fit.
+        """
+        self.codes.find(names.values())
+        _value_range(intensity)
+        in_viewing_order(Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.affine))
+        if self.template is not None:
+            self.template.check(_modality(intensity), grid)
+
+    def write(
+        self,
+        folder: Path,
+        volume: Volume,
+        labels: Volume,
+        *,
+        names: Mapping[int, str],
+        intensity: Intensity,
+        request: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        """Write the series ``folder``, its mask ``masks/<folder name>.dcm`` beside it, and the sidecar.
+
+        The series comes last and whole, so that none is ever without mask and sidecar.
+
+        Args:
+            folder: of the series; must not exist.
+            volume: in the units of ``intensity``.
+            labels: the mask it follows, on the same grid.
+            names: of the labels by value.
+            intensity: rule of the volume.
+            request: everything that decides the files; the same request gives the same UIDs.
+            provenance: JSON-able, for the sidecar.
+
+        Raises:
+            FibldmError: see `make_series`, `write_segmentation`, `write_series`.
+        """
+        modality, value_range = _modality(intensity), _value_range(intensity)
+        identity = Identity(patient=str(request["mask_sha256"]), key=hash_value([__version__, request]))
+        series = make_series(
+            volume, modality=modality, value_range=value_range, identity=identity, template=self.template
+        )
+        write_segmentation(
+            folder.parent / "masks" / f"{folder.name}.dcm",
+            labels,
+            names=names,
+            meanings=self.codes.find(names.values()),
+            series=series,
+            identity=identity,
+        )
+        stored = {"quantisation_step": quantisation_step(modality, value_range), "template": self.template is not None}
+        write_json(sidecar(folder), {"synthetic": True, **request, **provenance, "dicom": stored} | {"synthetic": True})
+        write_series(folder, series)
+
+
+def _modality(intensity: Intensity) -> Modality:
+    return "ct" if intensity.units == "HU" else "mr"
+
+
+def _value_range(intensity: Intensity) -> tuple[float, float]:
+    low, high = intensity.output_range
+    if np.ndim(low) or np.ndim(high):
+        raise FibldmError("a DICOM series holds one channel; this run gives several", "use --format nifti")
+    return float(low), float(high)  # type: ignore[arg-type]

@@ -1,0 +1,261 @@
+"""Writing synthetic volumes as DICOM: a CT or MR series, marked as synthetic.
+
+Nothing is resampled: axes are flipped and swapped to DICOM's customary viewing order within the volume's own slices,
+so that a reader finds the same voxels at the same places. UIDs follow from a key, so the same request gives the same
+series again; patients are invented, and no date is written.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from highdicom import ContributingEquipment
+from nibabel import orientations
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence as ItemSequence
+from pydicom.sr.codedict import codes
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.valuerep import DSfloat, format_number_as_ds
+
+from fibldm import __version__
+from fibldm.errors import FibldmError
+from fibldm.files import hash_value
+from fibldm.volumes.dicom_template import Modality, Template
+from fibldm.volumes.grid import Volume
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_VIEWING_ORDER = {"R": "PIR", "A": "LIP", "S": "LPS"}
+"""By the anatomical axis of the slices: where columns, rows and slices run, as radiologists look at them."""
+_SHEAR_TOLERANCE = 1e-4
+_INT16 = np.iinfo(np.int16)
+_UINT16 = np.iinfo(np.uint16)
+_NOTICE = "Synthetic image drawn from a label mask; no patient was imaged. The mask may carry a patient's anatomy."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whom and what a synthetic series is: invented, but the same whenever the same is asked for.
+
+    Attributes:
+        patient: any text; volumes of one mask share it, as they share its anatomy.
+        key: any text; of everything that decides the volume. Equal keys give equal UIDs.
+    """
+
+    patient: str
+    key: str
+
+    @property
+    def patient_id(self) -> str:
+        """Twelve hexadecimal digits that say nothing of ``patient``."""
+        return hash_value(["patient", self.patient])[:12]
+
+    def uid(self, *names: str) -> UID:
+        """A UID of this series for each list of names."""
+        return generate_uid(entropy_srcs=["fibldm", self.key, *names])
+
+
+def make_series(
+    volume: Volume,
+    *,
+    modality: Modality,
+    value_range: tuple[float, float],
+    identity: Identity,
+    template: Template | None = None,
+) -> list[Dataset]:
+    """The slices of a synthetic series, in order along their normal, ready for `write_series`.
+
+    Args:
+        volume: CT in whole HU, stored as such; MR in arbitrary units, stored in 65536 steps of ``value_range``. Its
+            third axis becomes that of the slices.
+        modality: "ct" or "mr".
+        value_range: smallest and largest value that the model can give; also the window shown at first.
+        identity: decides patient and UIDs.
+        template: gives technical tags; must fit, see `Template.check`.
+
+    Raises:
+        FibldmError: sheared axes, CT that is no whole HU, values outside the range, or a template that does not fit.
+    """
+    if template is not None:
+        template.check(modality, volume.grid)
+    turned = in_viewing_order(volume)
+    stored, slope, intercept = _stored(turned.array, modality, value_range)
+    shared = _shared(modality, identity, template)
+    shared.update(_placed(turned, template))
+    shared.RescaleSlope, shared.RescaleIntercept = _decimal(slope), _decimal(intercept)
+    shared.RescaleType = "HU" if modality == "ct" else "US"
+    shared.WindowCenter, shared.WindowWidth = _decimal(sum(value_range) / 2), _decimal(value_range[1] - value_range[0])
+    return [_slice(shared, stored[:, :, k], k, turned, identity) for k in range(stored.shape[2])]
+
+
+def quantisation_step(modality: Modality, value_range: tuple[float, float]) -> float:
+    """Distance of neighbouring stored values: 1 HU, or 1/65535 of the range of MR."""
+    return 1.0 if modality == "ct" else float(_decimal((value_range[1] - value_range[0]) / _UINT16.max))
+
+
+def write_series(folder: Path, slices: Sequence[Dataset]) -> None:
+    """Write a series as ``0001.dcm`` and so on into a new folder, all of it or nothing.
+
+    Raises:
+        FibldmError: the folder holds something already, or cannot be written.
+    """
+    temporary = folder.with_name(f".writing-{secrets.token_hex(8)}")
+    try:
+        temporary.mkdir(parents=True)
+        for number, dataset in enumerate(slices, start=1):
+            _write(temporary / f"{number:04d}.dcm", dataset)
+        temporary.rename(folder)
+    except OSError as error:
+        raise FibldmError(
+            f"cannot write {folder}: {error.strerror or error}", "check its permissions, and the free disk space"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def in_viewing_order(volume: Volume) -> Volume:
+    """The volume with columns, rows and slices as its axes; right-handed, so that slices run along their normal.
+
+    Raises:
+        FibldmError: the axes are not at right angles.
+    """
+    directions = volume.affine[:3, :3] / np.array(volume.grid.spacing)
+    shear = float(np.abs(directions.T @ directions - np.eye(3)).max())
+    if shear > _SHEAR_TOLERANCE:
+        raise FibldmError(
+            f"a DICOM series needs voxel axes at right angles; two of them are {np.degrees(np.arcsin(shear)):.2f} "
+            "degrees off",
+            "resample the mask to a grid without shear, or write NIfTI",
+        )
+    own = orientations.io_orientation(volume.affine)
+    slice_axis = "RAS"[int(own[2, 0])]
+    turned = _turned(volume, orientations.ornt_transform(own, orientations.axcodes2ornt(_VIEWING_ORDER[slice_axis])))
+    # between two anatomical axes the closest order may mirror the grid
+    if np.linalg.det(turned.affine[:3, :3]) < 0:
+        return _turned(turned, np.array([[0, 1], [1, 1], [2, -1]]))
+    return turned
+
+
+def _turned(volume: Volume, turn: NDArray[Any]) -> Volume:
+    array = orientations.apply_orientation(volume.array, turn)
+    return Volume(array, volume.affine @ orientations.inv_ornt_aff(turn, volume.array.shape))
+
+
+def _stored(
+    array: NDArray[Any], modality: Modality, value_range: tuple[float, float]
+) -> tuple[NDArray[np.int16] | NDArray[np.uint16], float, float]:
+    """Stored values, and slope and intercept that turn them back."""
+    if modality == "ct":
+        if not np.array_equal(np.rint(array), array) or array.min() < _INT16.min or array.max() > _INT16.max:
+            raise FibldmError(f"CT must be whole HU within [{_INT16.min}, {_INT16.max}] to be written as DICOM")
+        return array.astype(np.int16), 1.0, 0.0
+    slope, intercept = quantisation_step(modality, value_range), float(_decimal(value_range[0]))
+    steps = np.rint((array.astype(np.float64) - intercept) / slope)
+    if not (steps >= 0).all() or not (steps <= _UINT16.max).all():
+        low, high = value_range
+        raise FibldmError(
+            f"MR must lie within its range [{low:g}, {high:g}] to be written as DICOM; "
+            f"it reaches from {array.min():g} to {array.max():g}"
+        )
+    return steps.astype(np.uint16), slope, intercept
+
+
+def _shared(modality: Modality, identity: Identity, template: Template | None) -> Dataset:
+    """What all slices say: the type 1 and 2 attributes of CT or MR images, technical tags, and the marks."""
+    shared = Dataset()
+    for keyword in (*_EMPTY, *_EMPTY_OF[modality]):
+        setattr(shared, keyword, None)
+    shared.SpecificCharacterSet = "ISO_IR 192"
+    shared.SOPClassUID = CTImageStorage if modality == "ct" else MRImageStorage
+    shared.Modality = modality.upper()
+    shared.StudyInstanceUID, shared.SeriesInstanceUID = identity.uid("study"), identity.uid("series")
+    shared.FrameOfReferenceUID = identity.uid("frame of reference")
+    shared.PatientName = f"SYNTHETIC^{identity.patient_id}"
+    shared.PatientID = f"SYNTHETIC-{identity.patient_id}"
+    shared.SeriesNumber = 1
+    if modality == "mr":
+        # the terms for a research sequence and for none of the known variants
+        shared.ScanningSequence, shared.SequenceVariant = "RM", "NONE"
+    if template is not None:
+        shared.update(template.tags)
+    mark(shared)
+    shared.ImageType = ["DERIVED", "SECONDARY", "AXIAL" if modality == "ct" else "OTHER"]
+    shared.StudyDescription, shared.SeriesDescription = "SYNTHETIC", f"SYNTHETIC {modality.upper()}"
+    shared.DerivationDescription = shared.ImageComments = _NOTICE
+    shared.BurnedInAnnotation, shared.LossyImageCompression = "NO", "00"
+    shared.Manufacturer = shared.ManufacturerModelName = "FibLDM"
+    shared.SoftwareVersions = __version__
+    shared.ContributingEquipmentSequence = ItemSequence([equipment()])
+    return shared
+
+
+_EMPTY = (
+    *("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"),
+    *("ReferringPhysicianName", "Laterality", "PatientPosition", "PositionReferenceIndicator", "AcquisitionNumber"),
+)
+_EMPTY_OF: dict[Modality, tuple[str, ...]] = {
+    "ct": ("KVP",),
+    "mr": ("ScanOptions", "MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength"),
+}
+"""Type 2 attributes: they must be there, and are empty where nothing is known."""
+
+
+def mark(dataset: Dataset) -> None:
+    """Say that it is synthetic and not for care; there is no way to leave it out."""
+    dataset.SyntheticData = "YES"
+    dataset.ContentQualification = "RESEARCH"
+
+
+def equipment() -> ContributingEquipment:
+    """FibLDM as the equipment that synthesised."""
+    return ContributingEquipment(
+        "FibLDM",
+        codes.DCM.SynthesizingEquipment,
+        manufacturer_model_name="FibLDM",
+        software_versions=__version__,
+        contribution_description="3-D latent diffusion that follows a label mask",
+    )
+
+
+def _placed(turned: Volume, template: Template | None) -> Dataset:
+    """Spacing and directions of all slices."""
+    placed = Dataset()
+    columns, rows, slices = turned.grid.spacing
+    directions = (_LPS_TO_RAS @ turned.affine)[:3, :2] / (columns, rows)
+    placed.PixelSpacing = [_decimal(rows), _decimal(columns)]
+    placed.ImageOrientationPatient = [_decimal(value) for value in directions.T.ravel()]
+    placed.SpacingBetweenSlices = _decimal(slices)
+    if template is None or "SliceThickness" not in template.tags:
+        placed.SliceThickness = _decimal(slices)
+    return placed
+
+
+def _slice(shared: Dataset, stored: NDArray[Any], k: int, turned: Volume, identity: Identity) -> Dataset:
+    """Slice ``k`` of stored values ``(columns, rows)``; its position is the centre of the first voxel, LPS mm."""
+    dataset = Dataset()
+    dataset.update(shared)
+    dataset.InstanceNumber = k + 1
+    dataset.SOPInstanceUID = identity.uid("slice", str(k))
+    position = (_LPS_TO_RAS @ turned.affine @ (0, 0, k, 1))[:3]
+    dataset.ImagePositionPatient = [_decimal(value) for value in position]
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.set_pixel_data(np.ascontiguousarray(stored.T), "MONOCHROME2", 16, generate_instance_uid=False)
+    return dataset
+
+
+def _decimal(value: float) -> DSfloat:
+    """The value as it will be read: rounded to the 16 characters that DICOM allows."""
+    return DSfloat(format_number_as_ds(float(value)))
+
+
+def _write(file: Path, dataset: Dataset) -> None:
+    with file.open("wb") as stream:
+        dataset.save_as(stream, enforce_file_format=True)
+        stream.flush()
+        os.fsync(stream.fileno())

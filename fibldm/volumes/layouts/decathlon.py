@@ -1,0 +1,70 @@
+"""The Medical Segmentation Decathlon: dataset.json lists images and labels, one file a case (A2)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.layouts.cases import check_cases, describe, read_dataset_json
+from fibldm.volumes.layouts.entries import case_name, collected, entry_key, volume_entries
+from fibldm.volumes.scan import Case, Mask, Source
+
+
+def decathlon(source: Path) -> Source:
+    """The cases that ``dataset.json`` lists; those of its test list (else of imagesTs/) have no mask.
+
+    Raises:
+        FibldmError: there is no training list, an entry is wrong, or a file is missing (all of them listed).
+    """
+    facts = read_dataset_json(source)
+    entries = facts.get("training")
+    if not isinstance(entries, list) or not entries:
+        raise FibldmError(
+            f"{source / 'dataset.json'} must have a list 'training' of {{image, label}} entries; got {entries!r}"
+        )
+    problems = [
+        f"training[{index}] must be an object with image and label; got {entry!r}"
+        for index, entry in enumerate(entries)
+        if not _is_pair(entry)
+    ]
+    cases = [_case(source, entry["image"], entry["label"], problems) for entry in entries if _is_pair(entry)]
+    unlabelled = _unlabelled(source, facts, problems)
+    present = [image for image in unlabelled if (source / image).exists()]
+    cases += [_case(source, image, None, problems) for image in present]
+    check_cases(cases, problems, source, "give every file of the training list its own name")
+    notes = _notes(facts, absent=len(unlabelled) - len(present))
+    return describe("decathlon", source, cases, facts, notes=notes)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
+
+
+def _case(source: Path, image: str, label: str | None, problems: list[str]) -> Case:
+    files = collected(source / image, problems)
+    masks = () if label is None else (Mask(collected(source / label, problems)),)
+    return Case(case_name(entry_key(Path(image))), (files,), masks, Path(image).as_posix())
+
+
+def _unlabelled(source: Path, facts: Mapping[str, Any], problems: list[str]) -> list[str]:
+    """Paths of the images without a label, as the dataset gives them."""
+    listed = facts.get("test") or [f"imagesTs/{path.name}" for path in volume_entries(source / "imagesTs")]
+    if not isinstance(listed, list):
+        problems.append(f"the test list must be a list of images; got {listed!r}")
+        return []
+    images = [entry.get("image") if isinstance(entry, dict) else entry for entry in listed]
+    problems += [
+        f"test[{index}] must be the path of an image; got {listed[index]!r}"
+        for index, image in enumerate(images)
+        if not isinstance(image, str)
+    ]
+    return [image for image in images if isinstance(image, str)]
+
+
+def _notes(facts: Mapping[str, Any], *, absent: int) -> tuple[str, ...]:
+    notes = []
+    if absent:
+        notes.append(f"images of the test list that do not exist are left out: {absent}")
+    if isinstance(facts.get("validation"), list):
+        notes.append(f"the list validation of dataset.json is left out: {len(facts['validation'])} entries")
+    return tuple(notes)

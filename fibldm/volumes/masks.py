@@ -1,0 +1,105 @@
+"""The masks that volumes are drawn from: found among files and folders, read, and kept beside the volumes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fibldm import UNKNOWN_LABEL
+from fibldm.errors import FibldmError
+from fibldm.volumes.grid import Volume
+from fibldm.volumes.nifti import read_volume
+from fibldm.volumes.writer import volume_stem, write_labels
+
+_NIFTI = (".nii", ".nii.gz")
+_MASKS = (*_NIFTI, ".dcm")
+
+
+def find_masks(sources: list[Path]) -> list[Path]:
+    """The mask files that a list of files and folders names, in order of their names.
+
+    Raises:
+        FibldmError: there is none, one is neither NIfTI nor DICOM, or two have the same name.
+    """
+    files: list[Path] = []
+    for source in sources:
+        if not source.exists():
+            raise FibldmError(f"masks must exist; {source} does not")
+        files += _files_in(source, _MASKS) if source.is_dir() else [source]
+    wrong = [str(file) for file in files if not file.name.endswith(_MASKS)]
+    if wrong or not files:
+        raise FibldmError(
+            f"masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); got {', '.join(wrong) or 'none'}"
+        )
+    stems = [mask_stem(file) for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise FibldmError(f"every mask needs a name of its own; given twice: {', '.join(twice)}", "rename them")
+    return files
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    """NIfTI files, but none that begins with a dot: those are unfinished, or hold the attributes of another file."""
+    return _files_in(folder, _NIFTI)
+
+
+def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(file for file in folder.glob("[!.]*") if file.name.endswith(suffixes))
+
+
+def mask_stem(file: Path) -> str:
+    """The file name without the suffixes that masks may have."""
+    return volume_stem(file).removesuffix(".dcm")
+
+
+def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
+    """A mask of either format.
+
+    Args:
+        file: NIfTI, or a DICOM segmentation.
+        names: of the run's labels by value; the segments of a DICOM segmentation get the values of their names.
+
+    Raises:
+        FibldmError: the file cannot be read, or a segment has no such name.
+    """
+    if file.suffix != ".dcm":
+        return read_volume(str(file))
+    from fibldm.volumes.dicom_masks import read_segmentation, segment_names
+
+    strange = sorted(set(segment_names(file)) - set(names.values()))
+    if strange:
+        raise FibldmError(
+            f"every segment of {file.name} must have the name of a label of the run "
+            f"({', '.join(names.values()) or 'it has none'}); got also {', '.join(strange)}",
+            "rename or delete these segments",
+        )
+    scan = read_segmentation(file, {name: value for value, name in names.items()})
+    return Volume(scan.array, scan.affine)
+
+
+def as_labels(mask: Volume) -> Volume:
+    """The mask as uint8.
+
+    Raises:
+        FibldmError: it holds fractions, or numbers that are no labels.
+    """
+    rounded = np.rint(mask.array)
+    if not np.isfinite(mask.array).all() or not np.array_equal(rounded, mask.array):
+        raise FibldmError("a mask must hold whole numbers", "is this a label map, and not an image or a probability?")
+    if rounded.min() < 0 or rounded.max() > UNKNOWN_LABEL:
+        raise FibldmError(f"mask labels must lie in 0..255; got {int(rounded.min())}..{int(rounded.max())}")
+    return Volume(rounded.astype(np.uint8), mask.affine)
+
+
+def keep_mask(path: Path, labels: Volume) -> None:
+    """Write the mask as used, once for all volumes of it.
+
+    Raises:
+        FibldmError: another mask lies there.
+    """
+    if not path.exists():
+        write_labels(path, labels)
+        return
+    there = read_volume(str(path))
+    if not np.array_equal(there.array, labels.array) or not np.allclose(there.affine, labels.affine, atol=1e-4):
+        raise FibldmError(f"{path} lies there already and is another mask", "choose another --out folder")

@@ -1,0 +1,128 @@
+"""NIfTI as read: to its last byte, with all that is wrong with its header."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.grid import Volume
+from fibldm.volumes.scan import Level
+from fibldm.volumes.stored import Stored, check_affine, damaged, shear_findings
+
+_UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError,
+)  # fmt: skip
+_GZIP = b"\x1f\x8b"
+_SINGLE_FILE = {540: b"n+2", 348: b"n+1"}
+
+
+def read_nifti(path: Path) -> Stored:
+    """A NIfTI-1 or -2 file, decompressed and checked to its last byte; scaled as its header says.
+
+    Raises:
+        FibldmError: the file is damaged, is no NIfTI, its name does not say whether it is compressed, or its header
+            gives no usable spacing or rotation.
+    """
+    data = path.read_bytes()
+    _check_name(path.name, data)
+    try:
+        content = gzip.decompress(data) if data.startswith(_GZIP) else data
+        image = _parse(content)
+        _check_length(image, len(content))
+        array = np.asanyarray(image.dataobj)
+    except _UNREADABLE as error:
+        raise damaged(path, str(error)) from error
+    affine = np.asarray(image.affine, dtype=np.float64)
+    check_affine(affine, path.name)
+    return Stored(array, affine, tuple(_findings(image)))
+
+
+def read_volume(path: str | Path) -> Volume:
+    """One 3-D volume in the axis order of its file, integers as integers.
+
+    Raises:
+        FibldmError: the file is missing, `read_nifti` refuses it, or it is not 3-D, not in mm, or its axes are not at
+            right angles or have two directions that disagree.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FibldmError(f"{path} must exist and be a file", "check the path")
+    stored = read_nifti(file)
+    wrong = [text for level, text in (*stored.findings, *shear_findings(stored.affine)) if level == "error"]
+    array = stored.array[..., 0] if stored.array.shape[3:] == (1,) else stored.array
+    if array.ndim != 3 or not array.size or array.dtype.kind not in "iuf":
+        wrong.append(f"it must hold one 3-D volume of plain numbers; it holds {array.dtype} of shape {array.shape}")
+    if wrong:
+        raise FibldmError(f"{path}: {'; '.join(wrong)}", "export the file again")
+    return Volume(array, stored.affine)
+
+
+def _check_name(name: str, data: bytes) -> None:
+    if name.lower().endswith(".gz") and not data.startswith(_GZIP):
+        raise FibldmError(
+            f"{name} must be compressed by gzip, as its name says, and is not", "rename it to end in .nii"
+        )
+    if not name.lower().endswith(".gz") and data.startswith(_GZIP):
+        raise FibldmError(f"{name} must not be compressed, as its name says, and is", "rename it to end in .nii.gz")
+
+
+def _parse(data: bytes) -> nibabel.Nifti1Image:
+    sizes = {int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")} & set(_SINGLE_FILE)
+    if not sizes:
+        raise ValueError("it has no NIfTI header")
+    size = sizes.pop()
+    magic = data[4:7] if size == 540 else data[344:347]
+    if magic != _SINGLE_FILE[size]:
+        raise ValueError("it has no NIfTI header")
+    kind = nibabel.Nifti2Image if size == 540 else nibabel.Nifti1Image
+    _check_spacing(kind.header_class.from_fileobj(io.BytesIO(data), check=False))
+    return kind.from_bytes(data)
+
+
+def _check_spacing(header: Any) -> None:
+    """nibabel would take a spacing of 0 as 1 and drop a minus sign; where an sform places the voxels it is unused."""
+    axes = min(max(int(header["dim"][0]), 0), 3)
+    spacing = header["pixdim"][1 : 1 + axes]
+    if header["sform_code"] == 0 and not (spacing > 0).all():
+        raise ValueError(f"spacing (pixdim) must be positive, and is {spacing.tolist()}")
+
+
+def _check_length(image: Any, length: int) -> None:
+    voxels = int(np.prod([int(size) for size in image.shape], dtype=object)) * image.get_data_dtype().itemsize
+    needed = image.dataobj.offset + voxels
+    if length < needed:
+        raise ValueError(f"its header asks for {needed} bytes, and it has {length}")
+
+
+def _findings(image: nibabel.Nifti1Image) -> Iterator[tuple[Level, str]]:
+    header = image.header
+    units = header.get_xyzt_units()[0]
+    if units not in ("mm", "unknown"):
+        yield "error", f"the file must be in mm; its header says {units}"
+    if header["sform_code"] == 0 and header["qform_code"] == 0:
+        yield "warning", "the header has no orientation (sform and qform codes are 0); left and right are a guess"
+    yield from _form_findings(header, (*image.shape, 1)[:3])
+
+
+def _form_findings(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[Level, str]]:
+    try:
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError) as error:
+        yield "error", f"the qform of the header must be a rotation; {error}"
+        return
+    if sform is None or qform is None:
+        return
+    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1]), axis=-1).reshape(-1, 4)
+    off = np.abs(corners @ (np.linalg.solve(sform, qform) - np.eye(4)).T).max()
+    if off > 0.5:
+        yield "error", f"sform and qform of the header must agree; corners lie {off:.3g} voxels apart"
+    elif off > 0.1:
+        yield "warning", f"sform and qform of the header differ by {off:.2f} voxels at the corners; sform is used"

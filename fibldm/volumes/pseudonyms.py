@@ -1,0 +1,78 @@
+"""Names that tell no patient: salted hashes, and the key that leads back, kept outside of the work folder."""
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fibldm.errors import FibldmError
+from fibldm.files import read_json, write_json
+from fibldm.volumes.scan import Case
+
+SALT_FILE = "salt.txt"
+_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """Salted hashes in place of names (SHA-256 of salt and name, its first 10 digits).
+
+    Attributes:
+        salt: who has it can tell whether a guessed name is right; so it lies in the key, beside the work folder.
+    """
+
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def of(self, name: str) -> str:
+        """The hash of a name."""
+        return hashlib.sha256(f"{self.salt}/{name}".encode()).hexdigest()[:_LENGTH]
+
+    def subject(self, name: str) -> str:
+        """What a patient is called in the work folder."""
+        return f"sub-{self.of(name)}"
+
+    def case(self, case: Case) -> str:
+        """What a case is called in the work folder: its own name, unless that may tell the patient."""
+        return f"case-{self.of(case.name)}" if case.private else case.name
+
+
+def key_path(work: Path) -> Path:
+    """``WORK.key.json``, beside the work folder."""
+    return work.resolve().with_name(f"{work.resolve().name}.key.json")
+
+
+def read_pseudonyms(work: Path) -> Pseudonyms | None:
+    """Those of an earlier preparation, from the key or from the salt kept in ``work``; ``None`` where there is none.
+
+    Raises:
+        FibldmError: the key is damaged.
+    """
+    if (work / SALT_FILE).is_file():
+        return Pseudonyms((work / SALT_FILE).read_text(encoding="utf-8").strip())
+    path = key_path(work)
+    if not path.is_file():
+        return None
+    salt = read_json(path).get("salt")
+    if not isinstance(salt, str) or not salt:
+        raise FibldmError(f"{path} must hold the salt of {work}; it does not", "put the right file back, or remove it")
+    return Pseudonyms(salt)
+
+
+def write_key(work: Path, pseudonyms: Pseudonyms, cases: Iterable[Case]) -> Path:
+    """Write the key: the salt, and where each case lies, by its name in the work folder; readable by its owner only.
+
+    Raises:
+        FibldmError: it cannot be written.
+    """
+    path = key_path(work)
+    sources = {case.name: str(_origin(case)) for case in cases}
+    about = "leads from the names in the work folder back to the patients; keep it where the source data lie"
+    write_json(path, {"about": about, "salt": pseudonyms.salt, "cases": sources})
+    path.chmod(0o600)
+    return path
+
+
+def _origin(case: Case) -> Path:
+    first = case.images[0]
+    return first[0] if len(first) == 1 else first[0].parent

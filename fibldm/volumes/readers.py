@@ -1,0 +1,147 @@
+"""One image or mask from its files, whatever the format: the right volume or an error, never a guess."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.itk_images import files_of, read_itk
+from fibldm.volumes.nifti import read_nifti
+from fibldm.volumes.plain_arrays import Key, read_array, read_slices
+from fibldm.volumes.scan import Files, Mask, Scan
+from fibldm.volumes.stored import Findings, Stored
+
+Spacing = tuple[float, float, float]
+
+_NIFTI = (".nii.gz", ".nii")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_ARRAYS = (".h5", ".hdf5", ".mat", ".npz", ".npy")
+_PNG = ".png"
+_DICOM = ".dcm"
+WITHOUT_GEOMETRY = (*_ARRAYS, _PNG)
+SUPPORTED_SUFFIXES = (*_NIFTI, *_ITK, *WITHOUT_GEOMETRY, _DICOM)
+
+
+def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image") -> Scan:
+    """An image or mask in RAS+ order.
+
+    Args:
+        files: one file, the slices of a DICOM series, or PNG slices.
+        spacing: mm along R, A, S of a format that holds no geometry (HDF5, MATLAB, NumPy, PNG; `plain_arrays` says how
+            their axes are taken); ``None`` for the others.
+        key: which array of an HDF5, MATLAB or NumPy file.
+
+    Raises:
+        FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
+            geometry are not usable; or ``spacing`` is missing, not positive, or given beside a geometry.
+    """
+    for file in files:
+        _check_readable(file)
+    if _is_dicom(files):
+        from fibldm.volumes.dicom import read_series
+
+        _check_spacing("DICOM", spacing, needed=False)
+        return read_series(files)
+    suffix = _common_suffix(files)
+    _check_spacing(suffix, spacing, needed=suffix in WITHOUT_GEOMETRY)
+    if suffix in _NIFTI:
+        return read_nifti(files[0]).scan(files[0].name, _sha256(files))
+    if suffix in _ITK:
+        return read_itk(files[0]).scan(files[0].name, _sha256(files_of(files[0])))
+    array = read_slices(files) if suffix == _PNG else read_array(files[0], key)
+    findings: Findings = (("warning", f"orientation is not stated by {suffix} files; left and right are a guess"),)
+    return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, _sha256(files))
+
+
+def read_mask(mask: Mask, image: Scan, *, spacing: Spacing | None = None) -> Scan:
+    """A mask as its files hold it, in RAS+ order; `Mask.value` of a binary mask is left to whoever merges them.
+
+    Args:
+        mask: its files; with names, a DICOM segmentation or RT structure set.
+        image: what it belongs to; a DICOM mask that covers a part of its grid is padded to all of it.
+        spacing: as in `read_scan`.
+
+    Raises:
+        FibldmError: as in `read_scan`, or the mask has several channels.
+    """
+    if mask.names:
+        return _dicom_mask(mask, image)
+    scan = read_scan(mask.files, spacing=spacing, key="label")
+    if scan.array.ndim != 3:
+        raise FibldmError(
+            f"a mask must be one label map (X, Y, Z); {mask.files[0].name} has {scan.array.shape[3]} channels",
+            "merge them into one label map",
+        )
+    return scan
+
+
+def stem(path: Path) -> str:
+    """The file name without its suffix, of which ``.nii.gz`` is one; without a supported suffix, the whole name."""
+    suffix = _suffix(path)
+    return path.name[: -len(suffix)] if suffix else path.name
+
+
+def _dicom_mask(mask: Mask, image: Scan) -> Scan:
+    from fibldm.volumes.dicom import find_series
+    from fibldm.volumes.dicom_masks import on_grid_of, read_segmentation, read_structures
+
+    kinds = {series.modality for series in find_series(mask.files)}
+    if len(mask.files) != 1 or kinds not in ({"SEG"}, {"RTSTRUCT"}):
+        raise FibldmError("a DICOM mask must be one file, a segmentation or an RT structure set", "name one of them")
+    file = mask.files[0]
+    read = read_segmentation if kinds == {"SEG"} else read_structures
+    return on_grid_of(read(file, mask.names, image), image)
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            stream.read(1)
+    except OSError as error:
+        raise FibldmError(f"a file must be readable; {error.strerror}", "check the path and its permissions") from error
+
+
+def _is_dicom(files: Files) -> bool:
+    suffixes = {_suffix(file) for file in files}
+    if len(files) > 1:
+        return suffixes <= {_DICOM, ""}
+    return suffixes == {_DICOM} or (suffixes == {""} and _has_preamble(files[0]))
+
+
+def _has_preamble(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _common_suffix(files: Files) -> str:
+    suffixes = {_suffix(file) for file in files}
+    if len(suffixes) == 1 and "" not in suffixes and (len(files) == 1 or suffixes == {_PNG}):
+        return suffixes.pop()
+    endings = ", ".join(sorted(_suffix(file) or "another suffix" for file in files)[:3]) or "nothing"
+    raise FibldmError(
+        f"an image or mask must be one file ending in {', '.join(SUPPORTED_SUFFIXES)}, or the slices of a DICOM series "
+        f"or PNG stack; got {len(files)} files ending in {endings}",
+        "convert it to NIfTI",
+    )
+
+
+def _check_spacing(kind: str, spacing: Spacing | None, *, needed: bool) -> None:
+    if needed and spacing is None:
+        raise FibldmError(f"{kind} files hold no spacing, and it must be known", "give --spacing X,Y,Z in mm")
+    if not needed and spacing is not None:
+        raise FibldmError(f"{kind} files state their own spacing, and no other may be given", "leave out --spacing")
+    if spacing is not None and not all(0 < step < float("inf") for step in spacing):
+        raise FibldmError(f"spacing must be positive, in mm; got {spacing}")
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)), "")
+
+
+def _sha256(files: Files) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""An image or mask as its file holds it: what every format must satisfy, and the turn to RAS+."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+from numpy.typing import NDArray
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.scan import Level, Scan
+
+Findings = tuple[tuple[Level, str], ...]
+
+_SMALLEST_DETERMINANT = 1e-3
+_SHEAR = 0.01
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file's voxels in its own axis order.
+
+    Attributes:
+        array: ``(X, Y)``, ``(X, Y, Z)``, ``(X, Y, Z, C)`` or ``(X, Y, Z, 1, C)``.
+        affine: ``(4, 4)``, voxel index (of the centre) to RAS+ mm.
+        findings: what is wrong but does not keep it from being read.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+    findings: Findings = ()
+
+    def scan(self, name: str, sha256: str) -> Scan:
+        """The same voxels at the same places with their axes in the closest RAS+ order.
+
+        Args:
+            name: of the file, for messages.
+            sha256: of the file's bytes.
+
+        Raises:
+            FibldmError: the voxels are no plain numbers, the size fits neither a slice nor a volume, or the affine is
+                not invertible.
+        """
+        array = _sized(_plain(self.array, name), name)
+        check_affine(self.affine, name)
+        turn = orientations.io_orientation(self.affine)
+        turned = orientations.apply_orientation(array, turn)
+        affine = self.affine @ orientations.inv_ornt_aff(turn, array.shape[:3])
+        return Scan(turned, affine, sha256, findings=(*self.findings, *shear_findings(affine)))
+
+
+def check_affine(affine: NDArray[np.float64], name: str) -> None:
+    """Refuse an affine that does not place every voxel somewhere else.
+
+    Raises:
+        FibldmError: it is not finite or not invertible.
+    """
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.isfinite(affine).all() and lengths.all():
+        determinant = abs(np.linalg.det(affine[:3, :3] / lengths))
+        if determinant >= _SMALLEST_DETERMINANT:
+            return
+    raise FibldmError(
+        f"the affine must be finite and invertible; in {name} it is {np.asarray(affine).tolist()}",
+        "export the file again with its spacing and directions",
+    )
+
+
+def damaged(path: Path, why: str) -> FibldmError:
+    """The error for a file that is not whole; names the file but no folder."""
+    reason = " ".join(why.replace(str(path), path.name).split())
+    return FibldmError(f"{path.name} cannot be read to its last byte: {reason}", "copy or export it again")
+
+
+def _plain(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Numbers in the byte order of this machine; truth values become 0 and 1."""
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise FibldmError(f"voxels must be plain numbers; in {name} they are {array.dtype}", "export grey values")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _sized(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """``(X, Y, Z)``, or ``(X, Y, Z, C)`` of several channels."""
+    volume = array[..., None] if array.ndim == 2 else array
+    if volume.ndim == 5 and volume.shape[3] == 1:
+        volume = volume[:, :, :, 0]
+    if volume.ndim == 4 and volume.shape[3] == 1:
+        volume = volume[..., 0]
+    if volume.ndim not in (3, 4) or not volume.size or sum(length > 1 for length in volume.shape[:3]) < 2:
+        raise FibldmError(
+            f"an image or mask must be a slice (X, Y), a volume (X, Y, Z) or a volume of channels (X, Y, Z, C) with at "
+            f"least 2 voxels along two of its axes; {name} has size {array.shape}",
+            "export one slice or volume",
+        )
+    return volume
+
+
+def shear_findings(affine: NDArray[np.float64]) -> Findings:
+    """Whether the axes of a grid are far from right angles."""
+    directions = affine[:3, :3] / nibabel.affines.voxel_sizes(affine)
+    shear = np.abs(directions.T @ directions - np.eye(3)).max()
+    if shear <= _SHEAR:
+        return ()
+    return (("error", f"the axes must be at right angles; their cosine is {shear:.3f}, as with a tilted gantry"),)

@@ -1,0 +1,567 @@
+"""DICOM segmentations and RT structure sets become label maps on the grid of their image (FEATURES H2)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from dicom_files import AXIAL, CORONAL, ORIGIN, PLANTED, SAGITTAL, SPACING, example, expected, new_uid, write_series
+from highdicom.seg import Segmentation, SegmentDescription
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.dicom_masks import on_grid_of, read_segmentation, read_structures, segment_names
+from fibldm.volumes.scan import Scan
+
+SHAPE = (6, 7, 9)
+NAMES = {"Lung": 1, "Honeycombing": 2}
+OBLIQUE = (
+    0.8384361386, 0.5037832573, 0.2079116908, -0.5446384140, 0.7884052917, 0.2859826815,
+)  # fmt: skip
+ORIENTATIONS = {"axial": AXIAL, "coronal": CORONAL, "sagittal": SAGITTAL, "oblique": OBLIQUE}
+Labels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def labels() -> Labels:
+    """``(slice, row, column)``: two labels without symmetry on slices 1, 2 and 4 of six."""
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    array[1:3, 1:4, 2:8] = 1
+    array[2, 5, 0:3] = 2
+    array[4, 0, 8] = 2
+    return array
+
+
+def make_series(folder: Path, orientation: Sequence[float] = OBLIQUE) -> list[Dataset]:
+    files = write_series(folder, example(SHAPE), orientation=orientation, change=complete)
+    return [pydicom.dcmread(file) for file in files]
+
+
+def complete(dataset: Dataset, index: int) -> None:
+    """What highdicom copies into a segmentation."""
+    dataset.PatientSex = dataset.AccessionNumber = dataset.StudyID = dataset.StudyTime = ""
+
+
+def write_segmentation(
+    file: Path,
+    series: Sequence[Dataset],
+    pixels: NDArray[Any],
+    kind: str = "BINARY",
+    names: Sequence[str] = tuple(NAMES),
+    change: Callable[[Dataset], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Write ``pixels`` ``(slice, row, column[, segment])`` by highdicom."""
+    segmentation = Segmentation(
+        source_images=list(series),
+        pixel_array=pixels,
+        segmentation_type=kind,
+        segment_descriptions=[
+            SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Lung, "MANUAL")
+            for number, name in enumerate(names, start=1)
+        ],
+        series_instance_uid=new_uid(file, "series"),
+        series_number=9,
+        sop_instance_uid=new_uid(file),
+        instance_number=1,
+        manufacturer="Maker",
+        manufacturer_model_name="Model",
+        software_versions="1",
+        device_serial_number="1",
+        **options,
+    )
+    if change is not None:
+        change(segmentation)
+    segmentation.save_as(file)
+    return file
+
+
+def image_of(orientation: Sequence[float] = OBLIQUE) -> Scan:
+    array, affine = expected(example(SHAPE), orientation=orientation)
+    return Scan(array, affine, "")
+
+
+def one_hot(labels: Labels) -> Labels:
+    return np.stack([labels == 1, labels == 2], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_segmentation_lands_where_its_voxels_are(tmp_path: Path, labels: Labels, kind: str, orientation: str) -> None:
+    """H2: every kind, every orientation; slices without a label are not in the file."""
+    directions = ORIENTATIONS[orientation]
+    pixels = labels if kind == "LABELMAP" else one_hot(labels).astype(float if kind == "FRACTIONAL" else np.uint8)
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path, directions), pixels, kind)
+    image = image_of(directions)
+
+    found = read_segmentation(file, NAMES)
+    placed = on_grid_of(found, image)
+
+    assert found.array.dtype == np.uint8 and found.array.size < labels.size
+    np.testing.assert_array_equal(placed.array, expected(labels, orientation=directions)[0])
+    assert placed.affine is image.affine
+    assert placed.names == {1: "Lung", 2: "Honeycombing"} and placed.findings == ()
+
+
+def test_segmentation_agrees_with_simpleitk(tmp_path: Path, labels: Labels) -> None:
+    """H2: frames and places as ITK reads them."""
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), one_hot(labels)[..., :1], names=["Lung"])
+    image = SimpleITK.ReadImage([str(path) for path in sorted(tmp_path.glob("0*.dcm"))])
+
+    found = on_grid_of(read_segmentation(file, NAMES), image_of())
+
+    for index in np.argwhere(found.array):
+        point = np.diag([-1, -1, 1]) @ (found.affine @ [*index, 1])[:3]
+        column, row, place = image.TransformPhysicalPointToIndex(point.tolist())
+        assert labels[place, row, column] == 1
+    assert found.array.sum() == (labels == 1).sum()
+
+
+def test_frames_in_any_order(tmp_path: Path, labels: Labels) -> None:
+    series = make_series(tmp_path)
+    file = write_segmentation(tmp_path / "seg.dcm", series[::-1], labels[::-1], "LABELMAP", omit_empty_frames=False)
+
+    found = read_segmentation(file, NAMES)
+
+    np.testing.assert_array_equal(found.array, expected(labels, orientation=OBLIQUE)[0])
+    np.testing.assert_allclose(found.affine, image_of().affine, atol=1e-6)
+
+
+def test_segmentation_of_some_slices(tmp_path: Path, labels: Labels) -> None:
+    """The other slices of the image are background."""
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path)[2:5], labels[2:5], "LABELMAP")
+
+    found = on_grid_of(read_segmentation(file, NAMES), image_of())
+
+    kept = labels.copy()
+    kept[1] = 0
+    np.testing.assert_array_equal(found.array, expected(kept, orientation=OBLIQUE)[0])
+
+
+def test_fractions_count_from_half(tmp_path: Path) -> None:
+    fractions = np.zeros(SHAPE)
+    fractions[3, 2, 1:5] = 0.25, 0.49, 0.5, 1.0
+    file = write_segmentation(
+        tmp_path / "seg.dcm", make_series(tmp_path), fractions, "FRACTIONAL", ["Lung"], max_fractional_value=200
+    )
+
+    found = on_grid_of(read_segmentation(file, NAMES), image_of())
+
+    np.testing.assert_array_equal(found.array, expected((fractions >= 0.5).astype(np.uint8), orientation=OBLIQUE)[0])
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_other_segments_are_left_out(tmp_path: Path, labels: Labels, kind: str) -> None:
+    pixels = labels if kind == "LABELMAP" else one_hot(labels)
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), pixels, kind)
+
+    found = on_grid_of(read_segmentation(file, {"Honeycombing": 7}), image_of())
+
+    np.testing.assert_array_equal(found.array, 7 * expected((labels == 2).astype(np.uint8), orientation=OBLIQUE)[0])
+    assert found.findings == (("warning", "left out, as not asked for: Lung"),)
+
+
+def test_segments_of_one_label_join(tmp_path: Path, labels: Labels) -> None:
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), one_hot(labels), names=["Nodule", "Nodule"])
+
+    found = on_grid_of(read_segmentation(file, {"Nodule": 3}), image_of())
+
+    assert segment_names(file) == ["Nodule"]
+    np.testing.assert_array_equal(found.array, 3 * expected((labels > 0).astype(np.uint8), orientation=OBLIQUE)[0])
+
+
+def without_spacing(dataset: Dataset) -> None:
+    del dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+
+
+@pytest.mark.parametrize("slices", [[3], [0, 3], [0, 2, 4]])
+def test_spacing_that_the_file_leaves_open_is_the_images(tmp_path: Path, slices: list[int]) -> None:
+    """Frames of slices 0, 2 and 4 alone look like slices twice as far apart; one slice like any."""
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[slices, 2, 3:5] = 1
+    file = write_segmentation(
+        tmp_path / "seg.dcm", make_series(tmp_path), labels, names=["Lung"], change=without_spacing
+    )
+
+    found = on_grid_of(read_segmentation(file, NAMES, image_of()), image_of())
+
+    np.testing.assert_array_equal(found.array, expected(labels, orientation=OBLIQUE)[0])
+
+
+@pytest.mark.parametrize("slices", [[3], [0, 3, 4]])
+def test_spacing_that_nobody_states_is_refused(tmp_path: Path, slices: list[int]) -> None:
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[slices, 2, 3:5] = 1
+    file = write_segmentation(
+        tmp_path / "seg.dcm", make_series(tmp_path), labels, names=["Lung"], change=without_spacing
+    )
+    with pytest.raises(FibldmError, match="does not state the spacing, and its frames do not show it"):
+        read_segmentation(file, NAMES)
+
+
+def test_overlapping_segments_are_refused(tmp_path: Path, labels: Labels) -> None:
+    pixels = one_hot(labels)
+    pixels[1, 1, 2, 1] = 1
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), pixels)
+    with pytest.raises(FibldmError, match=r"must not overlap; Honeycombing does with Lung; .*--merge-masks"):
+        read_segmentation(file, NAMES)
+    assert read_segmentation(file, {"Lung": 1}).array.any()
+
+
+def test_empty_segmentation_is_refused(tmp_path: Path) -> None:
+    file = write_segmentation(
+        tmp_path / "seg.dcm", make_series(tmp_path), np.zeros(SHAPE, np.uint8), names=["Lung"], omit_empty_frames=False
+    )
+    with pytest.raises(FibldmError, match="must mark at least one voxel; it marks none"):
+        read_segmentation(file, NAMES)
+
+
+def test_segment_without_voxels_is_said(tmp_path: Path, labels: Labels) -> None:
+    pixels = one_hot(labels)
+    pixels[..., 1] = 0
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), pixels)
+
+    found = read_segmentation(file, {"Honeycombing": 2})
+
+    assert not found.array.any()
+    assert found.findings[-1] == ("warning", "none of its labels marks a voxel")
+
+
+def test_unknown_segments_are_refused(tmp_path: Path, labels: Labels) -> None:
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), labels)
+    with pytest.raises(FibldmError, match="at least one of Liver, Spleen; it holds Honeycombing, Lung"):
+        read_segmentation(file, {"Liver": 1, "Spleen": 2})
+    with pytest.raises(FibldmError, match=r"within 1\.\.\.254; got 255"):
+        read_segmentation(file, {"Lung": 255})
+
+
+def shift_one_frame(dataset: Dataset) -> None:
+    place = dataset.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence[0]
+    place.ImagePositionPatient = [value + 0.7 for value in place.ImagePositionPatient]
+
+
+def cut_pixels(dataset: Dataset) -> None:
+    dataset.PixelData = dataset.PixelData[:4]
+
+
+def nameless(dataset: Dataset) -> None:
+    dataset.SegmentSequence[0].SegmentLabel = ""
+
+
+def no_segments(dataset: Dataset) -> None:
+    del dataset.SegmentSequence
+
+
+def another_class(dataset: Dataset) -> None:
+    dataset.SOPClassUID = uid.CTImageStorage
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shift_one_frame, "must be one regular stack of known slice spacing; its frames are not"),
+        (cut_pixels, "must be readable to its last frame"),
+        (nameless, "must hold at least one segment, and each must have a label"),
+        (no_segments, "must hold at least one segment, and each must have a label"),
+        (another_class, "must be a DICOM segmentation; it holds another kind of object"),
+    ],
+)
+def test_damaged_segmentations_are_refused(
+    tmp_path: Path, labels: Labels, change: Callable[[Dataset], None], message: str
+) -> None:
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), labels, change=change)
+    with pytest.raises(FibldmError, match=message) as caught:
+        read_segmentation(file, NAMES)
+    assert not any(secret in str(caught.value) for secret in (*PLANTED, str(tmp_path), "1.2."))
+
+
+def test_private_values_are_not_quoted_in_warnings(tmp_path: Path, labels: Labels) -> None:
+    """pydicom's warnings would quote them; here every warning is an error."""
+
+    def break_rules(dataset: Dataset) -> None:
+        for keyword, kind, value in (
+            ("PatientID", "LO", "X" * 80),
+            ("PatientBirthDate", "DA", "23 July"),
+            ("StudyInstanceUID", "UI", "1.2.not.a.uid"),
+        ):
+            tag = pydicom.tag.Tag(keyword)
+            dataset[tag] = pydicom.DataElement(tag, kind, value, validation_mode=pydicom.config.IGNORE)
+
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), labels, change=break_rules)
+    assert read_segmentation(file, NAMES).array.any()
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)]}, change=break_rules)
+    assert read_structures(file, NAMES, image_of()).array.any()
+
+
+def test_what_is_no_dicom_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "seg.dcm").write_bytes(b"no DICOM" * 40)
+    for read in (segment_names, lambda file: read_segmentation(file, NAMES)):
+        with pytest.raises(FibldmError, match=r"must be a readable DICOM file; it is not \(InvalidDicomError\)"):
+            read(tmp_path / "seg.dcm")
+
+
+def test_mask_on_another_grid_stays_as_it_is() -> None:
+    image = image_of()
+    for change in (np.diag([1, 1, 2, 1]), np.diag([1.05, 1, 1, 1]), np.eye(4) + 0.4 * np.eye(4, k=3)):
+        mask = Scan(np.ones((3, 4, 2), np.uint8), image.affine @ change, "")
+        assert on_grid_of(mask, image) is mask
+    beyond = Scan(np.ones((3, 4, 2), np.uint8), image.affine @ (np.eye(4) + 20 * np.eye(4, k=3)), "")
+    assert on_grid_of(beyond, image) is beyond
+
+
+def test_what_lies_outside_of_the_image_is_said() -> None:
+    image = image_of()
+    shift = np.eye(4)
+    shift[:3, 3] = -1, 2, 3
+    mask = Scan(np.arange(1, 25, dtype=np.uint8).reshape(2, 3, 4), image.affine @ shift, "", names={1: "Lung"})
+
+    placed = on_grid_of(mask, image)
+
+    wanted = np.zeros(image.array.shape, np.uint8)
+    wanted[0, 2:5, 3:6] = mask.array[1, :, :3]
+    np.testing.assert_array_equal(placed.array, wanted)
+    assert placed.findings == (("warning", "15 labelled voxels lie outside of the image and were cut"),)
+    assert placed.names == {1: "Lung"}
+
+
+def write_structures(
+    file: Path,
+    structures: dict[str, list[Any]],
+    *,
+    kind: str = "CLOSED_PLANAR",
+    series: str = "series",
+    change: Callable[[Dataset], None] | None = None,
+) -> Path:
+    """Write an RT structure set: contours by name, each of points ``(N, 3)``, LPS mm."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.Modality = uid.RTStructureSetStorage, "RTSTRUCT"
+    dataset.SOPInstanceUID, dataset.SeriesInstanceUID = new_uid(file), new_uid(file, "series")
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate, dataset.StudyDate = PLANTED
+    dataset.StudyInstanceUID = new_uid("study")
+    dataset.ReferencedFrameOfReferenceSequence = [frame_of_reference(series)]
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
+    for number, (name, contours) in enumerate(structures.items(), start=1):
+        roi, drawn = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName = number, name
+        roi.ReferencedFrameOfReferenceUID = new_uid("study", "frame of reference")
+        drawn.ReferencedROINumber = number
+        drawn.ContourSequence = [contour(points, kind) for points in contours]
+        dataset.StructureSetROISequence.append(roi)
+        dataset.ROIContourSequence.append(drawn)
+    if change is not None:
+        change(dataset)
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    FileDataset(str(file), dataset, file_meta=meta, preamble=bytes(128)).save_as(file, enforce_file_format=True)
+    return file
+
+
+def frame_of_reference(series: str) -> Dataset:
+    item, study, referenced = Dataset(), Dataset(), Dataset()
+    item.FrameOfReferenceUID = new_uid("study", "frame of reference")
+    referenced.SeriesInstanceUID = new_uid("study", series)
+    study.RTReferencedSeriesSequence = [referenced]
+    item.RTReferencedStudySequence = [study]
+    return item
+
+
+def contour(points: Any, kind: str) -> Dataset:
+    item = Dataset()
+    item.ContourGeometricType = kind
+    item.NumberOfContourPoints = len(points)
+    item.ContourData = [f"{value:.6f}" for value in np.ravel(points)]
+    return item
+
+
+def in_space(points: Any, orientation: Sequence[float] = OBLIQUE) -> NDArray[np.float64]:
+    """``(column, row, slice)`` of points to LPS mm."""
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    directions = np.stack([row, column, np.cross(row, column)], axis=1) * np.array(SPACING)
+    lps: NDArray[np.float64] = np.asarray(points) @ directions.T + np.array(ORIGIN)
+    return lps
+
+
+def box(columns: tuple[float, float], rows: tuple[float, float], place: float) -> NDArray[np.float64]:
+    (left, right), (top, bottom) = columns, rows
+    return np.array([[left, top, place], [right, top, place], [right, bottom, place], [left, bottom, place]])
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_boxes_with_holes_are_exact(tmp_path: Path, orientation: str) -> None:
+    """H2: the centres inside, and no others; an inner contour is a hole, one within it an island."""
+    directions = ORIENTATIONS[orientation]
+    drawn = [
+        box((0.5, 7.5), (0.5, 5.5), 1),
+        box((1.5, 6.5), (1.5, 4.5), 1),
+        box((3.5, 4.5), (2.5, 3.5), 1),
+        box((-0.5, 2.4), (3.6, 6.5), 4),
+    ]
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(points, directions) for points in drawn]})
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[1, 1:6, 1:8] = 1
+    inside[1, 2:5, 2:7] = 0
+    inside[1, 3, 4] = 1
+    inside[4, 4:7, 0:3] = 1
+
+    found = read_structures(file, {"Lung": 5}, image_of(directions))
+
+    np.testing.assert_array_equal(found.array, 5 * expected(inside, orientation=directions)[0])
+    assert found.array.dtype == np.uint8 and found.names == {5: "Lung"}
+    assert found.findings == (("warning", "Lung is drawn on 2 slices of 4; none was filled in"),)
+
+
+def test_keyhole_is_a_hole(tmp_path: Path) -> None:
+    """A hole that one contour reaches through a channel without width."""
+    outer = [(0.5, 0.5), (7.5, 0.5), (7.5, 5.5), (0.5, 5.5)]
+    inner = [(2.5, 1.5), (2.5, 4.5), (5.5, 4.5), (5.5, 1.5)]
+    ring = [*outer, outer[0], *inner, inner[0]]
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space([(*point, 2) for point in ring])]})
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[2, 1:6, 1:8] = 1
+    inside[2, 2:5, 3:6] = 0
+
+    found = read_structures(file, NAMES, image_of())
+
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+
+
+def test_ellipsoid_with_a_hole(tmp_path: Path) -> None:
+    """Polygons of 60 corners, an oblique grid: almost every voxel as the formula says."""
+    shape, centre, radii = (40, 50, 60), np.array([31.3, 24.6, 19.2]), np.array([24.0, 19.0, 15.0])
+    angle = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    contours = []
+    for place in range(shape[0]):
+        for scale in (1.0, 0.4):
+            height = (place - centre[2]) / (scale * radii[2])
+            if abs(height) < 1:
+                around = np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.sqrt(1 - height**2) * scale * radii[:2]
+                contours.append(in_space(np.column_stack([around + centre[:2], np.full(60, float(place))])))
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": contours})
+    image = Scan(*expected(np.zeros(shape, np.uint8), orientation=OBLIQUE), "")
+
+    found = read_structures(file, NAMES, image)
+
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")[::-1], axis=-1)
+    distance = np.linalg.norm((grid - centre) / radii, axis=-1)
+    truth = expected(((distance <= 1) & (distance >= 0.4)).astype(np.uint8), orientation=OBLIQUE)[0]
+    dice = 2 * (found.array * truth).sum() / (found.array.sum() + truth.sum())
+    assert dice > 0.99 and found.findings == ()
+    assert abs(found.array.sum() / truth.sum() - 1) < 0.01
+
+
+def test_points_and_open_contours_are_left_out(tmp_path: Path) -> None:
+    def add_points(dataset: Dataset) -> None:
+        items = dataset.ROIContourSequence[0].ContourSequence
+        items.append(contour(in_space([(2, 2, 3)]), "POINT"))
+        items.append(contour(in_space(box((1, 3), (1, 3), 3)), "OPEN_PLANAR"))
+        dataset.ROIContourSequence[1].ContourSequence = [contour(in_space([(2, 2, 3)]), "POINT")]
+        del dataset.ROIContourSequence[2].ContourSequence
+
+    drawn = [in_space(box((0.5, 3.5), (0.5, 3.5), 2))]
+    file = write_structures(
+        tmp_path / "rt.dcm", {"Lung": drawn, "Isocentre": drawn, "Nothing": drawn}, change=add_points
+    )
+
+    found = read_structures(file, NAMES | {"Nothing": 3}, image_of())
+
+    assert segment_names(file) == ["Lung"]
+    assert found.array.sum() == 9
+    assert [message for _, message in found.findings] == [
+        "left out, as not asked for: Isocentre",
+        "2 points or open contours of Lung were left out",
+        "Nothing has no contour",
+    ]
+
+
+def test_contours_beside_the_image_are_cut(tmp_path: Path) -> None:
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(box((-3.5, 1.5), (2.5, 20.5), 2))]})
+
+    found = read_structures(file, NAMES, image_of())
+
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[2, 3:, :2] = 1
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+    assert found.findings == (("warning", "Lung reaches out of the image and was cut there"),)
+
+
+def test_exclusive_contours_may_cross(tmp_path: Path) -> None:
+    crossing = [in_space(box((0.5, 4.5), (0.5, 2.5), 2)), in_space(box((2.5, 6.5), (0.5, 2.5), 2))]
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": crossing}, kind="CLOSEDPLANAR_XOR")
+
+    found = read_structures(file, NAMES, image_of())
+
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[2, 1:3, 1:7] = 1
+    inside[2, 1:3, 3:5] = 0
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+
+
+BOX = box((0.5, 4.5), (0.5, 2.5), 2)
+
+
+@pytest.mark.parametrize(
+    ("structures", "message"),
+    [
+        ({"Lung": [box((0.5, 4.5), (0.5, 2.5), 2.5)]}, "one of Lung lies 0.5 slices off the nearest"),
+        ({"Lung": [box((0.5, 4.5), (0.5, 2.5), 7)]}, "one of Lung lies 2 slices beyond the last"),
+        ({"Lung": [box((0.5, 4.5), (0.5, 2.5), -1)]}, "one of Lung lies 1 slices beyond the last"),
+        ({"Lung": [BOX + [[0, 0, 0], [0, 0, 2], [0, 0, 3], [0, 0, 1]]]}, "reach through 2 slices at least"),
+        ({"Lung": [BOX, BOX[:, [2, 0, 1]]]}, "all along one axis; they reach through"),
+        ({"Lung": [BOX, box((2.5, 6.5), (0.5, 2.5), 2)]}, "must not cross; two of Lung do on a slice"),
+        ({"Lung": [BOX, BOX]}, "Lung has the same contour twice"),
+        ({"Lung": [BOX], "Honeycombing": [BOX]}, "must not overlap; Honeycombing does with Lung"),
+        ({"Liver": [BOX]}, "at least one of Lung, Honeycombing; it holds Liver"),
+        ({"Lung": [box((0.7, 0.9), (0.7, 0.9), 2)]}, "must mark at least one voxel"),
+        ({"Lung": []}, "must mark at least one voxel"),
+        ({"": [BOX]}, "each must have a number and a name"),
+        ({}, "must hold at least one structure"),
+    ],
+)
+def test_structures_that_do_not_fit_are_refused(tmp_path: Path, structures: dict[str, list[Any]], message: str) -> None:
+    drawn = {name: [in_space(points) for points in contours] for name, contours in structures.items()}
+    file = write_structures(tmp_path / "rt.dcm", drawn)
+    with pytest.raises(FibldmError, match=message) as caught:
+        read_structures(file, NAMES, image_of())
+    assert not any(secret in str(caught.value) for secret in (*PLANTED, str(tmp_path), "1.2."))
+
+
+def test_broken_points_are_refused(tmp_path: Path) -> None:
+    def drop_one(dataset: Dataset) -> None:
+        item = dataset.ROIContourSequence[0].ContourSequence[0]
+        item.ContourData = item.ContourData[:-3]
+
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)]}, change=drop_one)
+    with pytest.raises(FibldmError, match="must be finite points x, y, z, as many as stated"):
+        read_structures(file, NAMES, image_of())
+
+
+def test_frame_of_reference_must_match(tmp_path: Path) -> None:
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)]})
+    same = new_uid("study", "frame of reference")
+    assert read_structures(file, NAMES, image_of(), frame_of_reference=same).array.any()
+    with pytest.raises(FibldmError, match="in the image's frame of reference; Lung is in another"):
+        read_structures(file, NAMES, image_of(), frame_of_reference=new_uid("another"))
+
+
+def test_wrong_kind_is_refused(tmp_path: Path, labels: Labels) -> None:
+    series = make_series(tmp_path)
+    segmentation = write_segmentation(tmp_path / "seg.dcm", series, labels)
+    structures = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)]})
+    with pytest.raises(FibldmError, match="must be an RT structure set; it holds another kind of object"):
+        read_structures(segmentation, NAMES, image_of())
+    with pytest.raises(FibldmError, match="must be a DICOM segmentation; it holds another kind of object"):
+        read_segmentation(structures, NAMES)
+    with pytest.raises(FibldmError, match="must be a DICOM segmentation or an RT structure set"):
+        segment_names(tmp_path / "0001.dcm")
+
+
+def test_names_come_from_the_header(tmp_path: Path, labels: Labels) -> None:
+    file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), labels, "LABELMAP")
+    assert segment_names(file) == ["Lung", "Honeycombing"]

@@ -1,0 +1,305 @@
+"""A folder of DICOM studies becomes cases with their masks (FEATURES H2)."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_files import NAME, PLANTED, example, expected, new_uid, write_scout, write_series
+from pydicom.dataset import Dataset
+from test_dicom_masks import (
+    BOX,
+    SHAPE,
+    complete,
+    in_space,
+    write_segmentation,
+    write_structures,
+)  # fmt: skip
+
+from fibldm.errors import FibldmError
+from fibldm.volumes.layouts.dicom_tree import dicom_tree
+from fibldm.volumes.readers import read_mask, read_scan
+from fibldm.volumes.scan import Case, Mask
+
+LABELS = np.zeros(SHAPE, np.uint8)
+LABELS[1:3, 1:4, 2:8] = 1
+LABELS[4, 0, 8] = 2
+
+
+def add_study(folder: Path, name: str, *, patient: str = "ID-1", modality: str = "CT", series: str = "series") -> Path:
+    options: dict[str, Any] = {"study": name, "patient": patient, "modality": modality, "series": series}
+    write_series(folder, example(SHAPE, seed=len(name)), change=complete, **options)
+    return folder
+
+
+def segment(folder: Path, file: Path, names: tuple[str, ...] = ("Lung", "Honeycombing"), **options: Any) -> Path:
+    """Write a segmentation of the series in ``folder``."""
+    import pydicom
+
+    series = [pydicom.dcmread(path) for path in sorted(folder.glob("0*.dcm"))]
+    labels = LABELS if len(names) > 1 else (LABELS == 1).astype(np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return write_segmentation(file, series, labels, names=names, **options)
+
+
+def case_of(cases: tuple[Case, ...], study: str) -> Case:
+    return next(case for case in cases if case.name == new_uid(study, "series"))
+
+
+def test_studies_become_private_cases(tmp_path: Path) -> None:
+    """H2: masks are found by what they refer to, wherever they lie; their names are numbered over all of them."""
+    first = add_study(tmp_path / NAME / "one", "study one")
+    second = add_study(tmp_path / "b" / "two", "study two", patient="ID-2")
+    third = add_study(tmp_path / "c" / "three", "study three", patient="ID-2")
+    a = segment(first, tmp_path / "masks" / "a", ("Lung", "Honeycombing"))
+    b = segment(second, tmp_path / "masks" / "b", ("Nodule",))
+    write_scout(tmp_path / "d", study="study four", series="scout")
+    (first / "notes.txt").write_text("no DICOM")
+    (first / "loop").symlink_to(tmp_path)
+    (first / "gone").symlink_to(tmp_path / "nowhere")
+
+    source = dicom_tree(tmp_path)
+
+    assert source.labels == {1: "Honeycombing", 2: "Lung", 3: "Nodule"}
+    assert (source.layout, source.name, source.modality, source.licence) == ("dicom", "DICOM", "CT", None)
+    one, two, three = (case_of(source.cases, f"study {name}") for name in ("one", "two", "three"))
+    assert list(source.cases) == sorted((one, two, three), key=lambda case: case.name)
+    assert one.images == (tuple(sorted(first.glob("0*.dcm"))),)
+    assert one.masks == (Mask((a,), names={"Lung": 2, "Honeycombing": 1}),)
+    assert two.masks == (Mask((b,), names={"Nodule": 3}),) and three.masks == ()
+    assert three.images == (tuple(sorted(third.glob("0*.dcm"))),)
+    assert [case.subject for case in (one, two, three)] == ["ID-1", "ID-2", "ID-2"]
+    assert all(case.private and case.path == "" for case in source.cases)
+    assert source.notes == ("1 series are no volumes of CT or MR and were left out", "1 series have no mask")
+
+
+def test_case_reads_as_drawn(tmp_path: Path) -> None:
+    """H2: the segmentation lies on its image, voxel for voxel."""
+    segment(add_study(tmp_path / "ct", "study"), tmp_path / "seg.dcm")
+    (case,) = dicom_tree(tmp_path).cases
+
+    image = read_scan(case.images[0])
+    mask = read_mask(case.masks[0], image)
+
+    wanted = expected(np.array([0, 2, 1], np.uint8)[LABELS])[0]
+    np.testing.assert_array_equal(mask.array, wanted)
+    np.testing.assert_array_equal(image.array, expected(example(SHAPE, seed=5))[0])
+
+
+def test_structures_refer_to_their_series(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
+    add_study(tmp_path / "other", "study", series="other")
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)], "Body": [in_space(BOX)]})
+
+    source = dicom_tree(tmp_path)
+
+    assert case_of(source.cases, "study").masks == (Mask((file,), names={"Lung": 2, "Body": 1}),)
+    assert sum(bool(case.masks) for case in source.cases) == 1
+
+
+def without_reference(dataset: Dataset) -> None:
+    for keyword in ("ReferencedSeriesSequence", "SourceImageSequence"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+
+
+def test_mask_without_reference_goes_by_its_place(tmp_path: Path) -> None:
+    file = segment(add_study(tmp_path / "ct", "study"), tmp_path / "seg.dcm", change=without_reference)
+    add_study(tmp_path / "other", "another study")
+    assert case_of(dicom_tree(tmp_path).cases, "study").masks[0].files == (file,)
+
+    add_study(tmp_path / "again", "study", series="again")
+    with pytest.raises(FibldmError, match=r"series \d of 3: the mask refers to no series, and 2 images are in its pl"):
+        dicom_tree(tmp_path)
+
+
+def test_masks_of_nothing_are_said(tmp_path: Path) -> None:
+    folder = add_study(tmp_path / "ct", "study")
+    gone = add_study(tmp_path / "gone", "gone")
+    segment(gone, folder / "seg.dcm")
+    shutil.rmtree(gone)
+    write_nifti(tmp_path / "deep" / "er" / "mask.nii")
+
+    source = dicom_tree(tmp_path)
+
+    assert source.cases[0].masks == () and source.labels == {}
+    assert source.notes == (
+        "1 DICOM masks belong to no series found and were left out",
+        "1 NIfTI files lie beside no series and were left out",
+        "1 series have no mask",
+    )
+
+
+def test_several_masks_of_one_image(tmp_path: Path) -> None:
+    folder = add_study(tmp_path / "ct", "study")
+    files = [segment(folder, tmp_path / f"{name}.dcm", (name,)) for name in ("Airway", "Lung")]
+
+    masks = dicom_tree(tmp_path).cases[0].masks
+
+    assert masks == (Mask((files[0],), names={"Airway": 1}), Mask((files[1],), names={"Lung": 2}))
+    segment(folder, tmp_path / "second.dcm", ("Lung",))
+    with pytest.raises(FibldmError, match=r"study 1 of 1, series \d of 4: several masks hold Lung \(--merge-masks"):
+        dicom_tree(tmp_path)
+
+
+def test_merged_masks_come_in_order_of_priority(tmp_path: Path) -> None:
+    folder = add_study(tmp_path / "ct", "study")
+    a, b = segment(folder, tmp_path / "a.dcm"), segment(folder, tmp_path / "b.dcm", ("Lung",))
+
+    source = dicom_tree(tmp_path, ["Lung", "Honeycombing"])
+
+    lung, honey = {"Lung": 1}, {"Honeycombing": 2}
+    assert source.cases[0].masks == (Mask((a,), names=lung), Mask((b,), names=lung), Mask((a,), names=honey))
+    assert source.labels == {1: "Lung", 2: "Honeycombing"}
+    with pytest.raises(FibldmError, match="--merge-masks asks for Liver; the masks hold Honeycombing, Lung"):
+        dicom_tree(tmp_path, ["Lung", "Liver"])
+
+
+def test_files_of_one_mask_series_go_to_their_images(tmp_path: Path) -> None:
+    """Segmentations of two studies' images under one series UID."""
+
+    def one_series(dataset: Dataset) -> None:
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID = new_uid("masks"), new_uid("study")
+
+    folders = [add_study(tmp_path / name, name) for name in ("x", "y")]
+    files = [segment(folder, tmp_path / f"{folder.name}.dcm", change=one_series) for folder in folders]
+
+    cases = dicom_tree(tmp_path).cases
+
+    assert [case_of(cases, name).masks[0].files for name in ("x", "y")] == [(files[0],), (files[1],)]
+
+
+def write_nifti(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(*expected(LABELS)), file)
+    return file
+
+
+@pytest.mark.parametrize("place", ["ct/mask.nii.gz", "mask.nii"])
+def test_nifti_beside_a_series_is_its_mask(tmp_path: Path, place: str) -> None:
+    add_study(tmp_path / "one" / "ct", "study")
+    add_study(tmp_path / "two" / "ct", "another study")
+    file = write_nifti(tmp_path / "one" / place)
+
+    source = dicom_tree(tmp_path)
+
+    assert case_of(source.cases, "study").masks == (Mask((file,)),)
+    assert case_of(source.cases, "another study").masks == () and source.labels == {}
+
+
+def test_missing_patients_and_both_modalities_are_said(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study", patient="")
+    add_study(tmp_path / "mr", "another study", modality="MR")
+
+    source = dicom_tree(tmp_path)
+
+    assert case_of(source.cases, "study").subject == new_uid("study")
+    assert source.modality is None
+    assert source.notes[1:] == (
+        "1 series state no Patient ID; each of their studies counts as a patient",
+        "1 CT and 1 MR series are mixed",
+    )
+
+
+def ambiguous_nifti(root: Path) -> None:
+    add_study(root / "again", "study", patient=PLANTED[1], series="again")
+    write_nifti(root / "mask.nii.gz")
+
+
+def two_nifti(root: Path) -> None:
+    write_nifti(root / "ct" / "a.nii.gz")
+    write_nifti(root / "b.nii.gz")
+
+
+def both_kinds(root: Path) -> None:
+    segment(root / "ct", root / "seg.dcm")
+    write_nifti(root / "ct" / "a.nii.gz")
+
+
+def another_place(root: Path) -> None:
+    def move(dataset: Dataset) -> None:
+        dataset.FrameOfReferenceUID = new_uid("elsewhere")
+
+    segment(root / "ct", root / "seg.dcm", change=move)
+
+
+def nameless_mask(root: Path) -> None:
+    def clear(dataset: Dataset) -> None:
+        dataset.SegmentSequence[0].SegmentLabel = ""
+
+    segment(root / "ct", root / "seg.dcm", change=clear)
+
+
+def too_many(root: Path) -> None:
+    names = tuple(f"Segment {number:03d}" for number in range(255))
+    segment(root / "ct", root / "seg.dcm", names)
+
+
+def same_uid(root: Path) -> None:
+    def rename(dataset: Dataset, index: int) -> None:
+        dataset.SeriesInstanceUID = new_uid("study", "series")
+
+    write_series(root / "twin", example(SHAPE), study="another", change=rename)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (ambiguous_nifti, r"study 1 of 1, series 1 of 2: a NIfTI file lies beside it and beside others, 2 in all"),
+        (two_nifti, r"study 1 of 1, series 1 of 1: 2 NIfTI files lie beside it, and one may be its label map"),
+        (both_kinds, r"masks must all be DICOM or all NIfTI; both were found"),
+        (another_place, r"series \d of 2: the mask is in another frame of reference than its image, study 1 of 1"),
+        (nameless_mask, r"series \d of 2: a DICOM segmentation must hold at least one segment, and each must have"),
+        (too_many, r"there are 255 segments, and at most 254 labels \(--merge-masks\)"),
+        (same_uid, r"series must have UIDs of their own; 1 UIDs stand for several series"),
+    ],
+)
+def test_what_is_ambiguous_is_refused(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    add_study(tmp_path / "ct", "study", patient=PLANTED[1])
+    spoil(tmp_path)
+    with pytest.raises(FibldmError, match=message) as caught:
+        dicom_tree(tmp_path)
+    assert not any(secret in str(caught.value) for secret in (*PLANTED, str(tmp_path), "1.2."))
+
+
+def test_all_findings_come_together(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
+    both_kinds(tmp_path)
+    two_nifti(tmp_path)
+    with pytest.raises(FibldmError, match=r"(?s)2 findings:.*2 NIfTI files.*both were found"):
+        dicom_tree(tmp_path)
+
+
+def test_tree_without_images_is_refused(tmp_path: Path) -> None:
+    write_scout(tmp_path)
+    with pytest.raises(FibldmError, match="must hold a series of CT or MR; none of 1 series is one"):
+        dicom_tree(tmp_path)
+
+
+@pytest.mark.data
+def test_real_study_with_a_flipped_nifti(data_folder: Path) -> None:
+    """H2: a JPEG 2000 series and a NIfTI segmentation that is stored upside down: soft tissue where it says so."""
+    (case,) = (source := dicom_tree(data_folder / "dicom_tricky" / "totalsegmentator-jpeg2000")).cases
+    assert source.modality == "CT" and source.labels == {}
+
+    image = read_scan(case.images[0])
+    mask = read_mask(case.masks[0], image)
+
+    assert mask.array.shape == image.array.shape
+    np.testing.assert_allclose(np.linalg.solve(image.affine, mask.affine), np.eye(4), atol=1e-6)
+    liver = image.array[mask.array == 5]
+    assert liver.size > 50_000 and 50 < np.median(liver) < 180 and liver.std() < 60
+    upside_down = image.array[mask.array[:, ::-1] == 5]
+    assert upside_down.std() > 2 * liver.std()
+
+
+@pytest.mark.data
+def test_real_series_with_a_nifti(data_folder: Path) -> None:
+    (case,) = dicom_tree(data_folder / "dicom").cases
+    image = read_scan(case.images[0])
+    mask = read_mask(case.masks[0], image)
+    assert np.median(image.array[(mask.array == 1) | (mask.array == 2)]) < -700
+    assert abs(np.linalg.solve(image.affine, mask.affine) - np.eye(4)).max() < 1e-3
