@@ -34,7 +34,7 @@ from fibldm.volumes.masks import volumes_in as volumes_in
 from fibldm.volumes.writer import sidecar, write_synthetic
 
 if TYPE_CHECKING:
-    from fibldm.volumes.dicom_output import DicomOutput
+    from fibldm.volumes.dicom.output import DicomOutput
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from pydicom.encaps import encapsulate
 from scipy.spatial.transform import Rotation
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom import find_series, read_series
+from fibldm.volumes.dicom.series import find_series, read_series
 from fibldm.volumes.scan import Scan
 
 ARRAY = example()
@@ -410,7 +410,7 @@ def test_a_missing_codec_names_the_extra(
         dataset.PixelData = encapsulate([b"\xff\xd8 not decoded \xff\xd9"])
         dataset["PixelData"].VR = "OB"
 
-    monkeypatch.setattr("fibldm.volumes.dicom_pixels._DECODERS", ("pydicom", "pyjpegls", "pillow"))
+    monkeypatch.setattr("fibldm.volumes.dicom.pixels._DECODERS", ("pydicom", "pyjpegls", "pillow"))
     refused(write_series(tmp_path, ARRAY, change=compressed), remedy)
 
 

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom_masks import on_grid_of, read_segmentation, read_structures, segment_names
+from fibldm.volumes.dicom.masks import on_grid_of, read_segmentation, read_structures, segment_names
 from fibldm.volumes.scan import Scan
 
 SHAPE = (6, 7, 9)

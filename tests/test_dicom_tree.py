@@ -20,8 +20,8 @@ from test_dicom_masks import (
 )  # fmt: skip
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.readers import read_mask, read_scan
 from fibldm.volumes.layouts.dicom_tree import dicom_tree
-from fibldm.volumes.readers import read_mask, read_scan
 from fibldm.volumes.scan import Case, Mask
 
 LABELS = np.zeros(SHAPE, np.uint8)

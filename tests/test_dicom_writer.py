@@ -29,13 +29,13 @@ from scipy.spatial.transform import Rotation
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
-from fibldm.volumes.dicom_output import DicomOutput
-from fibldm.volumes.dicom_segmentation import write_segmentation
-from fibldm.volumes.dicom_template import TECHNICAL, read_template
-from fibldm.volumes.dicom_writer import Identity, make_series, quantisation_step, write_series
+from fibldm.volumes.dicom.label_codes import COLUMNS, SHIPPED, LabelCodes, load_label_codes
+from fibldm.volumes.dicom.output import DicomOutput
+from fibldm.volumes.dicom.segmentation_writer import write_segmentation
+from fibldm.volumes.dicom.template import TECHNICAL, read_template
+from fibldm.volumes.dicom.writer import Identity, make_series, quantisation_step, write_series
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.label_codes import COLUMNS, SHIPPED, LabelCodes, load_label_codes
 from fibldm.volumes.phantoms import LABELS
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

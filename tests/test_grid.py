@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
-from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.transforms import AsPlainTensorsd, ToModelGridd
 
 AXIS_ORDERS = [

@@ -595,7 +595,7 @@ def test_organs_list_all_that_is_wrong_d2(tmp_path: Path) -> None:
 def test_segments_of_dicom_masks_get_values_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"a.dcm": ["lung", "cyst"], "b.dcm": ["airway"]}
     module = SimpleNamespace(segment_names=lambda file: named[file.name])
-    monkeypatch.setitem(sys.modules, "fibldm.volumes.dicom_masks", module)
+    monkeypatch.setitem(sys.modules, "fibldm.volumes.dicom.masks", module)
     source = touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz", "images/c.nii.gz")
     touch(source, "labels/a.dcm", "labels/b.dcm", content=PREAMBLE)
     found = find(source)

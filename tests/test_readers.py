@@ -26,7 +26,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_mask, read_scan, stem
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_mask, read_scan, stem
 from fibldm.volumes.scan import Mask, Scan
 
 Array = NDArray[Any]
@@ -237,7 +237,7 @@ def test_stem_and_suffixes():
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd", ".nhdr"])
 def test_monai_loads_what_it_cannot_read_itself(suffix, tmp_path):
-    import fibldm.volumes.monai_reader  # noqa: F401  registers the reader
+    import fibldm.volumes.formats.monai_reader  # noqa: F401  registers the reader
 
     array, affine = voxels((4, 5, 7, 2), "float32"), affine_of("LPS")
     file = write(tmp_path / f"a{suffix}", array, affine)

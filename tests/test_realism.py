@@ -17,9 +17,9 @@ from fibldm.evaluation import realism
 from fibldm.evaluation.cases import Case, Evaluated, Sample
 from fibldm.evaluation.realism import Arrays, choose_sets, measure_realism, standardised
 from fibldm.evaluation.record import Section
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 
 GRID = ModelGrid((1.5, 2.0, 2.5), (24, 20, 18))

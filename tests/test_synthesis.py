@@ -29,11 +29,11 @@ from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import SamplingSettings, Synthesizer, find_masks, synthesize_file
-from fibldm.volumes.dicom_output import DicomOutput
+from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.writer import sidecar
 
 LABELS = (0, 1, 2, 5)

@@ -10,8 +10,8 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.writer import sidecar, volume_stem, write_labels, write_synthetic
 
 COS, SIN = np.cos(0.3), np.sin(0.3)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fibldm.volumes.dicom_output import DicomOutput
+    from fibldm.volumes.dicom.output import DicomOutput
 
 
 def synthesize(
@@ -70,7 +70,7 @@ def synthesize(
 
 
 def _dicom_output(template: Path | None, label_codes: Path | None) -> "DicomOutput":
-    from fibldm.volumes.dicom_output import DicomOutput
+    from fibldm.volumes.dicom.output import DicomOutput
 
     return DicomOutput.read(template, label_codes)
 

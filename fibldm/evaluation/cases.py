@@ -13,11 +13,11 @@ from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file, hash_value
 from fibldm.runs import load_facts
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
+from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array, ModelGrid, Volume, resample
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.masks import volumes_in
-from fibldm.volumes.nifti import read_volume
-from fibldm.volumes.readers import read_scan
 from fibldm.volumes.writer import volume_stem
 
 _AIR = -1.0

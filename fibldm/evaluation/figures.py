@@ -9,8 +9,8 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation import density
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Array, Volume, resample
-from fibldm.volumes.nifti import read_volume
 
 _GRID_TOLERANCE = 1e-2
 

@@ -21,8 +21,8 @@ from fibldm.evaluation.figures import Match
 from fibldm.evaluation.pictures import PLANES, show, slice_of
 from fibldm.evaluation.record import Section
 from fibldm.files import write_text
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Array
-from fibldm.volumes.nifti import read_volume
 
 _LABEL_COLOURS = ("#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
 _OVERLAY_ALPHA = 0.6

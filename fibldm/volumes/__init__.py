@@ -2,13 +2,18 @@
 
 From a dataset to a work folder:
 
-* ``layouts``: find the image and label files of a dataset
-* ``manifest``: read a CSV manifest of cases
+* ``scan``: what readers give and layouts find
+* ``layouts``: the images and masks of a dataset
+* ``formats``, ``dicom``: read them
 * ``prepare_settings``: what a user decides, and all that is settled before a voxel is read
-* ``case_checks``: read one case and say everything that is wrong with it
+* ``pseudonyms``: names that tell no patient
+* ``case_checks``: what may be wrong with a case
+* ``prepare_case``: one case, read, checked and written
+* ``lung``, ``bias_field``: masks from HU; N4
 * ``datalist``: tell patients apart, split by patient, read the split back
-* ``preparation``: check, split and write, the whole of ``fibldm prepare``
+* ``preparation``: the whole of ``fibldm prepare``
 * ``work_folder``: write the work folder, whole or not at all
+* ``torch_datasets``: work folders as torch datasets, and torch datasets as sources
 
 Between files and tensors:
 
@@ -16,7 +21,8 @@ Between files and tensors:
 * ``grid``: a volume's own voxels to the model grid and back
 * ``transforms``: the MONAI transforms of both
 * ``envelope``: what the training data covered, outside which a mask is refused
-* ``writer``: synthetic volumes with geometry, mark and provenance
+* ``masks``: the masks to synthesise from
+* ``writer``, ``bids_writer``: synthetic volumes with geometry, mark and provenance
 
 Data without patients:
 

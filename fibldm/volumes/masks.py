@@ -7,8 +7,8 @@ import numpy as np
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.nifti import read_volume
 from fibldm.volumes.writer import volume_stem, write_labels
 
 _NIFTI = (".nii", ".nii.gz")
@@ -64,7 +64,7 @@ def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
     """
     if file.suffix != ".dcm":
         return read_volume(str(file))
-    from fibldm.volumes.dicom_masks import read_segmentation, segment_names
+    from fibldm.volumes.dicom.masks import read_segmentation, segment_names
 
     strange = sorted(set(segment_names(file)) - set(names.values()))
     if strange:

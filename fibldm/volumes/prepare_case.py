@@ -21,8 +21,8 @@ from fibldm.volumes.case_checks import (
     label_findings,
     spacing_findings,
 )
+from fibldm.volumes.formats.readers import read_mask, read_scan
 from fibldm.volumes.grid import Array, Grid, Volume, resample
-from fibldm.volumes.readers import read_mask, read_scan
 from fibldm.volumes.scan import Case, Covariate, Level, Mask, Scan
 from fibldm.volumes.writer import write_nifti
 

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.bids import bids, is_bids
 from fibldm.volumes.layouts.cases import beside
 from fibldm.volumes.layouts.decathlon import decathlon
@@ -26,7 +27,6 @@ from fibldm.volumes.layouts.folders import folders
 from fibldm.volumes.layouts.nnunet import is_nnunet, nnunet
 from fibldm.volumes.layouts.organs import is_organs, organs
 from fibldm.volumes.layouts.tables import manifests, table
-from fibldm.volumes.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.scan import Case, Source
 
 LAYOUTS = ("auto", "decathlon", "nnunet", "bids", "folders", "csv", "dicom", "organs")
@@ -137,7 +137,7 @@ def _with_patient(case: Case) -> Case:
     first = case.images[0][0]
     if case.subject is not None or not is_dicom(first):
         return case
-    from fibldm.volumes.dicom import find_series
+    from fibldm.volumes.dicom.series import find_series
 
     try:
         found = find_series([first])

@@ -12,7 +12,7 @@ from fibldm.volumes.layouts.bids_masks import find_masks, is_binary, label_names
 from fibldm.volumes.layouts.bids_names import NIFTI, ends_with, inherited, suffix
 from fibldm.volumes.layouts.cases import check_cases, describe
 from fibldm.volumes.layouts.entries import case_name, collected, visible
-from fibldm.volumes.manifest import covariates, read_records
+from fibldm.volumes.layouts.manifest import covariates, read_records
 from fibldm.volumes.scan import Case, Covariate, Mask, Source
 
 _NO_IMAGES = ("defacemask",)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.layouts.bids_names import NIFTI, entities, entity, inherited, suffix
-from fibldm.volumes.manifest import read_records
+from fibldm.volumes.layouts.manifest import read_records
 
 FOLDER = "derivatives"
 _LABEL_MAP, _BINARY = "dseg", "mask"

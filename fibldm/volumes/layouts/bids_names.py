@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fibldm.volumes.formats.readers import stem
 from fibldm.volumes.layouts.entries import visible
-from fibldm.volumes.readers import stem
 
 NIFTI = (".nii", ".nii.gz")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom import Series, find_series
-from fibldm.volumes.dicom_masks import segment_names
+from fibldm.volumes.dicom.masks import segment_names
+from fibldm.volumes.dicom.series import Series, find_series
 from fibldm.volumes.scan import Case, Mask, Source
 
 _IMAGES = ("CT", "MR")

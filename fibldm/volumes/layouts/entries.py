@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.readers import SUPPORTED_SUFFIXES, stem
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, stem
 from fibldm.volumes.scan import Files
 
 SIDECARS = (".json", ".txt", ".md", ".csv", ".tsv")

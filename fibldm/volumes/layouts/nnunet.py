@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.cases import channel_names, check_cases, describe, label_names, read_dataset_json
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, shown, volume_entries
-from fibldm.volumes.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.scan import Case, Mask, Source
 
 _REMEDY = "give every case NAME the images NAME_0000, NAME_0001, ... and the label NAME"

@@ -7,7 +7,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.layouts.binary_masks import binary_masks, check_order
 from fibldm.volumes.layouts.cases import beside, check_cases, describe
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, visible
-from fibldm.volumes.manifest import covariates, read_records, split_name
+from fibldm.volumes.layouts.manifest import covariates, read_records, split_name
 from fibldm.volumes.scan import Case, Covariate, Source
 
 _IMAGES = {"ct": "CT", "mri": "MR"}

@@ -33,7 +33,7 @@ def _is_dicom_mask(case: Case) -> bool:
 
 
 def _segment_names(case: Case, where: str, problems: list[str]) -> list[str]:
-    from fibldm.volumes.dicom_masks import segment_names
+    from fibldm.volumes.dicom.masks import segment_names
 
     try:
         return [name for mask in case.masks for file in mask.files for name in segment_names(file)]

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.binary_masks import binary_masks, check_order
 from fibldm.volumes.layouts.cases import beside, check_cases, describe
 from fibldm.volumes.layouts.entries import case_name, collected, is_dicom, visible
+from fibldm.volumes.layouts.manifest import Row, is_manifest, read_manifest
 from fibldm.volumes.layouts.segments import name_segments
-from fibldm.volumes.manifest import Row, is_manifest, read_manifest
-from fibldm.volumes.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.scan import Case, Mask, Source
 
 _REMEDY = "correct the manifest; a column 'case' gives names of your own"

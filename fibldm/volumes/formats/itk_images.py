@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.stored import Findings, Stored, damaged
+from fibldm.volumes.formats.stored import Findings, Stored, damaged
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}

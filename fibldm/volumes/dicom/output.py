@@ -10,12 +10,12 @@ import numpy as np
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_json
-from fibldm.volumes.dicom_segmentation import write_segmentation
-from fibldm.volumes.dicom_template import Modality, Template, read_template
-from fibldm.volumes.dicom_writer import Identity, in_viewing_order, make_series, quantisation_step, write_series
+from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
+from fibldm.volumes.dicom.segmentation_writer import write_segmentation
+from fibldm.volumes.dicom.template import Modality, Template, read_template
+from fibldm.volumes.dicom.writer import Identity, in_viewing_order, make_series, quantisation_step, write_series
 from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.label_codes import LabelCodes, load_label_codes
 from fibldm.volumes.writer import sidecar
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom_frames import PIXELS, Frame, Problem, read_dataset, uid_name
+from fibldm.volumes.dicom.frames import PIXELS, Frame, Problem, read_dataset, uid_name
 from fibldm.volumes.scan import Level
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from pydicom.sr.codedict import codes
 from fibldm import UNKNOWN_LABEL, __version__
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path
-from fibldm.volumes.dicom_writer import Identity, equipment, in_viewing_order, mark
+from fibldm.volumes.dicom.label_codes import LabelCode
+from fibldm.volumes.dicom.writer import Identity, equipment, in_viewing_order, mark
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.label_codes import LabelCode
 
 
 def write_segmentation(
@@ -39,7 +39,7 @@ def write_segmentation(
         file: ends in ``.dcm``.
         labels: on the grid that the series was made from.
         names: of the labels by value; they become the segments' labels.
-        meanings: coded, by name, from `fibldm.volumes.label_codes.LabelCodes.find`.
+        meanings: coded, by name, from `fibldm.volumes.dicom.label_codes.LabelCodes.find`.
         series: what `make_series` gave for the same grid.
         identity: of the series.
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.stored import damaged
 from fibldm.volumes.scan import Files
-from fibldm.volumes.stored import damaged
 
 Key = Literal["image", "label"]
 Array = NDArray[Any]

@@ -12,7 +12,7 @@ from monai.transforms.io.array import SUPPORTED_READERS
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.readers import read_scan
+from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.scan import Scan
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
-from fibldm.volumes.dicom_frames import MODALITIES, Frame, is_localizer, read_dataset, read_frames, sop_class, uid_name
-from fibldm.volumes.dicom_pixels import read_voxels, unreadable
-from fibldm.volumes.dicom_stack import stacked
+from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_dataset, read_frames, sop_class, uid_name
+from fibldm.volumes.dicom.pixels import read_voxels, unreadable
+from fibldm.volumes.dicom.stack import stacked
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import ACQUISITION, Covariate, Level, Scan
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
-from fibldm.volumes.dicom_contours import (
+from fibldm.volumes.dicom.contours import (
     Contour,
     Finding,
     contour_of,
@@ -25,7 +25,7 @@ from fibldm.volumes.dicom_contours import (
     structures_of,
     unclosed,
 )
-from fibldm.volumes.dicom_segments import mark, segment_labels, segmented
+from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Scan
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.readers import stem
+from fibldm.volumes.formats.readers import stem
 from fibldm.volumes.scan import Covariate
 
 IMAGE = "image"

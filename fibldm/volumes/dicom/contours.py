@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom_segments import DAMAGED
+from fibldm.volumes.dicom.segments import DAMAGED
 from fibldm.volumes.scan import Level
 
 if TYPE_CHECKING:

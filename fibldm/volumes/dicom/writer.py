@@ -26,7 +26,7 @@ from pydicom.valuerep import DSfloat, format_number_as_ds
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value
-from fibldm.volumes.dicom_template import Modality, Template
+from fibldm.volumes.dicom.template import Modality, Template
 from fibldm.volumes.grid import Volume
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

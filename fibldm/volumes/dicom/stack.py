@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.dicom_frames import Frame, Problem, in_plane, mixed, told_apart, unplaced
+from fibldm.volumes.dicom.frames import Frame, Problem, in_plane, mixed, told_apart, unplaced
 
 Array = NDArray[np.float64]
 

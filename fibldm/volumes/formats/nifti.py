@@ -13,9 +13,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.formats.stored import Stored, check_affine, damaged, shear_findings
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Level
-from fibldm.volumes.stored import Stored, check_affine, damaged, shear_findings
 
 _UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError,

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.itk_images import files_of, read_itk
-from fibldm.volumes.nifti import read_nifti
-from fibldm.volumes.plain_arrays import Key, read_array, read_slices
+from fibldm.volumes.formats.itk_images import files_of, read_itk
+from fibldm.volumes.formats.nifti import read_nifti
+from fibldm.volumes.formats.plain_arrays import Key, read_array, read_slices
+from fibldm.volumes.formats.stored import Findings, Stored
 from fibldm.volumes.scan import Files, Mask, Scan
-from fibldm.volumes.stored import Findings, Stored
 
 Spacing = tuple[float, float, float]
 
@@ -39,7 +39,7 @@ def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image
     for file in files:
         _check_readable(file)
     if _is_dicom(files):
-        from fibldm.volumes.dicom import read_series
+        from fibldm.volumes.dicom.series import read_series
 
         _check_spacing("DICOM", spacing, needed=False)
         return read_series(files)
@@ -83,8 +83,8 @@ def stem(path: Path) -> str:
 
 
 def _dicom_mask(mask: Mask, image: Scan) -> Scan:
-    from fibldm.volumes.dicom import find_series
-    from fibldm.volumes.dicom_masks import on_grid_of, read_segmentation, read_structures
+    from fibldm.volumes.dicom.masks import on_grid_of, read_segmentation, read_structures
+    from fibldm.volumes.dicom.series import find_series
 
     kinds = {series.modality for series in find_series(mask.files)}
     if len(mask.files) != 1 or kinds not in ({"SEG"}, {"RTSTRUCT"}):
