@@ -5,13 +5,16 @@ Coordinates are DICOM's: LPS mm, centres of voxels. Arrays are ``(slice, row, co
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pydicom
+from highdicom.seg import Segmentation, SegmentDescription
 from numpy.typing import ArrayLike, NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 
 Change = Callable[[Dataset, int], None]
 """Changes the dataset of a slice, given its index in space, before it is written."""
@@ -177,6 +180,45 @@ def write_enhanced(
     return _write(
         file, dataset, uid.ExplicitVRLittleEndian, None if change is None else lambda item, _: change(item), 0
     )
+
+
+def complete(dataset: Dataset, index: int) -> None:
+    """What highdicom copies into a segmentation."""
+    dataset.PatientSex = dataset.AccessionNumber = dataset.StudyID = dataset.StudyTime = ""
+
+
+def write_segmentation(
+    file: Path,
+    series: Sequence[Dataset],
+    pixels: NDArray[Any],
+    kind: str = "BINARY",
+    names: Sequence[str] = ("Lung", "Honeycombing"),
+    change: Callable[[Dataset], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Write ``pixels`` ``(slice, row, column[, segment])`` by highdicom."""
+    segmentation = Segmentation(
+        source_images=list(series),
+        pixel_array=pixels,
+        segmentation_type=kind,
+        segment_descriptions=[
+            SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Lung, "MANUAL")
+            for number, name in enumerate(names, start=1)
+        ],
+        series_instance_uid=new_uid(file, "series"),
+        series_number=9,
+        sop_instance_uid=new_uid(file),
+        instance_number=1,
+        manufacturer="Maker",
+        manufacturer_model_name="Model",
+        software_versions="1",
+        device_serial_number="1",
+        **options,
+    )
+    if change is not None:
+        change(segmentation)
+    segmentation.save_as(file)
+    return file
 
 
 def position(

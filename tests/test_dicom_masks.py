@@ -8,12 +8,23 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from dicom_files import AXIAL, CORONAL, ORIGIN, PLANTED, SAGITTAL, SPACING, example, expected, new_uid, write_series
-from highdicom.seg import Segmentation, SegmentDescription
+from dicom_files import (
+    AXIAL,
+    CORONAL,
+    ORIGIN,
+    PLANTED,
+    SAGITTAL,
+    SPACING,
+    complete,
+    example,
+    expected,
+    new_uid,
+    write_segmentation,
+    write_series,
+)
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.sr.codedict import codes
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.masks import on_grid_of, read_segmentation, read_structures, segment_names
@@ -41,45 +52,6 @@ def labels() -> Labels:
 def make_series(folder: Path, orientation: Sequence[float] = OBLIQUE) -> list[Dataset]:
     files = write_series(folder, example(SHAPE), orientation=orientation, change=complete)
     return [pydicom.dcmread(file) for file in files]
-
-
-def complete(dataset: Dataset, index: int) -> None:
-    """What highdicom copies into a segmentation."""
-    dataset.PatientSex = dataset.AccessionNumber = dataset.StudyID = dataset.StudyTime = ""
-
-
-def write_segmentation(
-    file: Path,
-    series: Sequence[Dataset],
-    pixels: NDArray[Any],
-    kind: str = "BINARY",
-    names: Sequence[str] = tuple(NAMES),
-    change: Callable[[Dataset], None] | None = None,
-    **options: Any,
-) -> Path:
-    """Write ``pixels`` ``(slice, row, column[, segment])`` by highdicom."""
-    segmentation = Segmentation(
-        source_images=list(series),
-        pixel_array=pixels,
-        segmentation_type=kind,
-        segment_descriptions=[
-            SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Lung, "MANUAL")
-            for number, name in enumerate(names, start=1)
-        ],
-        series_instance_uid=new_uid(file, "series"),
-        series_number=9,
-        sop_instance_uid=new_uid(file),
-        instance_number=1,
-        manufacturer="Maker",
-        manufacturer_model_name="Model",
-        software_versions="1",
-        device_serial_number="1",
-        **options,
-    )
-    if change is not None:
-        change(segmentation)
-    segmentation.save_as(file)
-    return file
 
 
 def image_of(orientation: Sequence[float] = OBLIQUE) -> Scan:
