@@ -94,7 +94,4 @@ def test_no_patient_shows_in_what_a_whole_run_writes_or_says(tmp_path: Path, tin
     assert not [file for file in files if told(str(file.relative_to(tmp_path)).encode(), planted)]
     made = pydicom.dcmread(next((out / "like").glob("*/*.dcm")))
     assert made.SyntheticData == "YES" and str(made.PatientName).startswith("SYNTHETIC^")
-    assert isinstance(
-        Segmentation.from_dataset(pydicom.dcmread(next((out / "like/masks").glob("*.dcm")))), Segmentation
-    )
-    assert len(studies) == 4
+    assert len(segread(next((out / "like/masks").glob("*.dcm"))).SegmentSequence) >= 3
