@@ -78,7 +78,7 @@ def test_no_patient_shows_in_what_a_whole_run_writes_or_says(tmp_path: Path, tin
         assert run(["prepare", str(source), "--out", str(work), "--workers", "1"]) == 0
         for stage in STAGES:
             assert run(["encode", *options] if stage == "latents" else ["train", stage, *options]) == 0
-        mask = next((work / "labels").glob("*.nii.gz"))
+        mask = work / read_json(work / "datalist.json")["training"][0]["label"]
         command = ["synthesize", "--run", str(runs), "--masks", str(mask), "--steps", "2", "--device", "cpu"]
         assert run([*command, "--out", str(out / "nifti"), "--bids", "ct"]) == 0
         assert run([*command, "--out", str(out / "dicom"), "--format", "dicom"]) == 0
