@@ -14,7 +14,7 @@ from fibldm.errors import FibldmError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` (same suffixes) that is renamed to it when the block ends without an error.
+    """A temporary path beside ``path`` (same ending) that is renamed to it when the block ends without an error.
 
     Raises:
         FibldmError: the disk is full or the folder cannot be written; ``path`` is as it was before.
@@ -22,8 +22,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = "".join(path.suffixes)
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+        # the end of the name is enough to tell the format, and all of it may be as long as a name can be
+        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=path.name[-16:], dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise FibldmError(f"cannot write {path}: {error.strerror}", "check the folder and its permissions") from error

@@ -4,9 +4,7 @@ Arrays are ``(X, Y, Z)`` as stored; affines go to RAS+ mm.
 """
 
 import gzip
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +27,14 @@ Change = Callable[[bytes], bytes]
 CASES = ("a", "b", "c", "bad")
 SHAPE = (7, 9, 5)
 IMAGE, LABEL = "images/bad.nii.gz", "labels/bad.nii.gz"
-SPACING = (0.7, 1.3, 2.5)
+SPACING = (0.9, 1.3, 2.5)
+NEAR = (0.85, 1.25, 2.5)
+"""mm, of DICOM series; like the others not so anisotropic that it is a finding."""
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ANGLE = np.deg2rad(12)
 _TURN = [[np.cos(_ANGLE), -np.sin(_ANGLE), 0], [np.sin(_ANGLE), np.cos(_ANGLE), 0], [0, 0, 1]]
 AFFINE = nibabel.affines.from_matvec(
-    np.array(_TURN) @ np.array([[0, -0.7, 0], [0, 0, 1.3], [-2.5, 0, 0]]), (31.0, -17.0, 240.0)
+    np.array(_TURN) @ np.array([[0, -0.9, 0], [0, 0, 1.3], [-2.5, 0, 0]]), (31.0, -17.0, 240.0)
 )
 """Anisotropic, oblique, its axes permuted; right-handed."""
 
@@ -48,8 +48,8 @@ class Input:
         spoil: makes it.
         error: pattern of the error; empty where the input must be read.
         finding: pattern of what the report must say of an input that is read; empty: nothing of the case.
-        image: what must be written, voxels and affine in RAS+; ``None``: those of the sound fourth case.
-        label: the same of the label's voxels.
+        image: what must be written, voxels and affine in RAS+; by default those of the sound fourth case.
+        label: the same of the label's voxels; ``None`` where it has no label.
         settings: of the preparation, besides CT.
         source: what is given to it, relative to the dataset.
     """
@@ -58,8 +58,8 @@ class Input:
     spoil: Spoil
     error: str = ""
     finding: str = ""
-    image: tuple[Array, Array] | None = None
-    label: Array | None = None
+    image: tuple[Array, Array] = field(default_factory=lambda: canonical(image(), AFFINE))
+    label: Array | None = field(default_factory=lambda: canonical(label(), AFFINE)[0])
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = "."
 
@@ -85,7 +85,9 @@ def canonical(array: Array, affine: Array) -> tuple[Array, Array]:
     return np.asanyarray(turned.dataobj), np.asarray(turned.affine)
 
 
-def nifti(array: Array, affine: Array = AFFINE, *, kind: type = nibabel.Nifti1Image, qform: bool = True) -> bytes:
+def nifti(
+    array: Array, affine: Array = AFFINE, *, kind: Callable[..., Any] = nibabel.Nifti1Image, qform: bool = True
+) -> bytes:
     """An uncompressed NIfTI file in mm, with both of its forms."""
     made = kind(array, affine, dtype=array.dtype)
     made.set_sform(affine, 1)
@@ -190,9 +192,9 @@ def in_place_of(make: Callable[[Path], Any], name: str = IMAGE) -> Spoil:
     return spoil
 
 
-def linked(target: str, name: str = IMAGE) -> Spoil:
-    """A symbolic link in the place of a file."""
-    return in_place_of(lambda path: path.symlink_to(target), name)
+def linked(target: str) -> Spoil:
+    """A symbolic link in the place of the image."""
+    return lambda root: ((root / IMAGE).unlink(missing_ok=True), (root / IMAGE).symlink_to(target))  # type: ignore
 
 
 # Other layouts and formats
@@ -228,16 +230,16 @@ def studies(*makers: Callable[[Path], Any]) -> Spoil:
     def spoil(root: Path) -> None:
         shutil.rmtree(root / "images")
         shutil.rmtree(root / "labels")
-        for name in CASES[:3]:
-            write_series(root / name, image(len(name) + ord(name)), study=name, patient=name)
+        for seed, name in enumerate(CASES[:3]):
+            write_series(root / name, image(seed), spacing=NEAR, study=name, patient=name)
         for make in makers:
             make(root / "bad")
 
     return spoil
 
 
-def itk(suffix: str, change: Change = bytes, **fields: bytes) -> Spoil:
-    """The image by SimpleITK in another format, then the bytes of its file changed; ``fields`` replace text in it."""
+def itk(suffix: str, change: Change = bytes, *, beside: bool = True) -> Spoil:
+    """The image by SimpleITK in another format, then its bytes changed; ``beside``: with the file of its voxels."""
 
     def spoil(root: Path) -> None:
         path = root / f"images/bad{suffix}"
@@ -250,6 +252,8 @@ def itk(suffix: str, change: Change = bytes, **fields: bytes) -> Spoil:
         made.SetOrigin(lps[:3, 3].tolist())
         SimpleITK.WriteImage(made, str(path), useCompression=False)
         path.write_bytes(change(path.read_bytes()))
+        for raw in () if beside else path.parent.glob("*.raw"):
+            raw.unlink()
 
     return spoil
 

@@ -122,7 +122,7 @@ def label_counts(array: NDArray[np.uint8]) -> Mapping[int, int]:
 
 def _ct_findings(array: Array, low: float, high: float, spacing: NDArray[np.float64]) -> Found:
     if low < -4096 or high > np.iinfo(np.int16).max or low >= -500:
-        hint = "rescale to HU" if low >= 0 and high > 255 else "for a dataset of MR give --modality mr"
+        hint = "rescale to HU, or for a dataset of MR give --modality mr"
         yield (
             "error",
             "a CT must have air (below -500 HU) and lie within [-4096, 32767] HU; it runs from "

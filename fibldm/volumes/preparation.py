@@ -33,6 +33,7 @@ from fibldm.volumes.work_folder import (
     Checked,
     file_stat,
     foreign_files,
+    half_moved,
     label_values,
     replaced,
     report_dict,
@@ -121,7 +122,8 @@ def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
         raise FibldmError(f"--out must be a folder; {work} is a file", "choose another folder")
     report = read_json(work / "report.json") if (work / "report.json").exists() else {"ok": False, "settings_hash": ""}
     ours = isinstance(report, dict) and "settings_hash" in report
-    foreign = foreign_files(work, ours=ours, complete=ours and bool(report.get("ok")))
+    complete = ours and (bool(report.get("ok")) or half_moved(work))
+    foreign = foreign_files(work, ours=ours, complete=complete)
     if foreign:
         raise FibldmError(
             f"--out must be empty, absent or a finished work folder; {work} holds {', '.join(foreign)}",

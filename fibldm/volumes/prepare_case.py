@@ -162,16 +162,22 @@ def stored_image(array: Array, modality: str) -> Array:
     """
     if modality == "mr":
         return as_float32(array)
-    padded = np.maximum(array if array.dtype.kind == "f" else array.astype(np.int32), AIR)
-    if padded.dtype.kind == "f" and np.abs(padded - np.rint(padded)).max() > 1e-3:
-        return padded.astype(np.float32)
-    return np.rint(padded).astype(np.int16)
+    if array.dtype.kind in "iu":
+        signed = array.astype(np.int32) if array.dtype.kind == "u" or array.dtype == np.int8 else array
+        return np.maximum(signed, AIR).astype(np.int16, copy=False)
+    padded = np.maximum(array, AIR)
+    whole = np.rint(padded)
+    return as_float32(padded) if np.abs(padded - whole).max() > 1e-3 else whole.astype(np.int16)
 
 
 def _image(case: Case, rules: Rules, note: Note) -> Scan | None:
     scans = [_read(partial(read_scan, files, spacing=rules.spacing), "image", note) for files in case.images]
     sound = [scan for scan in scans if scan is not None]
     if len(sound) < len(case.images):
+        return None
+    other = sorted({scan.modality for scan in sound} - {"", rules.modality.upper()})
+    if other:
+        note("error", f"every image must be {rules.modality.upper()}; the files of this one say {', '.join(other)}")
         return None
     before = note_all(note, (found for other in sound[1:] for found in grid_findings(sound[0], other, "channel")))
     if before:
@@ -342,4 +348,6 @@ def _without_paths(message: str, case: Case) -> str:
 
 def _hash_voxels(array: Array) -> str:
     shape = str((array.shape, array.dtype.str)).encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).hexdigest()
+    digest = hashlib.sha256(shape)
+    digest.update(np.ascontiguousarray(array))  # type: ignore[arg-type]
+    return digest.hexdigest()

@@ -39,6 +39,7 @@ class Scan:
         facts: of `ACQUISITION`, what the files state.
         findings: what is wrong but does not keep it from being read, for the report.
         names: of a mask, label names by value, where the file says them.
+        modality: "CT", "MR" or "PT" where the files state it, else empty.
     """
 
     array: NDArray[Any]
@@ -47,6 +48,7 @@ class Scan:
     facts: Mapping[str, Covariate] = field(default_factory=dict)
     findings: tuple[tuple[Level, str], ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
+    modality: str = ""
 
     @property
     def spacing(self) -> NDArray[np.float64]:

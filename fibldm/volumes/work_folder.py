@@ -227,6 +227,11 @@ def foreign_files(work: Path, *, ours: bool, complete: bool) -> list[str]:
     return sorted(path.name for path in work.glob("*") if path.name not in allowed)
 
 
+def half_moved(work: Path) -> bool:
+    """Whether a preparation was stopped after all was written and before all of it was moved to its place."""
+    return (work / STAGING / WRITTEN[-1]).is_file()
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -117,7 +117,8 @@ def read_series(files: Sequence[Path]) -> Scan:
     voxels = read_voxels(ordered, modality)
     volume = Volume(voxels.array.transpose(2, 1, 0), affine).canonical()
     findings = (*_left_out(len(frames) - len(images)), *voxels.findings)
-    return Scan(volume.array, volume.affine, voxels.sha256, _facts(ordered), findings)
+    facts = _facts(ordered)
+    return Scan(volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality)
 
 
 def _header(file: Path) -> "Dataset | None":

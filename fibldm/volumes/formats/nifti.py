@@ -1,11 +1,10 @@
 """NIfTI as read: to its last byte, with all that is wrong with its header."""
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -32,6 +31,8 @@ def read_nifti(path: Path) -> Stored:
             gives no usable spacing or rotation.
     """
     data = path.read_bytes()
+    if not data:
+        raise damaged(path, "it is empty")
     _check_name(path.name, data)
     try:
         content = gzip.decompress(data) if data.startswith(_GZIP) else data
@@ -75,21 +76,32 @@ def _check_name(name: str, data: bytes) -> None:
 
 
 def _parse(data: bytes) -> nibabel.Nifti1Image:
-    sizes = {int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")} & set(_SINGLE_FILE)
-    if not sizes:
+    orders: tuple[Literal["little", "big"], ...] = ("little", "big")
+    order = next((order for order in orders if int.from_bytes(data[:4], order) in _SINGLE_FILE), None)
+    if order is None:
         raise ValueError("it has no NIfTI header")
-    size = sizes.pop()
+    size = int.from_bytes(data[:4], order)
     magic = data[4:7] if size == 540 else data[344:347]
     if magic != _SINGLE_FILE[size]:
         raise ValueError("it has no NIfTI header")
     kind = nibabel.Nifti2Image if size == 540 else nibabel.Nifti1Image
-    _check_spacing(kind.header_class.from_fileobj(io.BytesIO(data), check=False))
+    header = kind.header_class(data[:size], "<" if order == "little" else ">", check=False)
+    _check_size(header)
+    _check_spacing(header)
+    if np.isinf(header["scl_slope"]):
+        raise ValueError("the scaling (scl_slope) must be finite")  # nibabel would leave it out
     return kind.from_bytes(data)
+
+
+def _check_size(header: Any) -> None:
+    axes, *size = (int(length) for length in header["dim"])
+    if not 1 <= axes <= 7 or min(size[:axes]) < 1:
+        raise ValueError(f"its size (dim) must be 1 to 7 positive numbers, and is {[axes, *size]} (their number first)")
 
 
 def _check_spacing(header: Any) -> None:
     """nibabel would take a spacing of 0 as 1 and drop a minus sign; where an sform places the voxels it is unused."""
-    axes = min(max(int(header["dim"][0]), 0), 3)
+    axes = min(int(header["dim"][0]), 3)
     spacing = header["pixdim"][1 : 1 + axes]
     if header["sform_code"] == 0 and not (spacing > 0).all():
         raise ValueError(f"spacing (pixdim) must be positive, and is {spacing.tolist()}")
