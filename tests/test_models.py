@@ -345,7 +345,10 @@ def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
 
 
 def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
-    assert ConditionedNetwork(unet()).multiple == 2
+    network = ConditionedNetwork(unet())
+    assert network.multiple == 2
+    with pytest.raises(FibldmError, match=r"latent size \(4, 3, 4\) must be divisible by 2 \(2\^1: 2 UNet levels\)"):
+        network(normal(2, 2, 4, 3, 4), torch.tensor([0.0, 1.0]))
 
 
 # --- denoiser and guidance

@@ -28,11 +28,30 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
 
+class Quantisation(NamedTuple):
+    """What a codebook says of one training pass.
+
+    Attributes:
+        loss: codebook and commitment loss, a scalar.
+        perplexity: how many codes are used, a scalar; ``exp`` of the entropy of their use.
+    """
+
+    loss: Tensor
+    perplexity: Tensor
+
+
 class Reconstruction(NamedTuple):
-    """One training pass: the decoded volume ``(B, C, X, Y, Z)`` and the posterior it was drawn from."""
+    """One training pass.
+
+    Attributes:
+        volume: decoded, ``(B, C, X, Y, Z)``.
+        posterior: what the latent was drawn from.
+        quantisation: of an autoencoder with a codebook, else ``None``.
+    """
 
     volume: Tensor
     posterior: Posterior
+    quantisation: Quantisation | None = None
 
 
 class ChannelNorm(nn.Module):

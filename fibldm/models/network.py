@@ -3,6 +3,7 @@
 from monai.networks.nets import ControlNet, DiffusionModelUNet
 from torch import Tensor, nn
 
+from fibldm.errors import FibldmError
 from fibldm.models.controlnet import copy_base_weights
 
 
@@ -36,7 +37,17 @@ class ConditionedNetwork(nn.Module):
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
             mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNet's residuals off.
+
+        Raises:
+            FibldmError: an axis of the latent is not divisible by `multiple`.
         """
+        size = tuple(z_t.shape[2:])
+        if any(length % self.multiple for length in size):
+            raise FibldmError(
+                f"latent size {size} must be divisible by {self.multiple} (2^{len(self.unet.block_out_channels) - 1}: "
+                f"{len(self.unet.block_out_channels)} UNet levels)",
+                "choose a model grid whose size is divisible by that times the autoencoder's compression",
+            )
         if self.controlnet is None or mask is None:
             return self.unet(z_t, timesteps)
         down, mid = self.controlnet(z_t, timesteps, controlnet_cond=mask)

@@ -48,7 +48,7 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def _full_precision(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.float()
+    if output is None or isinstance(output, Tensor):
+        return None if output is None else output.float()
     parts = [_full_precision(part) for part in output]
     return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
