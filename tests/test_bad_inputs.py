@@ -141,12 +141,13 @@ NOBODY = 65534
 UNPRIVILEGED = f"""
 import os, sys
 from fibldm.cli import run
-import fibldm.volumes.preparation
+# all that is imported on the way, while the interpreter's own files can be read
+run(["prepare", sys.argv[1], "--out", sys.argv[2], "--modality", "ct", "--workers", "1"])
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})
     os.setuid({NOBODY})
-for source, work in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+for source, work in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
     print(run(["prepare", source, "--out", work, "--modality", "ct", "--workers", "1"]))
 """
 
@@ -164,10 +165,11 @@ def test_files_and_folders_without_permission() -> None:
         pairs = [(root / f"data{number}", root / f"works/{number}") for number in range(len(barred))]
         pairs.append((make_sound(root / "sound"), root / "sound/images/new/work"))
         (root / "sound/images").chmod(0o555)
-        done = unprivileged(pairs)
+        before = (make_sound(root / "before"), root / "before-work")
+        done = unprivileged([before, *pairs])
         for path in [*(root / f"data{n}" / path for n, path in enumerate(barred)), root / "sound/images"]:
             path.chmod(0o755)
-    assert done.stdout.split() == ["2"] * 5, done
+    assert done.stdout.split()[-5:] == ["2"] * 5, done
     assert "Traceback" not in done.stderr
     for said in ("image: a file must be readable; Permission", "label: a file must be readable; Permission"):
         assert said in done.stderr
