@@ -247,6 +247,10 @@ def synthesize_file(
         raise FibldmError(f"{other} lies there already, in another format", "choose another --out folder")
     if path.exists():
         _check_same(path, request)
+        if dicom is None:
+            keep_mask(out / "masks" / f"{stem}.nii.gz", as_labels(read_mask(mask_file, synthesizer.names)))
+        else:
+            dicom.check_whole(path)
         return path
     mask = read_mask(mask_file, synthesizer.names)
     if dicom is not None:

@@ -426,7 +426,7 @@ TABLES = [
     Input("empty-table-in-a-folder", table(""), "none fits"),
     Input("only-a-header", table("image,label\n"), "no case was found"),
     Input("column-missing", table(rows(columns="picture,label")), "missing: image", source="cases.csv"),
-    Input("column-called-mask", table(rows(columns="image,mask")), "must stand in a column label; it has mask"),
+    Input("column-called-mask", table(rows(columns="image,mask")), "has no column label, but mask, which may be meant"),
     Input("column-twice", table(rows(columns="image,image")), "repeated: image", source="cases.csv"),
     Input("ragged", table(rows("i/bad.nii.gz")), "cases.csv line 5 has 1 values for 2 columns"),
     Input("too-many-values", table(rows("i/bad.nii.gz,l/bad.nii.gz,,")), "line 5 has 4 values for 2 columns"),

@@ -163,11 +163,11 @@ def test_files_and_folders_without_permission() -> None:
         for number, path in enumerate(barred):
             (make_sound(root / f"data{number}") / path).chmod(0)
         pairs = [(root / f"data{number}", root / f"works/{number}") for number in range(len(barred))]
-        pairs.append((make_sound(root / "sound"), root / "sound/images/new/work"))
-        (root / "sound/images").chmod(0o555)
+        (root / "barred").mkdir(mode=0o555)
+        pairs.append((make_sound(root / "sound"), root / "barred/new/work"))
         before = (make_sound(root / "before"), root / "before-work")
         done = unprivileged([before, *pairs])
-        for path in [*(root / f"data{n}" / path for n, path in enumerate(barred)), root / "sound/images"]:
+        for path in [*(root / f"data{n}" / path for n, path in enumerate(barred)), root / "barred"]:
             path.chmod(0o755)
     assert done.stdout.split()[-5:] == ["2"] * 5, done
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from fibldm.volumes.case_checks import (
     image_findings,
     label_counts,
     label_findings,
+    likely_image_findings,
     spacing_findings,
 )
 from fibldm.volumes.scan import Scan
@@ -81,6 +82,22 @@ def test_labels_without_a_name_are_errors_where_names_are_known() -> None:
     assert "they run from 0 to 255" in said(label_findings(np.where(array == 7, 255, array)))[0]
     assert said(label_findings(array * 0)) == ["warning: the label volume is all background"]
     assert label_counts(array) == {1: 30, 7: 30}
+
+
+def test_an_image_given_as_labels_is_known_by_its_likeness() -> None:
+    image = np.random.default_rng(0).normal(size=(12, 13, 14)).cumsum(axis=0)
+    scaled = np.rint(200 * (image - image.min()) / np.ptp(image))
+    (found,) = said(likely_image_findings(scaled, image))
+    assert found.startswith("error: the label volume must hold labels; its 1") and "correlation 1.00" in found
+    many = np.arange(12)[:, None, None] * 10 + np.arange(13)[None, :, None] // 3 + np.zeros((1, 1, 14))
+    assert said(likely_image_findings(many, np.random.default_rng(1).normal(size=many.shape))) == []
+    assert said(likely_image_findings((image > 0).astype(np.uint8), image)) == []
+
+
+def test_padding_does_not_stand_in_for_air() -> None:
+    raised = chest() + 1024
+    raised[:30] = -2000
+    assert "it runs from -2000 to 1024" in said(image_findings(raised, "ct", SPACING))[0]
 
 
 def test_grids_are_compared_in_voxels() -> None:

@@ -273,6 +273,19 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
         dicom_tree(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", bytes(2000)], ids=["empty", "zeroed"])
+def test_slices_that_hold_no_dicom_any_more_are_said(tmp_path: Path, content: bytes) -> None:
+    """H2: a series does not become shorter without a word."""
+    for number, name in enumerate(("0006.dcm", "IM7", "8")):
+        folder = add_study(tmp_path / name, f"study {number}")
+        (folder / name).write_bytes(content)
+    with pytest.raises(FibldmError) as caught:
+        dicom_tree(tmp_path)
+    for number in (1, 2, 3):
+        said = f"study {number} of 3, series 1 of 1: 1 files beside its slices are empty or damaged"
+        assert said in caught.value.message
+
+
 def test_tree_without_images_is_refused(tmp_path: Path) -> None:
     write_scout(tmp_path)
     with pytest.raises(FibldmError, match="must hold a series of CT or MR; none of 1 series is one"):

@@ -291,7 +291,7 @@ def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
         "p2": "image must have the channels image; it has 2 (name them with --channels)",
         "p3": "image must be finite",
         "p4": "image must not be constant; every voxel is 0",
-        "p5": "a CT must have air (below -500 HU)",
+        "p5": "a CT must have air (-1024 to -500 HU)",
         "p6": "image and label must have one affine; they differ by",
         "p7": "image and label must have one size; image (7, 9, 5), label (6, 9, 5)",
         "p8": "labels must be whole numbers",
@@ -537,10 +537,11 @@ def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
             FibldmError, match="--out must be empty, absent or a finished work folder; .* images, labels"
         ):
             prepare(source, other, CT, restart=restart)
-    with pytest.raises(FibldmError, match="--out must not be the source or a folder around it"):
+    with pytest.raises(FibldmError, match="--out must not be the source, a folder around it, or one among its data"):
         prepare(source, source, CT)
-    with pytest.raises(FibldmError, match="--out must not be the source or a folder around it"):
-        prepare(source, tmp_path, CT)
+    for work in (tmp_path, source / "images" / "work"):
+        with pytest.raises(FibldmError, match="--out must not be the source, a folder around it, or one among its"):
+            prepare(source, work, CT)
     (tmp_path / "file").write_text("x")
     with pytest.raises(FibldmError, match="--out must be a folder; .* is a file"):
         prepare(source, tmp_path / "file", CT)
@@ -590,6 +591,84 @@ def test_command_reports(tmp_path: Path, capsys) -> None:
     assert "note: 4 cases name no patient" in shown.err
     assert command(source, work, modality="ct", window=(-1000, 500), labels="1=right lung,2=left lung")["unchanged"]
     assert "is prepared already from this source with these settings" in capsys.readouterr().out
+
+
+def test_files_of_the_same_size_and_time_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """An interrupted preparation of one dataset lends nothing to another of the same names, sizes and times."""
+    for number, name in enumerate(("one", "two")):
+        for index in range(4):
+            write_raw(tmp_path / name / f"images/p{index}.nii", ct_array(10 * number + index))
+            write_raw(tmp_path / name / f"labels/p{index}.nii", label_array(2))
+    broken = tmp_path / "one/images/p3.nii"
+    write_raw(broken, np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="p3  error    image must not be constant"):
+        prepare(tmp_path / "one", tmp_path / "work", CT)
+    prepare(tmp_path / "two", tmp_path / "work", CT)
+    for index in range(4):
+        written = nib.load(tmp_path / f"work/images/p{index}.nii.gz").get_fdata()
+        np.testing.assert_array_equal(written, ct_array(10 + index))
+    first, second = (tmp_path / f"two/images/p{index}.nii" for index in (0, 1))
+    first.rename(tmp_path / "swap.nii")
+    second.rename(first)
+    (tmp_path / "swap.nii").rename(second)
+    with pytest.raises(FibldmError, match="different: files of p0; files of p1"):
+        prepare(tmp_path / "two", tmp_path / "work", CT)
+
+
+def write_raw(path: Path, array: np.ndarray) -> None:
+    write_nifti(path, array)
+    os.utime(path, (1e9, 1e9))
+
+
+def test_a_failed_restart_keeps_the_key_of_what_is_there(tmp_path: Path) -> None:
+    one, two = make_folders(tmp_path / "one"), make_folders(tmp_path / "two")
+    prepare(one, tmp_path / "work", CT)
+    key = (tmp_path / "work.key.json").read_text()
+    write_nifti(two / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="work.pending.json says where each lies"):
+        prepare(two, tmp_path / "work", CT, restart=True)
+    assert (tmp_path / "work.key.json").read_text() == key
+    assert str(two) in (tmp_path / "work.pending.json").read_text()
+    assert prepare(one, tmp_path / "work", CT).unchanged
+
+
+def test_too_few_sound_patients_are_said_with_the_findings(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 3)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match=r"needs at least 3 patients; got 2:\n  p1  error    image must not be"):
+        prepare(source, tmp_path / "work", PrepareSettings(modality="ct", skip_bad=True))
+    assert read_json(tmp_path / "work/report.json")["findings"][0]["case"] == "p1"
+
+
+def test_only_columns_that_tell_no_patient_are_carried_along(tmp_path: Path) -> None:
+    """Names, numbers as long as identifiers, and texts that patients have to themselves stay outside of WORK."""
+    head = "image,label,subject,age,kernel_group,Fallnummer,scanned,Nachname,code\n"
+    rows = "".join(
+        f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,p{i},{50 + i},{'ab'[i % 2]},{7 + i},{i}-Mar-2019,X{i},"
+        f"{2019031400 + i}\n"
+        for i in range(4)
+    )
+    source = make_csv(tmp_path / "data", head + rows)
+    report = prepare(source, tmp_path / "work", CT)
+    entry = entries(tmp_path / "work")["site-2_ct"]
+    assert entry["age"] == 52 and entry["kernel_group"] == "a"
+    assert set(entry) == {"image", "label", "case", "subject", "split", "age", "kernel_group"}
+    assert any("--keep-columns takes them along): Fallnummer, Nachname, code, scanned" in n for n in report.notes)
+    prepare(source, tmp_path / "kept", PrepareSettings(modality="ct", keep_columns=("code",)))
+    assert entries(tmp_path / "kept")["site-2_ct"]["code"] == 2019031402
+
+
+def test_columns_are_known_in_any_case_and_likely_ones_are_asked_for(tmp_path: Path) -> None:
+    rows = "".join(f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,p{max(i - 1, 0)}\n" for i in range(4))
+    for head, message in (
+        ("Image,LABEL,Patient_ID", "no column subject, but Patient_ID"),
+        ("image,seg,subject", "seg"),
+    ):
+        with pytest.raises(FibldmError, match=f"{message}.*, which may be meant"):
+            prepare(make_csv(tmp_path / "data", f"{head}\n{rows}"), tmp_path / "work", CT)
+    prepare(make_csv(tmp_path / "data", f"Image,LABEL,Subject\n{rows}"), tmp_path / "x", CT)
+    found = entries(tmp_path / "x")
+    assert found["site-0_ct"]["subject"] == found["site-1_ct"]["subject"] and "label" in found["site-3_ct"]
 
 
 # What was asked for beyond the defaults
@@ -715,7 +794,7 @@ def test_names_of_patients_stay_outside_of_the_work_folder(tmp_path: Path) -> No
     source = make_csv(tmp_path / "data", f"image,label,subject,age,patient_id\n{rows}".replace("1956", "2019"))
     work = tmp_path / "work"
     report = prepare(source, work, PrepareSettings(modality="ct", hide_names=True))
-    assert "columns that may tell the patient are left out: patient_id" in report.notes
+    assert any("may tell the patient are left out" in note and "patient_id" in note for note in report.notes)
     found = entries(work)
     assert all(name.startswith("case-") for name in found) and len(found) == 4
     assert len({entry["subject"] for entry in found.values()}) == 3

@@ -295,6 +295,9 @@ def test_a_rerun_keeps_what_is_there_and_refuses_another_request(synthesizer, tm
         )
         assert again == path
     assert before == [(part, part.stat().st_mtime_ns) for part in (tmp_path / "out").rglob("*.*")]
+    (tmp_path / "out/masks/case.nii.gz").unlink()
+    synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK)
+    assert (tmp_path / "out/masks/case.nii.gz").is_file()
     retrained = replace(synthesizer, source={**synthesizer.source, "weights": "other"})
     for other, settings in ((synthesizer, replace(QUICK, seed=1)), (retrained, QUICK)):
         with pytest.raises(FibldmError, match="case_000.nii.gz lies there already and was made from another mask, run"):
@@ -381,7 +384,7 @@ def test_dicom_and_nifti_are_one_volume(synthesizer, tmp_path):
     assert mask.ReferencedSeriesSequence[0].SeriesInstanceUID == slices[0].SeriesInstanceUID
     assert [item.SegmentLabel for item in mask.SegmentSequence] == ["left lung", "right lung", "nodule"]
     told, told_nifti = (json.loads(sidecar(part).read_text()) for part in (path, nifti))
-    assert told["synthetic"] is True and told["dicom"] == {"quantisation_step": 1.0, "template": False}
+    assert told["synthetic"] is True and told["dicom"] == {"quantisation_step": 1.0, "template": False, "slices": 19}
     assert {key: told[key] for key in told_nifti} == told_nifti
     number = len(slices)
     assert sorted(_tree(tmp_path / "out"))[0] == "case_001.json" and len(_tree(tmp_path / "out")) == number + 2
@@ -402,6 +405,9 @@ def test_a_dicom_rerun_keeps_what_is_there_and_refuses_another_request(synthesiz
     again = synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, dicom=dicom)
     for part in sorted(path.iterdir()):
         assert part.read_bytes() == (again / part.name).read_bytes()
+    next(again.glob("*.dcm")).unlink()
+    with pytest.raises(FibldmError, match=r"must hold \d+ slices, and .*case_000.dcm its mask; \d+ slices are there"):
+        synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, dicom=dicom)
 
 
 def test_a_label_without_coded_meaning_is_refused_before_anything_is_made(synthesizer, tmp_path):

@@ -33,6 +33,9 @@ def prepare(
     ] = False,
     derive: Annotated[str | None, typer.Option(help="lung: make lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
+    keep_columns: Annotated[
+        str | None, typer.Option(help="Columns to carry along although they may tell the patient.")
+    ] = None,
     hide_names: Annotated[
         bool, typer.Option("--hide-names", help="Name cases by hashes, not by files (DICOM always).")
     ] = False,
@@ -68,6 +71,7 @@ def prepare(
         resample_masks=resample_masks,
         derive=derive,
         bias_field=bias_field,
+        keep_columns=_names(keep_columns),
         hide_names=hide_names,
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,

@@ -74,7 +74,7 @@ def _write_subject(folder: Path, volume: Path, suffix: str, facts: Mapping[str, 
     subject = f"sub-{hash_value([facts['mask'], facts['mask_sha256']])[:12]}"
     place = folder / subject / (_CT if suffix == _CT else "anat")
     name = f"{subject}_run-{facts['number']:03d}_desc-synthetic_{suffix}"
-    write_json(place / f"{name}.json", facts)
+    write_json(place / f"{name}.json", {key: value for key, value in facts.items() if key != "mask"})
     _copy(volume, place / f"{name}.nii.gz")
     mask = volume.name.removesuffix(f"_{facts['number']:03d}.nii.gz")
     _copy(volume.parent / "masks" / f"{mask}.nii.gz", place / f"{subject}_dseg.nii.gz")

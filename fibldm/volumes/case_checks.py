@@ -14,11 +14,18 @@ from fibldm.volumes.scan import Level, Scan
 AIR = -1024
 """HU of air: what lies below is padding and becomes air."""
 
+LEAST_AIR = 0.001
+"""Share of the voxels of a CT that are air; padding, which lies below, is none."""
+
 GRID_TOLERANCE = 1e-3
 """How far the affines of image and label may differ, in voxels."""
 
 PERCENTILES = (0.5, 99.5)
 """Of an MR volume, what becomes -1 and 1."""
+
+MANY_LABELS = 30
+LIKELY_IMAGE = 0.8
+"""A label volume of many values that correlates with its image by more is taken for an image."""
 
 ANISOTROPY = 3.0
 """From this ratio of the largest to the smallest spacing on, a case is said to be anisotropic."""
@@ -87,6 +94,26 @@ def label_findings(array: Array, names: Collection[int] = ()) -> Found:
         )
 
 
+def likely_image_findings(label: Array, image: Array) -> Found:
+    """Whether a label volume of many values is rather an image: they rise and fall with those of the image itself.
+
+    Args:
+        label: voxels ``(X, Y, Z)``.
+        image: one channel on the same grid.
+    """
+    sampled = (slice(None, None, 2 if min(label.shape) >= 8 else 1),) * 3
+    values, voxels = label[sampled].ravel().astype(np.float64), image[sampled].ravel().astype(np.float64)
+    if len(np.unique(values)) < MANY_LABELS or not np.isfinite(voxels).all() or voxels.std() == 0:
+        return
+    correlation = np.corrcoef(values, voxels)[0, 1]
+    if correlation > LIKELY_IMAGE:
+        yield (
+            "error",
+            f"the label volume must hold labels; its {len(np.unique(values))} values follow the image "
+            f"(correlation {correlation:.2f}), as those of an image would",
+        )
+
+
 def grid_findings(image: Scan, other: Scan, what: str = "label") -> Found:
     """Whether an image and a mask, or another channel, lie on one grid, compared on RAS+ axes."""
     size, came = image.array.shape[:3], other.array.shape[:3]
@@ -121,11 +148,12 @@ def label_counts(array: NDArray[np.uint8]) -> Mapping[int, int]:
 
 
 def _ct_findings(array: Array, low: float, high: float, spacing: NDArray[np.float64]) -> Found:
-    if low < -4096 or high > np.iinfo(np.int16).max or low >= -500:
+    air = np.count_nonzero((array >= AIR) & (array < -500)) / array.size
+    if low < -4096 or high > np.iinfo(np.int16).max or air < LEAST_AIR:
         hint = "rescale to HU, or for a dataset of MR give --modality mr"
         yield (
             "error",
-            "a CT must have air (below -500 HU) and lie within [-4096, 32767] HU; it runs from "
+            "a CT must have air (-1024 to -500 HU) and lie within [-4096, 32767] HU; it runs from "
             f"{low:g} to {high:g}; {hint}",
         )
         return

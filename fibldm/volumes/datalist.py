@@ -12,6 +12,7 @@ from fibldm.files import read_json
 from fibldm.volumes.scan import Case
 
 SPLITS = ("training", "validation", "test")
+ADD_PATIENTS = "add patients, or tell the patients apart with a subject column or --subject-pattern"
 
 _BIDS_SUBJECT = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 
@@ -73,6 +74,11 @@ def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[di
     return {name: subject or found[name] for name, subject in known.items()}, notes
 
 
+def too_few(patients: int) -> str:
+    """What is said where there are not enough patients for a split."""
+    return f"a split into training, validation and test needs at least {len(SPLITS)} patients; got {patients}"
+
+
 def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, str]:
     """The split of every patient, 70/10/20 and at least one each, by the order of a hash keyed by ``seed``.
 
@@ -86,10 +92,7 @@ def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, str]:
     ordered = sorted(set(subjects), key=lambda subject: hashlib.sha256(f"{seed}/{subject}".encode()).digest())
     total = len(ordered)
     if total < len(SPLITS):
-        raise FibldmError(
-            f"a split into training, validation and test needs at least 3 patients; got {total}",
-            "add patients, or tell the patients apart with a subject column or --subject-pattern",
-        )
+        raise FibldmError(too_few(total), ADD_PATIENTS)
     validation, test = max(1, (total + 5) // 10), max(1, (2 * total + 5) // 10)
     names = ["validation"] * validation + ["test"] * test + ["training"] * (total - validation - test)
     return dict(zip(ordered, names, strict=True))
@@ -151,10 +154,12 @@ def _match_subjects(cases: Sequence[Case], pattern: str) -> dict[str, str]:
             f"--subject-pattern must have a group around the patient; got {pattern!r}", "for example '(p[0-9]+)_'"
         )
     found = {case.name: compiled.search(case.path) for case in cases}
-    missing = [case.path for case in cases if not (match := found[case.name]) or not match.group(1)]
+    missing = [case for case in cases if not (match := found[case.name]) or not match.group(1)]
     if missing:
+        hidden = sum(case.private for case in missing)
+        named = [*(case.path for case in missing if not case.private), *([f"{hidden} cases"] if hidden else [])]
         raise FibldmError(
-            f"--subject-pattern {pattern!r} must match every image; it does not match {', '.join(missing)}",
+            f"--subject-pattern {pattern!r} must match every image; it does not match {', '.join(named)}",
             "widen the pattern, or give a CSV manifest with a subject column",
         )
     return {name: match.group(1) for name, match in found.items() if match}

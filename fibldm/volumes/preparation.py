@@ -5,14 +5,17 @@ patient), ``intensity.json`` and, written last, ``report.json``. Every case is r
 parallel, and a case that is done is not done again when a run was interrupted or failed for another case.
 """
 
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from rich.console import Console
@@ -22,11 +25,11 @@ from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.volumes.case_checks import Finding
-from fibldm.volumes.datalist import split_subjects
+from fibldm.volumes.datalist import ADD_PATIENTS, too_few
 from fibldm.volumes.layouts import find_source
 from fibldm.volumes.prepare_case import CaseFacts, Record, Rules, prepare_case
 from fibldm.volumes.prepare_settings import Plan, PrepareSettings, make_plan
-from fibldm.volumes.pseudonyms import SALT_FILE, Pseudonyms, key_path, read_pseudonyms, write_key
+from fibldm.volumes.pseudonyms import SALT_FILE, Pseudonyms, key_of, key_path, pending_path, read_pseudonyms
 from fibldm.volumes.scan import Case, Source
 from fibldm.volumes.work_folder import (
     WRITTEN,
@@ -102,8 +105,7 @@ def prepare(
     plan = make_plan(found, settings, pseudonyms, earlier["left_out"] if earlier is not None and not restart else ())
     if earlier is not None and not restart:
         return _unchanged(work, earlier, plan)
-    write_key(work, pseudonyms, plan.source.cases)
-    with replaced(work) as folder:
+    with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
         checked = _check_all(plan, folder, workers, progress)
         plan = _settle(work, found, plan, checked, pseudonyms, complete=earlier is not None)
         write_lists(folder, plan, checked)
@@ -116,8 +118,9 @@ def prepare(
 def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
     """The report of a finished preparation in ``work``; ``None`` where nothing but a failed one may lie there."""
     folder, target = source.resolve(), work.resolve()
-    if target == folder or target in folder.parents:
-        raise FibldmError(f"--out must not be the source or a folder around it; got {work}", "choose another folder")
+    if target == folder or target in folder.parents or folder in target.parents[1:]:
+        message = f"--out must not be the source, a folder around it, or one among its data; got {work}"
+        raise FibldmError(message, "choose another folder")
     if work.exists() and not work.is_dir():
         raise FibldmError(f"--out must be a folder; {work} is a file", "choose another folder")
     report = read_json(work / "report.json") if (work / "report.json").exists() else {"ok": False, "settings_hash": ""}
@@ -216,8 +219,7 @@ def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, p
         yield from (prepare_case(case, rules, folder) for case in track(cases, **shown))  # type: ignore[arg-type]
         return
     context = get_context("spawn")
-    # an interruption is for this process to deal with, which ends the others
-    pool = ProcessPoolExecutor(min(workers, len(cases)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(min(workers, len(cases)), context, _begin_worker)
     try:
         waiting = [pool.submit(prepare_case, case, rules, folder) for case in cases]
         for future in track(waiting, **shown):  # type: ignore[arg-type]
@@ -226,6 +228,14 @@ def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, p
         raise FibldmError("a process that read a case was killed, likely for memory", "use fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """An interruption is for the parent to deal with; a worker ends when the parent does, however that was."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _record_key(case: Case, rules: Rules, stat: str) -> str:
@@ -275,18 +285,20 @@ def _label_notes(plan: Plan, facts: Mapping[str, CaseFacts]) -> list[str]:
 
 def _settle(work: Path, found: Source, plan: Plan, checked: Checked, pseudonyms: Pseudonyms, *, complete: bool) -> Plan:
     """The plan for the cases that are sound; raises all findings where bad ones are not to be left out."""
-    if not checked.bad or (plan.settings.skip_bad and "all cases" not in checked.bad):
-        settled = make_plan(found, plan.settings, pseudonyms, checked.bad) if checked.bad else plan
-        if not settled.splits:
-            split_subjects(subject for name, subject in settled.subjects.items() if name not in checked.bad)
+    skipping = plan.settings.skip_bad and "all cases" not in checked.bad
+    settled = make_plan(found, plan.settings, pseudonyms, checked.bad) if checked.bad and skipping else plan
+    if settled.splits and (skipping or not checked.bad):
         return settled
     if not complete:
         write_json(work / "report.json", report_dict(plan, checked, ok=False))
     errors = sum(finding.level == "error" for finding in checked.findings)
-    width = max(len(finding.case) for finding in checked.findings)
+    width = max((len(finding.case) for finding in checked.findings), default=0)
     listed = "".join(f"\n  {f.case:<{width}}  {f.level:<7}  {f.message}" for f in checked.findings)
+    if skipping or not checked.bad:
+        left = {subject for name, subject in settled.subjects.items() if name not in checked.bad}
+        raise FibldmError(f"{too_few(len(left))}{':' if listed else ''}{listed}", ADD_PATIENTS)
     raise FibldmError(
         f"every case must be sound; {errors} errors and {len(checked.findings) - errors} warnings in "
         f"{len(plan.source.cases)} cases, nothing was prepared:{listed}",
-        f"correct these cases, or leave them out with --skip-bad ({key_path(work).name} says where each lies)",
+        f"correct these cases, or leave them out with --skip-bad ({pending_path(work).name} says where each lies)",
     )

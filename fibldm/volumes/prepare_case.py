@@ -19,6 +19,7 @@ from fibldm.volumes.case_checks import (
     image_findings,
     label_counts,
     label_findings,
+    likely_image_findings,
     spacing_findings,
 )
 from fibldm.volumes.formats.readers import read_mask, read_scan
@@ -240,7 +241,8 @@ def _label(case: Case, image: Scan, rules: Rules, note: Note) -> tuple[Scan | No
     for mask in reversed(sound[:-1]):  # an earlier one wins
         merged = np.where(mask.array != 0, mask.array, merged)
     merged = _remapped(merged, rules.remap or {})
-    if note_all(note, label_findings(merged, rules.labels)):
+    likely = likely_image_findings(merged, _channels(image)[0])
+    if note_all(note, (*label_findings(merged, rules.labels), *likely)):
         return None, False
     hashes = "+".join(mask.sha256 for mask in sound)
     return Scan(merged.astype(np.uint8), image.affine, hashes), False

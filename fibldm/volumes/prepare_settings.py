@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from fibldm.volumes.layouts import LayoutOptions
 from fibldm.volumes.lung import LABELS as LUNGS
 from fibldm.volumes.prepare_case import Rules
 from fibldm.volumes.pseudonyms import Pseudonyms
-from fibldm.volumes.scan import Case, Covariate, Source
+from fibldm.volumes.scan import ACQUISITION, Case, Covariate, Source
 
 CT_WINDOW = (-1000.0, 1000.0)
 
@@ -22,10 +22,12 @@ _MODALITY_NAMES = {
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
 _PRIVATE_COLUMN = re.compile(
-    r"(patient|subject|first|last|family|given|sur)[ _-]*(name|id)|^name$|mrn|uid|accession|birth|dob|date|phone|addr",
+    r"name|patient|subject|participant|\bpat\b|\bpid\b|mrn|uid|accession|initials|birth|dob|date|time|phone|addr"
+    r"|comment|note|number|nummer|pat_?id|\bid\b|_id$",
     re.IGNORECASE,
 )
-_DATE = re.compile(r"(19|20)\d\d[-/.]?[01]\d[-/.]?[0-3]\d|[0-3]?\d[-/.][01]?\d[-/.](19|20)\d\d")
+_LONG_NUMBER = 99999
+"""Whole numbers above it are identifiers or dates rather than measurements."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PrepareSettings:
         resample_masks: whether masks on another grid are brought to the image's.
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
+        keep_columns: columns of a table that are carried along although they may tell the patient.
         hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
@@ -63,6 +66,7 @@ class PrepareSettings:
     resample_masks: bool = False
     derive: str | None = None
     bias_field: bool = False
+    keep_columns: tuple[str, ...] = ()
     hide_names: bool = False
     skip_bad: bool = False
     subject_pattern: str | None = None
@@ -169,7 +173,7 @@ def make_plan(
     _check_settings(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
     known, notes = find_subjects(cases, settings.subject_pattern)
-    public, dropped = _public(cases, pseudonyms)
+    public, dropped = _public(cases, known, settings, pseudonyms)
     subjects = {new.name: known[case.name] for case, new in zip(cases, public, strict=True)}
     kept = [case for case in public if case.name not in left_out]
     enough = any(case.split for case in kept) or len({subjects[case.name] for case in kept}) >= len(SPLITS)
@@ -224,24 +228,38 @@ def by_text(values: Mapping[int, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _public(cases: list[Case], pseudonyms: Pseudonyms) -> tuple[list[Case], list[str]]:
+def _public(
+    cases: list[Case], subjects: Mapping[str, str], settings: PrepareSettings, pseudonyms: Pseudonyms
+) -> tuple[list[Case], list[str]]:
     """The cases under the names they are written by, without covariates that may tell the patient, and a note."""
-    columns = {name for case in cases for name, value in case.covariates.items() if _tells_patient(name, value)}
+    columns = sorted({name for case in cases for name in case.covariates})
+    values = {
+        name: [(subjects[case.name], case.covariates[name]) for case in cases if name in case.covariates]
+        for name in columns
+    }
+    hidden = [name for name in columns if name not in settings.keep_columns and _tells_patient(name, values[name])]
     renamed = [
         replace(
             case,
             name=pseudonyms.case(case),
             path="" if case.private else case.path,
-            covariates={name: value for name, value in case.covariates.items() if name not in columns},
+            covariates={name: value for name, value in case.covariates.items() if name not in hidden},
         )
         for case in cases
     ]
-    note = f"columns that may tell the patient are left out: {', '.join(sorted(columns))}"
-    return renamed, [note] if columns else []
+    note = f"columns that may tell the patient are left out (--keep-columns takes them along): {', '.join(hidden)}"
+    return renamed, [note] if hidden else []
 
 
-def _tells_patient(name: str, value: Covariate) -> bool:
-    return bool(_PRIVATE_COLUMN.search(name)) or (isinstance(value, str) and bool(_DATE.search(value)))
+def _tells_patient(name: str, values: Sequence[tuple[str, Covariate]]) -> bool:
+    """By its name, by numbers as long as identifiers, or by texts of which half the patients have their own."""
+    if name in ACQUISITION:
+        return False
+    numbers = [value for _, value in values if isinstance(value, float)]
+    texts = {value for _, value in values if isinstance(value, str)}
+    patients = {subject for subject, value in values if value is not None}
+    long = any(value.is_integer() and abs(value) > _LONG_NUMBER for value in numbers)
+    return bool(_PRIVATE_COLUMN.search(name)) or long or len(texts) > max(1, (len(patients) + 1) // 2)
 
 
 def _window(settings: PrepareSettings, modality: str) -> tuple[float, float] | None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,19 +40,24 @@ class Pseudonyms:
 
 def key_path(work: Path) -> Path:
     """``WORK.key.json``, beside the work folder."""
-    return work.resolve().with_name(f"{work.resolve().name}.key.json")
+    return _beside(work, "key")
+
+
+def pending_path(work: Path) -> Path:
+    """``WORK.pending.json``, the key of a preparation that has not ended well."""
+    return _beside(work, "pending")
 
 
 def read_pseudonyms(work: Path) -> Pseudonyms | None:
-    """Those of an earlier preparation, from the key or from the salt kept in ``work``; ``None`` where there is none.
+    """Those of an earlier preparation, by its key or the salt kept in ``work``; ``None`` where there is none.
 
     Raises:
         FibldmError: the key is damaged.
     """
     if (work / SALT_FILE).is_file():
         return Pseudonyms((work / SALT_FILE).read_text(encoding="utf-8").strip())
-    path = key_path(work)
-    if not path.is_file():
+    path = next((path for path in (key_path(work), pending_path(work)) if path.is_file()), None)
+    if path is None:
         return None
     salt = read_json(path).get("salt")
     if not isinstance(salt, str) or not salt:
@@ -59,18 +65,26 @@ def read_pseudonyms(work: Path) -> Pseudonyms | None:
     return Pseudonyms(salt)
 
 
-def write_key(work: Path, pseudonyms: Pseudonyms, cases: Iterable[Case]) -> Path:
+@contextmanager
+def key_of(work: Path, pseudonyms: Pseudonyms, cases: Iterable[Case]) -> Iterator[None]:
     """Write the key: the salt, and where each case lies, by its name in the work folder; readable by its owner only.
+
+    It is a pending one until the block ends without an error, and only then takes the place of an earlier key.
 
     Raises:
         FibldmError: it cannot be written.
     """
-    path = key_path(work)
-    sources = {case.name: str(_origin(case)) for case in cases}
+    pending = pending_path(work)
     about = "leads from the names in the work folder back to the patients; keep it where the source data lie"
-    write_json(path, {"about": about, "salt": pseudonyms.salt, "cases": sources})
-    path.chmod(0o600)
-    return path
+    sources = {case.name: str(_origin(case)) for case in cases}
+    write_json(pending, {"about": about, "salt": pseudonyms.salt, "cases": sources})
+    pending.chmod(0o600)
+    yield
+    pending.replace(key_path(work))
+
+
+def _beside(work: Path, what: str) -> Path:
+    return work.resolve().with_name(f"{work.resolve().name}.{what}.json")
 
 
 def _origin(case: Case) -> Path:

@@ -24,6 +24,7 @@ WRITTEN = ("images", "labels", "intensity.json", "datalist.json", "report.json")
 """What a work folder holds, in the order of writing."""
 
 STAGING = ".preparing"
+_UNNAMED = {"case": "", "image": "", "label": ""}
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,20 @@ def _datalist(plan: Plan, facts: Mapping[str, CaseFacts]) -> dict[str, Any]:
 def _content_hash(
     plan: Plan, facts: Mapping[str, CaseFacts], labels: Mapping[str, str], splits: Mapping[str, list[dict[str, Any]]]
 ) -> str:
-    """Of all that training sees; patients count by who is whose, as their names depend on the salt."""
-    voxels = {name: (about.spacing, about.image_voxels, about.label_voxels) for name, about in facts.items()}
+    """Of all that training sees; cases and patients count by their voxels, as their names may depend on the salt."""
+    voxels = {name: hash_value([a.spacing, a.image_voxels, a.label_voxels]) for name, a in facts.items()}
     first: dict[str, str] = {}
-    for name in sorted(facts):
-        first.setdefault(plan.subjects[name], name)
-    entries = {
-        split: [entry | {"subject": first[entry["subject"]]} for entry in listed] for split, listed in splits.items()
-    }
+    for name in sorted(facts, key=voxels.__getitem__):
+        first.setdefault(plan.subjects[name], voxels[name])
     about = {"labels": labels, "modality": plan.modality, "channels": list(plan.source.channels)}
-    return hash_value({"voxels": voxels, **about, **entries})
+    entries = {
+        split: sorted(
+            (voxels[entry["case"]], hash_value(entry | {"subject": first[entry["subject"]], **_UNNAMED}))
+            for entry in listed
+        )
+        for split, listed in splits.items()
+    }
+    return hash_value({**about, **entries})
 
 
 def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
@@ -203,16 +208,16 @@ def label_values(facts: Mapping[str, CaseFacts]) -> list[int]:
 
 
 def file_stat(case: Case) -> str:
-    """Hash of the sizes and times of a case's files, by which unchanged ones are known without reading them.
+    """Hash of the places, sizes and times of a case's files, by which unchanged ones are known without reading them.
 
     Raises:
         FibldmError: a file is gone.
     """
     try:
-        stats = [path.stat() for path in case.files]
+        stats = [(str(path.resolve()), path.stat()) for path in case.files]
     except OSError as error:
         raise FibldmError(f"a file of {case.name} is gone: {error.strerror}", "run fibldm prepare again") from error
-    return hash_value([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+    return hash_value([[path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats])
 
 
 def foreign_files(work: Path, *, ours: bool, complete: bool) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fibldm import __version__
 from fibldm.errors import FibldmError
-from fibldm.files import hash_value, write_json
+from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
 from fibldm.volumes.dicom.template import Modality, Template, read_template
@@ -62,6 +62,20 @@ class DicomOutput:
         if self.template is not None:
             self.template.check(_modality(intensity), grid)
 
+    def check_whole(self, folder: Path) -> None:
+        """See that a series written before is all there, with its mask.
+
+        Raises:
+            FibldmError: slices or the segmentation are gone.
+        """
+        slices = read_json(sidecar(folder))["dicom"]["slices"]
+        there = len(list(folder.glob("*.dcm")))
+        if there != slices or not _mask_file(folder).is_file():
+            raise FibldmError(
+                f"{folder} must hold {slices} slices, and {_mask_file(folder)} its mask; {there} slices are there",
+                "remove the folder and its sidecar, and run the same command again",
+            )
+
     def write(
         self,
         folder: Path,
@@ -95,16 +109,24 @@ class DicomOutput:
             volume, modality=modality, value_range=value_range, identity=identity, template=self.template
         )
         write_segmentation(
-            folder.parent / "masks" / f"{folder.name}.dcm",
+            _mask_file(folder),
             labels,
             names=names,
             meanings=self.codes.find(names.values()),
             series=series,
             identity=identity,
         )
-        stored = {"quantisation_step": quantisation_step(modality, value_range), "template": self.template is not None}
+        stored = {
+            "quantisation_step": quantisation_step(modality, value_range),
+            "template": self.template is not None,
+            "slices": len(series),
+        }
         write_json(sidecar(folder), {"synthetic": True, **request, **provenance, "dicom": stored} | {"synthetic": True})
         write_series(folder, series)
+
+
+def _mask_file(folder: Path) -> Path:
+    return folder.parent / "masks" / f"{folder.name}.dcm"
 
 
 def _modality(intensity: Intensity) -> Modality:

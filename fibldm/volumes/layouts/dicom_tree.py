@@ -19,6 +19,7 @@ from fibldm.volumes.scan import Case, Mask, Source
 _IMAGES = ("CT", "MR")
 _MASKS = ("SEG", "RTSTRUCT")
 _NIFTI = (".nii", ".nii.gz")
+_DICOM = (".dcm", ".ima", ".dicom")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def dicom_tree(source: Path, merge_masks: Sequence[str] = ()) -> Source:
     files = sorted(path for path in paths if path.is_file())
     found = list(_placed(find_series(files)))
     images = [item for item in found if item.series.image and item.series.modality in _IMAGES]
-    problems: list[str] = []
+    problems = list(_damaged(files, images))
     masked = _masked(images, found, files, problems)
     labels = _labels(masked, merge_masks, problems)
     merge = bool(merge_masks)
@@ -147,6 +148,26 @@ def _labels(masked: Sequence[_Masked], merge_masks: Sequence[str], problems: lis
         problems.append(f"there are {len(present)} segments, and at most {UNKNOWN_LABEL - 1} labels (--merge-masks)")
     wanted = tuple(dict.fromkeys(merge_masks)) or sorted(present)
     return {name: value for value, name in enumerate(wanted, start=1)}
+
+
+def _damaged(files: Sequence[Path], images: Sequence[_Found]) -> Iterator[str]:
+    """Slices that hold no DICOM any more would be passed over, and the series be shorter than it was."""
+    folders = {file.parent: item for item in images for file in item.series.files}
+    lost = Counter(
+        folders[file.parent].where
+        for file in files
+        if file.parent in folders and file.is_file() and _named_as_slice(file) and not _is_marked(file)
+    )
+    yield from (f"{where}: {count} files beside its slices are empty or damaged" for where, count in lost.items())
+
+
+def _named_as_slice(file: Path) -> bool:
+    return file.suffix.lower() in _DICOM or not file.suffix[1:].isalpha()
+
+
+def _is_marked(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _conflicts(masked: Sequence[_Masked], merge: bool) -> Iterator[str]:

@@ -28,7 +28,12 @@ LEGACY_NAMES = ("label.csv", "labels.csv")
 _DAY = r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
 _NUMBER = re.compile(rf"(?!{_DAY}$)-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{{1,2}})?")
 _CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MASK_COLUMNS = ("mask", "seg", "segmentation")
+_LIKELY_MEANT = {
+    LABEL: ("mask", "seg", "segmentation"),
+    "subject": ("patient", "pat", "pid", "patid", "patientid", "participant", "participantid", "subjectid", "sub"),
+    "split": ("fold", "set", "partition"),
+}
+"""Names that other tables give to a column of ours, without spaces, dashes and underscores."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             first = stream.readline()
             stream.seek(0)
             reader = csv.reader(stream, delimiter=max(",;\t", key=first.count), strict=True)
-            columns = [name.strip() for name in next(reader, [])]
+            columns = [_known(name.strip()) for name in next(reader, [])]
             rows = [(reader.line_num, [value.strip() for value in row]) for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FibldmError(f"{path} must be a CSV file in UTF-8; {error}") from error
@@ -148,6 +153,12 @@ def covariates(
     reserved = [name for name in columns if name in RESERVED]
     notes = (f"columns whose name has a meaning of its own are left out: {', '.join(reserved)}",) if reserved else ()
     return [{name: values[name][index] for name in names} for index in range(len(records))], notes
+
+
+def _known(column: str) -> str:
+    """Columns of ours are known in any case."""
+    name = column.lower()
+    return name if name in RESERVED else column
 
 
 def split_name(text: str) -> str:
@@ -204,11 +215,13 @@ def _check_columns(path: Path, columns: list[str]) -> None:
         raise FibldmError(
             f"{path} must have either the column image or one column image:NAME a channel; it has {', '.join(images)}"
         )
-    masks = [name for name in columns if name.lower() in _MASK_COLUMNS]
-    if masks and LABEL not in columns:
-        raise FibldmError(
-            f"the masks of {path} must stand in a column label; it has {', '.join(masks)} instead", "rename the column"
-        )
+    for wanted, others in _LIKELY_MEANT.items():
+        found = [name for name in columns if re.sub(r"[\s_-]", "", name.lower()) in others]
+        if found and wanted not in columns:
+            raise FibldmError(
+                f"{path} has no column {wanted}, but {', '.join(found)}, which may be meant",
+                f"rename it to {wanted} if it is, or take it out",
+            )
 
 
 def _records(
