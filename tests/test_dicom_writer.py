@@ -594,7 +594,8 @@ def test_output_with_sidecar(tmp_path):
     ]
     facts = read_json(tmp_path / "Planted_001.json")
     assert facts["synthetic"] is True and facts["number"] == 1 and facts["mask_sha256"] == "abc"
-    assert facts["dicom"] == {"quantisation_step": quantisation_step("mr", RANGES["mr"]), "template": False}
+    step = quantisation_step("mr", RANGES["mr"])
+    assert facts["dicom"] == {"quantisation_step": step, "template": False, "slices": 7}
     for file in tmp_path.rglob("*.dcm"):
         assert b"Planted" not in file.read_bytes()
 
