@@ -149,7 +149,7 @@ class Synthesizer:
         source = as_labels(mask).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
         outside = self.envelope.check(source, allow=allow_extrapolation)
-        grid = self.grid.synthesis_grid(source.grid, self.mask.compression * self.network.multiple)
+        grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
         same_spacing = np.allclose(grid.spacing, source.grid.spacing)
         placed = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
         decoded = self._sample(placed, key=(settings.seed, name, number), settings=settings)
@@ -174,14 +174,16 @@ class Synthesizer:
 
     def _sample(self, labels: Volume, *, key: tuple[int, str, int], settings: SamplingSettings) -> NDArray[np.float32]:
         device = next(self.network.parameters()).device
-        condition = self.mask.encode(torch.from_numpy(labels.array.astype(np.int64))[None, None].to(device))
+        drawn = torch.from_numpy(labels.array.astype(np.int64))[None, None].to(device)
+        condition = self.mask.encode(drawn)
         generator = torch.Generator().manual_seed(int(hash_value(key)[:15], 16))
         shape = (len(self.space.mean), *condition.shape[2:])
         noise = draw_noise(shape, [generator]).to(device)
         denoise = guided(self._denoiser(condition), self._denoiser(self.mask.null(condition)), settings.guidance)
         times = sampling_times(settings.steps, spacing=self.process.sampling_spacing)
         z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=[generator])
-        volume: Tensor = self.first_stage.decode(self.space.denormalise(z))
+        whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
+        volume: Tensor = self.first_stage.decode(self.space.denormalise(z), whole)
         return volume[0].clamp(-1, 1).float().cpu().numpy()
 
     def _denoiser(self, condition: Tensor) -> Denoiser:

@@ -34,7 +34,14 @@ TinyStage = Callable[..., Configuration]
 
 ALONE = ("inference", "evaluate")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
-COMBINATIONS = [(stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in ((), ("tiny",), ("demo",))]
+AUTOENCODERS = sorted(path.stem for path in configs_folder().glob("autoencoder_*.yaml"))
+EVERY_STAGE = ((), ("tiny",), ("demo",), ("multi_gpu",))
+TRACKERS = (("mlflow",), ("wandb",))  # of training
+COMBINATIONS = [
+    *((stage, data, extra) for stage in STAGE_FILES if stage != "latents" for data in DATA for extra in TRACKERS),
+    *((stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in EVERY_STAGE),
+    *(("autoencoder", data, (name,)) for data in DATA for name in AUTOENCODERS),
+]
 
 
 def files(stage: str, data: str, *extra: str) -> list[str]:
@@ -209,7 +216,10 @@ def test_the_model_grid_may_come_as_overrides() -> None:
     ("configs", "message"),
     [
         (("tiny",), "a data configuration must give spacing and size"),
-        (("data_chest_fantom",), "configuration must be one of common, .*data_chest_phantom"),
+        (
+            ("data_chest_fantom",),
+            "configuration must be one of autoencoder_adversarial, .*common, .*data_chest_phantom",
+        ),
         (("absent.yaml",), "configuration absent.yaml must exist"),
     ],
 )

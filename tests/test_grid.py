@@ -168,13 +168,14 @@ def test_labels_never_get_a_new_value():
 @given(
     shape=st.tuples(*[st.integers(1, 70)] * 3),
     spacing=st.tuples(*[st.floats(0.4, 9.0)] * 3),
-    multiple=st.sampled_from([1, 4, 8, 16, 24]),
+    multiple=st.sampled_from([1, 4, 8, 16, 24, (16, 16, 4), (1, 24, 8)]),
 )
 def test_synthesis_grid_covers_the_mask_and_is_divisible(shape, spacing, multiple):
-    """A5, A27: every voxel of the mask lies within the grid, whose sizes are multiples."""
+    """A5, A27, B8: every voxel of the mask lies within the grid, in multiples of one number or one per axis."""
     source, model = Grid(shape, oblique_affine(spacing)), ModelGrid((2.0, 2.0, 3.0), (64, 64, 64))
     grid = model.synthesis_grid(source, multiple)
-    assert all(length % multiple == 0 for length in grid.shape)
+    multiples = (multiple,) * 3 if isinstance(multiple, int) else multiple
+    assert all(length % step == 0 for length, step in zip(grid.shape, multiples, strict=True))
     corners = np.array(list(itertools.product(*((-0.5, length - 0.5) for length in shape))))
     at = nibabel.affines.apply_affine(np.linalg.inv(grid.affine) @ source.affine, corners)
     slack = 1e-2  # an extent is rounded to thousandths of a voxel before it is rounded up
@@ -183,6 +184,13 @@ def test_synthesis_grid_covers_the_mask_and_is_divisible(shape, spacing, multipl
     kept, resampled = (np.allclose(grid.spacing, wanted, rtol=1e-6) for wanted in (source.spacing, model.spacing))
     near = (np.abs(np.array(source.spacing) / model.spacing - 1) <= 0.1).all()
     assert resampled or (kept and near)
+
+
+def test_b8_every_axis_is_padded_to_its_own_multiple():
+    """A5, B8: no axis grows more than its own multiple asks for."""
+    model, source = ModelGrid((2.0, 2.0, 5.0), (1, 1, 1)), Grid((17, 33, 9), oblique_affine((2.0, 2.0, 5.0)))
+    assert model.synthesis_grid(source, (16, 8, 4)).shape == (32, 40, 12)
+    assert model.synthesis_grid(source, [1, 16, 8]).shape == (17, 48, 16)
 
 
 def test_a_mask_within_ten_percent_is_padded_by_whole_voxels_only():

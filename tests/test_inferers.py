@@ -40,5 +40,5 @@ def test_e6_auto_is_bfloat16_only_where_that_is_fast():
 
 
 def test_an_unknown_precision_lists_the_choices():
-    with pytest.raises(FibldmError, match="precision must be one of auto, float32, bfloat16; got 'fp8'"):
+    with pytest.raises(FibldmError, match="precision must be one of auto, float32, bfloat16, float16; got 'fp8'"):
         AutocastInferer("fp8")  # type: ignore[arg-type]

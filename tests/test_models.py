@@ -118,7 +118,7 @@ def test_local_norms_make_a_patch_decode_as_in_the_whole_and_group_norms_do_not(
 @pytest.mark.parametrize("wavelet", [True, False])
 def test_a5_a_volume_becomes_a_latent_at_a_quarter_of_its_size(wavelet: bool) -> None:
     network = autoencoder(wavelet=wavelet)
-    assert (network.compression, network.latent_channels) == (4, 3)
+    assert (network.compression, network.latent_channels) == ((4, 4, 4), 3)
     posterior = network.encode(normal(2, 1, 16, 8, 12))
     assert posterior.mean.shape == posterior.std.shape == (2, 3, 4, 2, 3)
     assert bool((posterior.std > 0).all())

@@ -21,11 +21,12 @@ from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.process import Process, RectifiedFlow, VariancePreserving
 from fibldm.models.timesteps import GridTimes, LogitNormalTimes, UniformTimes
+from fibldm.training.checkpoints import Checkpoints
 from fibldm.training.draws import EpochSampler
-from fibldm.training.handlers import EMA, Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress, TensorBoard
+from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.losses import AutoencoderLoss, DenoisingLoss, Weighted, kl_divergence, weighted_error
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
-from fibldm.training.stage import place_schedule, running_parser
+from fibldm.training.stage import running_parser
 
 MASK = MaskEncoding((0, 1, 2), 4)
 PAIRS = [
@@ -64,7 +65,7 @@ def test_the_error_is_the_mean_over_the_places_that_count(norm: Any, expected: f
 
 
 def test_an_unknown_norm_lists_the_choices() -> None:
-    with pytest.raises(FibldmError, match="norm must be one of l1, l2, huber; got 'l3'"):
+    with pytest.raises(FibldmError, match="norm must be one of l1, l2, huber, charbonnier; got 'l3'"):
         DenoisingLoss("l3")(torch.zeros(1), Weighted(torch.zeros(1), torch.ones(1)))  # type: ignore[arg-type]
 
 
@@ -92,7 +93,9 @@ def test_the_autoencoder_loss_does_not_see_padding() -> None:
 
 def test_a_volume_is_its_own_target() -> None:
     image, valid = torch.rand(2, 1, 4, 4, 4), torch.ones(2, 1, 4, 4, 4)
-    inputs, target = VolumePrepareBatch()({"image": image, "valid": valid}, device="cpu")
+    batch = {"image": image, "valid": valid, "seed": torch.tensor([3, 4])}
+    inputs, target, _, options = VolumePrepareBatch()(batch, device="cpu")
+    assert torch.equal(options["seeds"], batch["seed"])
     assert torch.equal(inputs, image)
     assert torch.equal(target.value, image)
     assert torch.equal(target.weight, valid)
@@ -261,7 +264,10 @@ def test_h7_every_epoch_sets_its_order_and_its_random_numbers() -> None:
 def test_gradients_are_scaled_to_the_norm() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    ClipGradient(model, 1.0)(Engine(lambda engine, item: None))
+    engine = engine_of(lambda engine, item: None)
+    engine.state.iteration = 1
+    ClipGradient(model, 1.0)(engine)
+    assert engine.state.gradient_norm == 5.0
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))
 
 
@@ -407,16 +413,22 @@ def test_h7_a_schedule_is_put_where_it_was() -> None:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
         return WarmupCosineSchedule(optimizer, warmup_steps=3, t_total=20, end_lr=1e-3, warmup_multiplier=0.1)
 
+    def place(scheduler: WarmupCosineSchedule, iteration: int) -> None:
+        engine = engine_of(lambda engine, item: None, length=20)
+        engine.state.iteration = iteration
+        Schedule(scheduler).place(engine)
+
     stepped = schedule()
     for _ in range(11):
         stepped.optimizer.step()
         stepped.step()
     placed = schedule()
-    place_schedule(placed, 11)
+    place(placed, 11)
     assert placed.optimizer.param_groups[0]["lr"] == stepped.optimizer.param_groups[0]["lr"]
     for scheduler in (stepped, placed):
         scheduler.optimizer.step()
         scheduler.step()
+    place(placed, 12)
     assert placed.optimizer.param_groups[0]["lr"] == stepped.optimizer.param_groups[0]["lr"]
 
 

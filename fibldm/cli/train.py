@@ -1,5 +1,6 @@
 """``fibldm train`` and ``fibldm encode``: thin doors to the stages' configurations."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +30,20 @@ def train(
 def run_stage(
     stage: str, data: Path, run: Path, config: list[str], overrides: list[str], restart: bool
 ) -> dict[str, Any]:
-    """Print the equivalent MONAI command and run it here."""
+    """Print the equivalent MONAI command and run it here; of several ranks only the first says what happens."""
     from fibldm.cli.output import log_to_standard_error
+    from fibldm.runs import StageFolder
     from fibldm.training.configuration import parse_overrides, stage_configuration
 
-    log_to_standard_error()
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        log_to_standard_error()
     settings = parse_overrides(overrides) | ({"restart": True} if restart else {})
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)
-    print(f"The same by MONAI alone:\n  {configuration.command}")
+    if first:
+        print(f"The same by MONAI alone:\n  {configuration.command}")
     configuration.run()
-    print(f"{stage} is done: {run / stage}")
-    return {"outputs": [str(run / stage)]}
+    done = StageFolder(run, stage).done() is not None
+    if first:
+        print(f"{stage} is done: {run / stage}" if done else f"{stage} is not done: run the same command again")
+    return {"outputs": [str(run / stage)], "done": done}

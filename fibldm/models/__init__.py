@@ -3,6 +3,8 @@
 Volumes and latents:
 
 * ``autoencoder``: volumes to latents and back
+* ``vector_quantised``, ``spade_autoencoder``, ``maisi``: other first stages of the same interface
+* ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
 * ``latents``: the scale of the latents, the only place where they are scaled
 
@@ -18,4 +20,5 @@ The network that follows a mask:
 * ``controlnet``: a ControlNet that starts as a copy of its base network
 * ``network``: the UNet with its ControlNet, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
+* ``activation_checkpointing``: memory for time
 """

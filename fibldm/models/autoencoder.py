@@ -1,14 +1,14 @@
 """The first stage: volumes to latents and back, behind one small interface."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from monai.networks.nets import AutoencoderKL
-from monai.networks.nets.autoencoderkl import AEKLDownsample
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.wavelet import HaarWavelet
 
 
@@ -61,7 +61,7 @@ class ChannelNorm(nn.Module):
     tile and in the whole volume, so a network trained on patches decodes whole volumes without a shift.
 
     Args:
-        channels: number of channels of the input ``(B, C, X, Y, Z)``.
+        channels: number of channels of the input ``(B, C, ...)``.
     """
 
     def __init__(self, channels: int) -> None:
@@ -74,27 +74,47 @@ class ChannelNorm(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """A KL autoencoder (Rombach et al. 2022, section 3.1) on MONAI's ``AutoencoderKL``.
+    """A KL autoencoder (Rombach et al. 2022, section 3.1); other first stages change what happens in between.
+
+    Every first stage has ``encode``, ``decode``, ``forward``, ``compression``, ``latent_channels`` and ``needs_mask``.
+    In two dimensions, ``Z`` is missing everywhere.
 
     Args:
-        network: the encoder and decoder; with ``wavelet`` it has 8 channels in and out per channel of the volume.
+        network: MONAI's ``AutoencoderKL`` or one with its methods, such as that of monai-generative; with ``wavelet``
+            it has 8 channels in and out (4 in two dimensions) per channel of the volume.
         wavelet: a Haar transform before the encoder and its inverse after the decoder halve every axis once at hardly
             any cost, instead of the most expensive level of the network (Agarwal et al. 2025, Cosmos tokenizer).
         local_norm: replace every `GroupNorm` of the network by a `ChannelNorm`.
+        strides: how far each level of the network but the last shrinks each axis, see `set_strides`; None for 2.
+
+    Raises:
+        FibldmError: the strides do not fit the network.
     """
 
-    def __init__(self, network: AutoencoderKL, *, wavelet: bool = False, local_norm: bool = False) -> None:
+    needs_mask = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        wavelet: bool = False,
+        local_norm: bool = False,
+        strides: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()
-        self.network = network
-        self.wavelet = HaarWavelet() if wavelet else None
+        # the autoencoders of MONAI have no base class that knows of encode and decode
+        self.network: Any = network
+        if strides is not None:
+            set_strides(network, strides)
+        self.wavelet = HaarWavelet(len(self._strides)) if wavelet else None
         if local_norm:
             _localise_norms(network)
 
     @property
-    def compression(self) -> int:
+    def compression(self) -> tuple[int, ...]:
         """Voxels per latent cell along each axis."""
-        halvings = sum(isinstance(block, AEKLDownsample) for block in self.network.encoder.modules())
-        return int(2 ** (halvings + (self.wavelet is not None)))
+        outer = 1 if self.wavelet is None else 2
+        return tuple(outer * stride for stride in self._strides)
 
     @property
     def latent_channels(self) -> int:
@@ -106,20 +126,41 @@ class Autoencoder(nn.Module):
         Raises:
             FibldmError: an axis is not divisible by the compression.
         """
-        check_divisible(tuple(volume.shape[2:]), self.compression, "autoencoder compression")
-        mean, std = self.network.encode(volume if self.wavelet is None else self.wavelet(volume))
+        mean, std = self.network.encode(self._to_bands(volume))
         return Posterior(mean, std)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """The volume ``(B, C, X, Y, Z)`` of a latent ``(B, C, x, y, z)`` in the autoencoder's own scale."""
-        volume: Tensor = self.network.decode(latent)
-        return volume if self.wavelet is None else self.wavelet.inverse(volume)
+    def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The volume ``(B, C, X, Y, Z)`` of a latent in the autoencoder's own scale.
 
-    def forward(self, volume: Tensor) -> Reconstruction:
-        """Encode, draw one latent, decode: the pass that is trained."""
+        Args:
+            latent: ``(B, C, x, y, z)``.
+            mask: for a first stage with ``needs_mask``: ``(B, L + 1, X, Y, Z)``, as `MaskEncoding` with compression 1
+                gives it; others do not look at it.
+        """
+        return self._to_volume(self.network.decode(latent))
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None, *, seeds: Tensor | None = None) -> Reconstruction:
+        """Encode, draw one latent, decode: the pass that is trained.
+
+        Args:
+            volume: ``(B, C, X, Y, Z)`` in ``[-1, 1]``.
+            mask: see `decode`.
+            seeds: ``(B,)``, of each sample's noise, so that a batch is only a way of grouping; None draws from torch's
+                own generator.
+        """
         posterior = self.encode(volume)
-        latent = posterior.sample(torch.randn_like(posterior.mean))
-        return Reconstruction(self.decode(latent), posterior)
+        return Reconstruction(self.decode(posterior.sample(_noise(posterior.mean, seeds)), mask), posterior)
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        return total_stride(self.network.encoder)
+
+    def _to_bands(self, volume: Tensor) -> Tensor:
+        check_divisible(tuple(volume.shape[2:]), self.compression, "autoencoder compression")
+        return volume if self.wavelet is None else self.wavelet(volume)
+
+    def _to_volume(self, bands: Tensor) -> Tensor:
+        return bands if self.wavelet is None else self.wavelet.inverse(bands)
 
 
 class FrozenFirstStage(nn.Module):
@@ -134,8 +175,18 @@ class FrozenFirstStage(nn.Module):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     @property
-    def compression(self) -> int:
+    def compression(self) -> tuple[int, ...]:
+        """See `Autoencoder.compression`."""
         return self.autoencoder.compression
+
+    @property
+    def latent_channels(self) -> int:
+        return self.autoencoder.latent_channels
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether `decode` must be given the mask."""
+        return self.autoencoder.needs_mask
 
     def train(self, mode: bool = True) -> "FrozenFirstStage":
         """Does nothing: a frozen stage stays in evaluation mode."""
@@ -147,24 +198,44 @@ class FrozenFirstStage(nn.Module):
         return self.autoencoder.encode(volume)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `Autoencoder.decode`."""
-        return self.autoencoder.decode(latent)
+        return self.autoencoder.decode(latent, mask)
 
 
-def check_divisible(size: tuple[int, ...], divisor: int, what: str) -> None:
+def check_divisible(size: Sequence[int], divisor: int | Sequence[int], what: str) -> None:
     """Refuse a size that is not divisible by ``divisor``, showing the arithmetic.
+
+    Args:
+        size: of the spatial axes.
+        divisor: of every axis, or one for each.
+        what: where the divisor comes from.
 
     Raises:
         FibldmError: names the sizes that would do.
     """
-    if any(axis % divisor for axis in size):
-        padded = tuple(math.ceil(axis / divisor) * divisor for axis in size)
-        remainders = ", ".join(f"{axis} = {axis // divisor} x {divisor} + {axis % divisor}" for axis in size)
+    divisors = (divisor,) * len(size) if isinstance(divisor, int) else tuple(divisor)
+    pairs = list(zip(size, divisors, strict=True))
+    if any(axis % by for axis, by in pairs):
+        padded = tuple(math.ceil(axis / by) * by for axis, by in pairs)
+        remainders = ", ".join(f"{axis} = {axis // by} x {by} + {axis % by}" for axis, by in pairs)
+        shown = shown_per_axis(divisors)
         raise FibldmError(
-            f"volume size {size} must be divisible by {divisor} ({what}): {remainders}",
-            f"pad to {padded}, for example with DivisiblePadd(k={divisor})",
+            f"volume size {tuple(size)} must be divisible by {shown} ({what}): {remainders}",
+            f"pad to {padded}, for example with DivisiblePadd(k={shown})",
         )
+
+
+def shown_per_axis(factors: Sequence[int]) -> str:
+    """One number where all axes have the same, else all of them."""
+    return str(factors[0]) if len({*factors}) == 1 else str(tuple(factors))
+
+
+def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
+    if seeds is None:
+        return torch.randn_like(like)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
 
 
 def _localise_norms(module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Masks as conditions: one-hot fractions at the latent's size, with a channel for *unknown*."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.models.autoencoder import check_divisible
+from fibldm.models.autoencoder import check_divisible, shown_per_axis
 
 
 @dataclass(frozen=True)
@@ -20,26 +22,32 @@ class MaskEncoding:
 
     Attributes:
         labels: the label values of the dataset, background first.
-        compression: voxels per latent cell along each axis.
-        detail: parts that a cell is cut into along each axis, each with a fraction (a channel) of its own; 1 says how
-            much of a label is in a cell, ``compression`` says where to the voxel.
+        compression: voxels per latent cell along each axis; one number is for three axes.
+        detail: parts that a cell is cut into along each axis that is compressed, each with a fraction (a channel) of
+            its own; 1 says how much of a label is in a cell, ``compression`` says where to the voxel.
 
     Raises:
         FibldmError: ``detail`` does not divide ``compression``.
     """
 
     labels: tuple[int, ...]
-    compression: int
+    compression: int | Sequence[int]
     detail: int = 1
 
     def __post_init__(self) -> None:
-        if self.detail < 1 or self.compression % self.detail:
-            raise FibldmError(f"mask detail must divide the compression {self.compression}; got {self.detail}")
+        if self.detail < 1 or any(factor % part for factor, part in zip(self.factors, self._parts, strict=True)):
+            shown = shown_per_axis(self.factors)
+            raise FibldmError(f"mask detail must divide the compression {shown}; got {self.detail}")
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Voxels per latent cell, one for each axis."""
+        return (self.compression,) * 3 if isinstance(self.compression, int) else tuple(self.compression)
 
     @property
     def channels(self) -> int:
-        """Number of channels of the encoded mask: ``(L + 1) * detail^3``, for the labels and for unknown."""
-        return (len(self.labels) + 1) * self.detail**3
+        """Number of channels of the encoded mask: parts of a cell, for each of ``L`` labels and for unknown."""
+        return (len(self.labels) + 1) * math.prod(self._parts)
 
     def encode(self, labels: Tensor) -> Tensor:
         """Fractions ``(B, channels, x, y, z)`` in ``[0, 1]``, of integer labels ``(B, 1, X, Y, Z)``.
@@ -49,11 +57,15 @@ class MaskEncoding:
                 compression.
         """
         self.check(labels)
-        check_divisible(tuple(labels.shape[2:]), self.compression, "autoencoder compression")
+        check_divisible(labels.shape[2:], self.factors, "autoencoder compression")
         one_hot = torch.stack([labels[:, 0] == value for value in (*self.labels, UNKNOWN_LABEL)], dim=1)
-        fine = F.avg_pool3d(one_hot.float(), self.compression // self.detail)
-        cells = fine.unflatten(4, (-1, self.detail)).unflatten(3, (-1, self.detail)).unflatten(2, (-1, self.detail))
-        return cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+        axes = len(self.factors)
+        pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
+        cells = pool(one_hot.float(), [factor // part for factor, part in zip(self.factors, self._parts, strict=True)])
+        for axis in reversed(range(axes)):
+            cells = cells.unflatten(2 + axis, (-1, self._parts[axis]))
+        order = (0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
+        return cells.permute(order).flatten(1, 1 + axes)
 
     def check(self, labels: Tensor) -> None:
         """Refuse a mask with a label that the dataset does not have.
@@ -72,7 +84,7 @@ class MaskEncoding:
     def null(self, like: Tensor) -> Tensor:
         """The condition that asks for nothing: all unknown, of the shape of ``like`` ``(B, channels, x, y, z)``."""
         nothing = torch.zeros_like(like)
-        nothing[:, -(self.detail**3) :] = 1
+        nothing[:, -math.prod(self._parts) :] = 1
         return nothing
 
     def shares(self, fractions: Tensor) -> Tensor:
@@ -93,5 +105,9 @@ class MaskEncoding:
         away = dropped.clone()
         away[:, 0] = dropped.any(dim=1)
         groups = fractions.unflatten(1, (len(self.labels) + 1, -1))
-        kept = groups[:, :-1] * ~away[:, :, None, None, None, None]
+        kept = groups[:, :-1] * ~away.view(*away.shape, *[1] * (groups.ndim - 2))
         return torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1).flatten(1, 2)
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        return tuple(1 if factor == 1 else self.detail for factor in self.factors)

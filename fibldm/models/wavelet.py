@@ -1,4 +1,4 @@
-"""The Haar wavelet: eight half-size bands of a volume, and the volume again, without loss."""
+"""The Haar wavelet: half-size bands of a volume, and the volume again, without loss."""
 
 import torch
 from torch import Tensor, nn
@@ -6,31 +6,46 @@ from torch.nn import functional as F
 
 
 class HaarWavelet(nn.Module):
-    """One level of the three-dimensional Haar transform (Haar 1910); band 0 is the mean, the others are differences.
+    """One level of the Haar transform (Haar 1910) along every axis; band 0 is the mean, the others are differences.
 
     The mean band has the range of the volume, the bands of differences keep the orthonormal scale.
+
+    Args:
+        spatial_dims: 3 for volumes ``(B, C, X, Y, Z)`` with 8 bands per channel, 2 for slices ``(B, C, X, Y)`` with 4.
     """
 
     kernel: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, spatial_dims: int = 3) -> None:
         super().__init__()
         pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
-        kernel = torch.einsum("ai,bj,ck->abcijk", pair, pair, pair).reshape(8, 1, 2, 2, 2)
-        scale = torch.ones(8)
-        scale[0] = 8**-0.5
-        self.register_buffer("kernel", kernel, persistent=False)
+        kernel = torch.ones(1)
+        for _ in range(spatial_dims):
+            kernel = torch.einsum("a...,bi->ab...i", kernel, pair).flatten(0, 1)
+        scale = torch.ones(2**spatial_dims)
+        scale[0] = 2 ** (-spatial_dims / 2)
+        self.register_buffer("kernel", kernel[:, None], persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self._convolve = {2: F.conv2d, 3: F.conv3d}[spatial_dims]
+        self._convolve_transposed = {2: F.conv_transpose2d, 3: F.conv_transpose3d}[spatial_dims]
+
+    @property
+    def bands(self) -> int:
+        """Bands per channel."""
+        return len(self.kernel)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Bands ``(B, 8 C, X/2, Y/2, Z/2)`` of a volume ``(B, C, X, Y, Z)`` with even axes."""
-        channels = volume.shape[1]
-        bands = F.conv3d(volume, self.kernel.repeat(channels, 1, 1, 1, 1), stride=2, groups=channels)
-        return bands * self.scale.repeat(channels).view(-1, 1, 1, 1)
+        """Bands ``(B, 8 C, X/2, Y/2, Z/2)`` of a volume ``(B, C, X, Y, Z)`` with even axes; 4 C of a slice."""
+        kernel, scale = self._for(channels=volume.shape[1])
+        return self._convolve(volume, kernel, stride=2, groups=volume.shape[1]) * scale
 
     def inverse(self, bands: Tensor) -> Tensor:
         """The volume ``(B, C, X, Y, Z)`` of bands ``(B, 8 C, X/2, Y/2, Z/2)``."""
-        channels = bands.shape[1] // 8
-        unscaled = bands / self.scale.repeat(channels).view(-1, 1, 1, 1)
-        return F.conv_transpose3d(unscaled, self.kernel.repeat(channels, 1, 1, 1, 1), stride=2, groups=channels)
+        channels = bands.shape[1] // self.bands
+        kernel, scale = self._for(channels)
+        return self._convolve_transposed(bands / scale, kernel, stride=2, groups=channels)
+
+    def _for(self, channels: int) -> tuple[Tensor, Tensor]:
+        ones = [1] * (self.kernel.ndim - 2)
+        return self.kernel.repeat(channels, 1, *ones), self.scale.repeat(channels).view(-1, *ones)

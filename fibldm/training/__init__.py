@@ -2,9 +2,13 @@
 
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``stage``: one training stage: skip, resume or begin; train; mark as done
-* ``latents``: the encode stage, and the cached latents that later stages read
+* ``autoencoder_trainer``, ``denoising_trainer``: the steps of stage 1 and of stages 2 and 3
+* ``latents`` (with ``latent_report``, ``shards``): the encode stage, and the cached latents that later stages read
 * ``draws``: randomness keyed by (seed, epoch, case, view)
-* ``prepare_batch``: from a batch to what the network sees and is asked for
-* ``losses``: what the stages minimise
-* ``handlers``: what happens around the steps: averaged weights, metrics, progress, checkpoints
+* ``prepare_batch``, ``masked_volumes``: from a batch to what the network sees and is asked for
+* ``losses``, ``perceptual``, ``adversarial``: what the stages minimise
+* ``initialise``: weights to begin with, and weights that stay
+* ``precision``, ``inferers``, ``distributed``: number formats and several processes
+* ``handlers``, ``checkpoints``: what happens around the steps
+* ``preview`` (with ``pictures``), ``trackers``: watching
 """

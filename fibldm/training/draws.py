@@ -1,15 +1,20 @@
-"""Randomness keyed by (seed, epoch, case, view): the same draw in any order, batch, worker, or after a resume."""
+"""Randomness keyed by (seed, epoch, case, view): the same draw in any order, batch, worker or rank, after a resume."""
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import ignite.distributed as idist
 import numpy as np
 from monai.data import CacheDataset
 from monai.transforms import Randomizable
 from torch.utils.data import Sampler
 
 from fibldm.errors import FibldmError
+
+Item = TypeVar("Item", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,31 @@ def key_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def take_subset(items: Sequence[Item], share: float) -> list[Item]:
+    """The cases of a share of the patients, for a quick try; a larger share holds all of a smaller one.
+
+    Args:
+        items: with "subject"; their order is kept.
+        share: of the patients, in (0, 1]; rounded up to whole patients, chosen by a hash of their names.
+
+    Raises:
+        FibldmError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise FibldmError(f"subset must be a share above 0 and at most 1; got {share}", "1.0 takes all cases")
+    patients = {str(item["subject"]) for item in items}
+    by_hash = sorted(patients, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    # as a decimal a share has few digits; its product has rounding errors, which must not add a patient
+    chosen = set(by_hash[: math.ceil(round(share * len(patients), 6))])
+    return [item for item in items if str(item["subject"]) in chosen]
+
+
 class EpochSampler(Sampler[Draw]):
     """Every view of every case once an epoch, in an order that depends on seed and epoch alone.
+
+    Of several ranks each takes every world-th draw, so that the batches of all ranks together are those of one process.
+    In training the order is filled up from its beginning until all ranks have as many draws. In validation nothing
+    is seen twice, unless there are fewer draws than ranks: then every rank sees all of them.
 
     Args:
         length: number of cases.
@@ -51,16 +79,22 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length * self.views
+        return len(self._of_rank(np.arange(self.length * self.views)))
 
     def __iter__(self) -> Iterator[Draw]:
         epoch = self.epoch if self.shuffle else 0
-        order = np.arange(len(self))
+        order = np.arange(self.length * self.views)
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
-        for position in order:
+        for position in self._of_rank(order):
             index, view = divmod(int(position), self.views)
             yield Draw(index, view, key_seed(self.seed, epoch, index, view))
+
+    def _of_rank(self, order: np.ndarray) -> np.ndarray:
+        rank, ranks = idist.get_rank(), idist.get_world_size()
+        if self.shuffle:
+            order = np.resize(order, math.ceil(len(order) / ranks) * ranks)
+        return order[rank::ranks] if len(order) >= ranks else order
 
 
 class KeyedDataset(CacheDataset):

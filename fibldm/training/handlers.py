@@ -1,4 +1,7 @@
-"""Ignite handlers: what happens around the steps of training."""
+"""Ignite handlers: what happens around the steps of training.
+
+An iteration is a batch; a step is one of the optimizer, after ``accumulation_steps`` iterations or at an epoch's end.
+"""
 
 import csv
 import logging
@@ -7,19 +10,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver, EMAHandler
+from ignite.handlers import EMAHandler
 from monai.engines.utils import IterationEvents
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fibldm.errors import FibldmError
 from fibldm.files import write_text
+from fibldm.training.distributed import is_first_rank, mean_over_ranks
 from fibldm.training.draws import EpochSampler, key_seed
 
 _logger = logging.getLogger("fibldm")
+
+_REMEDY = "lower learning_rate or clip_norm; the last checkpoint is as it was"
+
+
+def is_step(engine: Any) -> bool:
+    """Whether the optimizer steps in this iteration, as MONAI's trainer decides it."""
+    within = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+    return bool(within % _accumulated(engine) == 0 or within == engine.state.epoch_length)
+
+
+def steps_done(engine: Any) -> int:
+    """How often the optimizer has stepped up to and with this iteration."""
+    epochs, within = divmod(engine.state.iteration, engine.state.epoch_length)
+    return int(epochs * math.ceil(engine.state.epoch_length / _accumulated(engine)) + within // _accumulated(engine))
+
+
+def _accumulated(engine: Any) -> int:
+    return int(getattr(engine, "accumulation_steps", 1))
 
 
 class SetEpoch:
@@ -38,13 +62,14 @@ class SetEpoch:
 
     def __call__(self, engine: Engine) -> None:
         self.sampler.set_epoch(engine.state.epoch)
-        torch.manual_seed(key_seed(self.seed, engine.state.epoch))
+        rank = [idist.get_rank()] if idist.get_rank() else []
+        torch.manual_seed(key_seed(self.seed, engine.state.epoch, *rank))
 
 
 class EMA(EMAHandler):
-    """Exponential moving average of the trainable weights, with a warm-up that depends on the iteration alone.
+    """Exponential moving average of the trainable weights, with a warm-up that depends on the step alone.
 
-    At iteration ``n`` the momentum (1 - decay) is ``max(momentum, 9 / (10 + n))``: early on a plain average, later the
+    At step ``n`` the momentum (1 - decay) is ``max(momentum, 9 / (10 + n))``: early on a plain average, later the
     stated one. Weights that are not trained are equal in both networks and stay so to the bit.
     """
 
@@ -53,8 +78,10 @@ class EMA(EMAHandler):
 
     @torch.no_grad()
     def update(self, engine: Engine) -> None:
-        """Move the average one step towards the weights."""
-        momentum = max(self.momentum, 9 / (10 + engine.state.iteration))
+        """Move the average one step towards the weights, after every step of the optimizer."""
+        if not is_step(engine):
+            return
+        momentum = max(self.momentum, 9 / (10 + steps_done(engine)))
         for average, weight in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
             if weight.requires_grad:
                 average.lerp_(weight, momentum)
@@ -62,8 +89,38 @@ class EMA(EMAHandler):
             buffer.copy_(current)
 
 
+class Schedule:
+    """Follow a schedule that is a closed form of the optimizer's steps.
+
+    Args:
+        scheduler: such as MONAI's `WarmupCosineSchedule`; its ``get_lr`` depends on ``last_epoch`` alone.
+    """
+
+    def __init__(self, scheduler: LambdaLR) -> None:
+        self.scheduler = scheduler
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.place)
+
+    def place(self, engine: Engine) -> None:
+        """Set the rate of the next step.
+
+        It comes from the schedule and not from the checkpoint, as more epochs make it another one.
+        """
+        self.scheduler.last_epoch = steps_done(engine)
+        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+
 class ClipGradient:
-    """Scale the gradient down to a norm of at most ``max_norm``."""
+    """Scale the gradient of a step down to a norm of at most ``max_norm``; its own is ``engine.state.gradient_norm``.
+
+    The engine has taken the factor of a gradient scaler out of it before.
+
+    Args:
+        network: whose gradient it is.
+        max_norm: 0 only looks at the norm.
+    """
 
     def __init__(self, network: nn.Module, max_norm: float) -> None:
         self.network, self.max_norm = network, max_norm
@@ -71,27 +128,40 @@ class ClipGradient:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+    def __call__(self, engine: Any) -> None:
+        if not is_step(engine):
+            return
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm or math.inf)
+        if math.isfinite(norm):
+            engine.state.gradient_norm = float(norm)
+        elif not _scales(engine):  # a scaler leaves such a step out and lowers its scale
+            raise FibldmError(f"the gradient must stay finite; its norm is {float(norm)} in {_place(engine)}", _REMEDY)
+
+
+def _scales(engine: Any) -> bool:
+    scaler = getattr(engine, "scaler", None)
+    return scaler is not None and bool(scaler.is_enabled())
 
 
 class Metrics:
-    """One row per epoch in ``metrics.csv``: epoch, iteration, training loss, validation loss, learning rate, seconds.
+    """One row per epoch in ``metrics.csv``: epoch, iteration, losses, learning rate, gradient's norm, seconds.
 
-    A resume drops the rows of the epochs that are done again.
+    Losses are means over the iterations and ranks. Every part in ``output["losses"]`` has a column ``loss/<name>``. A
+    resume drops the rows of the epochs that are done again.
 
     Args:
-        file: the CSV file.
+        file: the CSV file; the first rank writes it.
         optimizer: whose learning rate is written.
     """
 
-    FIELDS = ("epoch", "iteration", "loss", "validation_loss", "learning_rate", "seconds")
+    FIELDS = ("epoch", "iteration", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
 
     def __init__(self, file: Path, optimizer: torch.optim.Optimizer) -> None:
         self.file, self.optimizer = Path(file), optimizer
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, str]] = []
         self.validation_loss: float | None = None
-        self._losses: list[torch.Tensor] = []
+        self._losses: dict[str, list[Tensor]] = {}
+        self._norms: list[float] = []
         self._started = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -105,30 +175,43 @@ class Metrics:
         self.rows = [row for row in rows if int(row["epoch"]) <= engine.state.epoch]
 
     def _begin(self, engine: Engine) -> None:
-        self._losses, self.validation_loss, self._started = [], None, time.monotonic()
+        self._losses, self._norms = {}, []
+        self.validation_loss, self._started = None, time.monotonic()
 
-    def _add(self, engine: Engine) -> None:
+    def _add(self, engine: Any) -> None:
         output: Any = engine.state.output
-        self._losses.append(output["loss"].detach())
+        if not torch.isfinite(output["loss"]).all():
+            raise FibldmError(
+                f"the training loss must stay finite; it is {float(output['loss'])} in {_place(engine)}", _REMEDY
+            )
+        parts = {f"loss/{name}": value for name, value in output.get("losses", {}).items()}
+        for name, value in {"loss": output["loss"], **parts}.items():
+            self._losses.setdefault(name, []).append(value.detach())
+        if is_step(engine) and getattr(engine.state, "gradient_norm", None) is not None:
+            self._norms.append(engine.state.gradient_norm)
 
     def _write(self, engine: Engine) -> None:
-        loss = float(torch.stack(self._losses).mean())
-        if not math.isfinite(loss):
-            raise FibldmError(
-                f"the training loss must stay finite; it is {loss} in epoch {engine.state.epoch}",
-                "lower learning_rate or clip_norm; the last checkpoint is as it was",
-            )
-        row = (
-            engine.state.epoch,
-            engine.state.iteration,
-            f"{loss:.6g}",
-            "" if self.validation_loss is None else f"{self.validation_loss:.6g}",
-            f"{self.optimizer.param_groups[0]['lr']:.4g}",
-            f"{time.monotonic() - self._started:.2f}",
-        )
-        self.rows.append(dict(zip(self.FIELDS, row, strict=True)))
-        lines = [",".join(self.FIELDS), *(",".join(str(row[name]) for name in self.FIELDS) for row in self.rows)]
-        write_text(self.file, "\n".join(lines) + "\n")
+        losses = {name: mean_over_ranks(torch.stack(values).mean()) for name, values in self._losses.items()}
+        row = {
+            "epoch": str(engine.state.epoch),
+            "iteration": str(engine.state.iteration),
+            **{name: f"{float(loss):.6g}" for name, loss in losses.items()},
+            "validation_loss": "" if self.validation_loss is None else f"{self.validation_loss:.6g}",
+            "learning_rate": f"{self.optimizer.param_groups[0]['lr']:.4g}",
+            "gradient_norm": f"{sum(self._norms) / len(self._norms):.4g}" if self._norms else "",
+            "seconds": f"{time.monotonic() - self._started:.2f}",
+        }
+        self.rows.append(row)
+        if is_first_rank():
+            parts = dict.fromkeys(name for row in self.rows for name in row if name.startswith("loss/"))
+            names = [*self.FIELDS[:-1], *parts, self.FIELDS[-1]]
+            lines = [",".join(names), *(",".join(row.get(name, "") for name in names) for row in self.rows)]
+            write_text(self.file, "\n".join(lines) + "\n")
+
+
+def _place(engine: Any) -> str:
+    within = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+    return f"epoch {engine.state.epoch}, iteration {within} of {engine.state.epoch_length}"
 
 
 class TensorBoard:
@@ -154,10 +237,9 @@ class TensorBoard:
         self.writer = SummaryWriter(str(self.metrics.file.parent), purge_step=engine.state.epoch + 1)
 
     def _write(self, engine: Engine) -> None:
-        row = self.metrics.rows[-1]
-        for name in ("loss", "validation_loss", "learning_rate", "seconds"):
-            if row[name]:
-                self.writer.add_scalar(name, float(row[name]), engine.state.epoch)
+        for name, value in self.metrics.rows[-1].items():
+            if value and name not in ("epoch", "iteration"):
+                self.writer.add_scalar(name, float(value), engine.state.epoch)
         self.writer.flush()
 
     def _close(self, engine: Engine, error: BaseException | None = None) -> None:
@@ -166,7 +248,7 @@ class TensorBoard:
 
 
 class ShowProgress:
-    """A bar with loss, epochs and time left on a terminal; elsewhere a line in the log about every twentieth epoch.
+    """A bar with loss, speed and time left on a terminal; elsewhere a line in the log about every twentieth epoch.
 
     Args:
         name: of the stage.
@@ -181,6 +263,7 @@ class ShowProgress:
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -195,11 +278,14 @@ class ShowProgress:
 
     def _start(self, engine: Engine) -> None:
         total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
-        self.task = self.progress.add_task(self.name, total=total, completed=engine.state.iteration, loss="")
+        self.task = self.progress.add_task(self.name, total=total, completed=engine.state.iteration, loss="", speed="")
         self.progress.start()
 
     def _step(self, engine: Engine) -> None:
-        self.progress.update(self.task, completed=engine.state.iteration)
+        rate = self.progress.tasks[self.task].speed
+        self.progress.update(
+            self.task, completed=engine.state.iteration, speed="" if rate is None else f"{rate:.1f} it/s"
+        )
 
     def _epoch(self, engine: Engine) -> None:
         row = self.metrics.rows[-1]
@@ -214,68 +300,3 @@ class ShowProgress:
         self.progress.stop()
         if error is not None:
             raise error
-
-
-class Checkpoints:
-    """``last.pt`` with everything to go on exactly, and ``best.pt`` with the averaged weights of the lowest loss.
-
-    Args:
-        folder: where they lie.
-        objects: what ``last.pt`` holds, by name; each has ``state_dict`` and ``load_state_dict``.
-        ema: whose average is the model that counts.
-        every: epochs between two checkpoints.
-        metrics: where the validation loss is.
-    """
-
-    def __init__(self, folder: Path, objects: dict[str, Any], *, ema: EMA, every: int, metrics: Metrics) -> None:
-        self.folder, self.objects, self.ema, self.every, self.metrics = Path(folder), objects, ema, every, metrics
-        self.best_loss = float("inf")
-        self.best: dict[str, Any] | None = None
-        self.saver = DiskSaver(str(folder), atomic=True, create_dir=True, require_empty=False)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        loss = self.metrics.validation_loss
-        if loss is not None and loss < self.best_loss:
-            self.best_loss = loss
-            model = {name: value.detach().cpu().clone() for name, value in self.ema.ema_model.state_dict().items()}
-            self.best = {"model": model, "epoch": engine.state.epoch, "loss": loss}
-        if engine.state.epoch % self.every == 0 or engine.state.epoch == engine.state.max_epochs:
-            self._save(engine)
-
-    def resume(self, engine: Engine) -> int:
-        """Load ``last.pt`` if there is one and put the engine at its epoch; returns the epoch (0: begin anew).
-
-        Raises:
-            FibldmError: the file cannot be read.
-        """
-        file = self.folder / "last.pt"
-        if not file.exists():
-            return 0
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise FibldmError(
-                f"{file} must be a readable checkpoint; {error}", "give --restart to begin this stage anew"
-            ) from error
-        for name, part in self.objects.items():
-            part.load_state_dict(state["objects"][name])
-        self.best, self.best_loss = state["best"], state["best_loss"]
-        engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        return int(state["epoch"])
-
-    def _save(self, engine: Engine) -> None:
-        objects = {name: part.state_dict() for name, part in self.objects.items()}
-        last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
-        try:
-            if self.best is not None:
-                self.saver(self.best, "best.pt")
-            self.saver(last, "last.pt")
-        except (OSError, RuntimeError) as error:
-            raise FibldmError(
-                f"cannot write a checkpoint to {self.folder}: {error}",
-                "free some disk space and run the same command again; the last checkpoint is as it was",
-            ) from error

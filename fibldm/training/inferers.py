@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fibldm.errors import unknown_choice
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+_REDUCED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AutocastInferer(SimpleInferer):
@@ -17,7 +19,8 @@ class AutocastInferer(SimpleInferer):
     MONAI's trainers know autocast on CUDA only, with a gradient scaler that bfloat16 has no use for.
 
     Args:
-        precision: "bfloat16", "float32", or "auto": bfloat16 where the device computes in it faster, else float32.
+        precision: "bfloat16", "float16" (which needs `fibldm.training.precision.gradient_scaler`), "float32", or
+            "auto": bfloat16 where the device computes in it faster, else float32.
 
     Raises:
         FibldmError: the precision is unknown.
@@ -31,8 +34,8 @@ class AutocastInferer(SimpleInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         device = inputs.device.type
-        reduced = self.precision == "bfloat16" or (self.precision == "auto" and fast_bfloat16(device))
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
+        precision = "bfloat16" if self.precision == "auto" and fast_bfloat16(device) else self.precision
+        with torch.autocast(device, dtype=_REDUCED.get(precision), enabled=precision in _REDUCED):
             output = network(inputs, *args, **kwargs)
         return _full_precision(output)
 

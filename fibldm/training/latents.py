@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Transform
@@ -16,13 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fibldm.errors import FibldmError, sentence
 from fibldm.files import atomic_path, hash_file, write_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.latents import LatentSpace
-from fibldm.runs import StageFolder, load_facts
+from fibldm.runs import Progress, StageFolder, load_facts
+from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
+from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
+from fibldm.training.shards import Shard, wait_for
 from fibldm.training.stage import running_parser
+
+INTERPOLATION = "interpolation.png"
+
+_SPLITS = ("training", "validation")
 
 _logger = logging.getLogger("fibldm")
 
@@ -58,7 +67,9 @@ class Latents:
 
     def mask(self, detail: int) -> MaskEncoding:
         """How the masks of these latents are encoded, see `MaskEncoding`."""
-        return MaskEncoding(tuple(int(label) for label in self.facts["labels"]), self.facts["compression"], detail)
+        compression = self.facts["compression"]
+        voxels = compression if isinstance(compression, int) else tuple(compression)
+        return MaskEncoding(tuple(int(label) for label in self.facts["labels"]), voxels, detail)
 
     @property
     def fingerprint(self) -> str:
@@ -103,6 +114,9 @@ class EncodeStage:
     A view is made as the plain case is, then augmented together with its mask by transforms seeded by
     (seed, case, view). Views that lie there already are kept, so an interrupted run goes on.
 
+    Several processes share the cases (`Shard`); it is enough that they see the same folder. The first waits for the
+    files of all and writes ``latents.json``, which is the same for any number of processes.
+
     Args:
         run_dir: the run folder.
         datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label``, ``case``, ``subject``.
@@ -114,6 +128,7 @@ class EncodeStage:
         seed: of the augmentation.
         device: to encode on.
         restart: begin anew although the folder holds another configuration's latents.
+        patience: seconds that a process waits for another without a sign of it.
     """
 
     def __init__(
@@ -129,49 +144,116 @@ class EncodeStage:
         seed: int,
         device: torch.device,
         restart: bool = False,
+        patience: float = 3600.0,
     ) -> None:
         self.run_dir, self.datalist, self.facts, self.inputs = Path(run_dir), datalist, facts, inputs
         self.preprocessing, self.augmentation, self.views = preprocessing, augmentation, views
-        self.seed, self.device, self.restart = seed, device, restart
+        self.seed, self.device, self.restart, self.patience = seed, device, restart, patience
 
     def run(self) -> None:
-        """Write the latents and ``latents.json``, or say that they are done.
+        """Write the latents, ``latents.json``, ``report.json`` and ``interpolation.png``, or say that they are done.
 
         Raises:
-            FibldmError: the autoencoder is not trained, or the folder holds latents of other inputs.
+            FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
+                of other inputs, or another process broke off.
         """
+        shard = Shard.from_environment()
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
         folder = StageFolder(self.run_dir, "latents")
-        inputs = {**self.inputs, "autoencoder": autoencoder}
         config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
-        if folder.begin(config, inputs, restart=self.restart) == "done":
+        if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
             return
         first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-        items = {split: self._encode(split, first_stage, autoencoder) for split in ("training", "validation")}
+        cases = [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
+        console = Console(stderr=True)
+        hidden = not (console.is_terminal and shard.is_first)
+        for split, index in track(shard.take(cases), "encode", console=console, disable=hidden):
+            self._encode(split, index, first_stage, autoencoder)
+        if shard.is_first:
+            self._complete(folder, first_stage, autoencoder)
+
+    def _begin(self, folder: StageFolder, config: dict[str, Any], inputs: dict[str, str], shard: Shard) -> Progress:
+        if idist.get_world_size() > 1:
+            return on_first_rank(lambda: folder.begin(config, inputs, restart=self.restart))
+        if shard.ranks > 1 and self.restart:
+            raise FibldmError(
+                "latents must be begun anew by one process, as others may write already; "
+                f"got --restart and WORLD_SIZE={shard.ranks}",
+                f"move {folder.path} away and leave --restart out",
+            )
+        if not shard.is_first:
+            wait_for([folder.path / "inputs.json"], patience=self.patience)
+        return folder.begin(config, inputs, restart=self.restart)
+
+    def _complete(self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+        items = {split: self._items(split) for split in _SPLITS}
+        wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
         space = LatentSpace.fit(self._posteriors(items["training"]), autoencoder)
         write_json(
             folder.path / "latents.json",
             {"compression": first_stage.compression, "space": space.to_dict(), **self.facts, "items": items},
         )
+        self._report(items, space)
+        self._draw(items, first_stage)
         folder.finish(epochs=0, latents=sum(len(part) for part in items.values()))
         _logger.info("latents: %d training and %d validation views", len(items["training"]), len(items["validation"]))
 
-    def _encode(self, split: str, first_stage: FrozenFirstStage, autoencoder: str) -> list[dict[str, str]]:
-        views = self.views if split == "training" else 1
-        items = []
-        console = Console(stderr=True)
-        for index, case in enumerate(
-            track(self.datalist[split], f"encode {split}", console=console, disable=not console.is_terminal)
-        ):
-            names = [f"{split}/{case['case']}_view-{view}.safetensors" for view in range(views)]
-            missing = [view for view, name in enumerate(names) if not (self._folder / name).exists()]
-            prepared = self.preprocessing(case) if missing else {}
-            for view in missing:
-                self._write(self._view(prepared, index, view), self._folder / names[view], first_stage, autoencoder)
-            items += [{"file": name, "case": case["case"], "subject": str(case["subject"])} for name in names]
-        return items
+    def _report(self, items: dict[str, list[dict[str, str]]], space: LatentSpace) -> None:
+        training, validation = (self._posteriors(items[split]) for split in _SPLITS)
+        report = report_latents(training, space, validation)
+        write_json(self._folder / "report.json", report.to_dict())
+        _logger.info("latents, channel by channel:\n%s", report.table())
+        if report.warnings:
+            lines = "\n".join(["warning: the latents are not fit for stage 2", *report.warnings])
+            _logger.warning("%s", sentence(lines, REMEDY))
+
+    def _draw(self, items: dict[str, list[dict[str, str]]], first_stage: FrozenFirstStage) -> None:
+        """Draw what is between two patients, of validation where there are as many."""
+        cases = [(case, item) for split in reversed(_SPLITS) for case, item in self._plain_views(split, items[split])]
+        first, others = cases[0], [pair for pair in cases[1:] if pair[1]["subject"] != cases[0][1]["subject"]]
+        if not others:
+            _logger.info("latents: no %s, it takes two patients", INTERPOLATION)
+            return
+        pair = (first, others[0])
+        prepared = [self.preprocessing(case) for case, _ in pair]
+        one, two = (_plain(item["image"]).float() for item in prepared)
+        mean_one, mean_two = (part.mean[0].to(self.device) for part in self._posteriors([item for _, item in pair]))
+        masks = None
+        if first_stage.needs_mask:
+            encoding = MaskEncoding(tuple(int(label) for label in self.facts["labels"]), 1)
+            mask_one, mask_two = (encoding.encode(_plain(item["label"])[None])[0].to(self.device) for item in prepared)
+            masks = (mask_one, mask_two)
+        spacing = self.facts["grid"]["spacing"]
+        file = self._folder / INTERPOLATION
+        draw_interpolation(file, first_stage, (one, two), (mean_one, mean_two), spacing=spacing, masks=masks)
+
+    def _plain_views(
+        self, split: str, items: Sequence[dict[str, str]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+        yield from zip(self.datalist[split], items[:: self._views(split)], strict=True)
+
+    def _views(self, split: str) -> int:
+        return self.views if split == "training" else 1
+
+    def _names(self, split: str, index: int) -> list[str]:
+        case = self.datalist[split][index]["case"]
+        return [f"{split}/{case}_view-{view}.safetensors" for view in range(self._views(split))]
+
+    def _items(self, split: str) -> list[dict[str, str]]:
+        return [
+            {"file": name, "case": case["case"], "subject": str(case["subject"])}
+            for index, case in enumerate(self.datalist[split])
+            for name in self._names(split, index)
+        ]
+
+    def _encode(self, split: str, index: int, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+        names = self._names(split, index)
+        missing = [view for view, name in enumerate(names) if not (self._folder / name).exists()]
+        prepared = self.preprocessing(self.datalist[split][index]) if missing else {}
+        for view in missing:
+            self._write(self._view(prepared, index, view), self._folder / names[view], first_stage, autoencoder)
 
     @property
     def _folder(self) -> Path:
@@ -185,7 +267,12 @@ class EncodeStage:
         return {key: _plain(item[key]) for key in ("image", "label", "valid")}
 
     def _write(self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+        # the only call of the encoder: where a volume is larger than memory, tiles go here
         posterior = first_stage.encode(item["image"][None].float().to(self.device))
+        if not all(bool(part.isfinite().all()) for part in posterior):
+            raise FibldmError(
+                f"latents must be finite; those of {file.stem} are not", "train the autoencoder again, in float32"
+            )
         tensors = {
             "mean": posterior.mean[0].cpu().contiguous(),
             "std": posterior.std[0].cpu().contiguous(),

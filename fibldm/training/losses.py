@@ -1,6 +1,7 @@
 """What the stages minimise."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from monai.losses import DiceLoss
@@ -8,10 +9,13 @@ from monai.networks.utils import one_hot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fibldm.errors import unknown_choice
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import Posterior, Reconstruction
 
-Norm = Literal["l1", "l2", "huber"]
+Norm = Literal["l1", "l2", "huber", "charbonnier"]
+
+# Where the Charbonnier error turns from square to straight, in the range of [-1, 1].
+CHARBONNIER_EPSILON = 1e-3
 
 
 class Weighted(NamedTuple):
@@ -29,8 +33,11 @@ def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
         error = (prediction - target.value).square()
     elif norm == "huber":
         error = F.huber_loss(prediction, target.value, reduction="none")
+    elif norm == "charbonnier":
+        # Charbonnier et al. 1994
+        error = ((prediction - target.value).square() + CHARBONNIER_EPSILON**2).sqrt()
     else:
-        raise unknown_choice("norm", norm, ("l1", "l2", "huber"))
+        raise unknown_choice("norm", norm, get_args(Norm))
     weight = target.weight.expand_as(error)
     return (error * weight).sum() / weight.sum().clamp(min=1e-6)
 
@@ -42,27 +49,76 @@ def kl_divergence(posterior: Posterior) -> Tensor:
 
 
 class AutoencoderLoss(nn.Module):
-    """Reconstruction error, KL divergence, and the amplitude of the spectrum.
+    """What stage 1 minimises: the error of the volume, and how far its latents are from what later stages want.
+
+    A term of weight 0 is neither computed nor built.
 
     Args:
         norm: of the reconstruction error.
         kl_weight: of the KL divergence; small, as in Rombach et al. 2022, appendix G.
+        codebook_weight: of the codebook and commitment loss, where the autoencoder has a codebook instead.
         spectral_weight: of the L1 distance between the amplitudes of the Fourier transforms, which keeps texture that
-            a plain L1 loss blurs away; 0 leaves it out.
+            a plain L1 loss blurs away.
+        perceptual: distance of volume and target in features, see `fibldm.training.perceptual`.
+        perceptual_weight: of that distance.
+        log_variance: learn one logarithm of the variance of the volume's error, which balances it against the other
+            terms (Rombach et al. 2022, released code).
+
+    Raises:
+        FibldmError: a perceptual weight comes without a distance.
     """
 
-    def __init__(self, norm: Norm = "l1", *, kl_weight: float = 1e-6, spectral_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        norm: Norm = "l1",
+        *,
+        kl_weight: float = 1e-6,
+        codebook_weight: float = 1.0,
+        spectral_weight: float = 0.0,
+        perceptual: Callable[[Tensor, Weighted], Tensor] | None = None,
+        perceptual_weight: float = 0.0,
+        log_variance: bool = False,
+    ) -> None:
         super().__init__()
+        if perceptual_weight and perceptual is None:
+            raise FibldmError(f"a perceptual weight of {perceptual_weight} needs a perceptual distance; got none")
         self.norm: Norm = norm
-        self.kl_weight, self.spectral_weight = kl_weight, spectral_weight
+        self.perceptual = perceptual
+        self.of_volume = {"spectral": spectral_weight, "perceptual": perceptual_weight}
+        self.of_latent = {"kl": kl_weight, "codebook": codebook_weight}
+        # without axes, so that it may stay where it is when the volumes are on another device
+        self.log_variance = nn.Parameter(torch.zeros(())) if log_variance else None
+
+    def terms(self, prediction: Reconstruction, target: Weighted) -> dict[str, Tensor]:
+        """Every term without its weight, by name, for a volume ``(B, C, X, Y, Z)`` in ``[-1, 1]``; scalars."""
+        terms = {"reconstruction": weighted_error(prediction.volume, target, self.norm)}
+        if prediction.quantisation is not None:
+            terms["codebook"], terms["perplexity"] = prediction.quantisation
+        elif self.of_latent["kl"]:
+            terms["kl"] = kl_divergence(prediction.posterior)
+        if self.of_volume["spectral"]:
+            terms["spectral"] = spectral_distance(prediction.volume, target)
+        if self.perceptual is not None and self.of_volume["perceptual"]:
+            terms["perceptual"] = self.perceptual(prediction.volume, target)
+        return terms
+
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """What is trained on, a scalar."""
+        volume = _weighted_sum(terms["reconstruction"], self.of_volume, terms)
+        if self.log_variance is not None:
+            volume = volume / self.log_variance.exp() + self.log_variance
+        return _weighted_sum(volume, self.of_latent, terms)
 
     def forward(self, prediction: Reconstruction, target: Weighted) -> Tensor:
-        """A scalar, for a reconstruction of a volume ``(B, C, X, Y, Z)`` in ``[-1, 1]``."""
-        loss = weighted_error(prediction.volume, target, self.norm)
-        loss = loss + self.kl_weight * kl_divergence(prediction.posterior)
-        if self.spectral_weight:
-            loss = loss + self.spectral_weight * spectral_distance(prediction.volume, target)
-        return loss
+        """What validation compares epochs by: the weighted sum without the learned variance; a scalar."""
+        terms = self.terms(prediction, target)
+        return _weighted_sum(terms["reconstruction"], {**self.of_volume, **self.of_latent}, terms)
+
+
+def _weighted_sum(start: Tensor, weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
+    for name, weight in weights.items():
+        start = start + weight * terms[name] if name in terms and weight else start
+    return start
 
 
 def spectral_distance(volume: Tensor, target: Weighted) -> Tensor:

@@ -17,14 +17,14 @@ from fibldm.training.losses import Weighted
 
 
 class VolumePrepareBatch(PrepareBatch):
-    """Stage 1: the volume is its own target; padding does not count."""
+    """Stage 1: the volume is its own target; padding does not count. Each sample's noise has the seed of its draw."""
 
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Weighted]:
+    ) -> tuple[Tensor, Weighted, tuple[Any, ...], dict[str, Any]]:
         image = batchdata["image"].to(device, non_blocking=non_blocking, **kwargs)
         valid = batchdata["valid"].to(device, non_blocking=non_blocking, **kwargs)
-        return image, Weighted(image, valid)
+        return image, Weighted(image, valid), (), {"seeds": batchdata["seed"]}
 
 
 class SegmentationPrepareBatch(PrepareBatch):

@@ -10,24 +10,34 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Loss
 from monai.bundle import ConfigParser
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.training.handlers import Checkpoints, ClipGradient, Metrics, SetEpoch, ShowProgress, TensorBoard
+from fibldm.training.checkpoints import Checkpoints, Patience, WallTime
+from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
+from fibldm.training.handlers import ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
+from fibldm.training.initialise import freeze, initialise
+from fibldm.training.precision import allow_tf32, store_channels_last
 
 _logger = logging.getLogger("fibldm")
 
 # Recorded as numbers: a run is read again without the data that they come from.
-_COUNTS = ("epochs", "image_channels")
+_COUNTS = ("epochs", "image_channels", "label_channels")
 
 
 class Stage:
     """A training stage that stands in a configuration and runs the parts named there.
 
-    It reads these IDs of the configuration: ``network_def``, ``ema``, ``optimizer``, ``lr_scheduler``,
-    ``train::sampler``, ``train::trainer``, ``validate::evaluator``, ``epochs``, ``seed``, ``checkpoint_every``,
-    ``clip_norm``, ``val_interval``.
+    It reads these IDs of the configuration:
+
+    * parts: ``network_def``, ``network``, ``ema``, ``optimizer``, ``lr_scheduler``, ``train::sampler``,
+      ``train::trainer``, ``validate::evaluator``; ``state``, a mapping of whatever else a resume must restore;
+      ``trackers``, a list of more handlers
+    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``patience``, ``wall_time``
+    * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
+    * the beginning: ``init_from``, ``init_strict``, ``freeze``
 
     Args:
         run_dir: the run folder.
@@ -41,17 +51,22 @@ class Stage:
         self.inputs, self.restart = inputs, restart
 
     def run(self) -> None:
-        """Train the stage, or say that it is done.
+        """Train the stage until it is done or its wall time is over, or say that it is done.
 
         Raises:
-            FibldmError: the folder holds a stage of another configuration, or the loss is not finite.
+            FibldmError: the folder holds a stage of another configuration, an option cannot be followed, the loss is
+                not finite, or a checkpoint cannot be written.
         """
+        require_joined()
         parser = running_parser()
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
-        state = self.folder.begin(config, self.inputs, restart=self.restart)
+        state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
+            return
+        if not is_first_rank():
+            self._train(parser)
             return
         log = _log_to(self.folder.path / "log.txt")
         try:
@@ -63,47 +78,72 @@ class Stage:
     def _train(self, parser: ConfigParser) -> None:
         torch.manual_seed(int(parser["seed"]))
         get = parser.get_parsed_content
-        network, trainer, ema = get("network_def"), get("train::trainer"), get("ema")
-        optimizer, scheduler = get("optimizer"), get("lr_scheduler")
+        self._ready(get("network_def"), parser)  # before the optimizer asks which weights are trained
+        trainer, ema, optimizer = get("train::trainer"), get("ema"), get("optimizer")
+        trainer.network = parallel(trainer.network)
         metrics = Metrics(self.folder.path / "metrics.csv", optimizer)
-        objects = {"network": network, "ema": ema.ema_model, "optimizer": optimizer}
+        objects = {"network": get("network_def"), "ema": ema.ema_model, "optimizer": optimizer, **get("state")}
         checkpoints = Checkpoints(
             self.folder.checkpoints, objects, ema=ema, every=int(get("checkpoint_every")), metrics=metrics
         )
+        schedule, interval = Schedule(get("lr_scheduler")), int(get("val_interval"))
+        patience = Patience(checkpoints, patience=int(get("patience")), interval=interval)
+        wall_time = WallTime(checkpoints, get("wall_time"))
         SetEpoch(get("train::sampler"), int(get("seed"))).attach(trainer)
-        if get("clip_norm"):
-            ClipGradient(network, float(get("clip_norm"))).attach(trainer)
-        ema.attach(trainer)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
-        _validate(trainer, get("validate::evaluator"), int(get("val_interval")), metrics)
-        for handler in (metrics, TensorBoard(metrics), checkpoints, ShowProgress(self.folder.name, metrics)):
+        for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule):
             handler.attach(trainer)
-        self._go_on(trainer, checkpoints, scheduler)
-        best = self.folder.weights()
-        self.folder.finish(
-            epochs=trainer.state.max_epochs,
-            best_epoch=best["epoch"],
-            validation_loss=best["loss"],
-            weights=hash_weights(best["model"]),
-        )
+        _validate(trainer, get("validate::evaluator"), interval, metrics)
+        metrics.attach(trainer)
+        if is_first_rank():
+            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *get("trackers")):
+                handler.attach(trainer)
+        for handler in (checkpoints, patience, wall_time):
+            handler.attach(trainer)
+        self._go_on(trainer, checkpoints, schedule, patience)
+        self._end(trainer, wall_time)
 
-    def _go_on(self, trainer: Any, checkpoints: Checkpoints, scheduler: Any) -> None:
+    def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
+        get = parser.get_parsed_content
+        allow_tf32(bool(get("tf32")))
+        if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
+            initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
+        if get("freeze"):
+            _logger.info("%s: %d weights are frozen", self.folder.name, freeze(network, get("freeze")))
+        if get("channels_last"):
+            store_channels_last(network)
+        if get("activation_checkpointing"):
+            checkpoint_activations(network)
+        if backend := get("compile"):
+            network.compile(backend="inductor" if backend is True else str(backend))
+
+    def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, patience: Patience) -> None:
         epoch = checkpoints.resume(trainer)
         if epoch:
-            place_schedule(scheduler, trainer.state.iteration)
+            schedule.place(trainer)
             _logger.info("%s: going on after epoch %d of %d", self.folder.name, epoch, trainer.state.max_epochs)
-        if epoch < trainer.state.max_epochs:
+        if epoch < trainer.state.max_epochs and not patience.is_over(epoch):
             trainer.run()
 
-
-def place_schedule(scheduler: LambdaLR, iteration: int) -> None:
-    """Put a schedule that is a closed form of the iteration where it was after ``iteration`` steps.
-
-    The rate of the next step comes from the schedule and not from the checkpoint, as more epochs make it another one.
-    """
-    scheduler.last_epoch = iteration
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-        group["lr"] = rate
+    def _end(self, trainer: Any, wall_time: WallTime) -> None:
+        epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
+        if wall_time.is_over:
+            _logger.info(
+                "%s: stopped after epoch %d of %d, as the next one may end after the wall time of %g s; "
+                "run the same command again to go on",
+                *(self.folder.name, epoch, epochs, wall_time.limit),
+            )
+            return
+        if epoch < epochs:
+            _logger.info("%s: stopped after epoch %d of %d, as its patience is over", self.folder.name, epoch, epochs)
+        if is_first_rank():
+            best = self.folder.weights()
+            self.folder.finish(
+                epochs=epochs,
+                stopped_epoch=epoch,
+                best_epoch=best["epoch"],
+                validation_loss=best["loss"],
+                weights=hash_weights(best["model"]),
+            )
 
 
 def running_parser() -> ConfigParser:

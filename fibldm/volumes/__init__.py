@@ -19,7 +19,7 @@ Between files and tensors:
 
 * ``intensity``: HU or MR units to ``[-1, 1]`` and back
 * ``grid``: a volume's own voxels to the model grid and back
-* ``transforms``: the MONAI transforms of both
+* ``transforms``, ``crops``: the MONAI transforms that MONAI lacks
 * ``envelope``: what the training data covered, outside which a mask is refused
 * ``masks``: the masks to synthesise from
 * ``writer``, ``bids_writer``: synthetic volumes with geometry, mark and provenance

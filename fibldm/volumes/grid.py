@@ -103,7 +103,7 @@ class ModelGrid:
             return _cropped_or_padded(source, self.size)
         return _centred(source, self.spacing, self.size)
 
-    def synthesis_grid(self, source: Grid, multiple: int) -> Grid:
+    def synthesis_grid(self, source: Grid, multiple: int | Sequence[int]) -> Grid:
         """A grid that covers ``source`` (canonical): of the training size where that covers it, else of a multiple.
 
         A network is at its best at the size it was trained on. The source's own spacing is kept, and nothing
@@ -111,7 +111,7 @@ class ModelGrid:
 
         Args:
             source: grid of a mask in canonical order.
-            multiple: what every axis must be divisible by.
+            multiple: what every axis must be divisible by, or one number for each.
         """
         extent = np.ceil(np.round(np.array(source.field_of_view) / self.spacing, 3)).astype(int)
         resampled = self._padded(extent, multiple)
@@ -120,10 +120,11 @@ class ModelGrid:
             return _cropped_or_padded(source, own)
         return _cropped_or_padded(_centred(source, self.spacing, tuple(extent)), resampled)
 
-    def _padded(self, shape: Sequence[int] | NDArray[np.int_], multiple: int) -> tuple[int, ...]:
+    def _padded(self, shape: Sequence[int] | NDArray[np.int_], multiple: int | Sequence[int]) -> tuple[int, ...]:
+        multiples = (multiple,) * len(self.size) if isinstance(multiple, int) else multiple
         return tuple(
-            -(-max(int(length), trained) // multiple) * multiple
-            for length, trained in zip(shape, self.size, strict=True)
+            -(-max(int(length), trained) // step) * step
+            for length, trained, step in zip(shape, self.size, multiples, strict=True)
         )
 
     def _near(self, source: Grid) -> bool:

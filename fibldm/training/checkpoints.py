@@ -1,0 +1,178 @@
+"""What a stage keeps to go on exactly, and when it stops before its last epoch."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import DiskSaver
+
+from fibldm.errors import FibldmError
+from fibldm.training.distributed import is_first_rank, on_first_rank
+from fibldm.training.handlers import EMA, Metrics
+
+_logger = logging.getLogger("fibldm")
+
+
+class Checkpoints:
+    """``last.pt`` with everything to go on exactly, and ``best.pt`` with the averaged weights of the lowest loss.
+
+    Every rank reads them, the first rank writes them.
+
+    Args:
+        folder: where they lie.
+        objects: what ``last.pt`` holds, by name; each has ``state_dict`` and ``load_state_dict``.
+        ema: whose average is the model that counts.
+        every: epochs between two checkpoints.
+        metrics: where the validation loss is.
+    """
+
+    def __init__(self, folder: Path, objects: dict[str, Any], *, ema: EMA, every: int, metrics: Metrics) -> None:
+        self.folder, self.objects, self.ema, self.every, self.metrics = Path(folder), objects, ema, every, metrics
+        self.best_loss = float("inf")
+        self.best: dict[str, Any] | None = None
+        self.saved_epoch = 0
+        self.saver = DiskSaver(str(folder), atomic=True, create_dir=True, require_empty=False)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = self.metrics.validation_loss
+        if loss is not None and loss < self.best_loss:
+            self.best_loss = loss
+            model = {name: value.detach().cpu().clone() for name, value in self.ema.ema_model.state_dict().items()}
+            self.best = {"model": model, "epoch": engine.state.epoch, "loss": loss}
+        if engine.state.epoch % self.every == 0 or engine.state.epoch == engine.state.max_epochs:
+            self.save(engine)
+
+    def resume(self, engine: Engine) -> int:
+        """Load ``last.pt`` if there is one and put the engine at its epoch; returns the epoch (0: begin anew).
+
+        Raises:
+            FibldmError: the file cannot be read, or lacks one of the objects.
+        """
+        file = self.folder / "last.pt"
+        if is_first_rank():
+            self._tidy()
+        if not file.exists():
+            return 0
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FibldmError(
+                f"{file} must be a readable checkpoint; {error}", "give --restart to begin this stage anew"
+            ) from error
+        if missing := self.objects.keys() - state["objects"].keys():
+            raise FibldmError(
+                f"{file} must hold the state of {', '.join(self.objects)}; it lacks {', '.join(sorted(missing))}",
+                "give --restart to begin this stage anew",
+            )
+        for name, part in self.objects.items():
+            part.load_state_dict(state["objects"][name])
+        self.best, self.best_loss = state["best"], state["best_loss"]
+        engine.state.epoch = self.saved_epoch = int(state["epoch"])
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        return self.saved_epoch
+
+    def save(self, engine: Engine) -> None:
+        """Write both files as they are at the end of this epoch, unless that was done.
+
+        Raises:
+            FibldmError: the disk is full or the folder cannot be written; the files are as they were.
+        """
+        if self.saved_epoch == engine.state.epoch:
+            return
+        self.saved_epoch = engine.state.epoch
+        if is_first_rank():
+            self._write(engine)
+
+    def _write(self, engine: Engine) -> None:
+        objects = {name: part.state_dict() for name, part in self.objects.items()}
+        last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
+        try:
+            if self.best is not None:
+                self.saver(self.best, "best.pt")
+            self.saver(last, "last.pt")
+        except (OSError, RuntimeError) as error:
+            raise FibldmError(
+                f"cannot write a checkpoint to {self.folder}: {error}",
+                "free some disk space and run the same command again; the last checkpoint is as it was",
+            ) from error
+
+    def _tidy(self) -> None:
+        """Remove what a kill left of a file that was being written."""
+        for pattern in ("checkpoints/tmp*", ".writing-*"):
+            for unfinished in self.folder.parent.glob(pattern):
+                unfinished.unlink()
+
+
+class Patience:
+    """Stop a training whose validation loss has not fallen for a number of validations.
+
+    It counts from the epoch of the best weights, so that it needs no state of its own.
+
+    Args:
+        checkpoints: knows the best epoch.
+        patience: validations without a lower loss; 0 never stops.
+        interval: epochs between two validations.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, patience: int, interval: int) -> None:
+        self.checkpoints, self.patience, self.interval = checkpoints, patience, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if self.is_over(engine.state.epoch):
+            self.checkpoints.save(engine)
+            engine.terminate()
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether the training stops after an epoch."""
+        if not self.patience or self.checkpoints.best is None:
+            return False
+        return epoch // self.interval - self.checkpoints.best["epoch"] // self.interval >= self.patience
+
+
+class WallTime:
+    """Stop at the end of an epoch when the next one may end after the limit; at least one epoch is done.
+
+    An epoch is the unit, as a checkpoint lies between epochs: what goes on from there goes on exactly.
+
+    Args:
+        checkpoints: is saved before the stop.
+        limit: seconds from now; None never stops.
+        clock: seconds from any beginning.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, limit: float | None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.checkpoints, self.limit, self.clock = checkpoints, limit, clock
+        self.began = self.last = clock()
+        self.longest = 0.0
+        self.is_over = False
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _start(self, engine: Engine) -> None:
+        self.last = self.clock()
+
+    def __call__(self, engine: Engine) -> None:
+        now = self.clock()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.limit is None or engine.state.epoch == engine.state.max_epochs:
+            return
+        limit = self.limit
+        # the clocks of ranks differ, their decision must not
+        if on_first_rank(lambda: now - self.began + self.longest > limit):
+            self.checkpoints.save(engine)
+            self.is_over = True
+            engine.terminate()

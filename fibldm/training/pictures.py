@@ -1,0 +1,121 @@
+"""Slices of volumes in one picture, drawn while a stage runs.
+
+Volumes are ``(X, Y, Z)`` in RAS+ order. Axial and coronal slices show the patient's right on the left, sagittal ones
+the front; the upper edge of an axial slice is the front, of the others the top. Slices go through the middle, but a
+sagittal one right of it: the midline shows less than what is beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fibldm.errors import FibldmError
+from fibldm.files import atomic_path
+
+PLANES = ("axial", "coronal", "sagittal")
+
+_INCHES = 1.4
+_GRAY: dict[str, Any] = {"cmap": "gray", "vmin": -1.0, "vmax": 1.0}
+_DIFFERENCE: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One slice of a picture.
+
+    Attributes:
+        title: one line above it.
+        volume: ``(X, Y, Z)``, RAS+; intensities from -1 (black) to 1 (white).
+        plane: index into `PLANES`.
+        difference: the volume is a difference, red where positive, with full colour at a quarter of the range.
+
+    Raises:
+        FibldmError: the volume is not 3-D.
+    """
+
+    title: str
+    volume: Tensor
+    plane: int
+    difference: bool = False
+
+    def __post_init__(self) -> None:
+        if self.volume.ndim != 3:
+            raise FibldmError(f"a picture shows 3-D volumes (X, Y, Z); got the shape {tuple(self.volume.shape)}")
+
+
+def compared(title: str, volume: Tensor, other: Tensor, names: tuple[str, str]) -> list[list[Panel]]:
+    """A row for each channel of two images ``(C, X, Y, Z)``: three planes of each and of other minus volume."""
+    rows = []
+    for channel, (one, two) in enumerate(zip(volume, other, strict=True)):
+        shown = title if len(volume) == 1 else f"{title}, channel {channel}"
+        groups = [(names[0], one, False), (names[1], two, False), ("difference", two - one, True)]
+        rows.append([Panel(f"{shown}\n{name}", part, plane, sign) for name, part, sign in groups for plane in range(3)])
+    return rows
+
+
+def render(rows: Sequence[Sequence[Panel]], spacing: Sequence[float]) -> NDArray[np.uint8]:
+    """A picture ``(height, width, 3)`` of rows of as many panels each.
+
+    Args:
+        rows: from top to bottom, each from left to right.
+        spacing: mm along R, A, S.
+
+    Raises:
+        FibldmError: there is nothing to show, or the rows are not of one length.
+    """
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1 or lengths == {0}:
+        raise FibldmError(f"a picture needs rows of as many panels each; got {[len(row) for row in rows]}")
+    columns = lengths.pop()
+    figure = Figure(figsize=(_INCHES * columns, (_INCHES + 0.3) * len(rows)), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis, panel in zip(axes.ravel(), [panel for row in rows for panel in row], strict=True):
+        _show(axis, panel, spacing)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_picture(file: Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture ``(height, width, 3)`` as PNG, whole or not at all.
+
+    Raises:
+        FibldmError: the file cannot be written.
+    """
+    with atomic_path(file) as temporary:
+        Image.fromarray(picture).save(temporary, format="png")
+
+
+def slice_of(volume: NDArray[Any], spacing: Sequence[float], plane: int) -> tuple[NDArray[Any], float]:
+    """One slice, its first row at the bottom, and the height of its pixels in terms of their width.
+
+    Args:
+        volume: ``(X, Y, Z)``, RAS+.
+        spacing: mm along R, A, S.
+        plane: index into `PLANES`.
+    """
+    x, y, z = 2 * volume.shape[0] // 3, volume.shape[1] // 2, volume.shape[2] // 2
+    right, front, up = spacing
+    views = (
+        (volume[::-1, :, z].T, front / right),
+        (volume[::-1, y, :].T, up / right),
+        (volume[x, ::-1, :].T, up / front),
+    )
+    return views[plane]
+
+
+def _show(axis: Axes, panel: Panel, spacing: Sequence[float]) -> None:
+    picture, aspect = slice_of(panel.volume.detach().float().cpu().numpy(), spacing, panel.plane)
+    style = _DIFFERENCE if panel.difference else _GRAY
+    axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
+    axis.axis("off")
+    axis.set_title(panel.title, color="white", fontsize=7)

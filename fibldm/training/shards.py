@@ -1,0 +1,85 @@
+"""One job for several processes that need not know each other: a folder that all of them see is enough."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from fibldm.errors import FibldmError
+
+Part = TypeVar("Part")
+
+_LOOK_EVERY = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The share of one process: every ``ranks``-th part, beginning at ``rank``.
+
+    Attributes:
+        rank: of this process, from 0.
+        ranks: number of processes.
+
+    Raises:
+        FibldmError: the rank is none of them.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks:
+            raise FibldmError(
+                f"the rank of a process must be from 0 to one less than their number; "
+                f"got RANK={self.rank}, WORLD_SIZE={self.ranks}",
+                "start them by torchrun, or set RANK and WORLD_SIZE for each",
+            )
+
+    @classmethod
+    def from_environment(cls) -> "Shard":
+        """The share that torchrun's ``RANK`` and ``WORLD_SIZE`` say; everything where they are not set.
+
+        Raises:
+            FibldmError: they are no whole numbers, or do not fit each other.
+        """
+        given = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+        if not all(text.isdecimal() for text in given):
+            raise FibldmError(
+                f"RANK and WORLD_SIZE must be whole numbers; got {given[0]!r} and {given[1]!r}",
+                "start the processes by torchrun, or unset both for a single one",
+            )
+        return cls(int(given[0]), int(given[1]))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def take(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts of this process, in their order."""
+        return list(parts[self.rank :: self.ranks])
+
+
+def wait_for(files: Sequence[Path], *, patience: float) -> None:
+    """Return as soon as all files exist.
+
+    Args:
+        files: each is written whole or not at all.
+        patience: seconds to wait without a new one.
+
+    Raises:
+        FibldmError: none came for so long; names the first of those that are missing.
+    """
+    missing, changed = list(files), time.monotonic()
+    while still := [file for file in missing if not file.exists()]:
+        if len(still) < len(missing):
+            changed = time.monotonic()
+        if time.monotonic() - changed >= patience:
+            raise FibldmError(
+                f"{len(still)} files must come from the other processes; none came for {patience:g} s, "
+                f"the first that is missing is {still[0]}",
+                "look whether another process broke off, and run the same command again; what is there is kept",
+            )
+        missing = still
+        time.sleep(min(_LOOK_EVERY, patience))

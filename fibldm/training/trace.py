@@ -1,0 +1,239 @@
+"""A stage as its configuration describes it, traced for its memory: nothing is trained and nothing is written.
+
+The stage is built as training builds it, and goes through two steps of the optimizer and a validation on tensors
+without values (`fibldm.training.memory`).
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.data import list_data_collate
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fibldm.errors import FibldmError
+from fibldm.models.activation_checkpointing import checkpoint_activations
+from fibldm.training.configuration import stage_configuration
+from fibldm.training.draws import Draw
+from fibldm.training.initialise import freeze
+from fibldm.training.latents import Latents
+from fibldm.training.memory import LiveBytes, held_on_cpu, held_on_cuda, without_values
+from fibldm.training.precision import store_channels_last
+from fibldm.volumes.datalist import read_datalist
+
+_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned.
+
+    Attributes:
+        work: folder of ``fibldm prepare``.
+        configs: paths or names, as of ``fibldm train --config``.
+        overrides: ``key::sub`` to value.
+        device: "cpu" or "cuda". Where there is no CUDA device, one is imitated on the CPU: bfloat16 unless float32 is
+            asked for, with float32 in the norms, as CUDA's autocast has it.
+    """
+
+    work: Path
+    configs: tuple[str, ...]
+    overrides: Mapping[str, Any]
+    device: str
+
+    def changed(self, **overrides: Any) -> "Request":
+        """The same with other settings."""
+        return replace(self, overrides={**self.overrides, **overrides})
+
+    @property
+    def imitated(self) -> bool:
+        return self.device == "cuda" and not torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The memory of a stage.
+
+    Attributes:
+        stage: of training.
+        batch_size: of training.
+        size: of an input of the network: of a patch in voxels, or of a latent in cells.
+        parameters: how many the network has.
+        resident: bytes before the first step: the network and its average.
+        step: most bytes that a training step adds: gradients, optimizer, activations, batch.
+        validation: most bytes that the validation of a case adds, to all that a step leaves behind.
+    """
+
+    stage: str
+    batch_size: int
+    size: tuple[int, ...]
+    parameters: int
+    resident: int
+    step: int
+    validation: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes; of the program itself come about 0.6 GB of main memory on top, and the cached data."""
+        return self.resident + max(self.step, self.validation)
+
+
+def trace_stage(stage: str, request: Request) -> StageMemory:
+    """The memory of one stage.
+
+    Raises:
+        FibldmError: the configuration or the data are refused.
+    """
+    parser = _parser(stage, request)
+    try:
+        if stage == "autoencoder":
+            items = {part: _case(parser, part) for part in ("train", "validate")}
+        else:
+            parser["latents"] = _latents(_parser("autoencoder", request), request.work)
+            items = dict.fromkeys(("train", "validate"), _latent(parser))
+        if stage == "controlnet":
+            parser["unet"] = _parser("diffusion", request)["unet"]
+        return _trace(stage, parser, items, request)
+    except RuntimeError as error:  # MONAI wraps whatever a part of a configuration raises
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FibldmError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
+
+
+def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
+    get = parser.get_parsed_content
+    counts = {part: int(get(f"{part}::dataloader::batch_size")) for part in items}
+    batches = {part: _prepared(parser, part, item, counts[part]) for part, item in items.items()}
+    live = LiveBytes()
+    with without_values(live), nullcontext() if request.imitated else torch.device(request.device):
+        trainer, evaluator = _engines(parser)
+        if request.imitated:
+            _norms_in_full_precision(trainer.network)
+        resident = live.now
+        live.held = held_on_cuda if request.device == "cuda" else held_on_cpu
+        live.restart()
+        _train(trainer, _empty(batches["train"]))
+        step = live.peak - resident
+        live.restart()
+        _validate(evaluator, _empty(batches["validate"]), trainer.loss_function)
+        inputs = batches["train"][0]
+        return StageMemory(
+            stage,
+            batch_size=len(inputs),
+            size=tuple(inputs.shape[2:]),
+            parameters=sum(weight.numel() for weight in trainer.network.parameters()),
+            resident=round(resident),
+            step=round(step),
+            validation=round(live.peak - resident),
+        )
+
+
+def _parser(stage: str, request: Request) -> ConfigParser:
+    changes = {**request.overrides, "device": "cpu" if request.imitated else request.device}
+    chosen = stage_configuration(
+        stage, work=request.work, run_dir=Path("plan"), configs=request.configs, overrides=changes
+    )
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in chosen.files]))
+    for key, value in chosen.overrides.items():
+        parser[key] = value
+    if request.imitated and parser["precision"] != "float32":
+        parser["precision"] = "bfloat16"
+    parser["network"] = "@network_def"  # it is made where it belongs; tensors without values cannot be moved
+    parser["trainer_scaler"] = None  # it looks at values, and holds next to nothing
+    return parser
+
+
+def _case(parser: ConfigParser, part: str) -> Any:
+    """The first case, as training or validation takes it from its files."""
+    split = {"train": "training", "validate": "validation"}[part]
+    parser[part]["dataset"]["data"] = f"$load_datalist(@work, '{split}')[:1]"
+    return parser.get_parsed_content(f"{part}::dataset")[Draw(0, 0, 0)]
+
+
+def _latents(parser: ConfigParser, work: Path) -> Latents:
+    """What the encode stage would write of the latents of an autoencoder."""
+    network = parser.get_parsed_content("network_def")
+    channels, size = network.latent_channels, list(parser.get_parsed_content("size"))
+    space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
+    labels = read_datalist(str(work))["labels"]
+    facts = {"space": space, "labels": labels, "compression": list(network.compression), "grid": {"size": size}}
+    return Latents(Path("plan"), facts)
+
+
+def _latent(parser: ConfigParser) -> dict[str, Any]:
+    """A latent as `LoadLatent` reads it, with its draw."""
+    facts, get = parser["latents"].facts, parser.get_parsed_content
+    cells = [length // step for length, step in zip(facts["grid"]["size"], facts["compression"], strict=True)]
+    channels = {
+        "mean": get("latents").channels,
+        "std": get("latents").channels,
+        "valid": 1,
+        "mask": get("mask").channels,
+    }
+    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}}
+
+
+def _prepared(parser: ConfigParser, part: str, item: Any, count: int) -> tuple[Any, ...]:
+    """A batch of one item many times, as the network gets it."""
+    name = f"{part}::prepare_batch" if "prepare_batch" in parser[part] else "prepare_batch"
+    prepared: tuple[Any, ...] = parser.get_parsed_content(name)(list_data_collate([item] * count), torch.device("cpu"))
+    return prepared
+
+
+def _empty(batch: Any) -> Any:
+    """The batch without its values, but for seeds, which are read."""
+
+    def empty(part: Tensor) -> Any:
+        is_seeds = part.ndim == 1 and not part.is_floating_point()
+        return part.tolist() if is_seeds else torch.empty(part.shape, dtype=part.dtype)
+
+    return tree_map_only(Tensor, empty, batch)
+
+
+def _engines(parser: ConfigParser) -> tuple[Any, Any]:
+    """Trainer and evaluator, without data, with all that stands in memory around them."""
+    parser["train"]["trainer"]["train_data_loader"] = parser["validate"]["evaluator"]["val_data_loader"] = [
+        None
+    ] * _STEPS
+    get = parser.get_parsed_content
+    network = get("network_def")
+    if get("freeze"):
+        freeze(network, get("freeze"))
+    if get("channels_last"):
+        store_channels_last(network)
+    if get("activation_checkpointing"):
+        checkpoint_activations(network)
+    return get("train::trainer"), get("validate::evaluator")
+
+
+def _norms_in_full_precision(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: tuple(part.float() for part in inputs))
+
+
+def _train(trainer: Any, batch: Any) -> None:
+    """Steps of the trainer's own, the second with the optimizer's state; an adversary has begun."""
+    trainer.prepare_batch = lambda *_, **__: batch
+    trainer.add_event_handler(
+        IterationEvents.BACKWARD_COMPLETED, lambda: nn.utils.clip_grad_norm_(trainer.network.parameters(), 1.0)
+    )
+    if getattr(trainer, "adversary", None) is not None:
+        trainer.adversary = replace(trainer.adversary, start=0)
+    trainer.state.epoch_length = steps = _STEPS * int(getattr(trainer, "accumulation_steps", 1))
+    for trainer.state.iteration in range(1, steps + 1):
+        trainer._iteration(trainer, {"seed": [0] * len(batch[0])})
+
+
+@torch.no_grad()
+def _validate(evaluator: Any, batch: Any, loss: nn.Module) -> None:
+    inputs, target, *more = batch
+    evaluator.network.eval()
+    loss(evaluator.inferer(inputs, evaluator.network, *(more[0] if more else ())), target)

@@ -1,0 +1,217 @@
+"""Several ranks train as one process does: the same draws, batches, steps and files (E5, B19, H7)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import pytest
+import torch
+
+from fibldm.errors import FibldmError
+from fibldm.runs import StageFolder
+from fibldm.training import distributed
+from fibldm.training.configuration import Configuration, shipped
+from fibldm.training.distributed import (
+    batch_of_rank,
+    join_ranks,
+    mean_over_ranks,
+    on_first_rank,
+    part_of_mean,
+    require_joined,
+)
+from fibldm.training.draws import EpochSampler
+
+TinyStage = Callable[..., Configuration]
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
+    monkeypatch.setattr(idist, "get_rank", lambda: rank)
+    monkeypatch.setattr(idist, "get_world_size", lambda: ranks)
+
+
+def draws_of_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int, **settings: Any) -> list[list[Any]]:
+    made = []
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        sampler = EpochSampler(**{"length": 5, "seed": 3, "views": 2, **settings})
+        sampler.set_epoch(4)
+        made.append(list(sampler))
+        assert len(sampler) == len(made[-1])
+    return made
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_the_batches_of_all_ranks_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """E5: and with them every seed, so that what is random does not depend on the number of ranks."""
+    (alone,) = draws_of_ranks(monkeypatch, 1)
+    shared = draws_of_ranks(monkeypatch, ranks)
+    for step in range(10 // ranks):
+        batch = {draws[step] for draws in shared}
+        assert batch == set(alone[step * ranks : (step + 1) * ranks])
+
+
+def test_ranks_have_as_many_draws_though_they_cannot_be_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E5: a rank with fewer would let the others wait for ever."""
+    (alone,) = draws_of_ranks(monkeypatch, 1)
+    shared = draws_of_ranks(monkeypatch, 4)
+    assert [len(draws) for draws in shared] == [3, 3, 3, 3]
+    assert shared[2][2] == alone[0] and shared[3][2] == alone[1]
+
+
+def test_validation_sees_every_draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E5, E16."""
+    (alone,) = draws_of_ranks(monkeypatch, 1, shuffle=False)
+    shared = draws_of_ranks(monkeypatch, 3, shuffle=False)
+    assert sorted(draw.seed for draws in shared for draw in draws) == sorted(draw.seed for draw in alone)
+    few = draws_of_ranks(monkeypatch, 3, shuffle=False, length=1)
+    assert few == [few[0]] * 3 and len(few[0]) == 2
+
+
+def test_a_batch_is_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B19."""
+    assert batch_of_rank(3) == 3
+    as_rank(monkeypatch, 0, 2)
+    assert batch_of_rank(8) == 4
+    with pytest.raises(FibldmError, match="must be divisible by their number; got 3 for 2 ranks; .* such as 4"):
+        batch_of_rank(3)
+
+
+def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_first_rank(lambda: 7) == 7
+    assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
+    require_joined()
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(FibldmError, match="multi_gpu needs the ranks that torchrun starts"):
+        join_ranks("cpu")
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FibldmError, match="the 2 processes that torchrun started must train together.*multi_gpu"):
+        require_joined()
+
+
+def test_parts_of_ranks_make_the_mean_over_all_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E5: two ranks with 1 and 3 places that count."""
+    weights, means = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])], [torch.tensor(4.0), torch.tensor(8.0)]
+    assert float(part_of_mean(means[0], weights[0])) == 4.0
+    as_rank(monkeypatch, 0, 2)
+    monkeypatch.setattr(idist, "all_reduce", lambda value: torch.tensor(4.0))
+    parts = [part_of_mean(mean, weight) for mean, weight in zip(means, weights, strict=True)]
+    assert float(torch.stack(parts).mean()) == (1 * 4.0 + 3 * 8.0) / 4
+
+
+def test_a_refusal_of_the_first_rank_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E5: no rank waits for one that has given up, and only the first one acts."""
+    told: list[Any] = []
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda outcome: told.extend(outcome))
+
+    def refuse() -> None:
+        raise FibldmError("the folder must be empty", "empty it")
+
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(FibldmError, match="the folder must be empty"):
+        on_first_rank(refuse)
+    assert on_first_rank(lambda: 7) == 7
+
+    def hear(outcome: list[Any]) -> None:
+        outcome[:] = [told.pop(0)]
+
+    monkeypatch.setattr(distributed, "broadcast_object_list", hear)
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(FibldmError, match="the folder must be empty; empty it"):
+        on_first_rank(lambda: pytest.fail("only the first rank acts"))
+    assert on_first_rank(lambda: 8) == 7
+
+
+# --- by torchrun
+
+STEPS = 52
+SETTINGS: dict[str, Any] = {"epochs": 13, "batch_size": 4, "views": 4}
+
+
+@pytest.fixture(scope="module")
+def latents(tiny_stage: TinyStage, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with latents of several views; only read."""
+    run = tmp_path_factory.mktemp("latents") / "run"
+    shutil.copytree(tiny_run / "autoencoder", run / "autoencoder")
+    tiny_stage("latents", run, views=4).run()
+    return run
+
+
+def start(configuration: Configuration, ranks: int) -> subprocess.Popen[str]:
+    """The configuration by torchrun on the CPU, with its output in one pipe."""
+    files = [*configuration.files, shipped("multi_gpu")]
+    listed = "[" + ",".join(f"'{file.resolve()}'" for file in files) + "]"
+    options = [text for key, value in configuration.overrides.items() for text in (f"--{key}", str(value))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*torchrun, "-m", "monai.bundle", "run", "--config_file", listed, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def kill_a_rank_when(process: subprocess.Popen[str], file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert process.poll() is None, "the processes ended before they could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def saved(run: Path, name: str) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = StageFolder(run, "diffusion").weights("last")["objects"][name]
+    return state
+
+
+def rows(run: Path) -> list[list[str]]:
+    return [row.split(",")[:-1] for row in (run / "diffusion" / "metrics.csv").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
+    tiny_stage: TinyStage, latents: Path, tmp_path: Path
+) -> None:
+    """E5, H7: two gloo processes with half the batch each; after 52 steps, weights of up to 1 agree to 1e-4."""
+    runs = {name: tmp_path / name for name in ("one", "two", "killed")}
+    for run in runs.values():
+        shutil.copytree(latents, run)
+    tiny_stage("diffusion", runs["one"], **SETTINGS).run()
+    finish(start(tiny_stage("diffusion", runs["two"], **SETTINGS), ranks=2))
+    assert StageFolder(runs["two"], "diffusion").require()["stopped_epoch"] == SETTINGS["epochs"]
+    assert rows(runs["two"])[-1][1] == rows(runs["one"])[-1][1] == str(STEPS)
+    for name in ("network", "ema"):
+        one, two = saved(runs["one"], name), saved(runs["two"], name)
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+    losses = [[float(row[2]) for row in rows(runs[name])[1:]] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+    configuration = tiny_stage("diffusion", runs["killed"], **SETTINGS)
+    kill_a_rank_when(start(configuration, ranks=2), runs["killed"] / "diffusion" / "checkpoints" / "last.pt")
+    assert StageFolder(runs["killed"], "diffusion").done() is None
+    assert StageFolder(runs["killed"], "diffusion").weights("last")["epoch"] < SETTINGS["epochs"]
+    finish(start(configuration, ranks=2))
+    assert "going on after epoch" in (runs["killed"] / "diffusion" / "log.txt").read_text()
+    for name in ("network", "ema"):
+        two, again = saved(runs["two"], name), saved(runs["killed"], name)
+        assert all(torch.equal(two[key], again[key]) for key in two)
+    assert rows(runs["killed"]) == rows(runs["two"])
