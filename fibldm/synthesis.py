@@ -24,6 +24,7 @@ from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, Target
 from fibldm.models.samplers import calls, draw_noise, sampler
+from fibldm.models.tiling import tiled_decode
 from fibldm.models.timesteps import sampling_times
 from fibldm.runs import StageFolder, load_facts
 from fibldm.volumes.envelope import Envelope
@@ -183,7 +184,7 @@ class Synthesizer:
         times = sampling_times(settings.steps, spacing=self.process.sampling_spacing)
         z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=[generator])
         whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
-        volume: Tensor = self.first_stage.decode(self.space.denormalise(z), whole)
+        volume = tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)
         return volume[0].clamp(-1, 1).float().cpu().numpy()
 
     def _denoiser(self, condition: Tensor) -> Denoiser:

@@ -1,10 +1,11 @@
 """Speed and memory of FibLDM on this machine, measured side by side in one run: one JSON, one table.
 
-    python scripts/benchmark.py [--device cuda] [--quick] [--out benchmark.json]
+    python scripts/benchmark.py [--device cuda] [--quick] [--options] [--out benchmark.json]
 
 A training step is FibLDM's own: an epoch of `fibldm.training.stage.Stage`, without the validation and the checkpoint
 that end it, divided by its steps. It alternates with a bare PyTorch loop (forward, loss, backward, clip, optimiser
-step) over the same batches, which that loop finds prepared in memory. Phantoms and weights, which decide nothing about
+step) over the same batches, which that loop finds prepared in memory. Beside the peak memory of a step stands what
+`fibldm plan` says of it. Phantoms and weights, which decide nothing about
 speed, are made in a temporary folder.
 """
 
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,11 +40,13 @@ from fibldm.errors import FibldmError
 from fibldm.files import write_json
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.samplers import sampler
+from fibldm.models.tiling import tiled_decode
 from fibldm.models.timesteps import sampling_times
 from fibldm.runs import STAGES
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.configuration import stage_configuration
 from fibldm.training.inferers import Precision, fast_bfloat16
+from fibldm.training.trace import Request, trace_stage
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.phantoms import write_phantoms
 from fibldm.volumes.preparation import prepare
@@ -67,6 +70,7 @@ class Bench:
         configs: names or paths, as of ``fibldm train --config``.
         repeats: measured blocks of every row.
         warm_up: blocks before them.
+        options: measure every training step with each of `OPTIONS` as well.
     """
 
     folder: Path
@@ -75,6 +79,7 @@ class Bench:
     configs: tuple[str, ...] = ("data_chest_phantom", "demo")
     repeats: int = 15
     warm_up: int = 2
+    options: bool = False
 
     @property
     def bfloat16(self) -> bool:
@@ -155,13 +160,14 @@ def _process_memory() -> dict[str, int]:
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
 
 
-def training_step(bench: Bench, meter: Meter, *, stage: str) -> None:
-    """Epochs of a stage, each followed by the bare loop over the same batches."""
+def training_step(bench: Bench, meter: Meter, *, stage: str, options: Mapping[str, Any] | None = None) -> None:
+    """Epochs of a stage, with other settings if asked for, each followed by the bare loop over the same batches."""
     run = Path(tempfile.mkdtemp(dir=bench.folder))
     for earlier in STAGES[: STAGES.index(stage)]:
         (run / earlier).symlink_to(bench.folder / "run" / earlier)
     epochs = bench.warm_up + bench.repeats
-    workflow = bench.workflow(stage, run, epochs=epochs, val_interval=epochs, checkpoint_every=epochs)
+    length = {"epochs": epochs, "val_interval": epochs, "checkpoint_every": epochs}
+    workflow = bench.workflow(stage, run, **length, **(options or {}))
     trainer = workflow.parser.get_parsed_content("train::trainer")
     bare, steps, epoch = bare_loop(trainer, bench), trainer.state.epoch_length, ExitStack()
 
@@ -236,10 +242,18 @@ def decode(bench: Bench, meter: Meter) -> None:
     bench.repeat(meter, lambda: made.first_stage.decode(z))
 
 
+def decode_tiled(bench: Bench, meter: Meter) -> None:
+    """A latent of twice the model grid along each axis, in tiles of at most half of it."""
+    made, z, _ = generator(bench)
+    larger = z.repeat(1, 1, 2, 2, 2)
+    max_voxels = 8 * int(np.prod(made.grid.size)) // 2
+    bench.repeat(meter, lambda: tiled_decode(made.first_stage, larger, max_voxels=max_voxels))
+
+
 def generator(bench: Bench) -> tuple[Synthesizer, Tensor, Tensor]:
     """The run's, with noise ``(1, C, x, y, z)`` and an encoded mask ``(1, M, x, y, z)`` of the size of its grid."""
     made = Synthesizer.from_run(bench.folder / "run", device=bench.device)
-    size = [axis // made.first_stage.compression for axis in made.grid.size]
+    size = [axis // step for axis, step in zip(made.grid.size, made.first_stage.compression, strict=True)]
     mask = made.mask.null(torch.empty(1, made.mask.channels, *size))
     return made, torch.randn(1, len(made.space.mean), *size).to(bench.device), mask.to(bench.device)
 
@@ -253,6 +267,26 @@ ROWS: dict[str, Callable[[Bench, Meter], None]] = {
     "network call": network_call,
     "sample, 10 steps": sample,
     "decode": decode,
+    "decode, tiled": decode_tiled,
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float32": {"precision": "float32"},
+    "bfloat16": {"precision": "bfloat16"},
+    "checkpointing": {"activation_checkpointing": True},
+    "channels last": {"channels_last": True},
+    "compile": {"compile": True},
+}
+"""Settings of speed and memory, each by itself on top of the bench's."""
+
+_TRAINED = [stage for stage in STAGES if stage != "latents"]
+_OF_STEP = {f"{stage} step": (stage, {}) for stage in _TRAINED} | {
+    f"{stage}, {name}": (stage, options) for stage in _TRAINED for name, options in OPTIONS.items()
+}
+OPTION_ROWS = {
+    row: partial(training_step, stage=stage, options=options)
+    for row, (stage, options) in _OF_STEP.items()
+    if row not in ROWS
 }
 
 
@@ -260,17 +294,32 @@ def benchmark(bench: Bench) -> dict[str, Any]:
     """All rows, with what they belong to."""
     bench.set_up()
     rows = {}
-    for row in ROWS:
+    for row in chosen_rows(bench):
         print(f"measuring: {row}", file=sys.stderr)
-        rows[row] = {**speed(bench, row), "peak_mb": in_fresh_process(memory, bench, row)}
+        rows[row] = {**speed(bench, row), "peak_mb": in_fresh_process(memory, bench, row), **planned(bench, row)}
     settings = {key: value for key, value in asdict(bench).items() if key != "folder"}
     return {"machine": machine(bench.device), "settings": {**settings, "bfloat16": bench.bfloat16}, "rows": rows}
+
+
+def chosen_rows(bench: Bench) -> dict[str, Callable[[Bench, Meter], None]]:
+    """What is measured, by name."""
+    return ROWS | OPTION_ROWS if bench.options else ROWS
+
+
+def planned(bench: Bench, row: str) -> dict[str, float]:
+    """The peak megabytes that ``fibldm plan`` says of a training step, of the same kind as those measured."""
+    if row not in _OF_STEP:
+        return {}
+    stage, options = _OF_STEP[row]
+    overrides = {"precision": bench.precision, **options}
+    traced = trace_stage(stage, Request(bench.folder / "work", bench.configs, overrides, bench.device))
+    return {"planned_mb": round((traced.step + traced.resident * (bench.device == "cuda")) / 1e6, 1)}
 
 
 def speed(bench: Bench, row: str) -> dict[str, Any]:
     """Median and interquartile range of the seconds of a row; the ratio to the bare loop is taken pair by pair."""
     stopwatch = Stopwatch(bench.device)
-    ROWS[row](bench, stopwatch)
+    (ROWS | OPTION_ROWS)[row](bench, stopwatch)
     measured = {name: np.array(seconds[bench.warm_up :]) for name, seconds in stopwatch.seconds.items()}
     if BARE in measured:
         measured["ratio"] = measured[OURS] / measured[BARE]
@@ -281,7 +330,7 @@ def speed(bench: Bench, row: str) -> dict[str, Any]:
 def memory(bench: Bench, row: str) -> float:
     """Peak megabytes of the first block of a row; to be called in a fresh process."""
     peak = PeakMemory(bench.device)
-    ROWS[row](replace(bench, repeats=1, warm_up=0), peak)
+    (ROWS | OPTION_ROWS)[row](replace(bench, repeats=1, warm_up=0), peak)
     return round(peak.bytes[OURS] / 1e6, 1)
 
 
@@ -308,17 +357,17 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows for people: milliseconds and ratios, each with its interquartile range, and megabytes."""
-    lines = [f"{'':18}{'ms':>16}{'bare ms':>16}{'ratio':>16}{'peak MB':>10}"]
+    """The rows for people: milliseconds and ratios with their interquartile ranges; megabytes, measured and planned."""
+    lines = [f"{'':27}{'ms':>18}{'bare ms':>18}{'ratio':>16}{'peak MB':>10}{'planned':>10}"]
     for name, row in rows.items():
         cells = [_cell(row.get(OURS), 1000, 1), _cell(row.get(BARE), 1000, 1), _cell(row.get("ratio"), 1, 3)]
-        lines.append(f"{name:18}{''.join(cells)}{row['peak_mb']:10.0f}")
+        plan = f"{row['planned_mb']:10.0f}" if "planned_mb" in row else ""
+        lines.append(f"{name:27}{cells[0]:>18}{cells[1]:>18}{cells[2]:>16}{row['peak_mb']:10.0f}{plan}")
     return "\n".join(lines)
 
 
 def _cell(spread: dict[str, float] | None, scale: float, digits: int) -> str:
-    text = f"{scale * spread['median']:.{digits}f} ± {scale * spread['iqr'] / 2:.{digits}f}" if spread else ""
-    return f"{text:>16}"
+    return f"{scale * spread['median']:.{digits}f} ± {scale * spread['iqr'] / 2:.{digits}f}" if spread else ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -327,6 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of training")
     parser.add_argument("--config", action="append", help="as of fibldm train; decides the sizes")
+    parser.add_argument("--options", action="store_true", help="each setting of speed and memory as well")
     parser.add_argument("--quick", action="store_true", help="few repeats")
     given = parser.parse_args(arguments)
     repeats, warm_up = (3, 1) if given.quick else (Bench.repeats, Bench.warm_up)
@@ -335,7 +385,9 @@ def main(arguments: list[str] | None = None) -> None:
         if given.device == "cuda" and not torch.cuda.is_available():
             raise FibldmError("--device cuda needs a CUDA device; there is none", "leave it out to measure the CPU")
         with tempfile.TemporaryDirectory() as folder:
-            result = benchmark(Bench(Path(folder), given.device, given.precision, configs, repeats, warm_up))
+            result = benchmark(
+                Bench(Path(folder), given.device, given.precision, configs, repeats, warm_up, given.options)
+            )
         write_json(given.out, result)
     except FibldmError as error:
         parser.exit(2, f"{error}\n")

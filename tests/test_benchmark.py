@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -62,11 +63,29 @@ def test_bare_loop_trains_a_copy(benchmark, bench, tmp_path: Path) -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("row", ["load", "encode", "network call", "sample, 10 steps", "decode"])
+@pytest.mark.parametrize("row", ["load", "encode", "network call", "sample, 10 steps", "decode", "decode, tiled"])
 def test_row_has_its_repeats_without_warm_up(benchmark, bench, row: str) -> None:
     measured = benchmark.speed(bench, row)
     assert list(measured) == ["fibldm"]
     assert measured["fibldm"]["median"] > 0 and measured["fibldm"]["iqr"] >= 0
+
+
+def test_options_are_rows_of_their_own(benchmark, bench) -> None:
+    """Every stage with every setting, only where asked for; the setting reaches the stage."""
+    assert benchmark.chosen_rows(bench) is benchmark.ROWS
+    asked = benchmark.chosen_rows(replace(bench, options=True))
+    stages = [stage for stage in STAGES if stage != "latents"]
+    named = {f"{stage}, {option}" for stage in stages for option in benchmark.OPTIONS}
+    assert set(asked) == set(benchmark.ROWS) | named
+    asked["diffusion, checkpointing"](bench, benchmark.Stopwatch("cpu"))
+    config = next(bench.folder.glob("tmp*/diffusion/config.yaml")).read_text()
+    assert "activation_checkpointing: true" in config
+
+
+def test_plan_stands_beside_the_memory_of_a_step(benchmark, bench) -> None:
+    plain, saving = (benchmark.planned(bench, row)["planned_mb"] for row in ("diffusion step", "diffusion, bfloat16"))
+    assert 0 < saving < plain
+    assert benchmark.planned(bench, "decode") == {}
 
 
 def test_speed_leaves_the_warm_up_out_and_takes_ratios_pair_by_pair(benchmark, bench, monkeypatch) -> None:
@@ -105,11 +124,17 @@ def test_memory_of_a_row_comes_from_a_process_of_its_own(benchmark, bench) -> No
 def test_table_has_a_line_for_every_row(benchmark) -> None:
     spread = {"median": 0.0123, "iqr": 0.001}
     rows = {
-        "autoencoder step": {"fibldm": spread, "bare": spread, "ratio": {"median": 1.0, "iqr": 0.01}, "peak_mb": 512.3},
+        "autoencoder step": {
+            "fibldm": spread,
+            "bare": spread,
+            "ratio": {"median": 1.0, "iqr": 0.01},
+            "peak_mb": 512.3,
+            "planned_mb": 490.1,
+        },
         "decode": {"fibldm": spread, "peak_mb": 20.0},
     }
     _, training, decode = benchmark.table(rows).splitlines()
-    assert training.split() == "autoencoder step 12.3 ± 0.5 12.3 ± 0.5 1.000 ± 0.005 512".split()
+    assert training.split() == "autoencoder step 12.3 ± 0.5 12.3 ± 0.5 1.000 ± 0.005 512 490".split()
     assert decode.split() == ["decode", "12.3", "±", "0.5", "20"]
 
 

@@ -4,6 +4,7 @@ Volumes and latents:
 
 * ``autoencoder``: volumes to latents and back
 * ``vector_quantised``, ``spade_autoencoder``, ``maisi``: other first stages of the same interface
+* ``tiling`` (with ``tiles``, ``locality``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
 * ``latents``: the scale of the latents, the only place where they are scaled

@@ -61,7 +61,7 @@ class VectorQuantisedAutoencoder(Autoencoder):
         Nothing is drawn, so ``seeds`` change nothing.
         """
         encoded = self.network.encode(self._to_bands(volume)).float()
-        if self.training:
+        if self.training and self.revive_below:
             self._revive(encoded.detach())
         # in half precision the sums of what is assigned to a code would be rounded
         with torch.autocast(volume.device.type, enabled=False):

@@ -10,5 +10,6 @@
 * ``initialise``: weights to begin with, and weights that stay
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers``, ``checkpoints``: what happens around the steps
+* ``trace``, ``memory``: what a step needs, without taking it
 * ``preview`` (with ``pictures``), ``trackers``: watching
 """

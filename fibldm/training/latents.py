@@ -22,6 +22,7 @@ from fibldm.files import atomic_path, hash_file, write_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.latents import LatentSpace
+from fibldm.models.tiling import tiled_encode
 from fibldm.runs import Progress, StageFolder, load_facts
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
@@ -267,8 +268,7 @@ class EncodeStage:
         return {key: _plain(item[key]) for key in ("image", "label", "valid")}
 
     def _write(self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, autoencoder: str) -> None:
-        # the only call of the encoder: where a volume is larger than memory, tiles go here
-        posterior = first_stage.encode(item["image"][None].float().to(self.device))
+        posterior = tiled_encode(first_stage, item["image"][None].float().to(self.device))
         if not all(bool(part.isfinite().all()) for part in posterior):
             raise FibldmError(
                 f"latents must be finite; those of {file.stem} are not", "train the autoencoder again, in float32"

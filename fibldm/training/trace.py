@@ -4,9 +4,12 @@ The stage is built as training builds it, and goes through two steps of the opti
 without values (`fibldm.training.memory`).
 """
 
+import copy
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ from torch.utils._pytree import tree_map_only
 
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.training.configuration import stage_configuration
+from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import freeze
 from fibldm.training.latents import Latents
-from fibldm.training.memory import LiveBytes, held_on_cpu, held_on_cuda, without_values
+from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.training.precision import store_channels_last
 from fibldm.volumes.datalist import read_datalist
 
+_RUN = Path("plan")  # a run that is never made
 _STEPS = 2
+_MOVED = re.compile(r"\$(@\w+)\.to\(.*\)")
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,17 @@ class Request:
     Attributes:
         work: folder of ``fibldm prepare``.
         configs: paths or names, as of ``fibldm train --config``.
-        overrides: ``key::sub`` to value.
+        overrides: ``key::sub`` to value, each for the stages that have the key.
         device: "cpu" or "cuda". Where there is no CUDA device, one is imitated on the CPU: bfloat16 unless float32 is
             asked for, with float32 in the norms, as CUDA's autocast has it.
+        autoencoder_configs: more configurations, which stage 1 alone is trained with.
     """
 
     work: Path
     configs: tuple[str, ...]
     overrides: Mapping[str, Any]
     device: str
+    autoencoder_configs: tuple[str, ...] = ()
 
     def changed(self, **overrides: Any) -> "Request":
         """The same with other settings."""
@@ -63,16 +70,18 @@ class StageMemory:
     Attributes:
         stage: of training.
         batch_size: of training.
-        size: of an input of the network: of a patch in voxels, or of a latent in cells.
+        size: of an input of the network in training: of a patch in voxels, or of a latent in cells.
+        grid: size of the model grid in voxels.
         parameters: how many the network has.
         resident: bytes before the first step: the network and its average.
         step: most bytes that a training step adds: gradients, optimizer, activations, batch.
-        validation: most bytes that the validation of a case adds, to all that a step leaves behind.
+        validation: most bytes that the validation adds, to all that a step leaves behind.
     """
 
     stage: str
     batch_size: int
     size: tuple[int, ...]
+    grid: tuple[int, ...]
     parameters: int
     resident: int
     step: int
@@ -128,6 +137,7 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
             stage,
             batch_size=len(inputs),
             size=tuple(inputs.shape[2:]),
+            grid=tuple(get("size")),
             parameters=sum(weight.numel() for weight in trainer.network.parameters()),
             resident=round(resident),
             step=round(step),
@@ -136,18 +146,43 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
 
 
 def _parser(stage: str, request: Request) -> ConfigParser:
-    changes = {**request.overrides, "device": "cpu" if request.imitated else request.device}
-    chosen = stage_configuration(
-        stage, work=request.work, run_dir=Path("plan"), configs=request.configs, overrides=changes
-    )
-    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in chosen.files]))
+    configs = (*request.configs, *(request.autoencoder_configs if stage == "autoencoder" else ()))
+    content = copy.deepcopy(_content(stage, request.work, configs))
+    overrides = {**_meant_for(content, request.overrides), "device": "cpu" if request.imitated else request.device}
+    chosen = stage_configuration(stage, work=request.work, run_dir=_RUN, configs=configs, overrides=overrides)
+    parser = ConfigParser(content)
     for key, value in chosen.overrides.items():
         parser[key] = value
     if request.imitated and parser["precision"] != "float32":
         parser["precision"] = "bfloat16"
-    parser["network"] = "@network_def"  # it is made where it belongs; tensors without values cannot be moved
+    for key, value in content.items():
+        # made where they belong, as tensors without values cannot be moved
+        if moved := _MOVED.fullmatch(str(value)):
+            parser[key] = moved[1]
     parser["trainer_scaler"] = None  # it looks at values, and holds next to nothing
     return parser
+
+
+@cache
+def _content(stage: str, work: Path, configs: tuple[str, ...]) -> dict[str, Any]:
+    files = stage_configuration(stage, work=work, run_dir=_RUN, configs=configs, overrides={}).files
+    content: dict[str, Any] = ConfigParser.load_config_files([str(file) for file in files])
+    return content
+
+
+@cache
+def _shipped_keys() -> frozenset[str]:
+    names = set(sum(STAGE_FILES.values(), ()))
+    return frozenset(key for name in names for key in ConfigParser.load_config_file(shipped(name)))
+
+
+def _meant_for(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that name something of this stage, or nothing of any stage, which is then refused."""
+    return {
+        key: value
+        for key, value in overrides.items()
+        if (name := key.split("::")[0]) in content or name not in _shipped_keys()
+    }
 
 
 def _case(parser: ConfigParser, part: str) -> Any:
@@ -164,7 +199,7 @@ def _latents(parser: ConfigParser, work: Path) -> Latents:
     space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
     labels = read_datalist(str(work))["labels"]
     facts = {"space": space, "labels": labels, "compression": list(network.compression), "grid": {"size": size}}
-    return Latents(Path("plan"), facts)
+    return Latents(_RUN, facts)
 
 
 def _latent(parser: ConfigParser) -> dict[str, Any]:
@@ -204,6 +239,9 @@ def _engines(parser: ConfigParser) -> tuple[Any, Any]:
     ] * _STEPS
     get = parser.get_parsed_content
     network = get("network_def")
+    forget_values(network)
+    if hasattr(network, "revive_below"):
+        network.revive_below = 0.0  # which codes are dead is decided by values
     if get("freeze"):
         freeze(network, get("freeze"))
     if get("channels_last"):

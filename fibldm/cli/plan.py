@@ -1,0 +1,49 @@
+"""``fibldm plan``."""
+
+from typing import Annotated, Any
+
+import typer
+
+from fibldm.cli.train import Configs, Overrides, Work
+
+
+def plan(
+    data: Work,
+    config: Configs = [],
+    autoencoder_config: Annotated[
+        list[str], typer.Option("--autoencoder-config", help="As --config, for stage 1 alone; may be repeated.")
+    ] = [],
+    overrides: Overrides = [],
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; cuda where there is one.")] = "",
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GB of the device; this machine's if left out.")
+    ] = None,
+) -> dict[str, Any]:
+    """Say how much memory each stage will need, and which batch would fit, without training anything."""
+    import torch
+
+    from fibldm.plan import plan as make_plan
+    from fibldm.training.configuration import parse_overrides
+    from fibldm.training.trace import Request
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    request = Request(data, tuple(config), parse_overrides(overrides), device, tuple(autoencoder_config))
+    made = make_plan(request, memory=None if memory is None else memory * 1e9)
+    print(f"{device}, {made['memory_gb']:.1f} GB{' (imitated on a CPU)' if made['imitated'] else ''}")
+    for stage, found in made["stages"].items():
+        size = " x ".join(str(axis) for axis in found["input_size"])
+        parts = ", ".join(f"{part} {found[f'{part}_gb']:.2f}" for part in ("resident", "step", "validation"))
+        print(
+            f"{stage:<12} {found['peak_gb']:6.2f} GB at batch {found['batch_size']} of {size} ({parts}): "
+            f"{'fits' if found['fits'] else 'does not fit'}"
+        )
+        print(f"{'':<12} {_largest(found)}")
+    return made
+
+
+def _largest(found: dict[str, Any]) -> str:
+    patch = found.get("largest_patch")
+    return (
+        f"largest batch {found['largest_batch']}, with activation_checkpointing {found['largest_batch_checkpointed']}"
+        + (f", or patch {patch} at this batch" if patch else "")
+    )

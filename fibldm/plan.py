@@ -1,0 +1,110 @@
+"""``fibldm plan``: the memory that each stage will need, before it is trained, and settings that fit."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from fibldm.errors import FibldmError, unknown_choice
+from fibldm.training.trace import Request, StageMemory, trace_stage
+
+TRAINED = ("autoencoder", "diffusion", "controlnet")
+DEVICES = ("cpu", "cuda")
+
+# The rest is for what is not traced: the CUDA context, workspaces, or on a CPU everything else that runs.
+_USABLE = 0.9
+_PATCH_STEP = 16
+
+
+def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
+    """The memory of every stage and settings that fit.
+
+    Args:
+        request: what is planned.
+        memory: bytes of the device; None asks this machine.
+
+    Returns:
+        ``device``, ``imitated``, ``memory_gb`` and ``stages``, each with ``peak_gb``, what it consists of, whether it
+        ``fits``, and what would: ``largest_batch``, ``largest_batch_checkpointed``, for the autoencoder
+        ``largest_patch``.
+
+    Raises:
+        FibldmError: the device is unknown, or the configuration or the data are refused.
+    """
+    if request.device not in DEVICES:
+        raise unknown_choice("device", request.device, DEVICES)
+    available = device_memory(request.device) if memory is None else memory
+    return {
+        "device": request.device,
+        "imitated": request.imitated,
+        "memory_gb": available / 1e9,
+        "stages": {stage: _described(stage, request, available) for stage in _shown(TRAINED)},
+    }
+
+
+def device_memory(device: str) -> float:
+    """Bytes of memory of this machine's device.
+
+    Raises:
+        FibldmError: there is no such device.
+    """
+    if device == "cpu":
+        pages = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+        return 1024 * float(pages)
+    if not torch.cuda.is_available():
+        raise FibldmError("the memory of a CUDA device must be known; this machine has none", "give --memory in GB")
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def largest_batch(stage: str, request: Request, usable: float) -> int:
+    """How many cases a batch may hold in ``usable`` bytes; 0: not even one.
+
+    Found by the secant method: above some size a step needs about the same for each case.
+
+    Raises:
+        FibldmError: as `trace_stage`.
+    """
+    less, more = 32, 64
+    peaks = {size: trace_stage(stage, request.changed(batch_size=size)).peak for size in (less, more)}
+    for _ in range(2):
+        per_case = max(1.0, (peaks[more] - peaks[less]) / (more - less))
+        size = max(0, int(more + (usable - peaks[more]) / per_case))
+        if size in (0, more):
+            break
+        peaks[size] = trace_stage(stage, request.changed(batch_size=size)).peak
+        less, more = more, size
+    return max((size for size, peak in peaks.items() if peak <= usable), default=0)
+
+
+def largest_patch(traced: StageMemory, usable: float) -> list[int]:
+    """The largest cube to train a traced autoencoder on, within the grid, its edge a multiple of 16; 0: none fits."""
+    per_voxel = traced.step / math.prod(traced.size)
+    edge = max(0.0, (usable - traced.resident) / per_voxel) ** (1 / len(traced.size))
+    return [int(min(edge, *traced.grid) // _PATCH_STEP * _PATCH_STEP)] * len(traced.size)
+
+
+def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
+    traced, usable = trace_stage(stage, request), _USABLE * memory
+    checkpointed = request.changed(activation_checkpointing=True)
+    return {
+        "batch_size": traced.batch_size,
+        "input_size": list(traced.size),
+        "parameters": traced.parameters,
+        "peak_gb": traced.peak / 1e9,
+        "resident_gb": traced.resident / 1e9,
+        "step_gb": traced.step / 1e9,
+        "validation_gb": traced.validation / 1e9,
+        "fits": traced.peak <= usable,
+        "largest_batch": largest_batch(stage, request, usable),
+        "largest_batch_checkpointed": largest_batch(stage, checkpointed, usable),
+        **({"largest_patch": largest_patch(traced, usable)} if stage == "autoencoder" else {}),
+    }
+
+
+def _shown(stages: Sequence[str]) -> Iterable[str]:
+    console = Console(stderr=True)
+    return track(stages, "plan", console=console, disable=not console.is_terminal)

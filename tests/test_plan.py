@@ -1,0 +1,184 @@
+"""The memory plan: its counter against sums by hand, its answers against themselves, and its command."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fibldm.cli import run
+from fibldm.errors import FibldmError
+from fibldm.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
+from fibldm.runs import StageFolder
+from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
+from fibldm.training.trace import Request, trace_stage
+
+FLOAT = 4
+
+
+@pytest.fixture(scope="module")
+def request_(phantom_work: Path, tiny_data: Path) -> Request:
+    return Request(phantom_work, (str(tiny_data), "tiny"), {"precision": "float32"}, "cpu")
+
+
+def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
+    live = LiveBytes()
+    with without_values(live):
+        kept = torch.zeros(1000)
+        assert kept.view(10, 100).storage_offset() == 0 and live.now == 4000  # a view is no memory of its own
+        gone = torch.zeros(500, dtype=torch.float64)
+        del gone
+        assert (live.now, live.peak) == (4000, 8000)
+        live.restart()
+        assert live.peak == 4000
+
+
+def test_training_of_a_known_network_is_counted_to_the_byte() -> None:
+    """H11: two linear layers: weights, average, gradients, AdamW's two moments, and what the backward pass keeps."""
+    inside, batch, weights = 1000, 300, 20 * 1000 + 1000 + 1000 * 20 + 20
+    live = LiveBytes()
+    with without_values(live):
+        network = nn.Sequential(nn.Linear(20, inside), nn.ReLU(), nn.Linear(inside, 20))
+        average = copy.deepcopy(network)
+        assert live.now == 2 * weights * FLOAT
+        optimizer = torch.optim.AdamW(network.parameters(), foreach=False)
+        network(torch.empty(batch, 20)).sum().backward()
+        optimizer.step()
+        steps = 4 * FLOAT  # AdamW counts the steps of each parameter
+        assert live.now == 5 * weights * FLOAT + steps
+        optimizer.zero_grad()
+        live.restart()
+        result = network(torch.empty(batch, 20))
+        # input, hidden before and after ReLU; of ReLU only what comes out is kept
+        assert live.now == 4 * weights * FLOAT + steps + batch * (20 + inside + 20) * FLOAT
+        assert live.peak == 4 * weights * FLOAT + steps + batch * (20 + 2 * inside) * FLOAT
+        del result, average
+
+
+def test_buffers_of_a_copy_can_be_computed_with() -> None:
+    with without_values(LiveBytes()):
+        original = nn.BatchNorm1d(3)
+        forget_values(original)
+        norm = copy.deepcopy(original)
+        assert norm(torch.empty(5, 3)).shape == (5, 3)
+
+
+def test_allocators_hold_more_than_tensors() -> None:
+    assert [held_on_cuda(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
+    assert held_on_cpu(40 * 2**20) == 40 * 2**20
+    assert held_on_cpu(2**20) == pytest.approx(1.45 * 2**20)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_stage_is_traced_as_it_is_configured(request_: Request, stage: str, tiny_run: Path) -> None:
+    """H11, C15: sizes and weights are those of the run that was trained with the same configuration."""
+    traced = trace_stage(stage, request_)
+    weights = torch.load(tiny_run / stage / "checkpoints" / "best.pt", weights_only=True)["model"]
+    assert traced.parameters == sum(value.numel() for value in weights.values())
+    assert traced.resident >= 2 * traced.parameters * FLOAT
+    assert traced.step > 3 * traced.parameters * FLOAT * (stage != "controlnet")  # most of its weights are frozen
+    assert (traced.batch_size, traced.size) == (2, (16,) * 3 if stage == "autoencoder" else (8,) * 3)
+    assert traced.grid == (32, 32, 32)
+
+
+def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Request) -> None:
+    """C15."""
+    larger = request_.changed(batch_size=32)
+    plain = trace_stage("diffusion", larger)
+    assert trace_stage("diffusion", larger.changed(activation_checkpointing=True)).step < 0.7 * plain.step
+    assert trace_stage("diffusion", larger.changed(precision="bfloat16")).step < 0.85 * plain.step
+    assert trace_stage("diffusion", larger.changed(batch_size=16)).step < 0.6 * plain.step
+
+
+def test_settings_go_to_the_stages_that_have_them(request_: Request) -> None:
+    """A patch is none of stage 2; what changes the autoencoder changes the size of the latents."""
+    coarser = replace(request_.changed(patch=[16, 16, 8]), autoencoder_configs=("autoencoder_anisotropic",))
+    assert trace_stage("autoencoder", coarser).size == (16, 16, 8)
+    assert trace_stage("diffusion", coarser).size == (8, 8, 16)
+
+
+def test_accumulation_costs_little(request_: Request) -> None:
+    plain = trace_stage("autoencoder", request_)
+    assert trace_stage("autoencoder", request_.changed(accumulation_steps=4)).step < 1.3 * plain.step
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")
+def test_cuda_is_imitated(request_: Request) -> None:
+    """On a machine without one: auto means bfloat16 with norms in float32, and blocks are not those of a heap."""
+    cuda = Request(request_.work, request_.configs, {}, "cuda")
+    assert cuda.imitated and not request_.imitated
+    half, full = (trace_stage("diffusion", cuda.changed(precision=name, batch_size=16)) for name in ("auto", "float32"))
+    assert half.step < full.step < trace_stage("diffusion", request_.changed(batch_size=16)).step
+    with pytest.raises(FibldmError, match="this machine has none; give --memory in GB"):
+        device_memory("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_plan_is_within_20_percent_of_the_allocator(request_: Request, tiny_run: Path) -> None:
+    """H11: a step of the autoencoder's network on the device."""
+    request = Request(request_.work, request_.configs, {"batch_size": 64, "precision": "float32"}, "cuda")
+    network = StageFolder(tiny_run, "autoencoder").component("network_def", device="cuda").cuda()
+    average, optimizer = copy.deepcopy(network), torch.optim.AdamW(network.parameters())
+    volume = torch.zeros(64, 1, 16, 16, 16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        optimizer.zero_grad()
+        (network(volume).volume - volume).abs().mean().backward()
+        optimizer.step()
+    assert trace_stage("autoencoder", request).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+    del average
+
+
+def test_largest_batch_fits_and_a_much_larger_one_does_not(request_: Request) -> None:
+    usable = 6e7
+    size = largest_batch("autoencoder", request_, usable)
+    assert size > 2
+    peaks = [trace_stage("autoencoder", request_.changed(batch_size=n)).peak for n in (size, int(1.15 * size) + 1)]
+    assert peaks[0] <= usable < peaks[1]
+
+
+def test_nothing_fits_into_nothing(request_: Request) -> None:
+    assert largest_batch("autoencoder", request_, 1e4) == 0
+    assert largest_patch(trace_stage("autoencoder", request_), 1e4) == [0, 0, 0]
+
+
+def test_largest_patch_fits_and_stays_within_the_grid(request_: Request) -> None:
+    assert largest_patch(trace_stage("autoencoder", request_), 1e12) == [32, 32, 32]
+    edge = largest_patch(trace_stage("autoencoder", request_.changed(batch_size=8)), 3e7)[0]
+    assert edge == 16
+    assert trace_stage("autoencoder", request_.changed(batch_size=8, patch=[edge] * 3)).peak <= 3e7
+
+
+def test_command_says_what_fits(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """H11: one JSON object, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder",))
+    configs = [part for name in request_.configs for part in ("--config", name)]
+    given = ["plan", "--data", str(request_.work), *configs, "--device", "cpu", "--memory", "0.5", "--json"]
+    assert run([*given, "--set", "precision=float32"]) == 0
+    said = capsys.readouterr()
+    made = json.loads(said.out.splitlines()[-1])
+    assert made["ok"] and made["memory_gb"] == 0.5 and list(made["stages"]) == ["autoencoder"]
+    found = made["stages"]["autoencoder"]
+    assert found["fits"] and found["peak_gb"] == pytest.approx(trace_stage("autoencoder", request_).peak / 1e9)
+    assert found["largest_batch"] < found["largest_batch_checkpointed"]
+    assert "autoencoder" in said.err and "largest batch" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_configuration_refuses_is_one_error(request_: Request) -> None:
+    with pytest.raises(FibldmError, match="precision"):
+        trace_stage("autoencoder", request_.changed(precision="float8"))
+    with pytest.raises(FibldmError, match="batch_sice"):
+        trace_stage("autoencoder", request_.changed(batch_sice=3))
+
+
+def test_unknown_device_is_refused(request_: Request) -> None:
+    with pytest.raises(FibldmError, match="one of cpu, cuda; got 'tpu'"):
+        plan(Request(request_.work, request_.configs, {}, "tpu"))
