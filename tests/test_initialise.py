@@ -235,6 +235,8 @@ def test_e6_float16_is_refused_on_a_cpu() -> None:
     assert not gradient_scaler("auto", "cpu").is_enabled()
 
 
+# the noise is drawn outside of the graph, after which torch.compile looks at the gradient of what came before
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_stage_trains_the_same_with_less_memory_and_compiled(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:

@@ -231,10 +231,11 @@ def shown_per_axis(factors: Sequence[int]) -> str:
     return str(factors[0]) if len({*factors}) == 1 else str(tuple(factors))
 
 
+@torch.compiler.disable  # generators are no part of a graph
 def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
     if seeds is None:
         return torch.randn_like(like)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
 
 
