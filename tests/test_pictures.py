@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.pictures import Pair, comparison, show, slice_of, write_comparison
+from fibldm.evaluation.pictures import Pair, comparison, show, write_comparison
+from fibldm.training.pictures import slice_of
 
 SHAPE = (12, 16, 10)
 SPACING = (2.0, 3.0, 5.0)

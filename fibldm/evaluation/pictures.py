@@ -16,9 +16,8 @@ from matplotlib.figure import Figure, SubFigure
 
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path
+from fibldm.training.pictures import PLANES, middle, slice_of
 from fibldm.volumes.grid import Array
-
-PLANES = ("axial", "coronal", "sagittal")
 
 _INCHES = 1.5
 _FONT = 8
@@ -114,27 +113,6 @@ def comparison(pairs: Sequence[Pair], window: tuple[float, float], difference: b
     return figure
 
 
-def slice_of(
-    volume: Array, spacing: tuple[float, float, float], plane: int, centre: Sequence[int]
-) -> tuple[Array, float]:
-    """One slice, its first row at the bottom, and the height of its pixels in terms of their width.
-
-    Args:
-        volume: ``(X, Y, Z)``, RAS+.
-        spacing: mm along R, A, S.
-        plane: index into `PLANES`.
-        centre: voxel index ``(x, y, z)`` that the slice goes through.
-    """
-    x, y, z = centre
-    right, front, up = spacing
-    views = (
-        (volume[::-1, :, z].T, front / right),
-        (volume[::-1, y, :].T, up / right),
-        (volume[x, ::-1, :].T, up / front),
-    )
-    return views[plane]
-
-
 def show(axis: Axes, picture: Array, aspect: float, **style: Any) -> None:
     """Draw what `slice_of` gave, without interpolation; ``style`` is of ``imshow``."""
     axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
@@ -151,12 +129,6 @@ def _draw_pair(row: SubFigure, pair: Pair, window: tuple[float, float], differen
     axes = row.subplots(1, len(volumes) * len(PLANES)).reshape(len(volumes), len(PLANES))
     for (name, volume, style), group in zip(volumes, axes, strict=True):
         for plane, axis in enumerate(group):
-            picture, aspect = slice_of(volume, pair.spacing, plane, _centre(volume))
+            picture, aspect = slice_of(volume, pair.spacing, plane, middle(volume))
             show(axis, picture, aspect, **style)
             axis.set_title(f"{name}\n{PLANES[plane]}", color="white", fontsize=_FONT)
-
-
-def _centre(volume: Array) -> tuple[int, int, int]:
-    """The middle, but right of it: a sagittal slice through the midline shows less than one beside it."""
-    x, y, z = volume.shape
-    return 2 * x // 3, y // 2, z // 2

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.evaluation.figures import Match
-from fibldm.evaluation.pictures import PLANES, show, slice_of
+from fibldm.evaluation.pictures import show
 from fibldm.evaluation.record import Section
 from fibldm.files import write_text
+from fibldm.training.pictures import PLANES, slice_of
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Array
 

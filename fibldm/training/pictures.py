@@ -95,15 +95,24 @@ def write_picture(file: Path, picture: NDArray[np.uint8]) -> None:
         Image.fromarray(picture).save(temporary, format="png")
 
 
-def slice_of(volume: NDArray[Any], spacing: Sequence[float], plane: int) -> tuple[NDArray[Any], float]:
+def middle(volume: NDArray[Any]) -> tuple[int, int, int]:
+    """The voxel in the middle, but right of it: a sagittal slice through the midline shows less than one beside it."""
+    x, y, z = volume.shape
+    return 2 * x // 3, y // 2, z // 2
+
+
+def slice_of(
+    volume: NDArray[Any], spacing: Sequence[float], plane: int, centre: Sequence[int]
+) -> tuple[NDArray[Any], float]:
     """One slice, its first row at the bottom, and the height of its pixels in terms of their width.
 
     Args:
         volume: ``(X, Y, Z)``, RAS+.
         spacing: mm along R, A, S.
         plane: index into `PLANES`.
+        centre: voxel index ``(x, y, z)`` that the slice goes through.
     """
-    x, y, z = 2 * volume.shape[0] // 3, volume.shape[1] // 2, volume.shape[2] // 2
+    x, y, z = centre
     right, front, up = spacing
     views = (
         (volume[::-1, :, z].T, front / right),
@@ -114,7 +123,8 @@ def slice_of(volume: NDArray[Any], spacing: Sequence[float], plane: int) -> tupl
 
 
 def _show(axis: Axes, panel: Panel, spacing: Sequence[float]) -> None:
-    picture, aspect = slice_of(panel.volume.detach().float().cpu().numpy(), spacing, panel.plane)
+    volume = panel.volume.detach().float().cpu().numpy()
+    picture, aspect = slice_of(volume, spacing, panel.plane, middle(volume))
     style = _DIFFERENCE if panel.difference else _GRAY
     axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
     axis.axis("off")
