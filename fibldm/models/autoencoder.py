@@ -235,7 +235,7 @@ def shown_per_axis(factors: Sequence[int]) -> str:
 def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
     if seeds is None:
         return torch.randn_like(like)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
 
 

@@ -59,6 +59,7 @@ class Configuration:
         try:
             workflow.initialize()
             workflow.run()
+            workflow.finalize()
         except RuntimeError as error:
             cause = _refusal(error)
             if cause is None:

@@ -4,7 +4,6 @@ A configuration means the same whatever the number of ranks: `batch_size` is tha
 share of the draws, gradients are averaged. Only the first rank writes files.
 """
 
-import atexit
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -41,7 +40,13 @@ def join_ranks(device: torch.device | str) -> None:
             "start it by `torchrun --nproc-per-node N --no-python -- fibldm train ...`, or leave multi_gpu out",
         )
     idist.initialize("nccl" if torch.device(device).type == "cuda" else "gloo")
-    atexit.register(idist.finalize)
+
+
+def leave_ranks() -> None:
+    """Wait until all ranks are done, and part: a rank that ends while another still talks to it may abort."""
+    if idist.get_world_size() > 1:
+        idist.barrier()
+        idist.finalize()
 
 
 def require_joined() -> None:
