@@ -25,8 +25,9 @@ _COMMANDS = {
 
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
-    "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs imports initialize mlflow "
-    "num_workers patience preview preview_every restart run run_dir stage trackers wall_time wandb work".split()
+    "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
+    "initialize mlflow num_workers patience preview preview_eta preview_every preview_sampler preview_steps restart "
+    "run run_dir stage stop_gap trackers wall_time wandb watch watch_training work".split()
 )
 
 

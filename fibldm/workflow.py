@@ -13,11 +13,11 @@ from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.figures import Match, measure
-from fibldm.evaluation.measurements import MEASUREMENTS, evaluate
+from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.evaluation.report import Window, write_report
 from fibldm.files import read_json, write_json
 from fibldm.runs import STAGES
-from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_file
+from fibldm.synthesis import Output, SamplingSettings, Synthesizer
 from fibldm.training.configuration import stage_configuration
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.phantoms import write_phantoms
@@ -83,7 +83,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     )
     say("5/6 evaluate")
     sections = evaluate(
-        tuple(MEASUREMENTS), run_dir=run, work=work, synthetic=synthetic, segmenter_settings=settings.segmenter, say=say
+        OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=settings.segmenter, say=say
     )
     changes = _as_options(settings.segmenter)
     commands.append(f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic}{changes}")
@@ -136,12 +136,12 @@ def _synthesize(run: Path, phantoms: Path, work: Path, out: Path, sampling: Samp
     counts = [1 + _SEEDS_OF_FIRST_MASKS * (position < _MASKS_WITH_SEEDS) for position in range(len(cases))]
     files = [phantoms / "labels" / f"{case['case']}.nii.gz" for case in cases]
     jobs = [(file, number) for file, count in zip(files, counts, strict=True) for number in range(count)]
+    # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
+    output = Output(synthesizer, out, sampling, allow_extrapolation=True)
     console = Console(stderr=True)
     written: dict[Path, list[Path]] = {file: [] for file in files}
     for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
-        # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
-        path = synthesize_file(synthesizer, file, out, number=number, settings=sampling, allow_extrapolation=True)
-        written[file].append(path)
+        written[file] += output.write([(file, number)])
     return [
         Match(case["case"], case["subject"], file, phantoms / "images" / file.name, written[file])
         for case, file in zip(cases, files, strict=True)

@@ -206,7 +206,7 @@ def test_the_last_layer_is_that_of_the_decoder_unless_the_network_names_it() -> 
 
 def test_the_last_layer_of_the_shipped_autoencoder_writes_its_volume() -> None:
     parser = ConfigParser(ConfigParser.load_config_files([str(shipped("train_autoencoder"))]))
-    parser["image_channels"] = 1
+    parser["image_channels"], parser["spatial_dims"] = 1, 3
     network = parser.get_parsed_content("network_def")
     assert last_layer(network) is list(network.network.decoder.parameters())[-2]
 

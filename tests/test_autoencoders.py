@@ -28,7 +28,7 @@ from fibldm.training.configuration import shipped, stage_configuration
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
 
-CONFIGS = ("vq", "maisi", "generative", "spade", "f8", "anisotropic")
+CONFIGS = ("vq", "maisi", "generative", "spade", "f8", "anisotropic", "identity")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -142,24 +142,30 @@ def test_c2_every_first_stage_has_one_interface(name: str) -> None:
 @pytest.mark.parametrize("wavelet", [True, False])
 @pytest.mark.parametrize("quantised", [True, False])
 def test_slices_have_first_stages_too(quantised: bool, wavelet: bool) -> None:
-    """Two dimensions and three channels: the wavelet has 4 bands, and the mask is encoded in two axes."""
-    bands, step = (12, 8) if wavelet else (3, 4)
+    """E1: two dimensions and three channels: 4 bands, one voxel along Z, which is neither compressed nor encoded."""
+    inputs, step = (12, 8) if wavelet else (3, 4)
     stage: Autoencoder
     if quantised:
-        stage = VectorQuantisedAutoencoder(vq_network(spatial_dims=2, bands=bands), wavelet=wavelet)
+        stage = VectorQuantisedAutoencoder(vq_network(spatial_dims=2, bands=inputs), wavelet=wavelet)
     else:
-        stage = Autoencoder(kl_network(spatial_dims=2, channels=bands), wavelet=wavelet, local_norm=True)
-    image = normal(2, 3, 16, 24)
-    assert stage.compression == (step, step)
+        stage = Autoencoder(kl_network(spatial_dims=2, channels=inputs), wavelet=wavelet, local_norm=True)
+    image = normal(2, 3, 16, 24, 1)
+    assert stage.compression == (step, step, 1)
     made = stage(image)
     assert made.volume.shape == image.shape
-    assert made.posterior.mean.shape == (2, 3, 16 // step, 24 // step)
-    mask = MaskEncoding((0, 1), stage.compression, 2).encode(torch.zeros(2, 1, 16, 24))
-    assert mask.shape == (2, 12, 16 // step, 24 // step)
+    assert made.posterior.mean.shape == (2, 3, 16 // step, 24 // step, 1)
+    frozen = FrozenFirstStage(stage)
+    assert frozen.decode(frozen.encode(image).mean).shape == image.shape
+    mask = MaskEncoding((0, 1), stage.compression, 2).encode(torch.zeros(2, 1, 16, 24, 1))
+    assert mask.shape == (2, 12, 16 // step, 24 // step, 1)
+    with pytest.raises(FibldmError, match=r"takes single slices \(X, Y, 1\); got the size \(16, 24, 2\)") as raised:
+        stage.encode(image.expand(-1, -1, -1, -1, 2))
+    assert "fibldm slices" in str(raised.value.remedy)
     if wavelet:
         assert stage.wavelet is not None
-        torch.testing.assert_close(stage.wavelet.inverse(stage.wavelet(image)), image)
-        torch.testing.assert_close(stage.wavelet(image)[:, ::4], nn.functional.avg_pool2d(image, 2))
+        bands = stage.wavelet(image[..., 0])
+        torch.testing.assert_close(stage.wavelet.inverse(bands), image[..., 0])
+        torch.testing.assert_close(bands[:, ::4], nn.functional.avg_pool2d(image[..., 0], 2))
 
 
 # --- codebook
@@ -574,7 +580,7 @@ def test_c13_the_presets_compress_4_and_8_times_with_attention_at_the_smallest_s
 
     def network(*names: str) -> Autoencoder:
         parser = ConfigParser(ConfigParser.load_config_files([str(shipped(name)) for name in names]))
-        parser["image_channels"] = 1
+        parser["image_channels"], parser["spatial_dims"] = 1, 3
         made: Autoencoder = parser.get_parsed_content("network_def")
         return made
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, each_channel
 from fibldm.evaluation.copies import TrainingDetails, detail_of
-from fibldm.evaluation.measurements import MEASUREMENTS, evaluate
+from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
@@ -168,7 +168,7 @@ def test_everything_is_measured_of_two_channels(evaluated: Evaluated, tmp_path: 
         shutil.copy(case.image, folder / f"{case.name}_000.nii.gz")
         shutil.copy(case.label, folder / "masks" / f"{case.name}.nii.gz")  # type: ignore[arg-type]
     sections = evaluate(
-        tuple(MEASUREMENTS),
+        OF_ANY_MASKS,
         run_dir=evaluated.run_dir,
         work=evaluated.work,
         synthetic=folder,

@@ -35,12 +35,14 @@ TinyStage = Callable[..., Configuration]
 ALONE = ("inference", "evaluate")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
 AUTOENCODERS = sorted(path.stem for path in configs_folder().glob("autoencoder_*.yaml"))
+MASKS = sorted(path.stem for path in configs_folder().glob("mask_*.yaml"))
 EVERY_STAGE = ((), ("tiny",), ("demo",), ("multi_gpu",))
 TRACKERS = (("mlflow",), ("wandb",))  # of training
 COMBINATIONS = [
     *((stage, data, extra) for stage in STAGE_FILES if stage != "latents" for data in DATA for extra in TRACKERS),
     *((stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in EVERY_STAGE),
     *(("autoencoder", data, (name,)) for data in DATA for name in AUTOENCODERS),
+    *((stage, DATA[0], (name,)) for stage in ("diffusion", "controlnet") for name in (*MASKS, "learned_variance")),
 ]
 
 

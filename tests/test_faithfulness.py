@@ -1,4 +1,4 @@
-"""Whether volumes follow their masks, measured by a segmenter that thresholds: ceiling, floor and both sides (H4)."""
+"""Whether volumes follow their masks, and what can be learned from them, by segmenters that threshold (H4)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.utility import measure_utility
 from fibldm.files import read_json, write_json
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
@@ -218,3 +219,44 @@ def test_volumes_without_masks_or_labels_are_refused(evaluated: Evaluated, synth
     volumes[1].label.unlink()  # type: ignore[union-attr]
     with pytest.raises(FibldmError, match="faithfulness needs the mask of every volume; p1_000 came without"):
         measure_faithfulness(evaluated, evaluated.synthetic(volumes[1].image.parent), Thresholds())
+
+
+# --- utility
+
+
+class Learned(Thresholds):
+    """Learned from volumes: finds the labels as far off as those lay, and remembers what it saw."""
+
+    def __init__(self, cases: list[Case], shift: int) -> None:
+        super().__init__()
+        self.cases, self.shift, self.fingerprint = [case.name for case in cases], shift, "l" * 64
+
+    def segment(self, image: NDArray[np.float32]) -> Labels:
+        return np.roll(super().segment(image), self.shift, axis=0)
+
+
+def test_utility_is_what_synthetic_volumes_teach_beside_what_real_scans_teach(
+    evaluated: Evaluated, synthesize: Synthesize
+) -> None:
+    """The real scans lie a voxel off: the one segmenter finds them so, the other, taught to look back, exactly."""
+    taught: list[Learned] = []
+
+    def train(cases: list[Case]) -> Learned:
+        taught.append(Learned(cases, shift=-1))
+        return taught[-1]
+
+    section = measure_utility(evaluated, synthesize({9: [0, 1], 0: [0]}), Thresholds(), train)
+    assert taught[0].cases == ["p9_000", "p9_001"]
+    assert section.notes == ["1 volumes of masks of validation or test patients were left out."]
+    assert section.facts["volumes"] == 2 and section.facts["real_training_scans"] == 1
+    lesion = 1 - 1 / 4
+    assert section.figures["dice/lesion"].real_vs_real == pytest.approx(lesion)
+    assert value(section, "dice/lesion") == value(section, "dice") == 1
+    assert section.figures["utility"].real_vs_real == 1
+    assert value(section, "utility") == pytest.approx(2 / (section.figures["dice/lung"].real_vs_real + lesion))
+    assert section.figures["utility"].n == 9 and section.figures["utility"].low is not None
+
+
+def test_volumes_of_test_masks_teach_nothing(evaluated: Evaluated, synthesize: Synthesize) -> None:
+    with pytest.raises(FibldmError, match="all of these are of validation or test patients; synthesize from the masks"):
+        measure_utility(evaluated, synthesize({0: [0], 3: [0]}), Thresholds(), lambda cases: Thresholds())

@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
-from fibldm.training.checkpoints import Checkpoints, Patience, WallTime
+from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, WallTime
 from fibldm.training.configuration import Configuration
 from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, is_step, steps_done
 from fibldm.training.precision import ScaledTrainer
@@ -223,6 +223,56 @@ def test_f1_patience_counts_validations_and_not_epochs(tmp_path: Path) -> None:
     patience = Patience(checkpoints, patience=2, interval=5)
     assert [epoch for epoch in range(10, 26) if patience.is_over(epoch)][0] == 20
     assert not Patience(checkpoints, patience=0, interval=1).is_over(1000)
+
+
+def gapped(folder: Path, gaps: list[float | None], patience: int) -> tuple[Engine, Checkpoints, GapLimit]:
+    """An engine of one iteration an epoch that meets these gaps, and a limit of 0.5; None is no validation."""
+    engine, checkpoints = checkpointed(folder, [1.0] * len(gaps))
+    metrics = Metrics(folder / "metrics.csv", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: setattr(engine.state, "output", output(1.0)))
+    metrics.attach(engine)
+
+    def measure() -> None:
+        value = gaps[engine.state.epoch - 1]
+        metrics.watched = {} if value is None else {"training_loss": 1.0, "gap": value}
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED, measure)
+    limit = GapLimit(checkpoints, metrics, limit=0.5, patience=patience)
+    limit.attach(engine)
+    return engine, checkpoints, limit
+
+
+@pytest.mark.parametrize(
+    ("gaps", "patience", "stopped"),
+    [
+        ([0.1, 0.4, 0.6, 0.7], 0, 3),
+        ([0.1, 0.6, 0.4, 0.6, 0.6, 0.1], 2, 5),
+        ([0.6, None, None, 0.7, 0.1], 2, 4),
+        ([0.5, 0.5, -0.5], 1, 3),
+    ],
+)
+def test_f1_training_stops_when_the_gap_stays_too_large(
+    tmp_path: Path, gaps: list[float | None], patience: int, stopped: int
+) -> None:
+    """F1: with a checkpoint; a resume reads the validations before from the file, and stops there as well."""
+    engine, _, limit = gapped(tmp_path, gaps, patience)
+    engine.run([0], max_epochs=len(gaps))
+    assert engine.state.epoch == stopped
+    engine, checkpoints, again = gapped(tmp_path, gaps, patience)
+    assert checkpoints.resume(engine) == stopped
+    assert again.is_over(stopped) == limit.is_over(stopped) == (stopped < len(gaps))
+    assert again.gaps(stopped) == limit.gaps(stopped)
+    assert [epoch for epoch in range(1, stopped) if again.is_over(epoch)] == []
+
+
+def test_f1_the_limit_of_a_gap_is_above_0_or_none(tmp_path: Path) -> None:
+    """F1."""
+    engine, checkpoints, limit = gapped(tmp_path, [9.0], 0)
+    engine.run([0], max_epochs=1)
+    assert not GapLimit(checkpoints, limit.metrics, limit=None).is_over(1)
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(FibldmError, match="stop_gap must be above 0, as a share of the training loss; got"):
+            GapLimit(checkpoints, limit.metrics, limit=wrong)
 
 
 @pytest.mark.parametrize(("limit", "stopped"), [(0.5, 1), (9.0, 3), (10.0, 4), (20.0, 5), (None, 5)])

@@ -20,12 +20,13 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
+from fibldm.shards import Shard, wait_for
 from fibldm.training.configuration import Configuration
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import EncodeStage, Latents
-from fibldm.training.shards import Shard, wait_for
 
 TinyStage = Callable[..., Configuration]
+GRID = {"spacing": [1, 1, 1]}
 
 
 # --- sharing the cases
@@ -162,7 +163,7 @@ def test_latents_that_are_not_finite_are_refused(
 def test_the_compression_of_an_older_run_counts_for_all_axes() -> None:
     space = LatentSpace((0.0,), (1.0,), "ae").to_dict()
     older, newer = (
-        Latents(Path(), {"compression": value, "labels": {"0": "", "1": ""}, "space": space}).mask(2)
+        Latents(Path(), {"compression": value, "labels": {"0": "", "1": ""}, "space": space, "grid": GRID}).mask(2)
         for value in (4, [4, 4, 4])
     )
     labels = (torch.arange(8 * 4 * 12).view(1, 1, 8, 4, 12) % 5 == 0).long()
@@ -171,7 +172,7 @@ def test_the_compression_of_an_older_run_counts_for_all_axes() -> None:
 
 def test_c1_compression_may_differ_by_axis(tiny_run: Path) -> None:
     space = LatentSpace((0.0,), (1.0,), "ae").to_dict()
-    mask = Latents(tiny_run, {"compression": [4, 4, 2], "labels": {"0": ""}, "space": space}).mask(1)
+    mask = Latents(tiny_run, {"compression": [4, 4, 2], "labels": {"0": ""}, "space": space, "grid": GRID}).mask(1)
     assert mask.encode(torch.zeros(1, 1, 8, 12, 8, dtype=torch.long)).shape[2:] == (2, 3, 4)
     assert isinstance(read_json(tiny_run / "latents" / "latents.json")["compression"], list)
 

@@ -1,26 +1,39 @@
-"""What stage 1 minimises, against closed forms; the padding weighs nothing in any of it (A11, B13, B14)."""
+"""What the stages minimise, against closed forms; padding weighs nothing in any of it (A11, A22, B13, B14, D14)."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.losses import JukeboxLoss
 from monai.networks.nets.resnet import ResNetFeatures
-from torch import Tensor
+from oracles import MU, STD
+from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Quantisation, Reconstruction
+from fibldm.models.denoiser import Denoiser
+from fibldm.models.process import Process, RectifiedFlow, Target, VariancePreserving
+from fibldm.models.samplers import draw_noise, sampler
+from fibldm.models.timesteps import sampling_times
+from fibldm.synthesis import SamplingSettings, Synthesizer
+from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.training.losses import (
     CHARBONNIER_EPSILON,
     AutoencoderLoss,
+    DenoisingLoss,
     Weighted,
+    gaussian_likelihood,
     kl_divergence,
     spectral_distance,
     weighted_error,
 )
 from fibldm.training.perceptual import PerceptualDistance
+from fibldm.volumes.masks import read_mask
 
 SIZE = (6, 8, 10)
 
@@ -268,3 +281,150 @@ def test_what_is_in_the_padding_changes_no_term(weights_2d: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     inside = loss.terms(reconstruction(volume * 0.5), Weighted(value, weight))
     assert not any(torch.equal(before[name], inside[name]) for name in before if name != "kl")
+
+
+# --- denoising
+
+
+def configured_loss(*configs: str, **changes: Any) -> DenoisingLoss:
+    names = ("common", "data_chest_phantom", *STAGE_FILES["diffusion"], *configs)
+    content = ConfigParser.load_config_files([str(shipped(name)) for name in names])
+    parser = ConfigParser(content)
+    parser.update({key.replace("__", "::"): value for key, value in changes.items()})
+    loss: DenoisingLoss = parser.get_parsed_content("loss")
+    return loss
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("l1", 2.5), ("l2", 8.5), ("huber", 2.0)])
+def test_a22_a_configuration_chooses_the_error(norm: str, expected: float) -> None:
+    """The last place weighs nothing; Huber's error is quadratic up to 1."""
+    weight = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3, 1, 1)
+    target = Weighted(torch.zeros(1, 2, 3, 1, 1), weight)
+    prediction = torch.tensor([[1.0, -4.0, 9.0], [1.0, 4.0, 9.0]]).view(1, 2, 3, 1, 1)
+    assert number(configured_loss(loss__norm=norm)(prediction, target)) == expected
+    assert number(configured_loss()(prediction, target)) == 8.5
+
+
+def test_d14_the_likelihood_is_that_of_a_gaussian() -> None:
+    mean, log_variance, value = drawn(2, 3, 4, 2, 2), drawn(2, 3, 4, 2, 2, seed=1), drawn(2, 3, 4, 2, 2, seed=2)
+    gaussian = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = -gaussian.log_prob(value)[:, :, :3].mean() - math.log(2 * math.pi) / 2
+    weight = torch.ones(2, 1, 4, 2, 2)
+    weight[:, :, 3:] = 0
+    torch.testing.assert_close(gaussian_likelihood(mean, log_variance, Weighted(value, weight)), expected)
+
+
+def test_d14_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
+    output, target = drawn(2, 6, 2, 2, 2).requires_grad_(), everywhere(drawn(2, 3, 2, 2, 2, seed=1))
+    plain, hybrid = DenoisingLoss(), DenoisingLoss(variance_weight=0.25, process=VariancePreserving())
+    terms = hybrid.terms(output, target)
+    assert list(terms) == ["denoising", "variance"]
+    (gradient,) = torch.autograd.grad(hybrid.objective(terms), output)
+    (of_mean,) = torch.autograd.grad(plain(output[:, :3], target), output)
+    assert torch.equal(gradient[:, :3], of_mean[:, :3])
+    error = (output[:, :3] - target.value).detach().square()
+    expected = 0.25 * (1 - error * (-output[:, 3:].detach()).exp()) / 2 / error.numel()
+    torch.testing.assert_close(gradient[:, 3:], expected)
+    assert number(hybrid(output, target)) == number(terms["denoising"]) == number(plain(output[:, :3], target))
+    assert list(plain.terms(output[:, :3], target)) == ["denoising"]
+
+
+def test_d14_the_shipped_configuration_learns_a_variance() -> None:
+    loss = configured_loss("learned_variance")
+    assert loss.variance_weight == 0.001
+    assert configured_loss("learned_variance", variance_weight=0.5).variance_weight == 0.5
+    assert configured_loss().variance_weight == 0
+
+
+def test_d14_a_variance_is_refused_where_it_cannot_be_learned() -> None:
+    with pytest.raises(FibldmError, match="needs a variance-preserving process; got RectifiedFlow; choose fibldm"):
+        DenoisingLoss(variance_weight=0.001, process=RectifiedFlow())
+    with pytest.raises(FibldmError, match="needs a variance-preserving process; got NoneType"):
+        DenoisingLoss(variance_weight=0.001)
+    with pytest.raises(FibldmError, match="variance_weight must be a number of at least 0; got -1"):
+        DenoisingLoss(variance_weight=-1)
+    target = everywhere(drawn(1, 3, 2, 2, 2))
+    with pytest.raises(FibldmError, match=r"of 3 channels must give 6 with variance_weight 0.001; got 3; put config"):
+        DenoisingLoss(variance_weight=0.001, process=VariancePreserving())(target.value, target)
+    with pytest.raises(FibldmError, match=r"of 3 channels must give 3 with variance_weight 0; got 6; put config"):
+        DenoisingLoss()(drawn(1, 6, 2, 2, 2), target)
+
+
+class AffineNetwork(nn.Module):
+    """The best network for Gaussian data: at each of its times an affine map and one logarithm of a variance."""
+
+    def __init__(self, times: Tensor) -> None:
+        super().__init__()
+        self.times = times
+        self.gain, self.offset, self.log_variance = (nn.Parameter(torch.zeros(len(times))) for _ in range(3))
+
+    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        at = (timesteps[:, None] - self.times).abs().argmin(dim=1)
+        gain, offset, log_variance = (
+            part[at].view(-1, 1, 1, 1, 1).expand_as(z_t) for part in (self.gain, self.offset, self.log_variance)
+        )
+        return torch.cat([gain * z_t + offset, log_variance], dim=1)
+
+
+def trained_on_gaussian(process: Process, target: Target, times: Tensor) -> AffineNetwork:
+    network = AffineNetwork(process.network_time(times))
+    loss = DenoisingLoss(variance_weight=0.5, process=process)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=300)
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(times), 1, 20, 20, 20)
+    for _ in range(300):
+        z_0, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        z_0 = MU + STD * z_0
+        output = network(process.diffuse(z_0, noise, times), process.network_time(times))
+        objective = loss.objective(loss.terms(output, everywhere(process.target(target, z_0, noise, times))))
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+@pytest.mark.parametrize("target", ["v", "sample"])
+def test_d14_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ancestral_steps_are_exact(
+    target: Target,
+) -> None:
+    process = VariancePreserving("cosine")
+    times = sampling_times(10, spacing="quadratic").float()
+    denoise = Denoiser(trained_on_gaussian(process, target, times[:-1]), process, target)  # type: ignore[arg-type]
+    alpha, sigma = process.alpha(times[:-1]), process.sigma(times[:-1])
+    expected = (STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)).log()
+    z = draw_noise((1, 30, 30, 30), [torch.Generator().manual_seed(1)])
+    with torch.no_grad():
+        learned = torch.cat([denoise(z, t[None]).log_variance.flatten()[:1] for t in times[:-1]])
+    torch.testing.assert_close(learned, expected, rtol=0, atol=0.05)
+
+    def std(denoise: Any) -> float:
+        generators = [torch.Generator().manual_seed(2)]
+        return number(sampler("ancestral")(denoise, z, times, process=process, generators=generators).std())
+
+    assert std(denoise) == pytest.approx(STD, rel=0.02)
+    assert std(lambda z_t, t: denoise(z_t, t)._replace(log_variance=None)) < 0.9 * STD
+
+
+@pytest.mark.slow
+def test_d14_both_stages_learn_a_variance_that_ancestral_sampling_uses(
+    tmp_path: Path, tiny_run: Path, phantom_work: Path, tiny_data: Path
+) -> None:
+    for stage in ("autoencoder", "latents"):
+        shutil.copytree(tiny_run / stage, tmp_path / stage)
+    configs = [str(tiny_data), "tiny", "learned_variance"]
+    settings = {"device": "cpu", "precision": "float32"}
+    for stage in ("diffusion", "controlnet"):
+        stage_configuration(stage, work=phantom_work, run_dir=tmp_path, configs=configs, overrides=settings).run()
+        columns = (tmp_path / stage / "metrics.csv").read_text().splitlines()[0].split(",")
+        assert {"loss/denoising", "loss/variance"} <= set(columns)
+    synthesizer = Synthesizer.from_run(tmp_path)
+    mask = read_mask(sorted((phantom_work / "labels").glob("*.nii.gz"))[0], {})
+    drawn_with = [
+        synthesizer(mask, settings=SamplingSettings(sampler="ancestral", steps=2, seed=seed)).volume.array
+        for seed in (0, 0, 1)
+    ]
+    assert np.isfinite(drawn_with[0]).all()
+    assert np.array_equal(drawn_with[0], drawn_with[1])
+    assert not np.array_equal(drawn_with[0], drawn_with[2])

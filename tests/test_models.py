@@ -8,10 +8,8 @@ import torch
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from torch import Tensor, nn
 
-from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, ChannelNorm, FrozenFirstStage, Posterior
-from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.denoiser import Denoiser, guided
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork
@@ -204,153 +202,6 @@ def test_b18_what_no_latent_space_can_be(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
-# --- mask encoding
-
-
-def mask_of(labels: tuple[int, ...], seed: int = 0) -> Tensor:
-    drawn = torch.randint(len(labels) + 1, (2, 1, 8, 4, 12), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor([*labels, UNKNOWN_LABEL])[drawn].to(torch.uint8)
-
-
-@pytest.mark.parametrize("count", [1, 3, 182])
-def test_a4_a17_fractions_keep_the_volume_of_every_label(count: int) -> None:
-    encoding, mask = MaskEncoding(tuple(range(count)), 4), mask_of(tuple(range(count)))
-    before = mask.clone()
-    fractions = encoding.encode(mask)
-    assert fractions.shape == (2, encoding.channels, 2, 1, 3)
-    assert encoding.channels == count + 1
-    assert torch.equal(fractions.sum(1), torch.ones(2, 2, 1, 3))
-    for channel, label in enumerate([*range(count), UNKNOWN_LABEL]):
-        assert float(fractions[:, channel].sum()) * 4**3 == float((mask == label).sum())
-    assert torch.equal(mask, before)
-
-
-def test_a4_a_thin_label_survives() -> None:
-    mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
-    mask[0, 0, 3, 5, :] = 7
-    fractions = MaskEncoding(LABELS, 4).encode(mask)
-    assert fractions[0, 3, 0, 1].tolist() == [4 / 64, 4 / 64]
-    assert float(fractions[0, 3].sum()) == 8 / 64
-
-
-def test_a19_unknown_voxels_go_to_the_last_channel() -> None:
-    mask = torch.full((1, 1, 4, 4, 4), UNKNOWN_LABEL, dtype=torch.uint8)
-    encoding = MaskEncoding(LABELS, 4)
-    assert encoding.encode(mask).flatten().tolist() == [0, 0, 0, 0, 1]
-    assert torch.equal(encoding.encode(mask), encoding.null(encoding.encode(torch.zeros_like(mask))))
-
-
-@pytest.mark.parametrize("wrong", [3, 4.5])
-def test_h10_a_label_that_the_data_do_not_have_is_refused(wrong: float) -> None:
-    mask = torch.zeros(1, 1, 4, 4, 4)
-    mask[0, 0, 1, 2, 3] = wrong
-    with pytest.raises(FibldmError, match=rf"\[0, 1, 4, 7\] or 255 \(unknown\); got also \[{wrong:.1f}\]"):
-        MaskEncoding(LABELS, 4).encode(mask)
-
-
-def test_a5_a_mask_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(FibldmError, match="must be divisible by 4"):
-        MaskEncoding(LABELS, 4).encode(torch.zeros(1, 1, 4, 4, 6))
-
-
-def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing_else() -> None:
-    encoding = MaskEncoding(LABELS, 4)
-    fractions = encoding.encode(mask_of(LABELS))
-    before = fractions.clone()
-    dropped = torch.tensor([[False, False, True, False], [False, False, False, False]])
-    result = encoding.drop_labels(fractions, dropped)
-    assert torch.equal(fractions, before)
-    assert torch.equal(result[1], before[1])
-    assert torch.equal(result[0, [1, 3]], before[0, [1, 3]])
-    assert torch.equal(result[0, [0, 2]], torch.zeros(2, 2, 1, 3))
-    assert torch.equal(result[0, 4], before[0, 4] + before[0, 0] + before[0, 2])
-
-
-@pytest.mark.parametrize("labels", [(0,), (0, 1), LABELS])
-def test_c10_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]) -> None:
-    encoding = MaskEncoding(labels, 4)
-    fractions = encoding.encode(mask_of(labels))
-    all_dropped = encoding.drop_labels(fractions, torch.ones(2, len(labels), dtype=torch.bool))
-    assert torch.equal(all_dropped, encoding.null(fractions))
-
-
-# --- ControlNet
-
-
-def steered(**changes: object) -> ConditionedNetwork:
-    return ConditionedNetwork(unet(), controlnet(**changes), freeze_base=True)
-
-
-def test_e13_a_new_controlnet_changes_nothing_to_the_bit() -> None:
-    network = steered().eval()
-    z, t, mask = normal(2, 2, 4, 4, 4), torch.tensor([3.0, 700.0]), torch.rand(2, 5, 4, 4, 4)
-    with torch.no_grad():
-        assert torch.equal(network(z, t, mask), unet().eval()(z, t))
-        assert torch.equal(network(z, t), unet().eval()(z, t))
-
-
-def test_e13_a_controlnet_starts_with_the_weights_of_its_base() -> None:
-    network = steered()
-    base, own = network.unet.state_dict(), network.controlnet.state_dict()
-    shared = [name for name in own if not name.startswith("controlnet_")]
-    assert {name.split(".")[0] for name in shared} == {"conv_in", "time_embed", "down_blocks", "middle_block"}
-    assert all(torch.equal(own[name], base[name]) for name in shared)
-    assert all(own[name].data_ptr() != base[name].data_ptr() for name in shared)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channels": (8, 24)},
-        {"channels": (8, 16, 16), "attention_levels": (False, True, True)},
-        {"channels": (8,), "attention_levels": (False,)},
-        {"num_res_blocks": 2},
-        {"attention_levels": (True, True)},
-        {"num_head_channels": 16},
-        {"norm_num_groups": 8},
-    ],
-    ids=str,
-)
-def test_e13_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    other = ControlNet(
-        in_channels=2,
-        conditioning_embedding_in_channels=5,
-        conditioning_embedding_num_channels=(8,),
-        **numbers(**changes),
-    )
-    with pytest.raises(FibldmError, match="must be built with the numbers of its base network"):
-        ConditionedNetwork(unet(), other)
-
-
-@pytest.mark.parametrize("mask_channels", [1, 4, 183])
-def test_e13_a17_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channels: int) -> None:
-    network = steered(mask_channels=mask_channels)
-    z, t = normal(1, 2, 4, 4, 4), torch.tensor([500.0])
-    assert network(z, t, torch.rand(1, mask_channels, 4, 4, 4)).shape == z.shape
-    with pytest.raises(RuntimeError, match=f"to have {mask_channels} channels"):
-        network(z, t, torch.rand(1, mask_channels + 1, 4, 4, 4))
-
-
-def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
-    network = steered()
-    for part in (network.controlnet.controlnet_mid_block, network.controlnet.controlnet_cond_embedding.conv_out):
-        nn.init.normal_(next(part.parameters()))  # past the zeros it starts with, where most gradients are 0
-    network(normal(1, 2, 4, 4, 4), torch.tensor([500.0]), torch.rand(1, 5, 4, 4, 4)).square().sum().backward()
-    assert all(weight.grad is None for weight in network.unet.parameters())
-    assert all(weight.grad is not None for weight in network.controlnet.parameters())
-    gradient = network.controlnet.controlnet_cond_embedding.conv_in.conv.weight.grad
-    assert gradient is not None
-    assert float(gradient.abs().sum()) > 0
-
-
-def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
-    network = ConditionedNetwork(unet())
-    assert network.multiple == 2
-    with pytest.raises(FibldmError, match=r"latent size \(4, 3, 4\) must be divisible by 2 \(2\^1: 2 UNet levels\)"):
-        network(normal(2, 2, 4, 3, 4), torch.tensor([0.0, 1.0]))
-
-
 # --- denoiser and guidance
 
 
@@ -392,25 +243,3 @@ def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise()
 
     made = guided(lambda z, t: Prediction(latent(eps_c)), lambda z, t: Prediction(latent(eps_n)), 3.0)(z_t, t).z_0
     torch.testing.assert_close(made, latent(eps_n + 3.0 * (eps_c - eps_n)))
-
-
-@pytest.mark.parametrize("detail", [1, 2, 4])
-def test_a19_mask_detail_says_where_in_a_cell_a_label_lies(detail):
-    """A4, A19: the parts of a cell average to its fraction; one voxel fills one part, in the order of the axes."""
-    labels = torch.randint(0, 3, (2, 1, 8, 12, 4))
-    coarse, fine = MaskEncoding((0, 1, 2), 4).encode(labels), MaskEncoding((0, 1, 2), 4, detail).encode(labels)
-    assert fine.shape == (2, 4 * detail**3, 2, 3, 1)
-    torch.testing.assert_close(fine.unflatten(1, (4, -1)).mean(dim=2), coarse)
-    voxel = torch.zeros(1, 1, 4, 4, 4, dtype=torch.long)
-    voxel[0, 0, 3, 0, 1] = 1
-    part = (3 * detail // 4) * detail**2 + (0 * detail // 4) * detail + 1 * detail // 4
-    assert MaskEncoding((0, 1), 4, detail).encode(voxel)[0, detail**3 :][: detail**3].flatten().nonzero().item() == part
-
-
-def test_a19_dropping_every_label_of_a_detailed_mask_is_its_null():
-    """C10, H10: dropout and guidance share the null, whatever the detail."""
-    mask = MaskEncoding((0, 1, 2), 4, 2)
-    encoded = mask.encode(torch.randint(0, 3, (2, 1, 8, 8, 8)))
-    torch.testing.assert_close(mask.drop_labels(encoded, torch.ones(2, 3, dtype=torch.bool)), mask.null(encoded))
-    with pytest.raises(FibldmError, match="mask detail must divide the compression 4; got 3"):
-        MaskEncoding((0, 1), 4, 3)

@@ -1,6 +1,7 @@
 """Pictures while a stage trains: what is where, when they come, and that training does not notice them (E7, D19)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ import pytest
 import torch
 from ignite.engine import Engine
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.autoencoder import Posterior
+from fibldm.models.autoencoder import FrozenFirstStage, Posterior
+from fibldm.models.process import RectifiedFlow
+from fibldm.models.samplers import ddim
+from fibldm.models.timesteps import GridTimes
 from fibldm.runs import StageFolder
 from fibldm.training.configuration import Configuration
 from fibldm.training.draws import EpochSampler, KeyedDataset
+from fibldm.training.latents import Latents
 from fibldm.training.pictures import Panel, compared, middle, render, slice_of, write_picture
-from fibldm.training.prepare_batch import VolumePrepareBatch
-from fibldm.training.preview import Preview, ReconstructionRows
+from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
+from fibldm.training.preview import Preview, ReconstructionRows, SampleRows, _panels
 
 TinyStage = Callable[..., Configuration]
 
@@ -238,3 +244,156 @@ def test_e7_cases_are_drawn_as_validation_sees_them() -> None:
     validated = dataset[next(iter(EpochSampler(1, seed=7, shuffle=False)))]["image"]
     for _ in range(2):
         torch.testing.assert_close(rows()[0][0].volume, torch.as_tensor(validated)[0])
+
+
+# --- what stages 2 and 3 draw
+
+
+class Known(nn.Module):
+    """Stands for a network of the target "sample" that knows the latent: as much everywhere as there is mask."""
+
+    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        level = 0.5 if mask is None else mask[:, 0].mean()
+        return torch.full_like(z_t, 7.0 if self.training else float(level))
+
+
+class Noise(nn.Module):
+    """One that leaves the noise as it is."""
+
+    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        return z_t
+
+
+@pytest.fixture
+def latents(tiny_run: Path) -> Latents:
+    """Three cases, which count as those of validation."""
+    opened = Latents.open(tiny_run)
+    items = [*opened.facts["items"]["validation"], *opened.facts["items"]["training"]]
+    return replace(opened, facts={**opened.facts, "items": {"validation": items[:3]}})
+
+
+def sample_rows(latents: Latents, network: Any, *, masked: bool = False, **settings: Any) -> SampleRows:
+    mask = latents.mask(1) if masked else None
+    prepare = LatentPrepareBatch(RectifiedFlow(), target="sample", times=GridTimes(2), mask=mask)
+    return SampleRows(network, latents, prepare_batch=prepare, **{"seed": 3, "device": "cpu", "steps": 2, **settings})
+
+
+def first_stage(latents: Latents) -> FrozenFirstStage:
+    return FrozenFirstStage(StageFolder(latents.run_dir, "autoencoder").trained())
+
+
+def tensors_of(latents: Latents, case: int) -> dict[str, Tensor]:
+    return load_file(latents.items("validation")[case]["file"])
+
+
+def titles(rows: list[list[Panel]]) -> list[list[str]]:
+    return [[panel.title for panel in row[::3]] for row in rows]
+
+
+def volumes(rows: list[list[Panel]]) -> list[list[Tensor]]:
+    return [[panel.volume for panel in row[::3]] for row in rows]
+
+
+def test_a30_without_a_mask_there_are_samples_alone(latents: Latents) -> None:
+    """A30, E7: what the network knows, decoded; and the network is left as it was."""
+    network = Known()
+    rows = sample_rows(latents, network, samples=2)()
+    assert titles(rows) == [[f"case {case}\nsample {number}" for number in (1, 2)] for case in (1, 2)]
+    z = torch.full((1, *tensors_of(latents, 0)["mean"].shape), 0.5)
+    expected = first_stage(latents).decode(latents.space.denormalise(z))[0, 0].clamp(-1, 1)
+    for volume in sum(volumes(rows), []):
+        torch.testing.assert_close(volume, expected, rtol=0, atol=1e-5)
+    assert network.training
+    assert [panel.plane for panel in rows[0]] == [0, 1, 2] * 2
+
+
+def test_a30_mask_and_real_volume_stand_beside_the_sample(latents: Latents) -> None:
+    """A30, E7: every case with its own."""
+    rows = sample_rows(latents, Known(), masked=True)()
+    assert titles(rows) == [[f"case {case}\n{name}" for name in ("mask", "real", "sample 1")] for case in (1, 2)]
+    decode = first_stage(latents).decode
+    for case, (mask, real, made) in enumerate(volumes(rows)):
+        cached = tensors_of(latents, case)
+        expected = decode(cached["mean"][None])[0, 0].clamp(-1, 1)
+        torch.testing.assert_close(real, expected, rtol=0, atol=1e-5)
+        known = [*sorted(int(label) for label in latents.facts["labels"]), 255]
+        assert len(known) > 2
+        for index, label in enumerate(known):
+            shown = mask[cached["labels"][0] == label]
+            torch.testing.assert_close(shown, torch.full_like(shown, 2 * index / (len(known) - 1) - 1))
+        level = (cached["labels"] == 0).float().mean()
+        z = torch.full_like(cached["mean"], float(level))[None]
+        expected = decode(latents.space.denormalise(z))[0, 0].clamp(-1, 1)
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(rows[0][0].volume, rows[1][0].volume)
+
+
+def test_a30_the_noise_of_a_sample_belongs_to_its_case(latents: Latents) -> None:
+    """A30, E7: whatever else is drawn, and however often."""
+    noise = volumes(sample_rows(latents, Noise(), samples=2)())
+    torch.manual_seed(9)
+    again = volumes(sample_rows(latents, Noise(), cases=3)())
+    assert len(again) == 3
+    for case in range(2):
+        assert torch.equal(noise[case][0], again[case][0])
+    assert not torch.equal(noise[0][0], noise[0][1]) and not torch.equal(noise[0][0], noise[1][0])
+    other = volumes(sample_rows(latents, Noise(), seed=4)())
+    assert not torch.equal(other[0][0], noise[0][0])
+
+
+def test_a30_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
+    """A30: DDIM of 200 steps with an eta of 1 as well as the default."""
+    rows = sample_rows(latents, Known(), sampler="ddim", steps=200, eta=1.0)
+    assert len(rows.times) == 201
+    assert rows.sampler.func is ddim and rows.sampler.keywords == {"eta": 1.0}  # type: ignore[attr-defined]
+    shifted = sample_rows(latents, Known(), steps=2, shift=3.0)
+    assert shifted.times.tolist() == pytest.approx([1.0, 0.75, 0.0])
+    with pytest.raises(FibldmError, match="sampler must be one of"):
+        sample_rows(latents, Known(), sampler="pndm")
+    with pytest.raises(FibldmError, match="sampling needs steps >= 1; got 0"):
+        sample_rows(latents, Known(), steps=0)
+    for name, eta in (("heun", 0.5), ("ddim", 1.5)):
+        with pytest.raises(FibldmError, match=rf"preview_eta must be in \[0, 1\] .* ddim only; got {eta} for {name}"):
+            sample_rows(latents, Known(), sampler=name, eta=eta)
+
+
+def test_e7_the_first_stage_is_read_once_and_only_if_it_is_needed(
+    latents: Latents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E7."""
+    trained, read = StageFolder.trained, []
+
+    def count(self: StageFolder, **overrides: Any) -> Any:
+        read.append(self.name)
+        return trained(self, **overrides)
+
+    monkeypatch.setattr(StageFolder, "trained", count)
+    rows = sample_rows(latents, Known())
+    assert read == []
+    for _ in range(2):
+        rows()
+    assert read == ["autoencoder"]
+
+
+def test_a_volume_of_one_slice_is_shown_once() -> None:
+    assert [panel.plane for panel in _panels("slice", torch.zeros(4, 6, 1))] == [0]
+    assert [panel.plane for panel in _panels("volume", torch.zeros(4, 6, 2))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "controlnet"])
+def test_e7_a_stage_that_draws_samples_ends_with_the_weights_of_one_that_does_not(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, stage: str
+) -> None:
+    """E7, H7: over several epochs, as what is drawn after one could only change the next."""
+    for earlier in ("autoencoder", "latents", *(("diffusion",) if stage == "controlnet" else ())):
+        for run in ("plain", "drawn"):
+            (tmp_path / run).mkdir(exist_ok=True)
+            (tmp_path / run / earlier).symlink_to(tiny_run / earlier)
+    for run, every in (("plain", 0), ("drawn", 1)):
+        tiny_stage(stage, tmp_path / run, epochs=2, preview_every=every, preview_sampler="ddim", preview_eta=1.0).run()
+    plain, drawn = (StageFolder(tmp_path / run, stage) for run in ("plain", "drawn"))
+    assert plain.require()["weights"] == drawn.require()["weights"]
+    last = [folder.weights("last")["objects"]["network"] for folder in (plain, drawn)]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    assert not (plain.path / "previews").exists()
+    assert sorted(path.name for path in drawn.path.rglob("*.png")) == ["epoch_0001.png", "epoch_0002.png"]

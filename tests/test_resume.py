@@ -98,7 +98,7 @@ def test_h7_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
     def break_off(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        # 2 epochs of 3 or more steps each and their validation are over
+        # an epoch of 3 or more steps is over, and its validation on both splits
         if calls > 12 and not (broken / "was-interrupted").exists():
             (broken / "was-interrupted").touch()
             raise Interrupted

@@ -113,8 +113,10 @@ def test_c19_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["epochs"], config["run_dir"], config["size"]) == (1, str(tiny_run), [32, 32, 32])
     header, row = (folder / "metrics.csv").read_text().splitlines()
-    terms = ",loss/reconstruction,loss/kl" if stage == "autoencoder" else ""
-    assert header == f"epoch,iteration,loss,validation_loss,learning_rate,gradient_norm{terms},seconds"
+    watched, terms = ",training_loss,gap", ",validation_loss/t0.25,validation_loss/t0.75"
+    if stage == "autoencoder":
+        watched, terms = "", ",loss/reconstruction,loss/kl"
+    assert header == f"epoch,iteration,loss,validation_loss{watched},learning_rate,gradient_norm{terms},seconds"
     assert "" not in row.split(",")
 
 
@@ -138,7 +140,7 @@ def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> Non
     assert all(torch.equal(steered[name], base[name]) for name in shared)
     last = StageFolder(tiny_run, "controlnet").weights("last")["objects"]
     assert all(torch.equal(last["network"][name], base[name]) for name in shared)
-    trained = len([name for name in steered if name.startswith("controlnet.")])
+    trained = len([name for name in steered if name.startswith("controls.0.")])
     assert len(last["optimizer"]["state"]) == trained
 
 

@@ -242,3 +242,17 @@ def test_weights_that_were_replaced_are_refused(evaluated: Evaluated) -> None:
         match=r"best\.pt must be the one that the stage ended with.*delete .* and run `fibldm evaluate` again",
     ):
         train(evaluated)
+
+
+def test_it_can_be_trained_on_other_cases_and_is_then_another_one(evaluated: Evaluated) -> None:
+    """Known by the content of the cases: the same ones again train nothing."""
+    half = evaluated.real("training")[:2]
+    other = trained_segmenter(evaluated, cases=half, overrides=SMALLEST, device="cpu")
+    assert other.fingerprint != train(evaluated).fingerprint
+    assert len(segmenters(evaluated)) == 2
+    again = trained_segmenter(evaluated, cases=list(half), overrides=SMALLEST, device="cpu")
+    assert again.fingerprint == other.fingerprint and len(segmenters(evaluated)) == 2
+    assert trained_segmenter(evaluated, cases=half[:1], overrides=SMALLEST, device="cpu").fingerprint not in (
+        other.fingerprint,
+        train(evaluated).fingerprint,
+    )

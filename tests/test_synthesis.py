@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+import yaml
 from highdicom import get_volume_from_series
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from nibabel import orientations
@@ -24,20 +26,27 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork
+from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
-from fibldm.synthesis import SamplingSettings, Synthesizer, find_masks, synthesize_file
+from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted, synthesize_files
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.masks import find_masks
 from fibldm.volumes.writer import sidecar
 
 LABELS = (0, 1, 2, 5)
 QUICK = SamplingSettings(sampler="ddim", steps=2)
+
+
+def synthesize_file(synthesizer, file: Path, out: Path, *, number: int, settings: SamplingSettings, **given) -> Path:
+    (path,) = Output(synthesizer, out, settings, **given).write([(file, number)])
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +70,7 @@ def synthesizer() -> Synthesizer:
         conditioning_embedding_in_channels=mask.channels,
         conditioning_embedding_num_channels=(8,),
     )
-    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=4), controlnet)
+    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=4), [MaskControl(controlnet)])
     for weight in network.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)
@@ -164,19 +173,47 @@ def test_the_mask_matters(synthesizer):
     assert np.abs(one - other)[mask.array == 2].mean() > 1
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_network_calls_are_those_that_are_made(synthesizer, name, guidance):
-    """B20: one call a step without guidance, two with it; heun takes one more a step, but for the last."""
+def counted_calls(synthesizer: Synthesizer, settings: SamplingSettings) -> tuple[int, int]:
+    """UNet passes that a volume really took, and those that its provenance tells."""
     seen: list[int] = []
-    settings = SamplingSettings(sampler=name, steps=3, guidance=guidance)
     hook = synthesizer.network.unet.register_forward_hook(lambda *_: seen.append(1))
     try:
         made = synthesizer(body(), settings=settings)
     finally:
         hook.remove()
-    steps = 5 if name == "heun" else 3
-    assert len(seen) == settings.network_calls == made.provenance["network_calls"] == steps * (1 + (guidance != 1))
+    return len(seen), made.provenance["network_calls"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_network_calls_are_those_that_are_made(synthesizer, name, guidance):
+    """B20: one call a step without guidance, two with it; heun takes one more a step, but for the last."""
+    settings = SamplingSettings(sampler=name, steps=3, guidance=guidance)
+    made, told = counted_calls(synthesizer, settings)
+    assert made == settings.network_calls == told == (5 if name == "heun" else 3) * (1 + (guidance != 1))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("interval", "shift", "guided_calls"),
+    [
+        ((0.0, 0.8), None, (3, 6)),  # times 1, 3/4, 1/2, 1/4; heun asks twice at all but the first
+        ((0.3, 0.75), None, (2, 4)),
+        ((0.75, 1.0), None, (1, 1)),
+        ((0.8, 0.95), None, (0, 0)),
+        ((0.0, 0.8), 3.0, (2, 4)),  # times 1, 9/10, 3/4, 1/2
+    ],
+)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_costs_nothing_outside_its_interval(synthesizer, name, interval, shift, guided_calls, guidance):
+    """B20, D16: what is told of the network calls is what a counting network sees."""
+    settings = SamplingSettings(
+        sampler=name, steps=4, guidance=guidance, guidance_rescale=0.7, guidance_interval=interval, shift=shift
+    )
+    twice = guided_calls[name == "heun"] if guidance != 1 else 0
+    made, told = counted_calls(synthesizer, settings)
+    assert made == told == (7 if name == "heun" else 4) + twice
+    assert made <= settings.network_calls
 
 
 def test_the_autoencoder_gets_latents_in_its_own_scale(synthesizer):
@@ -194,9 +231,132 @@ def test_the_autoencoder_gets_latents_in_its_own_scale(synthesizer):
     torch.testing.assert_close(decoded[0], synthesizer.space.denormalise(decoded[1]))
 
 
+def test_h8_a_volume_is_the_same_in_any_batch(synthesizer, monkeypatch):
+    """H8: the same noise to the bit, and the same volume to 1e-4 of its range, alone and with others of other sizes."""
+    seen: list[torch.Tensor] = []
+    real = SAMPLERS["ancestral"]
+
+    def record(denoise, z, times, **given):
+        if z.shape[1] == 4:  # counting the network's calls rehearses on two numbers
+            seen.append(z.clone())
+        return real(denoise, z, times, **given)
+
+    monkeypatch.setitem(SAMPLERS, "ancestral", record)
+    settings = replace(QUICK, sampler="ancestral", steps=3, guidance=2.0)
+    small = Volume(body().array[:20], body().affine)
+    wanted = [Wanted(body(), "a", 0), Wanted(body(), "a", 1), Wanted(small, "b", 0), Wanted(body(), "c", 7)]
+    together = synthesizer.batch(wanted, settings=settings, allow_extrapolation=True)
+    together_noise = [noise for z in seen for noise in z]
+    seen.clear()
+    alone = [synthesizer.batch([one], settings=settings, allow_extrapolation=True)[0] for one in wanted]
+    sizes = [part.provenance["grid"]["size"] for part in alone]
+    order = [place for size in (sizes[0], sizes[2]) for place in range(4) if sizes[place] == size][:4]
+    assert all(torch.equal(one, seen[place][0]) for one, place in zip(together_noise, order, strict=True))
+    width = synthesizer.intensity.high - synthesizer.intensity.low
+    for one, other in zip(together, alone, strict=True):
+        assert one.provenance == other.provenance
+        assert np.abs(one.volume.array.astype(float) - other.volume.array).max() <= max(1.0, 1e-4 * width / 2)
+    assert not np.array_equal(together[0].volume.array, together[1].volume.array)
+
+
+def test_d21_processes_share_the_volumes_and_batches_change_nothing(tiny_run, phantom_work, tmp_path, monkeypatch):
+    """D21, H8: two ranks with batches of 2 write what one process with batches of 1 writes."""
+    masks = sorted((phantom_work / "labels").iterdir())[:3]
+    settings = replace(QUICK, sampler="ancestral", steps=2)
+
+    fixed = {"count": 2, "settings": settings, "device": "cpu", "allow_extrapolation": True}
+
+    def make(out: str, **given: object) -> list[str]:
+        written = synthesize_files(tiny_run, masks, tmp_path / out, **fixed, **given)
+        return [path.name for path in written]
+
+    names = make("one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(make("two", batch_size=2))
+    assert shares == [names[0::2], names[1::2]]
+    for name in names:
+        one, two = (np.asarray(nibabel.load(tmp_path / out / name).dataobj, float) for out in ("one", "two"))
+        assert np.abs(one - two).max() <= 1.0
+        assert (tmp_path / "one" / name).with_suffix("").with_suffix(".json").read_text() == (
+            (tmp_path / "two" / name).with_suffix("").with_suffix(".json").read_text()
+        )
+    with pytest.raises(FibldmError, match="batch_size must be at least 1; got 0"):
+        make("none", batch_size=0)
+
+
 def test_guidance_changes_the_volume(synthesizer):
     plain, guided = (synthesizer(body(), settings=replace(QUICK, guidance=g)).volume.array for g in (1.0, 3.0))
     assert (plain != guided).mean() > 0.3
+
+
+def test_options_of_guidance_change_the_volume(synthesizer):
+    settings = replace(QUICK, steps=4, guidance=3.0)
+    options = [{}, {"guidance_rescale": 0.7}, {"guidance_interval": (0.0, 0.6)}, {"guidance": 1.0}, {"shift": 3.0}]
+    volumes = [synthesizer(body(), settings=replace(settings, **option)).volume.array for option in options]
+    for one, other in itertools.combinations(volumes, 2):
+        assert (one != other).mean() > 0.2
+
+
+def test_sampling_is_shifted_as_training_was_unless_told(synthesizer):
+    """The sidecar says by how much."""
+    trained, settings = replace(synthesizer, shift=3.0), replace(QUICK, steps=4)
+    made = trained(body(), settings=settings)
+    told = synthesizer(body(), settings=replace(settings, shift=3.0))
+    np.testing.assert_array_equal(made.volume.array, told.volume.array)
+    assert made.provenance["sampling"] == told.provenance["sampling"]
+    assert made.provenance["sampling"]["shift"] == 3.0
+    plain = trained(body(), settings=replace(settings, shift=1.0)).volume.array
+    np.testing.assert_array_equal(plain, synthesizer(body(), settings=settings).volume.array)
+    assert (plain != made.volume.array).mean() > 0.2
+
+
+@pytest.fixture(scope="module")
+def of_voxels(synthesizer) -> Synthesizer:
+    """A generator without an autoencoder."""
+    torch.manual_seed(1)
+    numbers = {"spatial_dims": 3, "in_channels": 1, "channels": (8, 8), "attention_levels": (False, False)}
+    numbers |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 4}
+    mask = MaskEncoding(LABELS, 1)
+    embedding = {"conditioning_embedding_num_channels": (8,)}
+    controlnet = ControlNet(**numbers, conditioning_embedding_in_channels=mask.channels, **embedding)
+    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=1), [MaskControl(controlnet)])
+    for weight in network.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.3)
+    first_stage, space = FrozenFirstStage(IdentityAutoencoder()), LatentSpace((-0.2,), (0.5,), "none")
+    grid = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16))
+    return replace(synthesizer, network=network.eval(), first_stage=first_stage, space=space, mask=mask, grid=grid)
+
+
+def test_dynamic_thresholding_ends_within_the_range_of_a_volume(of_voxels, monkeypatch):
+    """D14: guided, the network leaves the range, and clamping leaves voxels at its ends; thresholding need not."""
+    decoded = []
+
+    def record(first_stage: FrozenFirstStage, latent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        decoded.append(latent)
+        return first_stage.decode(latent, mask)
+
+    monkeypatch.setattr("fibldm.synthesis.synthesizer.tiled_decode", record)
+    plain, held = (
+        of_voxels(
+            body((16, 13, 15)), settings=replace(QUICK, guidance=4.0, dynamic_threshold=share), allow_extrapolation=True
+        )
+        for share in (None, 0.9)
+    )
+    assert float(decoded[0].abs().max()) > 1.2
+    assert float(decoded[1].abs().max()) <= 1 + 1e-5
+    assert held.provenance["sampling"]["dynamic_threshold"] == 0.9
+    assert (plain.volume.array != held.volume.array).mean() > 0.3
+
+
+def test_dynamic_thresholding_of_latents_is_refused(synthesizer):
+    with pytest.raises(
+        FibldmError, match="dynamic_threshold needs a run in pixel space, .*; this one has latents; lea"
+    ):
+        synthesizer(body(), settings=replace(QUICK, dynamic_threshold=0.9))
 
 
 def _changed(value: float, dtype: type = np.float32) -> Volume:
@@ -247,6 +407,16 @@ def test_whole_numbers_of_any_type_and_unknown_voxels_are_taken(synthesizer):
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"guidance": -1.0}, "guidance must be a number of at least 0; got -1.0"),
         ({"guidance": float("nan")}, "guidance must be a number of at least 0; got nan"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\]; got 1.5; 0.7 is usual"),
+        ({"guidance_rescale": float("nan")}, r"guidance_rescale must lie in \[0, 1\]; got nan"),
+        ({"guidance_interval": (0.5, 0.5)}, r"two times 0 <= low < high <= 1; got \(0.5, 0.5\); 0 and 1 guide always"),
+        ({"guidance_interval": (-0.1, 0.5)}, "two times 0 <= low < high <= 1; got"),
+        ({"guidance_interval": (0.1, 1.5)}, "two times 0 <= low < high <= 1; got"),
+        ({"guidance_interval": [0.5]}, r"two times 0 <= low < high <= 1; got \[0.5\]"),
+        ({"guidance_interval": 0.5}, "two times 0 <= low < high <= 1; got 0.5"),
+        ({"shift": 0.0}, "a time shift must be a number above 0.*; got 0.0"),
+        ({"dynamic_threshold": 0.0}, r"dynamic_threshold must lie in \(0, 1\]; got 0.0; 0.995 is usual, null is none"),
+        ({"dynamic_threshold": 99.5}, r"dynamic_threshold must lie in \(0, 1\]; got 99.5"),
     ],
 )
 def test_settings_that_are_refused(given, message):
@@ -266,7 +436,10 @@ def test_file_with_sidecar_and_mask(synthesizer, tmp_path):
     told = json.loads(sidecar(path).read_text())
     assert told["synthetic"] is True
     assert told["mask"] == "case.1.nii.gz" and told["mask_sha256"] == hash_file(file)
-    assert told["sampling"] == {"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
+    assert told["sampling"] == {
+        **{"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0, "shift": 1.0},
+        **{"guidance_rescale": 0.0, "guidance_interval": [0.0, 1.0], "dynamic_threshold": None},
+    }
     assert (told["number"], told["network_calls"], told["units"]) == (2, 2, "HU")
     assert told["intensity"] == synthesizer.intensity.to_dict() and told["source"] == synthesizer.source
     assert told["extrapolation"] == [] and "anatomy of its patient" in told["notice"]
@@ -465,3 +638,35 @@ def test_the_command_writes_dicom_and_bids(tiny_run, phantom_work, tmp_path):
     assert len(list((tmp_path / "nifti" / "bids").glob("sub-*/ct/*_desc-synthetic_ct.nii.gz"))) == 1
     assert "left lung" in (tmp_path / "nifti" / "bids" / "dseg.tsv").read_text()
     assert run([*command, "--out", str(tmp_path / "other"), "--bids", "T1w"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "shift"),
+    [
+        ({}, 1.0),
+        ({"time_shift": 2.5}, 2.5),
+        ({"time_shift": "auto"}, (8**3 / 1024) ** 0.5),
+        ({"times": {"_target_": "fibldm.models.timesteps.UniformTimes"}}, 1.0),
+    ],
+)
+def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shift):
+    """Also one whose configuration knows nothing of a shift."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    file = tmp_path / "run" / "controlnet" / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
+    assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
+
+
+def test_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
+    mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
+    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path), "--json"]
+    command += ["--allow-extrapolation", "--steps", "4", "--sampler", "ddim", "--guidance", "5.5"]
+    options = ["--guidance-rescale", "0.7", "--guidance-interval", "0.3", "0.8", "--shift", "1.5"]
+    assert run([*command, *options]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out.splitlines()[-1])
+    assert "guidance 5.5 is above 5: expect exaggerated anatomy" in printed.err
+    assert told["network_calls"] == 4 + 2  # times 1, 9/11, 3/5, 1/3
+    sampling = json.loads(sidecar(Path(told["outputs"][0])).read_text())["sampling"]
+    assert (sampling["guidance_rescale"], sampling["guidance_interval"], sampling["shift"]) == (0.7, [0.3, 0.8], 1.5)
+    assert run([*command, "--dynamic-threshold", "0.9", "--seed", "3"]) == 2

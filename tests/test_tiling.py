@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
+from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.models.locality import SharedNorm, Source, StatisticsMissing, halo, with_shared_norms
 from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.tiles import Tile, plan_tiles
@@ -86,8 +87,18 @@ def test_tiles_with_shared_statistics_equal_the_whole() -> None:
 
 def test_two_dimensions() -> None:
     stage = autoencoder(axes=2)
-    latent = random(1, 3, 40, 9)
+    latent = random(1, 3, 40, 9, 1)
     assert torch.allclose(tiled_decode(stage, latent, max_voxels=4 * 4 * 9 * 20), stage.decode(latent), atol=1e-5)
+    slices = random(1, 1, 160, 36, 1)
+    mean, _ = tiled_encode(stage, slices, max_voxels=4 * 4 * 9 * 20)
+    assert torch.allclose(mean, stage.encode(slices).mean, atol=1e-5)
+
+
+def test_c17_tiles_of_an_identity() -> None:
+    """C17: it has no weights that would say where it lies."""
+    stage, volume = FrozenFirstStage(IdentityAutoencoder()), random(1, 1, 9, 8, 7)
+    assert torch.equal(tiled_encode(stage, volume, max_voxels=100).mean, volume)
+    assert torch.equal(tiled_decode(stage, volume, max_voxels=100), volume)
 
 
 @pytest.mark.parametrize("quantised", [True, False])

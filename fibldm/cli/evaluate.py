@@ -46,12 +46,22 @@ def copies(
     return _measure(["copies"], data, run, synthetic, settings, device)
 
 
+@evaluate.command()
+def utility(
+    data: Work, run: Run, synthetic: Synthetic, settings: Settings = [], device: Device = None
+) -> dict[str, Any]:
+    """Can a segmenter learn from them? Trained on volumes of the training masks alone, measured on real test scans."""
+    return _measure(["utility"], data, run, synthetic, settings, device)
+
+
 @evaluate.command("all")
 def everything(
     data: Work, run: Run, synthetic: Synthetic, settings: Settings = [], device: Device = None
 ) -> dict[str, Any]:
-    """All of these."""
-    return _measure(["faithfulness", "realism", "reconstruction", "copies"], data, run, synthetic, settings, device)
+    """All of these but utility, which needs volumes of the training masks."""
+    from fibldm.evaluation.measurements import OF_ANY_MASKS
+
+    return _measure(list(OF_ANY_MASKS), data, run, synthetic, settings, device)
 
 
 def _measure(

@@ -10,16 +10,35 @@ if TYPE_CHECKING:
 
 
 def synthesize(
-    run: Annotated[Path, typer.Option("--run", help="Run folder with a finished ControlNet stage.")],
+    run: Annotated[Path, typer.Option("--run", help="Run folder, trained to the end.")],
     masks: Annotated[
         list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are sampled together.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 10,
     sampler: Annotated[str, typer.Option(help="ddim, ancestral, heun or dpmpp_2m.")] = "dpmpp_2m",
     guidance: Annotated[float, typer.Option(help="1 is none; more follows the mask harder.")] = 1.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="0 to 1: hold back the contrast that guidance adds; 0.7 is usual.")
+    ] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Guide between these times only, 0 data, 1 noise; cheaper."),
+    ] = (0.0, 1.0),
+    shift: Annotated[
+        float | None, typer.Option(help="Above 1: more steps at high noise; by default that of training.")
+    ] = None,
+    dynamic_threshold: Annotated[
+        float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
+    ] = None,
+    strength: Annotated[float, typer.Option(min=0, help="Of the ControlNet: 1 is as trained, 0 is off.")] = 1.0,
+    with_controlnet: Annotated[
+        list[str],
+        typer.Option(metavar="RUN=STRENGTH", help="Add the ControlNet of a run with the same base; may be repeated."),
+    ] = [],
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Go on where a mask lies outside the training data.")
     ] = False,
@@ -42,11 +61,22 @@ def synthesize(
     ] = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
+    from fibldm.files import read_json
     from fibldm.runs import load_facts
     from fibldm.synthesis import SamplingSettings, synthesize_files
     from fibldm.volumes.bids_writer import check_bids, write_bids
+    from fibldm.volumes.writer import sidecar
 
-    settings = SamplingSettings(sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    settings = SamplingSettings(
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
+        shift=shift,
+        dynamic_threshold=dynamic_threshold,
+    )
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
     _check_options(output_format, {"--template": template, "--label-codes": label_codes}, {"--bids": bids})
@@ -58,15 +88,29 @@ def synthesize(
         out,
         count=count,
         settings=settings,
+        batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
+        strength=strength,
+        others=dict(_run_and_strength(text) for text in with_controlnet),
         device=device,
         dicom=_dicom_output(template, label_codes) if output_format == "dicom" else None,
     )
     if bids is not None:
         names = {int(value): name for value, name in load_facts(run)["labels"].items() if int(value)}
         write_bids(out / "bids", outputs, suffix=bids, names=names, skull_stripped=skull_stripped)
-    print(f"{len(outputs)} synthetic volumes in {out} ({settings.network_calls} network calls each)")
-    return {"outputs": [str(path) for path in outputs], "network_calls": settings.network_calls}
+    calls = read_json(sidecar(outputs[0]))["network_calls"]
+    print(f"{len(outputs)} synthetic volumes in {out} ({calls} network calls each)")
+    return {"outputs": [str(path) for path in outputs], "network_calls": calls}
+
+
+def _run_and_strength(text: str) -> tuple[Path, float]:
+    from fibldm.errors import FibldmError
+
+    run, sign, strength = text.rpartition("=")
+    try:
+        return (Path(run), float(strength)) if sign else (Path(text), 1.0)
+    except ValueError as error:
+        raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
 
 
 def _dicom_output(template: Path | None, label_codes: Path | None) -> "DicomOutput":

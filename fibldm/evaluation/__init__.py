@@ -5,6 +5,7 @@
 * ``segmenter``: one small UNet of real scans for every measurement
 * ``faithfulness`` (with ``overlap``): do volumes follow their masks?
 * ``realism`` (with ``radiomics``, ``distances``, ``spectrum``, ``structure``): do they look like real scans?
+* ``utility``: can a segmenter learn from them?
 * ``reconstruction``: what does the autoencoder lose?
 * ``copies``: is one a copy of a training scan?
 * ``measurements``: all of these by name

@@ -85,7 +85,7 @@ class TrainingDetails:
 
     def nearest(self, case: Case, detail: Floats) -> Nearest:
         """The training scan most similar to a volume of this detail; the first of equally similar ones."""
-        steps = itertools.product(range(-_SHIFT, _SHIFT + 1), repeat=3)
+        steps = itertools.product(*(range(-margin, margin + 1) for margin in _margins(detail)))
         shifted = _standardise(np.stack([_shifted(detail, step) for step in steps]), self.mean)
         similarities = (self.residuals @ shifted.T).max(axis=1)
         best = int(similarities.argmax())
@@ -164,9 +164,14 @@ def _cached_detail(cache: FeatureCache, reconstruct: Reconstruct, case: Case) ->
 
 def _shifted(detail: Floats, step: tuple[int, ...]) -> Floats:
     """The voxels that lie ``step`` beyond those of the volume without its margin, ``(D,)``."""
-    starts = [_SHIFT + offset for offset in step]
-    x, y, z = (slice(start, start + n - 2 * _SHIFT) for start, n in zip(starts, detail.shape[-3:], strict=True))
+    axes = zip(step, _margins(detail), detail.shape[-3:], strict=True)
+    x, y, z = (slice(margin + offset, margin + offset + n - 2 * margin) for offset, margin, n in axes)
     return detail[..., x, y, z].ravel()
+
+
+def _margins(detail: Floats) -> list[int]:
+    """Voxels that a shift may take away on each side of each axis; a slice stays in its plane."""
+    return [_SHIFT if length > 1 else 0 for length in detail.shape[-3:]]
 
 
 def _standardise(rows: Floats, mean: Floats) -> Floats:

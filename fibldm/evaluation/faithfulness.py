@@ -48,15 +48,15 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
     need_masks(list(synthetic), "faithfulness")
     names = foreground(evaluated)
     real = _same_patients(evaluated.real("test"), synthetic)
-    measured = _measure(evaluated, [(case, case) for case in synthetic], segmenter)
+    measured = measure_overlaps(evaluated, [(case, case) for case in synthetic], segmenter)
     if not any(row.values for row in measured):
         raise FibldmError(
             f"faithfulness needs masks with at least {FEWEST_VOXELS} voxels of a label on the model grid; "
             f"none of {len(synthetic)} has as many of {', '.join(names.values())}",
             "check that these are the masks of the volumes",
         )
-    ceiling = mean_figures(_measure(evaluated, [(case, case) for case in real], segmenter))
-    shuffled = mean_figures(_measure(evaluated, _with_other_masks(synthetic), segmenter))
+    ceiling = mean_figures(measure_overlaps(evaluated, [(case, case) for case in real], segmenter))
+    shuffled = mean_figures(measure_overlaps(evaluated, _with_other_masks(synthetic), segmenter))
     figures = mean_figures(measured, {name: figure.value for name, figure in ceiling.items()})
     floor = {f"{name}{SHUFFLED}": figure for name, figure in shuffled.items()}
     return Section(
@@ -96,11 +96,11 @@ def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [{"case": row.case.name, "subject": row.case.subject, **row.values} for row in measured]
 
 
-def _measure(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], segmenter: Segmenter) -> list[Measured]:
+def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], segmenter: Segmenter) -> list[Measured]:
     """What is found in the first of each pair against the mask of the second."""
     names, console = foreground(evaluated), Console(stderr=True)
     measured = []
-    for case, other in track(pairs, "faithfulness", console=console, disable=not console.is_terminal):
+    for case, other in track(pairs, "segment", console=console, disable=not console.is_terminal):
         mask = evaluated.read(other)
         found = overlaps(segmentation(evaluated, case, segmenter), mask.labels, names, mask.spacing)
         measured.append(Measured(case, named_values(found, names)))

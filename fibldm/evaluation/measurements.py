@@ -16,6 +16,7 @@ from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
 from fibldm.evaluation.record import Section, record
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
+from fibldm.evaluation.utility import measure_utility
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Measurements:
 
     @cached_property
     def segmenter(self) -> Segmenter:
-        return trained_segmenter(self.evaluated, overrides=self.segmenter_settings, device=self._device)
+        return self._trained()
 
     @cached_property
     def reconstructor(self) -> Reconstructor:
@@ -64,6 +65,12 @@ class Measurements:
             self.evaluated, self.synthetic, reconstruct=self.reconstructor, pictures=self.evaluated.folder
         )
 
+    def utility(self) -> Section:
+        return measure_utility(self.evaluated, self.synthetic, self.segmenter, self._trained)
+
+    def _trained(self, cases: Sequence[Case] | None = None) -> Segmenter:
+        return trained_segmenter(self.evaluated, cases=cases, overrides=self.segmenter_settings, device=self._device)
+
     @property
     def _device(self) -> str:
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +81,9 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "realism": Measurements.realism,
     "reconstruction": Measurements.reconstruction,
     "copies": Measurements.copies,
+    "utility": Measurements.utility,
 }
+OF_ANY_MASKS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
+from fibldm.volumes.grid import long_axes
 
 FEWEST_VOXELS = 10
 
@@ -55,7 +56,8 @@ def hd95(found: Region, wanted: Region, spacing: Sequence[float]) -> float:
     """95 % Hausdorff distance, mm: the larger of the 95th percentiles of both directed surface distances.
 
     Huttenlocher et al. 1993, "Comparing images using the Hausdorff distance", section II; the surface of a region is
-    its voxels that share a face with the outside, which begins at the border of the volume.
+    its voxels that share a face with the outside, which begins at the border of the volume; of
+    a slice, the outline of a region.
 
     Args:
         found: ``(X, Y, Z)``; if empty, the distance is the diagonal of the volume.
@@ -64,9 +66,11 @@ def hd95(found: Region, wanted: Region, spacing: Sequence[float]) -> float:
     """
     if not found.any():
         return float(np.linalg.norm(np.multiply(found.shape, spacing)))
+    axes = long_axes(found.shape)
+    found, wanted, steps = found.squeeze(), wanted.squeeze(), np.asarray(spacing)[axes]
     around = ndimage.find_objects((found | wanted).astype(np.uint8))[0]
     surfaces = (region[around] & ~ndimage.binary_erosion(region[around]) for region in (found, wanted))
-    one, other = (np.argwhere(surface) * np.asarray(spacing) for surface in surfaces)
+    one, other = (np.argwhere(surface) * steps for surface in surfaces)
     return max(_directed(one, other), _directed(other, one))
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path
-from fibldm.training.pictures import PLANES, middle, slice_of
+from fibldm.training.pictures import PLANES, middle, planes_of, slice_of
 from fibldm.volumes.grid import Array
 
 _INCHES = 1.5
@@ -103,7 +103,7 @@ def write_comparison(
 
 def comparison(pairs: Sequence[Pair], window: tuple[float, float], difference: bool) -> Figure:
     """The picture that `write_comparison` writes."""
-    columns = len(PLANES) * (3 if difference else 2)
+    columns = max(len(planes_of(pair.left)) for pair in pairs) * (3 if difference else 2)
     size = (_INCHES * columns, (_INCHES + 0.4) * len(pairs))
     figure = Figure(figsize=size, dpi=100, facecolor="black", layout="constrained")
     for row, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).ravel(), pairs, strict=True):
@@ -126,7 +126,8 @@ def _draw_pair(row: SubFigure, pair: Pair, window: tuple[float, float], differen
     if difference:
         change = pair.right.astype(np.float32) - pair.left.astype(np.float32)
         volumes.append((f"difference, ±{limit:g}", change, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}))
-    axes = row.subplots(1, len(volumes) * len(PLANES)).reshape(len(volumes), len(PLANES))
+    planes = len(planes_of(pair.left))
+    axes = row.subplots(1, len(volumes) * planes).reshape(len(volumes), planes)
     for (name, volume, style), group in zip(volumes, axes, strict=True):
         for plane, axis in enumerate(group):
             picture, aspect = slice_of(volume, pair.spacing, plane, middle(volume))

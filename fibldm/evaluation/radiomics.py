@@ -11,6 +11,7 @@ from scipy import ndimage
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Sample
 from fibldm.files import hash_value
+from fibldm.volumes.grid import long_axes
 
 WHOLE = "whole"
 
@@ -58,10 +59,10 @@ class Radiomics:
         """The features, ``(d,)`` in the order of `names`; NaN for labels that the sample does not have.
 
         Raises:
-            FibldmError: the volume is thinner than two voxels.
+            FibldmError: the volume has fewer than two axes.
         """
-        if min(sample.image.shape) < 2:
-            raise FibldmError(f"features need at least two voxels along every axis; got {sample.image.shape}")
+        if len(long_axes(sample.image.shape)) < 2:
+            raise FibldmError(f"features need at least two voxels along two axes; got {sample.image.shape}")
         image, spacing = sample.image, sample.spacing
         texture = [scale**2 * np.abs(blurred_laplacian(image, spacing, scale)) for scale in self.scales]
         gradient = gradient_magnitude(image, spacing)
@@ -74,7 +75,8 @@ class Radiomics:
 
 def gradient_magnitude(image: NDArray[np.float32], spacing: Sequence[float]) -> NDArray[np.float32]:
     """Length of the gradient, per mm, ``(X, Y, Z)``; central differences, one-sided at the border."""
-    return np.sqrt(sum(np.square(part) for part in np.gradient(image, *spacing)))
+    axes = long_axes(image.shape)
+    return np.sqrt(sum(np.square(part) for part in np.gradient(image, *(spacing[axis] for axis in axes), axis=axes)))
 
 
 def blurred_laplacian(image: NDArray[np.float32], spacing: Sequence[float], scale: float) -> NDArray[np.float32]:

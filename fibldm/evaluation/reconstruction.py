@@ -23,6 +23,7 @@ from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectru
 from fibldm.evaluation.statistics import Figure, figure
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
+from fibldm.volumes.grid import long_axes
 from fibldm.volumes.intensity import Intensity
 
 PICTURE = "reconstruction.png"
@@ -130,8 +131,8 @@ def image_quality(real: Image, made: Image, regions: Mapping[str, Region], *, un
     """``psnr<name>``, ``ssim<name>`` and ``mae<name>`` of an image in each region, by the region's name.
 
     PSNR is ``10 log10(2^2 / MSE)`` dB, at most 100, where 2 is the range of ``[-1, 1]``. SSIM is the mean, over the
-    region, of the map of Wang et al. 2004, "Image quality assessment", eq. 13, in 3-D with their Gaussian window of
-    sigma 1.5 voxels.
+    region, of the map of Wang et al. 2004, "Image quality assessment", eq. 13, in 3-D (of a slice, in 2-D) with their
+    Gaussian window of sigma 1.5 voxels.
 
     Args:
         real: ``(X, Y, Z)`` in ``[-1, 1]``.
@@ -142,18 +143,19 @@ def image_quality(real: Image, made: Image, regions: Mapping[str, Region], *, un
     Raises:
         FibldmError: an axis is shorter than the window of SSIM.
     """
-    if min(real.shape) < _SSIM_WINDOW:
+    if min(real.shape[axis] for axis in long_axes(real.shape)) < _SSIM_WINDOW:
         raise FibldmError(f"SSIM needs at least {_SSIM_WINDOW} voxels along each axis; got {real.shape}")
-    real, made = real.astype(np.float64), made.astype(np.float64)
+    one, other = (image.squeeze().astype(np.float64) for image in (real, made))
     _, similarity = structural_similarity(
-        real, made, data_range=_RANGE, gaussian_weights=True, sigma=_SSIM_SIGMA, use_sample_covariance=False, full=True
+        one, other, data_range=_RANGE, gaussian_weights=True, sigma=_SSIM_SIGMA, use_sample_covariance=False, full=True
     )
     values: dict[str, float] = {}
     for name, region in regions.items():
-        difference = (made - real)[region]
+        inside = region.squeeze()
+        difference = (other - one)[inside]
         values |= {
             f"psnr{name}": _psnr(float(np.square(difference).mean())),
-            f"ssim{name}": float(similarity[region].mean()),
+            f"ssim{name}": float(similarity[inside].mean()),
             f"mae{name}": unit * float(np.abs(difference).mean()),
         }
     return values

@@ -1,6 +1,6 @@
 """One segmenter of real scans for every measurement: a small 3-D UNet, trained once for each content and setting."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from monai.networks.layers import SkipConnection
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fibldm.evaluation.cases import Evaluated
+from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.files import hash_value
 from fibldm.runs import StageFolder
 from fibldm.training.configuration import Configuration, stage_configuration
@@ -79,7 +79,11 @@ class Segmenter:
 
 
 def trained_segmenter(
-    evaluated: Evaluated, *, overrides: Mapping[str, Any] | None = None, device: str | torch.device | None = None
+    evaluated: Evaluated,
+    *,
+    cases: Sequence[Case] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
 ) -> Segmenter:
     """The segmenter of the training split, trained where there is none yet of this data and these settings.
 
@@ -88,6 +92,7 @@ def trained_segmenter(
 
     Args:
         evaluated: the run and its work folder, whose model grid, intensity and labels it takes.
+        cases: with masks, to train on in place of the training split; validation stays that of the work folder.
         overrides: of ``configs/train_segmenter.yaml``, ``key::sub`` to value, such as ``{"steps": 1000}``.
         device: to train and to measure on; None takes CUDA where there is one.
 
@@ -102,6 +107,7 @@ def trained_segmenter(
             "values": evaluated.intensity.to_dict(),
         },
         "labels": sorted(evaluated.labels),
+        **({} if cases is None else _instead(evaluated, cases)),
         **(overrides or {}),
     }
     configuration = stage_configuration(
@@ -115,8 +121,16 @@ def trained_segmenter(
     return Segmenter(network, tuple(settings["labels"]), stage.require()["weights"], window)
 
 
+def _instead(evaluated: Evaluated, cases: Sequence[Case]) -> dict[str, Any]:
+    """Overrides that train on other cases, known by their content."""
+    items = [{"image": str(case.image), "label": str(case.label), "case": case.name} for case in cases]
+    content = hash_value([evaluated.key(case) for case in cases])
+    return {"train::dataset::data": items, "stage::inputs::data": content}
+
+
 def _key(configuration: Configuration, evaluated: Evaluated) -> str:
     """A hash of what decides a segmenter: configuration and data, but not where they lie."""
     config = ConfigParser.load_config_files([str(file) for file in configuration.files])
-    chosen = {key: value for key, value in configuration.overrides.items() if key not in ("work", "run_dir")}
+    places = ("work", "run_dir", "train::dataset::data")
+    chosen = {key: value for key, value in configuration.overrides.items() if key not in places}
     return hash_value([config, chosen, read_datalist(evaluated.work)["content"]])[:12]

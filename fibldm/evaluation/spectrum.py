@@ -13,6 +13,7 @@ from scipy import fft
 from scipy.signal.windows import hann
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.grid import long_axes
 
 _SMALLEST_POWER = 1e-12
 
@@ -22,9 +23,9 @@ Spectrum = NDArray[np.float64]
 def frequency_edges(shape: Sequence[int], spacing: Sequence[float]) -> Spectrum:
     """Edges of the bins, cycles/mm, ``(K + 1,)``; the bins are centred on 2, 3, ... cycles per field of view.
 
-    The shortest side counts, so that no bin is empty. One cycle is left out: the Hann window mixes it with the mean,
-    which is removed. The last bin ends below the Nyquist frequency of the coarsest axis, so that every direction is in
-    every bin.
+    The shortest side counts, so that no bin is empty; of a slice, that of the two in its plane. One cycle is left out:
+    the Hann window mixes it with the mean, which is removed. The last bin ends below the Nyquist frequency of the
+    coarsest axis, so that every direction is in every bin.
 
     Args:
         shape: voxels along each axis.
@@ -33,8 +34,9 @@ def frequency_edges(shape: Sequence[int], spacing: Sequence[float]) -> Spectrum:
     Raises:
         FibldmError: the volume is too thin for a single bin.
     """
-    shortest = min(length * step for length, step in zip(shape, spacing, strict=True))
-    last = int(shortest / (2 * max(spacing)) - 0.5)
+    axes = long_axes(shape)
+    shortest = min(shape[axis] * spacing[axis] for axis in axes)
+    last = int(shortest / (2 * max(spacing[axis] for axis in axes)) - 0.5)
     if last < 2:
         raise FibldmError(
             f"a spectrum needs a volume whose shortest side is at least five voxels of its coarsest axis; got size "

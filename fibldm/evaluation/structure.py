@@ -8,6 +8,7 @@ from monai.metrics.regression import compute_ms_ssim
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.grid import long_axes
 
 _KERNEL = 7
 _SIGMA = 1.5
@@ -26,7 +27,8 @@ def scale_weights(shape: Sequence[int]) -> tuple[float, ...]:
     Raises:
         FibldmError: the window does not fit into the volume.
     """
-    fitting = [scales for scales in range(1, len(_WEIGHTS) + 1) if _fits(min(shape), scales)]
+    shortest = min(shape[axis] for axis in long_axes(shape))
+    fitting = [scales for scales in range(1, len(_WEIGHTS) + 1) if _fits(shortest, scales)]
     if not fitting:
         raise FibldmError(f"MS-SSIM needs at least {_KERNEL} voxels along every axis; got {tuple(shape)}")
     weights = np.array(_WEIGHTS[: fitting[-1]])
@@ -41,7 +43,7 @@ def ms_ssim(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     voxels. Values depend on the number of scales, and compare only between volumes of one size.
 
     Args:
-        first: ``(X, Y, Z)``, in ``[-1, 1]``.
+        first: ``(X, Y, Z)``, in ``[-1, 1]``; a slice ``(X, Y, 1)`` is compared in two dimensions.
         second: the same shape.
 
     Raises:
@@ -49,9 +51,9 @@ def ms_ssim(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     """
     if first.shape != second.shape:
         raise FibldmError(f"MS-SSIM needs two volumes of one size; got {first.shape} and {second.shape}")
-    a, b = (torch.as_tensor(volume, dtype=torch.float32)[None, None] for volume in (first, second))
-    weights = scale_weights(first.shape)
-    similarity = compute_ms_ssim(a, b, 3, _DATA_RANGE, kernel_size=_KERNEL, kernel_sigma=_SIGMA, weights=weights)
+    a, b = (torch.as_tensor(volume.squeeze(), dtype=torch.float32)[None, None] for volume in (first, second))
+    weights, axes = scale_weights(first.shape), a.ndim - 2
+    similarity = compute_ms_ssim(a, b, axes, _DATA_RANGE, kernel_size=_KERNEL, kernel_sigma=_SIGMA, weights=weights)
     return float(similarity)
 
 

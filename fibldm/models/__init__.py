@@ -3,7 +3,8 @@
 Volumes and latents:
 
 * ``autoencoder``: volumes to latents and back
-* ``vector_quantised``, ``spade_autoencoder``, ``maisi``: other first stages of the same interface
+* ``vector_quantised``, ``spade_autoencoder``, ``maisi``, ``identity_autoencoder``: other first stages of the same
+  interface
 * ``tiling`` (with ``tiles``, ``locality``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
@@ -11,15 +12,16 @@ Volumes and latents:
 
 Diffusion:
 
-* ``process``: how a latent becomes noise, the training targets, and the way back
+* ``process`` (with ``schedules``): how a latent becomes noise, the training targets, and the way back
 * ``timesteps``: times for training, validation and sampling
 * ``samplers``: from noise to a latent with a denoiser
 
 The network that follows a mask:
 
-* ``conditioning``: masks as fractions at the latent's size, with a channel for *unknown*
+* ``conditioning`` (with ``mask_features``): masks at the latent's size, with a group of channels for *unknown*
+* ``mask_encoders``: what a network sees of them
 * ``controlnet``: a ControlNet that starts as a copy of its base network
-* ``network``: the UNet with its ControlNet, as engine and checkpoint see them
+* ``network``: the UNet and all that tells it of the mask, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time
 """

@@ -11,6 +11,8 @@ from fibldm.errors import FibldmError
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.wavelet import HaarWavelet
 
+_AXES = 3
+
 
 class Posterior(NamedTuple):
     """What the encoder knows of a latent: a diagonal Gaussian.
@@ -26,6 +28,11 @@ class Posterior(NamedTuple):
     def sample(self, noise: Tensor) -> Tensor:
         """``mean + std * noise`` for standard normal ``noise`` of the same shape."""
         return self.mean + self.std * noise
+
+
+def certain(latent: Tensor) -> Posterior:
+    """The posterior of a latent without noise, of standard deviation 0."""
+    return Posterior(latent, torch.zeros_like(latent))
 
 
 class Quantisation(NamedTuple):
@@ -76,8 +83,10 @@ class ChannelNorm(nn.Module):
 class Autoencoder(nn.Module):
     """A KL autoencoder (Rombach et al. 2022, section 3.1); other first stages change what happens in between.
 
-    Every first stage has ``encode``, ``decode``, ``forward``, ``compression``, ``latent_channels`` and ``needs_mask``.
-    In two dimensions, ``Z`` is missing everywhere.
+    Every first stage has ``encode``, ``decode``, ``forward``, ``compression``, ``latent_channels``, ``needs_mask`` and
+    ``is_identity``.
+    Volumes have three axes for a network in two dimensions, too: it takes slices ``(B, C, X, Y, 1)``, which it neither
+    compresses nor looks beyond along Z.
 
     Args:
         network: MONAI's ``AutoencoderKL`` or one with its methods, such as that of monai-generative; with ``wavelet``
@@ -92,6 +101,7 @@ class Autoencoder(nn.Module):
     """
 
     needs_mask = False
+    is_identity = False
 
     def __init__(
         self,
@@ -112,9 +122,9 @@ class Autoencoder(nn.Module):
 
     @property
     def compression(self) -> tuple[int, ...]:
-        """Voxels per latent cell along each axis."""
+        """Voxels per latent cell along each of three axes."""
         outer = 1 if self.wavelet is None else 2
-        return tuple(outer * stride for stride in self._strides)
+        return (*(outer * stride for stride in self._strides), *(1,) * (_AXES - len(self._strides)))
 
     @property
     def latent_channels(self) -> int:
@@ -124,10 +134,11 @@ class Autoencoder(nn.Module):
         """The posterior of a volume ``(B, C, X, Y, Z)`` in ``[-1, 1]``.
 
         Raises:
-            FibldmError: an axis is not divisible by the compression.
+            FibldmError: an axis is not divisible by the compression, or a network in two dimensions gets more than one
+                slice.
         """
         mean, std = self.network.encode(self._to_bands(volume))
-        return Posterior(mean, std)
+        return Posterior(self._with_z(mean), self._with_z(std))
 
     def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """The volume ``(B, C, X, Y, Z)`` of a latent in the autoencoder's own scale.
@@ -137,7 +148,7 @@ class Autoencoder(nn.Module):
             mask: for a first stage with ``needs_mask``: ``(B, L + 1, X, Y, Z)``, as `MaskEncoding` with compression 1
                 gives it; others do not look at it.
         """
-        return self._to_volume(self.network.decode(latent))
+        return self._to_volume(self.network.decode(self._without_z(latent)))
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, *, seeds: Tensor | None = None) -> Reconstruction:
         """Encode, draw one latent, decode: the pass that is trained.
@@ -157,10 +168,19 @@ class Autoencoder(nn.Module):
 
     def _to_bands(self, volume: Tensor) -> Tensor:
         check_divisible(tuple(volume.shape[2:]), self.compression, "autoencoder compression")
-        return volume if self.wavelet is None else self.wavelet(volume)
+        own = self._without_z(volume)
+        return own if self.wavelet is None else self.wavelet(own)
 
     def _to_volume(self, bands: Tensor) -> Tensor:
-        return bands if self.wavelet is None else self.wavelet.inverse(bands)
+        return self._with_z(bands if self.wavelet is None else self.wavelet.inverse(bands))
+
+    def _without_z(self, values: Tensor) -> Tensor:
+        """``(B, C, x, y, z)`` as the network takes it."""
+        return values if len(self._strides) == _AXES else single_slice(values)
+
+    def _with_z(self, values: Tensor) -> Tensor:
+        """What the network gives as ``(B, C, x, y, z)``."""
+        return values if len(self._strides) == _AXES else values[..., None]
 
 
 class FrozenFirstStage(nn.Module):
@@ -187,6 +207,11 @@ class FrozenFirstStage(nn.Module):
     def needs_mask(self) -> bool:
         """Whether `decode` must be given the mask."""
         return self.autoencoder.needs_mask
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether latents are the volumes themselves."""
+        return self.autoencoder.is_identity
 
     def train(self, mode: bool = True) -> "FrozenFirstStage":
         """Does nothing: a frozen stage stays in evaluation mode."""
@@ -224,6 +249,20 @@ def check_divisible(size: Sequence[int], divisor: int | Sequence[int], what: str
             f"volume size {tuple(size)} must be divisible by {shown} ({what}): {remainders}",
             f"pad to {padded}, for example with DivisiblePadd(k={shown})",
         )
+
+
+def single_slice(values: Tensor) -> Tensor:
+    """``(B, C, x, y)`` of ``(B, C, x, y, 1)``, for networks in two dimensions.
+
+    Raises:
+        FibldmError: there is more than one slice.
+    """
+    if values.shape[-1] != 1:
+        raise FibldmError(
+            f"a network in two dimensions takes single slices (X, Y, 1); got the size {tuple(values.shape[2:])}",
+            "cut volumes with `fibldm slices`, or train networks in three dimensions",
+        )
+    return values[..., 0]
 
 
 def shown_per_axis(factors: Sequence[int]) -> str:

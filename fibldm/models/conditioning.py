@@ -1,43 +1,64 @@
-"""Masks as conditions: one-hot fractions at the latent's size, with a channel for *unknown*."""
+"""Masks as conditions: what is known of each label at the latent's size, with a group of channels for *unknown*."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import check_divisible, shown_per_axis
+from fibldm.models.mask_features import contour, signed_distance
+
+Resize = Literal["fraction", "nearest"]
+Feature = Literal["signed_distance", "contour"]
 
 
 @dataclass(frozen=True)
 class MaskEncoding:
-    """A label volume as the fraction of every latent cell that each label fills.
+    """A label volume as the fraction of every latent cell that each label fills, and perhaps a feature of its shape.
 
     Fractions keep each label's volume exactly, so thin labels survive. Groups of channels come in the order of
-    ``labels``; the last group is *unknown*, where nothing is asked for. The null condition is "all unknown".
+    ``labels``; then comes *unknown*, where nothing is asked for; then, where there is a feature, its groups, again in
+    the order of ``labels``. The null condition is "all unknown". What a network sees of this is up to the modules of
+    `fibldm.models.mask_encoders`.
 
     Attributes:
         labels: the label values of the dataset, background first.
         compression: voxels per latent cell along each axis; one number is for three axes.
         detail: parts that a cell is cut into along each axis that is compressed, each with a fraction (a channel) of
             its own; 1 says how much of a label is in a cell, ``compression`` says where to the voxel.
+        resize: "fraction" is the mean over a part; "nearest" asks the voxel in its middle, as resizing a label volume
+            does, and loses what is thin.
+        feature: "signed_distance" (see `mask_features.signed_distance`), "contour" (see `mask_features.contour`), or
+            None.
+        spacing: of the voxels in mm, for distances.
+        reach: distance in mm at which signed distances end.
 
     Raises:
-        FibldmError: ``detail`` does not divide ``compression``.
+        FibldmError: ``detail`` does not divide ``compression``, or a choice is unknown.
     """
 
     labels: tuple[int, ...]
     compression: int | Sequence[int]
     detail: int = 1
+    resize: Resize = "fraction"
+    feature: Feature | None = None
+    spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    reach: float = 16.0
 
     def __post_init__(self) -> None:
-        if self.detail < 1 or any(factor % part for factor, part in zip(self.factors, self._parts, strict=True)):
+        if self.detail < 1 or any(factor % part for factor, part in zip(self.factors, self.parts, strict=True)):
             shown = shown_per_axis(self.factors)
             raise FibldmError(f"mask detail must divide the compression {shown}; got {self.detail}")
+        if self.resize not in get_args(Resize):
+            raise unknown_choice("mask resize", self.resize, get_args(Resize))
+        if self.feature is not None and self.feature not in get_args(Feature):
+            raise unknown_choice("mask feature", self.feature, get_args(Feature))
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -45,12 +66,24 @@ class MaskEncoding:
         return (self.compression,) * 3 if isinstance(self.compression, int) else tuple(self.compression)
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """Parts of a latent cell along each axis; an axis that is not compressed has one."""
+        return tuple(1 if factor == 1 else self.detail for factor in self.factors)
+
+    @property
+    def known_channels(self) -> int:
+        """Channels of the fractions of all labels and of unknown."""
+        return (len(self.labels) + 1) * math.prod(self.parts)
+
+    @property
     def channels(self) -> int:
-        """Number of channels of the encoded mask: parts of a cell, for each of ``L`` labels and for unknown."""
-        return (len(self.labels) + 1) * math.prod(self._parts)
+        """Number of channels of the encoded mask: parts of a cell, for each of ``L`` labels, unknown, and features."""
+        return self.known_channels + (len(self.labels) * math.prod(self.parts) if self.feature else 0)
 
     def encode(self, labels: Tensor) -> Tensor:
-        """Fractions ``(B, channels, x, y, z)`` in ``[0, 1]``, of integer labels ``(B, 1, X, Y, Z)``.
+        """The encoded mask ``(B, channels, x, y, z)`` of integer labels ``(B, 1, X, Y, Z)``.
+
+        Fractions and contours lie in ``[0, 1]``, signed distances in ``[-1, 1]``.
 
         Raises:
             FibldmError: the mask holds a label that the dataset does not have, or an axis is not divisible by the
@@ -59,13 +92,12 @@ class MaskEncoding:
         self.check(labels)
         check_divisible(labels.shape[2:], self.factors, "autoencoder compression")
         one_hot = torch.stack([labels[:, 0] == value for value in (*self.labels, UNKNOWN_LABEL)], dim=1)
-        axes = len(self.factors)
-        pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
-        cells = pool(one_hot.float(), [factor // part for factor, part in zip(self.factors, self._parts, strict=True)])
-        for axis in reversed(range(axes)):
-            cells = cells.unflatten(2 + axis, (-1, self._parts[axis]))
-        order = (0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
-        return cells.permute(order).flatten(1, 1 + axes)
+        known = self._to_cells(one_hot.float(), self.resize)
+        if self.feature is None:
+            return known
+        shapes = one_hot[:, :-1]
+        of_shape = contour(shapes) if self.feature == "contour" else signed_distance(shapes, self.spacing, self.reach)
+        return torch.cat([known, self._to_cells(of_shape, "fraction")], dim=1)
 
     def check(self, labels: Tensor) -> None:
         """Refuse a mask with a label that the dataset does not have.
@@ -83,31 +115,62 @@ class MaskEncoding:
 
     def null(self, like: Tensor) -> Tensor:
         """The condition that asks for nothing: all unknown, of the shape of ``like`` ``(B, channels, x, y, z)``."""
-        nothing = torch.zeros_like(like)
-        nothing[:, -math.prod(self._parts) :] = 1
-        return nothing
+        return self.drop_labels(like, torch.ones(len(like), len(self.labels), dtype=torch.bool, device=like.device))
 
-    def shares(self, fractions: Tensor) -> Tensor:
+    def shares(self, encoded: Tensor) -> Tensor:
         """How much of each latent cell every label and, last, *unknown* fills: ``(B, L + 1, x, y, z)``, summing to 1.
 
         Args:
-            fractions: encoded mask ``(B, channels, x, y, z)``.
+            encoded: mask ``(B, channels, x, y, z)``.
         """
-        return fractions.unflatten(1, (len(self.labels) + 1, -1)).mean(dim=2)
+        return self._known(encoded).mean(dim=2)
 
-    def drop_labels(self, fractions: Tensor, dropped: Tensor) -> Tensor:
+    def drop_labels(self, encoded: Tensor, dropped: Tensor) -> Tensor:
         """Move labels to unknown, as if nobody had drawn them: what they fill, and the background that may hide them.
 
         Args:
-            fractions: encoded mask ``(B, channels, x, y, z)``; not changed.
+            encoded: mask ``(B, channels, x, y, z)``; not changed.
             dropped: ``(B, L)`` booleans, one per label; the background, which comes first, goes with any of them.
         """
         away = dropped.clone()
         away[:, 0] = dropped.any(dim=1)
-        groups = fractions.unflatten(1, (len(self.labels) + 1, -1))
-        kept = groups[:, :-1] * ~away.view(*away.shape, *[1] * (groups.ndim - 2))
-        return torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1).flatten(1, 2)
+        known = self._known(encoded)
+        away = away.view(*away.shape, *[1] * (known.ndim - 2))
+        kept = known[:, :-1] * ~away
+        parts = [torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1).flatten(1, 2)]
+        if self.feature is not None:
+            features = encoded[:, self.known_channels :].unflatten(1, (len(self.labels), -1))
+            nowhere = -1.0 if self.feature == "signed_distance" else 0.0
+            parts.append(torch.where(away, nowhere, features).flatten(1, 2))
+        return torch.cat(parts, dim=1)
 
-    @property
-    def _parts(self) -> tuple[int, ...]:
-        return tuple(1 if factor == 1 else self.detail for factor in self.factors)
+    def all_but(self, labels: Iterable[int]) -> Tensor:
+        """What `drop_labels` takes away to leave some labels only: ``(1, L)`` booleans.
+
+        Raises:
+            FibldmError: the dataset has no such label.
+        """
+        kept = {int(label) for label in labels}
+        if not kept or not kept <= set(self.labels):
+            raise FibldmError(
+                f"labels must be some of {list(self.labels)}; got {sorted(kept)}", "change the list of labels"
+            )
+        return torch.tensor([[label not in kept | set(self.labels[:1]) for label in self.labels]])
+
+    def _known(self, encoded: Tensor) -> Tensor:
+        """Fractions by label and part: ``(B, L + 1, parts, x, y, z)``."""
+        return encoded[:, : self.known_channels].unflatten(1, (len(self.labels) + 1, -1))
+
+    def _to_cells(self, volume: Tensor, resize: Resize) -> Tensor:
+        """``(B, N, X, Y, Z)`` as ``(B, N * parts, x, y, z)``."""
+        steps = [factor // part for factor, part in zip(self.factors, self.parts, strict=True)]
+        axes = len(steps)
+        if resize == "nearest":
+            middles = tuple(slice(step // 2, None, step) for step in steps)
+            cells = volume[:, :, *middles]
+        else:
+            cells = {2: F.avg_pool2d, 3: F.avg_pool3d}[axes](volume, steps)
+        for axis in reversed(range(axes)):
+            cells = cells.unflatten(2 + axis, (-1, self.parts[axis]))
+        order = (0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
+        return cells.permute(order).flatten(1, 1 + axes)

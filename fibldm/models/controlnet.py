@@ -1,6 +1,6 @@
 """ControlNet: a trainable copy of the base network's encoder that adds residuals (Zhang et al. 2023)."""
 
-from monai.networks.nets import ControlNet, DiffusionModelUNet
+from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import nn
 
 from fibldm.errors import FibldmError
@@ -9,7 +9,7 @@ _OWN_PARTS = ("controlnet_",)
 _DECODER_PARTS = ("up_blocks.", "out.")
 
 
-def copy_base_weights(controlnet: ControlNet, unet: DiffusionModelUNet) -> ControlNet:
+def copy_base_weights(controlnet: ControlNet, unet: DiffusionModelUNet | SPADEDiffusionModelUNet) -> ControlNet:
     """Start a ControlNet from its base network: every layer they share gets the base network's weights.
 
     The outputs of its own layers stay zero, as MONAI initialises them, so that at the start the ControlNet changes

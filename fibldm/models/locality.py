@@ -111,7 +111,8 @@ def halo(network: nn.Module, call: Call, sources: Sequence[Source]) -> tuple[int
     """How many cells around a cell have to do with its results, along each axis; None is all of them.
 
     One cell of random inputs is replaced, once by values that are not a number, which nothing but a codebook hides,
-    and once by large ones, which a codebook does not hide; the results that change lie within the halo.
+    and once by large ones, which a codebook does not hide; the results that change lie within the halo. Along an
+    axis of one cell there is nothing around it.
 
     Args:
         network: on the CPU, with norms that look at no more than their place, see `SharedNorm`.
@@ -127,9 +128,13 @@ def scaled(part: Sequence[slice], grain: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _halo_along(axis: int, network: nn.Module, call: Call, sources: Sequence[Source]) -> int | None:
+    if sources[0].cells[axis] == 1:
+        return 0
     generator = torch.Generator().manual_seed(0)
     for length in _PROBE_CELLS:
-        cells = [length if other == axis else _PROBE_WIDTH for other in range(len(sources[0].grain))]
+        # a network in two dimensions takes no more than one slice
+        cells = [1 if count == 1 else _PROBE_WIDTH for count in sources[0].cells]
+        cells[axis] = length
         sizes = [[count * n for count, n in zip(cells, source.grain, strict=True)] for source in sources]
         channels = [source.values.shape[1] for source in sources]
         plain = [torch.randn(1, n, *size, generator=generator) for n, size in zip(channels, sizes, strict=True)]

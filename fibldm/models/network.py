@@ -1,34 +1,90 @@
-"""The network that Ignite, the checkpoint and the sampler see: a UNet with its ControlNet."""
+"""The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of the mask."""
 
-from monai.networks.nets import ControlNet, DiffusionModelUNet
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
+
+Residuals = tuple[tuple[Tensor, ...], Tensor]
+
+
+class MaskControl(nn.Module):
+    """A ControlNet and what it sees of the mask.
+
+    Args:
+        controlnet: steered by this.
+        encoder: from the encoded mask to the condition, see `mask_encoders`; None shows the mask as it is encoded.
+        mask: how masks are encoded; needed with ``labels`` only.
+        labels: values of the labels that it sees, the others are unknown to it; None: all.
+
+    Raises:
+        FibldmError: the dataset has no such label.
+    """
+
+    dropped: Tensor | None
+
+    def __init__(
+        self,
+        controlnet: ControlNet,
+        *,
+        encoder: nn.Module | None = None,
+        mask: MaskEncoding | None = None,
+        labels: Iterable[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.controlnet, self.encoder, self.mask = controlnet, encoder, mask
+        dropped = mask.all_but(labels) if mask is not None and labels is not None else None
+        self.register_buffer("dropped", dropped, persistent=False)
+
+    def forward(self, x: Tensor, timesteps: Tensor, mask: Tensor) -> Residuals:
+        """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``."""
+        if self.mask is not None and self.dropped is not None:
+            mask = self.mask.drop_labels(mask, self.dropped.expand(len(mask), -1))
+        down, middle = self.controlnet(x, timesteps, controlnet_cond=_shown(self.encoder, mask, like=x))
+        return tuple(down), middle
 
 
 class ConditionedNetwork(nn.Module):
-    """A denoising UNet, alone or steered by a ControlNet on the mask.
+    """A denoising UNet that may know the mask: as input channels, in its norms (SPADE), by ControlNets, or by several.
 
     Args:
-        unet: the base network.
-        controlnet: starts as a copy of the base network's encoder; None for stage 2.
-        freeze_base: the base network gets no gradient and stays as it is.
+        unet: the base network; one with SPADE norms sees the mask in them (Park et al. 2019).
+        controls: ControlNets, see `steered`.
+        concat: the mask comes as further input channels of the base network, behind those of the latent.
+        mask_encoder: what the base network sees of the mask, see `mask_encoders`; None shows it as it is encoded.
+
+    A 2-D base network sees volumes of one voxel along Z without that axis.
     """
 
     def __init__(
-        self, unet: DiffusionModelUNet, controlnet: ControlNet | None = None, *, freeze_base: bool = False
+        self,
+        unet: DiffusionModelUNet | SPADEDiffusionModelUNet,
+        controls: Sequence[MaskControl] = (),
+        *,
+        concat: bool = False,
+        mask_encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self.controlnet = None if controlnet is None else copy_base_weights(controlnet, unet)
-        if freeze_base:
-            self.unet.requires_grad_(False)
+        self.unet, self.controls = unet, nn.ModuleList(controls)
+        self.strengths = (1.0,) * len(controls)
+        self.concat, self.spade = concat, isinstance(unet, SPADEDiffusionModelUNet)
+        self.mask_encoder = mask_encoder
 
     @property
     def multiple(self) -> int:
         """What every axis of the latent must be divisible by: the UNet halves it once per level but the last."""
         return int(2 ** (len(self.unet.block_out_channels) - 1))
+
+    @property
+    def sees_mask(self) -> bool:
+        """Whether anything of it looks at the mask."""
+        return self.concat or self.spade or len(self.controls) > 0
 
     def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
         """The network's output ``(B, C, x, y, z)`` in the terms of its training target.
@@ -36,19 +92,106 @@ class ConditionedNetwork(nn.Module):
         Args:
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
-            mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNet's residuals off.
+            mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNets' residuals off.
 
         Raises:
-            FibldmError: an axis of the latent is not divisible by `multiple`.
+            FibldmError: an axis of the latent is not divisible by `multiple`, a 2-D network gets more than one slice,
+                or the base network itself needs a mask and gets none.
         """
-        size = tuple(z_t.shape[2:])
+        flat = self.unet.conv_in.spatial_dims == 2 and z_t.ndim == 5
+        if flat and z_t.shape[-1] != 1:
+            raise FibldmError(f"a 2-D network needs latents of one cell along Z; got {tuple(z_t.shape[2:])}")
+        z_t = z_t.squeeze(-1) if flat else z_t
+        self._check_size(tuple(z_t.shape[2:]))
+        if mask is None and (self.concat or self.spade):
+            raise FibldmError("this base network needs the mask; got none", "give MaskEncoding.null to ask for nothing")
+        shown = _shown(self.mask_encoder, mask, like=z_t) if self.concat or self.spade else None
+        x = torch.cat([z_t, shown], dim=1) if self.concat and shown is not None else z_t
+        residuals = {} if mask is None or not self.controls else self._residuals(x, timesteps, mask)
+        output: Tensor = self.unet(x, timesteps, **({"seg": shown} if self.spade else {}), **residuals)
+        return output.unsqueeze(-1) if flat else output
+
+    def _residuals(self, x: Tensor, timesteps: Tensor, mask: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """The sum of all ControlNets' residuals, each times its strength (Zhang et al. 2023, section 3.4)."""
+        down: tuple[Tensor, ...] = ()
+        middle = x.new_zeros(())
+        for control, strength in zip(self.controls, self.strengths, strict=True):
+            of_down, of_middle = control(x, timesteps, mask)
+            if strength != 1:
+                of_down, of_middle = tuple(strength * part for part in of_down), strength * of_middle
+            down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
+            middle = middle + of_middle
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
         if any(length % self.multiple for length in size):
             raise FibldmError(
                 f"latent size {size} must be divisible by {self.multiple} (2^{len(self.unet.block_out_channels) - 1}: "
                 f"{len(self.unet.block_out_channels)} UNet levels)",
                 "choose a model grid whose size is divisible by that times the autoencoder's compression",
             )
-        if self.controlnet is None or mask is None:
-            return self.unet(z_t, timesteps)
-        down, mid = self.controlnet(z_t, timesteps, controlnet_cond=mask)
-        return self.unet(z_t, timesteps, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+
+
+def steered(
+    base: ConditionedNetwork,
+    controlnet: ControlNet,
+    *,
+    encoder: nn.Module | None = None,
+    mask: MaskEncoding | None = None,
+    labels: Iterable[int] | None = None,
+) -> ConditionedNetwork:
+    """A trained base network, frozen, with a ControlNet that starts as a copy of its encoder and changes nothing yet.
+
+    Args:
+        base: of stage 2; frozen in place, with all that it knows of the mask already.
+        controlnet: built with the numbers of the base network.
+        encoder: see `MaskControl`, as are ``mask`` and ``labels``.
+
+    Raises:
+        FibldmError: the two networks were not built with the same numbers, or the dataset has no such label.
+    """
+    base.requires_grad_(False)
+    control = MaskControl(copy_base_weights(controlnet, base.unet), encoder=encoder, mask=mask, labels=labels)
+    return ConditionedNetwork(base.unet, [*base.controls, control], concat=base.concat, mask_encoder=base.mask_encoder)
+
+
+def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -> ConditionedNetwork:
+    """One base network with the ControlNets of several networks that were trained on it.
+
+    Args:
+        networks: with one and the same base network, from which the first one's is taken.
+        strengths: of the ControlNets of each network; 0 switches them off, 1 is as trained.
+
+    Raises:
+        FibldmError: the base networks differ, or there are not as many strengths.
+    """
+    first = networks[0]
+    if len(networks) != len(strengths):
+        raise FibldmError(f"every ControlNet needs one strength; got {len(strengths)} for {len(networks)}")
+    for other in networks[1:]:
+        if not _same(first.unet, other.unet):
+            raise FibldmError(
+                "ControlNets can be joined only where they were trained on the same base network; these were not",
+                "train the second ControlNet on a copy of the run of the first",
+            )
+    network = ConditionedNetwork(
+        first.unet,
+        [cast(MaskControl, control) for part in networks for control in part.controls],
+        concat=first.concat,
+        mask_encoder=first.mask_encoder,
+    )
+    network.strengths = tuple(
+        float(strength) for part, strength in zip(networks, strengths, strict=True) for _ in part.controls
+    )
+    return network.train(first.training)
+
+
+def _same(one: nn.Module, two: nn.Module) -> bool:
+    first, second = one.state_dict(), two.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _shown(encoder: nn.Module | None, mask: Tensor | None, *, like: Tensor) -> Tensor:
+    """What an encoder makes of a mask, with as many axes as ``like``."""
+    shown: Tensor = mask if encoder is None else encoder(mask)  # type: ignore[assignment]
+    return shown.squeeze(-1) if shown.ndim > like.ndim else shown

@@ -4,7 +4,6 @@ A process is a pair of functions of time, ``z_t = alpha(t) z_0 + sigma(t) eps`` 
 ``[0, 1]``, 0 = data, 1 = noise. Its objects are frozen: no call, whatever its precision, changes the schedule.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.schedules import DEFAULT_BETAS, Schedule, betas
 
-Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Target = Literal["epsilon", "sample", "v", "flow"]
+TimeInput = Literal["time", "alpha", "log_snr"]
 
 SMALLEST_ALPHA = 1e-3  # below it, dividing by alpha turns a network's 1 % error in eps into ten times the signal
-DEFAULT_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.0015, 0.0195), "sigmoid": (1e-4, 0.02)}
+LOG_SNR_LIMIT = 20.0  # of the time input only: at both ends of a process log SNR may be infinite
 
 
 class Prediction(NamedTuple):
@@ -137,6 +137,44 @@ class Process(ABC):
             case "flow":
                 return ((z_t - sigma * output) / (alpha + sigma)).to(z_t.dtype)
 
+    def output_scale(self, kind: Target, t: Tensor) -> Tensor:
+        """``|d z_0 / d output|``: by how much an error of the network's output is one of ``z_0``, shape of ``t``.
+
+        Args:
+            kind: one of ``targets``.
+            t: times in [0, 1], any shape.
+
+        Raises:
+            FibldmError: the target is unknown or singular on this process.
+        """
+        self.check_target(kind)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        match kind:
+            case "epsilon":
+                return sigma / alpha
+            case "sample":
+                return torch.ones_like(sigma)
+            case "v":
+                return sigma / (alpha**2 + sigma**2)
+            case "flow":
+                return sigma / (alpha + sigma)
+
+    def _time_input(self, kind: TimeInput, t: Tensor, own: Tensor) -> Tensor:
+        """The process's ``own`` time, or a measure of the noise in the same range, which DDPM's embeddings resolve.
+
+        ``1000 alpha`` is the noise level of Chen et al. 2021 (WaveGrad) in that range; the log SNR of Kingma et al.
+        2021 (Variational diffusion models) goes from [20, -20] to [0, 1000].
+        """
+        match kind:
+            case "time":
+                value = own
+            case "alpha":
+                value = 1000 * self.alpha(t.double())
+            case "log_snr":
+                log_snr = 2 * (self.alpha(t.double()).log() - self.sigma(t.double()).log())
+                value = 500 * (1 - log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT) / LOG_SNR_LIMIT)
+        return _rounded(value, t)
+
     @property
     def _alpha_at_one(self) -> float:
         return float(self.alpha(torch.ones((), dtype=torch.float64)))
@@ -155,16 +193,16 @@ class VariancePreserving(Process):
     logarithm is linear. Index ``i - 1`` of the usual tables, which start at 0, is the network's time input.
 
     Args:
-        schedule: ``linear`` in beta (Ho et al. 2020), ``scaled_linear`` in sqrt(beta) (Rombach et al. 2022),
-            ``cosine`` (Nichol & Dhariwal 2021, eq. 17, beta clipped at 0.999) or ``sigmoid`` (beta a sigmoid of
-            [-6, 6]).
+        schedule: ``linear``, ``scaled_linear``, ``cosine`` or ``sigmoid``, see `fibldm.models.schedules.betas`.
         steps: number of betas.
         beta_start: first beta; ``None`` is the schedule's own. Not for ``cosine``.
         beta_end: last beta; ``None`` is the schedule's own. Not for ``cosine``.
         zero_terminal_snr: shift and scale alpha so that ``alpha(1) = 0`` (Lin et al. 2024, algorithm 1).
+        time_input: what the network is told of ``t``: ``time`` (the index), ``alpha`` (the square root of alpha-bar)
+            or ``log_snr``.
 
     Raises:
-        FibldmError: the schedule is unknown or its numbers cannot be.
+        FibldmError: the schedule or time input is unknown, or the numbers of the schedule cannot be.
     """
 
     schedule: Schedule = "scaled_linear"
@@ -172,8 +210,10 @@ class VariancePreserving(Process):
     beta_start: float | None = None
     beta_end: float | None = None
     zero_terminal_snr: bool = False
+    time_input: TimeInput = "time"
 
     def __post_init__(self) -> None:
+        _check_time_input(self.time_input)
         if self.schedule not in get_args(Schedule):
             raise unknown_choice("schedule", self.schedule, get_args(Schedule))
         if self.steps < 2:
@@ -203,8 +243,8 @@ class VariancePreserving(Process):
         return "quadratic"
 
     def network_time(self, t: Tensor) -> Tensor:
-        """Index into the table of betas, ``steps t - 1`` in [0, steps - 1]."""
-        return _rounded((self.steps * t.double() - 1).clamp(min=0), t)
+        """Index into the table of betas, ``steps t - 1`` in [0, steps - 1]; or see ``time_input``."""
+        return self._time_input(self.time_input, t, own=(self.steps * t.double() - 1).clamp(min=0))
 
     @property
     def _beta_range(self) -> tuple[float, float]:
@@ -217,8 +257,8 @@ class VariancePreserving(Process):
     @cached_property
     def _knots(self) -> Tensor:
         """``log alpha`` at ``t = i / steps``, i = 0 … steps, before any shift; float64, shape (steps + 1,)."""
-        betas = _betas(self.schedule, self.steps, *self._beta_range)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0) / 2])
+        values = betas(self.schedule, self.steps, *self._beta_range)
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-values).cumsum(0) / 2])
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         knots = self._knots.to(t.device)
@@ -234,7 +274,19 @@ class VariancePreserving(Process):
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
-    """The straight line from data to noise, ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2023, eq. 1)."""
+    """The straight line from data to noise, ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2023, eq. 1).
+
+    Args:
+        time_input: what the network is told of ``t``: ``time`` (1000 t), ``alpha`` or ``log_snr``.
+
+    Raises:
+        FibldmError: the time input is unknown.
+    """
+
+    time_input: TimeInput = "time"
+
+    def __post_init__(self) -> None:
+        _check_time_input(self.time_input)
 
     def alpha(self, t: Tensor) -> Tensor:
         return _rounded(1 - t.double(), t)
@@ -243,22 +295,13 @@ class RectifiedFlow(Process):
         return _rounded(t.double(), t)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """``1000 t``, so that the sinusoidal embeddings of DDPM networks resolve it."""
-        return _rounded(1000 * t.double(), t)
+        """``1000 t``, so that the sinusoidal embeddings of DDPM networks resolve it; or see ``time_input``."""
+        return self._time_input(self.time_input, t, own=1000 * t.double())
 
 
-def _betas(schedule: Schedule, steps: int, start: float, end: float) -> Tensor:
-    match schedule:
-        case "linear":
-            return torch.linspace(start, end, steps, dtype=torch.float64)
-        case "scaled_linear":
-            return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
-        case "sigmoid":
-            return start + (end - start) * torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
-        case "cosine":
-            t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-            alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+def _check_time_input(kind: str) -> None:
+    if kind not in get_args(TimeInput):
+        raise unknown_choice("time_input", kind, get_args(TimeInput))
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:

@@ -39,5 +39,4 @@ class SpadeAutoencoder(Autoencoder):
         wanted = (len(latent), self.network.decoder.label_nc, *size)
         if tuple(mask.shape) != wanted:
             raise FibldmError(f"the mask of this latent must have the shape {wanted}; it has {tuple(mask.shape)}")
-        volume: Tensor = self.network.decode(latent, mask)
-        return volume
+        return self._to_volume(self.network.decode(self._without_z(latent), self._without_z(mask)))

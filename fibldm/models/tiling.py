@@ -129,7 +129,8 @@ class _Job:
     def _on(self, tile: Tile) -> tuple[Tensor, ...]:
         for norm in self.norms:
             norm.inside, norm.cells = tile.inside, tuple(part.stop - part.start for part in tile.read)
-        device = next(self.network.parameters()).device
+        own = next(self.network.parameters(), None)
+        device = self.sources[0].values.device if own is None else own.device
         parts = (source.values[:, :, *scaled(tile.read, source.grain)].to(device) for source in self.sources)
         return self.call(self.network, *parts)
 

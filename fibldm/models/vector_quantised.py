@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fibldm.models.autoencoder import Autoencoder, Posterior, Quantisation, Reconstruction
+from fibldm.models.autoencoder import Autoencoder, Posterior, Quantisation, Reconstruction, certain
 
 
 class VectorQuantisedAutoencoder(Autoencoder):
@@ -49,11 +49,11 @@ class VectorQuantisedAutoencoder(Autoencoder):
             FibldmError: an axis is not divisible by the compression.
         """
         encoded = self.network.encode(self._to_bands(volume))
-        return _certain(self._nearest_codes(encoded) if self.quantised_latents else encoded)
+        return certain(self._with_z(self._nearest_codes(encoded) if self.quantised_latents else encoded))
 
     def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """The volume of a latent ``(B, C, x, y, z)``, which is quantised first; no gradient goes back to the latent."""
-        return self._to_volume(self.network.decode(self._nearest_codes(latent)))
+        return self._to_volume(self.network.decode(self._nearest_codes(self._without_z(latent))))
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, *, seeds: Tensor | None = None) -> Reconstruction:
         """Encode, quantise with a straight-through gradient, decode; in training, the codebook moves.
@@ -67,7 +67,9 @@ class VectorQuantisedAutoencoder(Autoencoder):
         with torch.autocast(volume.device.type, enabled=False):
             codes, loss = self.network.quantize(encoded)
         decoded = self._to_volume(self.network.decode(codes))
-        return Reconstruction(decoded, _certain(encoded), Quantisation(loss, self.network.quantizer.perplexity))
+        return Reconstruction(
+            decoded, certain(self._with_z(encoded)), Quantisation(loss, self.network.quantizer.perplexity)
+        )
 
     @property
     def _codebook(self) -> Any:
@@ -102,10 +104,6 @@ def _move_codebook_to_buffers(codebook: Any) -> None:
     weight = embedding.weight.detach()
     del embedding.weight
     embedding.register_buffer("weight", weight)
-
-
-def _certain(latent: Tensor) -> Posterior:
-    return Posterior(latent, torch.zeros_like(latent))
 
 
 def _world_size() -> int:

@@ -1,9 +1,9 @@
 """Stages of a run on MONAI's and Ignite's engines, each described by a configuration.
 
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
-* ``stage``: one training stage: skip, resume or begin; train; mark as done
+* ``stage``, ``untrained``: one training stage: skip, resume or begin; train; mark as done
 * ``autoencoder_trainer``, ``denoising_trainer``: the steps of stage 1 and of stages 2 and 3
-* ``latents`` (with ``latent_report``, ``shards``): the encode stage, and the cached latents that later stages read
+* ``latents`` (with ``latent_report``): the encode stage, and the cached latents that later stages read
 * ``draws``: randomness keyed by (seed, epoch, case, view)
 * ``prepare_batch``, ``masked_volumes``: from a batch to what the network sees and is asked for
 * ``losses``, ``perceptual``, ``adversarial``: what the stages minimise
@@ -11,5 +11,6 @@
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers``, ``checkpoints``: what happens around the steps
 * ``trace``, ``memory``: what a step needs, without taking it
-* ``preview`` (with ``pictures``), ``trackers``: watching
+* ``watch``: validation, and what small data do: the gap to training, losses by time
+* ``preview`` (with ``pictures``), ``trackers``: pictures, experiment trackers
 """

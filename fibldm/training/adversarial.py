@@ -39,7 +39,8 @@ class Discriminators(nn.Module):
     """A discriminator of whole patches, one of slices along every axis, or both.
 
     Args:
-        volume: like MONAI's 3-D ``PatchDiscriminator``: from ``(B, C, X, Y, Z)`` to a list of features, logits last.
+        volume: like MONAI's ``PatchDiscriminator``: from ``(B, C, X, Y, Z)``, or from ``(B, C, X, Y)`` of single
+            slices, to a list of features, logits last.
         slices: the same in one dimension less, for slices along any axis.
         volume_weight: of the first in the loss.
         slice_weight: of the second, shared by the axes.
@@ -85,11 +86,21 @@ class Discriminators(nn.Module):
             volume: real or reconstructed.
             weight: ``(B, 1, X, Y, Z)``.
             positions: of the slices along every axis, integers ``(B, N)``; see `random_slices`.
+
+        Raises:
+            FibldmError: there is a discriminator of slices, and the volume is one itself.
         """
-        judgements = [] if self.volume is None else [_judge(self.volume, volume, weight)]
+        is_slice = volume.shape[-1] == 1
+        if is_slice and self.slices is not None:
+            raise FibldmError(
+                "slices along three axes need volumes; these are single slices",
+                "set slice_adversarial_weight to 0 and volume_adversarial_weight above it",
+            )
+        whole = (volume[..., 0], weight[..., 0]) if is_slice else (volume, weight)
+        judgements = [] if self.volume is None else [_judge(self.volume, *whole)]
         if self.slices is not None:
             for axis, chosen in enumerate(positions):
-                parts = (take_slices(whole, chosen, axis) for whole in (volume, weight))
+                parts = (take_slices(values, chosen, axis) for values in (volume, weight))
                 judgements.append(_judge(self.slices, *parts))
         return judgements
 

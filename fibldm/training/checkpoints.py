@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,32 @@ class Checkpoints:
                 unfinished.unlink()
 
 
-class Patience:
+class Stop(ABC):
+    """End a training after an epoch, with a checkpoint; what is kept of it is the epoch of the lowest loss.
+
+    Args:
+        checkpoints: is saved before the stop.
+    """
+
+    reason: str
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if self.is_over(engine.state.epoch):
+            self.checkpoints.save(engine)
+            engine.terminate()
+
+    @abstractmethod
+    def is_over(self, epoch: int) -> bool:
+        """Whether the training stops after an epoch; asked again by a resume, which must hear the same."""
+
+
+class Patience(Stop):
     """Stop a training whose validation loss has not fallen for a number of validations.
 
     It counts from the epoch of the best weights, so that it needs no state of its own.
@@ -121,22 +147,49 @@ class Patience:
         interval: epochs between two validations.
     """
 
+    reason = "its patience is over"
+
     def __init__(self, checkpoints: Checkpoints, *, patience: int, interval: int) -> None:
-        self.checkpoints, self.patience, self.interval = checkpoints, patience, interval
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        if self.is_over(engine.state.epoch):
-            self.checkpoints.save(engine)
-            engine.terminate()
+        super().__init__(checkpoints)
+        self.patience, self.interval = patience, interval
 
     def is_over(self, epoch: int) -> bool:
-        """Whether the training stops after an epoch."""
         if not self.patience or self.checkpoints.best is None:
             return False
         return epoch // self.interval - self.checkpoints.best["epoch"] // self.interval >= self.patience
+
+
+class GapLimit(Stop):
+    """Stop a training that learns its patients by heart: its validation loss stays too far above that of training.
+
+    It counts the rows of ``metrics.csv``, so that it needs no state of its own.
+
+    Args:
+        checkpoints: is saved before the stop.
+        metrics: knows the gaps, see `fibldm.training.watch.gap`.
+        limit: the largest gap, above 0; None never stops.
+        patience: validations in a row with a larger one; 0 counts as 1.
+
+    Raises:
+        FibldmError: the limit is not above 0.
+    """
+
+    reason = "its gap between validation and training stays above stop_gap"
+
+    def __init__(self, checkpoints: Checkpoints, metrics: Metrics, *, limit: float | None, patience: int = 1) -> None:
+        super().__init__(checkpoints)
+        if limit is not None and not limit > 0:
+            raise FibldmError(f"stop_gap must be above 0, as a share of the training loss; got {limit}")
+        self.metrics, self.limit, self.patience = metrics, limit, max(1, patience)
+
+    def gaps(self, epoch: int) -> dict[int, float]:
+        """The gap of every validation up to an epoch, by its epoch."""
+        rows = ((int(row["epoch"]), row.get("gap")) for row in self.metrics.rows)
+        return {number: float(value) for number, value in rows if value and number <= epoch}
+
+    def is_over(self, epoch: int) -> bool:
+        limit, last = self.limit, list(self.gaps(epoch).values())[-self.patience :]
+        return limit is not None and len(last) == self.patience and all(value > limit for value in last)
 
 
 class WallTime:
@@ -168,7 +221,7 @@ class WallTime:
     def __call__(self, engine: Engine) -> None:
         now = self.clock()
         self.longest, self.last = max(self.longest, now - self.last), now
-        if self.limit is None or engine.state.epoch == engine.state.max_epochs:
+        if self.limit is None or engine.state.epoch == engine.state.max_epochs or engine.should_terminate:
             return
         limit = self.limit
         # the clocks of ranks differ, their decision must not

@@ -146,20 +146,23 @@ def _scales(engine: Any) -> bool:
 class Metrics:
     """One row per epoch in ``metrics.csv``: epoch, iteration, losses, learning rate, gradient's norm, seconds.
 
-    Losses are means over the iterations and ranks. Every part in ``output["losses"]`` has a column ``loss/<name>``. A
-    resume drops the rows of the epochs that are done again.
+    Losses are means over the iterations and ranks. Every part in ``output["losses"]`` has a column ``loss/<name>``,
+    and whatever else a validation measured has one of its name. A resume drops the rows of the epochs that are done
+    again.
 
     Args:
-        file: the CSV file; the first rank writes it.
+        file: the CSV file, with the epochs that were done before; the first rank writes it.
         optimizer: whose learning rate is written.
     """
 
     FIELDS = ("epoch", "iteration", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
+    WATCHED = ("training_loss", "gap")  # beside the validation loss, where they are measured
 
     def __init__(self, file: Path, optimizer: torch.optim.Optimizer) -> None:
         self.file, self.optimizer = Path(file), optimizer
-        self.rows: list[dict[str, str]] = []
+        self.rows = list(csv.DictReader(self.file.read_text().splitlines())) if self.file.exists() else []
         self.validation_loss: float | None = None
+        self.watched: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
         self._norms: list[float] = []
         self._started = 0.0
@@ -171,12 +174,12 @@ class Metrics:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
     def _start(self, engine: Engine) -> None:
-        rows = list(csv.DictReader(self.file.read_text().splitlines())) if self.file.exists() else []
-        self.rows = [row for row in rows if int(row["epoch"]) <= engine.state.epoch]
+        self.rows = [row for row in self.rows if int(row["epoch"]) <= engine.state.epoch]
 
     def _begin(self, engine: Engine) -> None:
         self._losses, self._norms = {}, []
-        self.validation_loss, self._started = None, time.monotonic()
+        self.validation_loss, self.watched = None, {}
+        self._started = time.monotonic()
 
     def _add(self, engine: Any) -> None:
         output: Any = engine.state.output
@@ -197,16 +200,22 @@ class Metrics:
             "iteration": str(engine.state.iteration),
             **{name: f"{float(loss):.6g}" for name, loss in losses.items()},
             "validation_loss": "" if self.validation_loss is None else f"{self.validation_loss:.6g}",
+            **{name: f"{value:.6g}" for name, value in self.watched.items()},
             "learning_rate": f"{self.optimizer.param_groups[0]['lr']:.4g}",
             "gradient_norm": f"{sum(self._norms) / len(self._norms):.4g}" if self._norms else "",
             "seconds": f"{time.monotonic() - self._started:.2f}",
         }
         self.rows.append(row)
         if is_first_rank():
-            parts = dict.fromkeys(name for row in self.rows for name in row if name.startswith("loss/"))
-            names = [*self.FIELDS[:-1], *parts, self.FIELDS[-1]]
+            names = self._names()
             lines = [",".join(names), *(",".join(row.get(name, "") for name in names) for row in self.rows)]
             write_text(self.file, "\n".join(lines) + "\n")
+
+    def _names(self) -> list[str]:
+        known = dict.fromkeys(name for row in self.rows for name in row)
+        place = self.FIELDS.index("validation_loss") + 1
+        first = [*self.FIELDS[:place], *(name for name in self.WATCHED if name in known), *self.FIELDS[place:-1]]
+        return [*first, *(name for name in known if name not in {*first, self.FIELDS[-1]}), self.FIELDS[-1]]
 
 
 def _place(engine: Any) -> str:
@@ -294,6 +303,7 @@ class ShowProgress:
         epochs = engine.state.max_epochs or 0
         if engine.state.epoch % max(1, epochs // 20) == 0 or engine.state.epoch == epochs:
             validation = f", validation {row['validation_loss']}" if row["validation_loss"] else ""
+            validation += f" ({float(row['gap']):+.1%} against training patients)" if row.get("gap") else ""
             _logger.info("%s: epoch %d/%d, %s%s", self.name, engine.state.epoch, epochs, text, validation)
 
     def _stop(self, engine: Engine, error: BaseException | None = None) -> None:

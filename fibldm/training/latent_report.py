@@ -16,7 +16,7 @@ from torch import Tensor
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
-from fibldm.training.pictures import PLANES, Panel, render, write_picture
+from fibldm.training.pictures import PLANES, Panel, planes_of, render, write_picture
 
 # A channel of unit variance counts as dead below a variance of its means of 0.01 (Burda et al. 2016, IWAE, section 2).
 DEAD_SIGNAL = 0.01
@@ -178,7 +178,7 @@ def draw_interpolation(
     rows = [
         [Panel(f"{name}\n{PLANES[plane]}", volume[channel], plane) for name, volume in shown]
         for channel in range(len(volumes[0]))
-        for plane in range(len(PLANES))
+        for plane in planes_of(volumes[0][channel])
     ]
     write_picture(file, render(rows, spacing))
 

@@ -24,10 +24,10 @@ from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.latents import LatentSpace
 from fibldm.models.tiling import tiled_encode
 from fibldm.runs import Progress, StageFolder, load_facts
+from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
-from fibldm.training.shards import Shard, wait_for
 from fibldm.training.stage import running_parser
 
 INTERPOLATION = "interpolation.png"
@@ -66,11 +66,13 @@ class Latents:
     def space(self) -> LatentSpace:
         return LatentSpace.from_dict(self.facts["space"])
 
-    def mask(self, detail: int) -> MaskEncoding:
-        """How the masks of these latents are encoded, see `MaskEncoding`."""
+    def mask(self, detail: int, **choices: Any) -> MaskEncoding:
+        """How the masks of these latents are encoded, see `MaskEncoding`; ``choices`` are of its attributes."""
         compression = self.facts["compression"]
         voxels = compression if isinstance(compression, int) else tuple(compression)
-        return MaskEncoding(tuple(int(label) for label in self.facts["labels"]), voxels, detail)
+        labels = tuple(int(label) for label in self.facts["labels"])
+        spacing = tuple(self.facts["grid"]["spacing"])
+        return MaskEncoding(labels, voxels, detail, spacing=spacing, **choices)
 
     @property
     def fingerprint(self) -> str:

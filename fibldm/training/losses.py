@@ -1,5 +1,6 @@
 """What the stages minimise."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import Posterior, Reconstruction
+from fibldm.models.process import Process, VariancePreserving
 
 Norm = Literal["l1", "l2", "huber", "charbonnier"]
 
@@ -19,10 +21,17 @@ CHARBONNIER_EPSILON = 1e-3
 
 
 class Weighted(NamedTuple):
-    """A target ``(B, C, ...)`` and the weight ``(B, 1, ...)`` of its places; padding weighs 0."""
+    """A target and how much its places count.
+
+    Attributes:
+        value: ``(B, C, ...)``.
+        weight: of its places in a mean over them, ``(B, 1, ...)``; padding weighs 0.
+        factor: of the errors of a sample, ``(B, 1, ...)``, whatever the other samples of the batch have; None for 1.
+    """
 
     value: Tensor
     weight: Tensor
+    factor: Tensor | None = None
 
 
 def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
@@ -38,8 +47,13 @@ def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
         error = ((prediction - target.value).square() + CHARBONNIER_EPSILON**2).sqrt()
     else:
         raise unknown_choice("norm", norm, get_args(Norm))
-    weight = target.weight.expand_as(error)
-    return (error * weight).sum() / weight.sum().clamp(min=1e-6)
+    return _mean(error, target)
+
+
+def _mean(values: Tensor, target: Weighted) -> Tensor:
+    weight = target.weight.expand_as(values)
+    values = values if target.factor is None else values * target.factor
+    return (values * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
 def kl_divergence(posterior: Posterior) -> Tensor:
@@ -132,19 +146,75 @@ def spectral_distance(volume: Tensor, target: Weighted) -> Tensor:
 
 
 class DenoisingLoss(nn.Module):
-    """The error of the network's output against the training target.
+    """The error of the network's output against the training target, and how well the network knows that error.
+
+    With a variance to learn, the second half of the network's 2C channels is ``log Var[target | z_t]``. It is trained
+    by the Gaussian negative log likelihood of ``z_0`` with the mean held (Nichol & Dhariwal 2021, section 3.1: the
+    hybrid objective; there of one step, here of ``z_0``, so that any grid of sampling times can use it, as in Bao et
+    al. 2022). ``z_0`` is affine in the target, so the likelihood is the target's own but for a constant, and what the
+    network has to say stays near 0, where that of ``z_0`` falls with sigma.
 
     Args:
         norm: "l2" is that of the papers; "l1" and "huber" care less about outliers.
+        variance_weight: of the likelihood; 0 learns no variance, 0.001 is that of Nichol & Dhariwal. What older codes
+            call the weight of the variational bound (ELBO) is this one.
+        process: the diffusion process; needed where a variance is learned.
+
+    Raises:
+        FibldmError: the weight is negative, or the process is not variance-preserving.
     """
 
-    def __init__(self, norm: Norm = "l2") -> None:
+    def __init__(self, norm: Norm = "l2", *, variance_weight: float = 0.0, process: Process | None = None) -> None:
         super().__init__()
+        if not 0 <= variance_weight < math.inf:
+            raise FibldmError(f"variance_weight must be a number of at least 0; got {variance_weight}")
+        if variance_weight and not isinstance(process, VariancePreserving):
+            raise FibldmError(
+                f"a learned variance needs a variance-preserving process; got {type(process).__name__}",
+                "choose fibldm.models.process.VariancePreserving, or variance_weight 0",
+            )
         self.norm: Norm = norm
+        self.variance_weight = variance_weight
+
+    def terms(self, prediction: Tensor, target: Weighted) -> dict[str, Tensor]:
+        """Every term without its weight, by name, for outputs ``(B, C or 2C, x, y, z)``; scalars.
+
+        Raises:
+            FibldmError: the network has not as many channels as the target, or twice as many for a variance.
+        """
+        mean, log_variance = self._parts(prediction, target.value.shape[1])
+        terms = {"denoising": weighted_error(mean, target, self.norm)}
+        if log_variance is not None:
+            terms["variance"] = gaussian_likelihood(mean.detach(), log_variance, target)
+        return terms
+
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """What is trained on, a scalar."""
+        return _weighted_sum(terms["denoising"], {"variance": self.variance_weight}, terms)
 
     def forward(self, prediction: Tensor, target: Weighted) -> Tensor:
-        """A scalar, for outputs ``(B, C, x, y, z)``."""
-        return weighted_error(prediction, target, self.norm)
+        """What validation compares epochs by: the error without the likelihood; a scalar.
+
+        Raises:
+            FibldmError: as `terms`.
+        """
+        return self.terms(prediction, target)["denoising"]
+
+    def _parts(self, prediction: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        expected = 2 * channels if self.variance_weight else channels
+        if prediction.shape[1] != expected:
+            raise FibldmError(
+                f"a network for targets of {channels} channels must give {expected} with variance_weight "
+                f"{self.variance_weight:g}; got {prediction.shape[1]}",
+                "put configuration learned_variance after both stages 2 and 3, or after neither",
+            )
+        return prediction[:, :channels], prediction[:, channels:] if self.variance_weight else None
+
+
+def gaussian_likelihood(mean: Tensor, log_variance: Tensor, target: Weighted) -> Tensor:
+    """Negative log likelihood of the target in nats per value but for ``log(2 pi) / 2``, each place as it weighs."""
+    nats = (log_variance + (target.value - mean).square() * (-log_variance).exp()) / 2
+    return _mean(nats, target)
 
 
 class SegmentationLoss(nn.Module):

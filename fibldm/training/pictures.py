@@ -52,13 +52,19 @@ class Panel:
             raise FibldmError(f"a picture shows 3-D volumes (X, Y, Z); got the shape {tuple(self.volume.shape)}")
 
 
+def planes_of(volume: Tensor | NDArray[Any]) -> range:
+    """Indices into `PLANES` of what there is to see of ``(X, Y, Z)``: of a single slice, the axial one."""
+    return range(len(PLANES) if volume.shape[2] > 1 else 1)
+
+
 def compared(title: str, volume: Tensor, other: Tensor, names: tuple[str, str]) -> list[list[Panel]]:
-    """A row for each channel of two images ``(C, X, Y, Z)``: three planes of each and of other minus volume."""
+    """A row for each channel of two images ``(C, X, Y, Z)``: the planes of each and of other minus volume."""
     rows = []
     for channel, (one, two) in enumerate(zip(volume, other, strict=True)):
         shown = title if len(volume) == 1 else f"{title}, channel {channel}"
         groups = [(names[0], one, False), (names[1], two, False), ("difference", two - one, True)]
-        rows.append([Panel(f"{shown}\n{name}", part, plane, sign) for name, part, sign in groups for plane in range(3)])
+        planes = planes_of(one)
+        rows.append([Panel(f"{shown}\n{name}", part, plane, sign) for name, part, sign in groups for plane in planes])
     return rows
 
 

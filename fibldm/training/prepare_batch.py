@@ -12,7 +12,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.process import Process, Target
-from fibldm.models.timesteps import GridTimes, TrainingTimes
+from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_snr_weight
 from fibldm.training.losses import Weighted
 
 
@@ -62,9 +62,11 @@ class LatentPrepareBatch(PrepareBatch):
         label_dropout: probability of every single label to become unknown.
         label_weights: of the loss where a label is, by label value; 1 where none is named (Guo et al. 2025, MAISI,
             weigh tumours so). A latent cell weighs as the labels that fill it.
+        snr_gamma: weigh the error of each sample by its time, see `min_snr_weight`; None weighs all times alike.
 
     Raises:
-        FibldmError: the target is not regular on the process, or a weight has no label or mask.
+        FibldmError: the target is not regular on the process, a weight has no label or mask, or ``snr_gamma`` is not
+            positive.
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class LatentPrepareBatch(PrepareBatch):
         mask_dropout: float = 0.0,
         label_dropout: float = 0.0,
         label_weights: Mapping[int, float] | None = None,
+        snr_gamma: float | None = None,
     ) -> None:
         process.check_target(target)
+        if snr_gamma is not None:
+            check_gamma(snr_gamma)
         self.process, self.target, self.times, self.mask = process, target, times, mask
         self.mask_dropout, self.label_dropout = mask_dropout, label_dropout
-        self.label_weights = _weights(label_weights or {}, mask)
+        self.label_weights, self.snr_gamma = _weights(label_weights or {}, mask), snr_gamma
 
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -91,17 +96,23 @@ class LatentPrepareBatch(PrepareBatch):
         z_0 = posterior.sample(self._noise(posterior.mean, generators))
         t = self._times(batchdata["view"], generators)
         noise = self._noise(z_0, generators)
-        target = Weighted(self.process.target(self.target, z_0, noise, t), self._weight(batchdata))
+        target = (self.process.target(self.target, z_0, noise, t), self._weight(batchdata), *self._factor(t, z_0.ndim))
         inputs = (self.process.diffuse(z_0, noise, t), self.process.network_time(t), *self._mask(batchdata, generators))
         moved = [part.to(device, non_blocking=non_blocking, **kwargs) for part in (*target, *inputs)]
-        return moved[2], Weighted(moved[0], moved[1]), tuple(moved[3:]), {}
+        asked, given = moved[: len(target)], moved[len(target) :]
+        return given[0], Weighted(*asked), tuple(given[1:]), {}
 
     def _weight(self, batchdata: dict[str, Tensor]) -> Tensor:
-        valid = batchdata["valid"].float()
-        if self.mask is None or self.label_weights is None:
-            return valid
-        shares = self.mask.shares(batchdata["mask"].float())
-        return valid * torch.einsum("blxyz,l->bxyz", shares, self.label_weights)[:, None]
+        weight = batchdata["valid"].float()
+        if self.mask is not None and self.label_weights is not None:
+            shares = self.mask.shares(batchdata["mask"].float())
+            weight = weight * torch.einsum("blxyz,l->bxyz", shares, self.label_weights)[:, None]
+        return weight
+
+    def _factor(self, t: Tensor, axes: int) -> list[Tensor]:
+        if self.snr_gamma is None:
+            return []
+        return [min_snr_weight(self.process, self.target, t, self.snr_gamma).view(-1, *[1] * (axes - 1))]
 
     def _noise(self, like: Tensor, generators: list[torch.Generator]) -> Tensor:
         return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])

@@ -1,6 +1,8 @@
 """Pictures of the same cases again and again while a stage trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,24 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import list_data_collate
 from monai.engines import PrepareBatch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.models.autoencoder import Autoencoder
+from fibldm.files import hash_value
+from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
+from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.denoiser import Denoiser
+from fibldm.models.network import ConditionedNetwork
+from fibldm.models.samplers import Sampler, ddim, draw_noise, sampler
+from fibldm.models.tiling import tiled_decode
+from fibldm.models.timesteps import sampling_times
+from fibldm.runs import StageFolder
 from fibldm.training.draws import Draw, KeyedDataset, key_seed
-from fibldm.training.pictures import Panel, compared, render, write_picture
+from fibldm.training.latents import Latents
+from fibldm.training.pictures import PLANES, Panel, compared, render, write_picture
+from fibldm.training.prepare_batch import LatentPrepareBatch
 
 Rows = Callable[[], Sequence[Sequence[Panel]]]
 
@@ -96,15 +111,129 @@ class ReconstructionRows:
 
     @torch.no_grad()
     def __call__(self) -> list[list[Panel]]:
-        training = self.network.training
-        self.network.eval()
-        try:
+        with _evaluating(self.network):
             return [row for index in range(min(self.cases, len(self.dataset))) for row in self._rows(index)]
-        finally:
-            self.network.train(training)
 
     def _rows(self, index: int) -> list[list[Panel]]:
         item = self.dataset[Draw(index, 0, key_seed(self.seed, 0, index, 0))]
         volume, _, *masks = self.prepare_batch(list_data_collate([item]), self.device)
         decoded = self.network.decode(self.network.encode(volume).mean, *(masks[0] if masks else ())).clamp(-1, 1)
         return compared(f"case {index + 1}", volume[0].cpu(), decoded[0].float().cpu(), ("input", "reconstruction"))
+
+
+class SampleRows:
+    """Stages 2 and 3: what the network samples now, decoded; beside the mask and the real volume where it sees a mask.
+
+    The noise of a sample has a seed of its own, keyed by (seed, case, number), so that only the network changes from
+    one picture to the next.
+
+    Args:
+        network: the averaged network; in evaluation mode while it draws.
+        latents: of the run; the first validation cases are drawn, decoded by the first stage of the run.
+        prepare_batch: of validation, which knows the process, the target and how masks are encoded.
+        cases: how many.
+        samples: of each case.
+        sampler: one of `fibldm.models.samplers.SAMPLERS`.
+        steps: of the sampler.
+        eta: of the sampler "ddim", in [0, 1]; None is its own.
+        shift: of the sampling times, see `sampling_times`.
+        seed: of the run.
+        device: where the network is.
+
+    Raises:
+        FibldmError: there is no such sampler, steps or shift are out of range, or eta is not for the sampler.
+    """
+
+    def __init__(
+        self,
+        network: ConditionedNetwork,
+        latents: Latents,
+        *,
+        prepare_batch: LatentPrepareBatch,
+        cases: int = 2,
+        samples: int = 1,
+        sampler: str = "dpmpp_2m",
+        steps: int = 10,
+        eta: float | None = None,
+        shift: float = 1.0,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        self.network, self.latents, self.prepare_batch = network, latents, prepare_batch
+        self.cases, self.samples, self.seed, self.device = cases, samples, seed, device
+        self.sampler = _sampler(sampler, eta)
+        self.times = sampling_times(steps, spacing=prepare_batch.process.sampling_spacing, shift=shift)
+
+    @torch.no_grad()
+    def __call__(self) -> list[list[Panel]]:
+        items = self.latents.items("validation")[: self.cases]
+        with _evaluating(self.network):
+            return [row for number, item in enumerate(items, start=1) for row in self._rows(f"case {number}", item)]
+
+    def _rows(self, title: str, item: Mapping[str, str]) -> list[list[Panel]]:
+        cached = load_file(item["file"])
+        labels, real = cached["labels"][None].long(), cached["mean"][None]
+        shown = {} if self.prepare_batch.mask is None else {"real": self._decode(real, labels)}
+        for number in range(self.samples):
+            z = self._sample(item["case"], number, labels, real.shape[1:])
+            shown[f"sample {number + 1}"] = self._decode(self.latents.space.denormalise(z), labels)
+        rows = []
+        for channel in range(len(shown["sample 1"])):
+            drawn = {name: volume[channel] for name, volume in shown.items()}
+            if self.prepare_batch.mask is not None:
+                drawn = {"mask": _gray(labels[0, 0], self._labels), **drawn}
+            rows.append([panel for name, volume in drawn.items() for panel in _panels(f"{title}\n{name}", volume)])
+        return rows
+
+    def _sample(self, case: str, number: int, labels: Tensor, shape: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(int(hash_value((self.seed, case, number))[:15], 16))
+        prepare, process = self.prepare_batch, self.prepare_batch.process
+        condition = None if prepare.mask is None else prepare.mask.encode(labels).to(self.device)
+        denoise = Denoiser(self.network, process, prepare.target, condition)
+        noise = draw_noise(shape, [generator]).to(self.device)
+        return self.sampler(denoise, noise, self.times, process=process, generators=[generator])
+
+    def _decode(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """The volume ``(C, X, Y, Z)`` of a latent ``(1, c, x, y, z)`` in the first stage's own scale."""
+        mask = MaskEncoding(self._labels, 1).encode(labels).to(self.device) if self._first_stage.needs_mask else None
+        return tiled_decode(self._first_stage, latent.to(self.device), mask=mask)[0].clamp(-1, 1)
+
+    @property
+    def _labels(self) -> tuple[int, ...]:
+        return tuple(int(label) for label in self.latents.facts["labels"])
+
+    @cached_property
+    def _first_stage(self) -> FrozenFirstStage:
+        trained = StageFolder(self.latents.run_dir, "autoencoder").trained()
+        return FrozenFirstStage(trained).to(self.device)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def _sampler(name: str, eta: float | None) -> Sampler:
+    if eta is None:
+        return sampler(name)
+    if sampler(name) is not ddim or not 0 <= eta <= 1:
+        raise FibldmError(
+            f"preview_eta must be in [0, 1] and is for the sampler ddim only; got {eta} for {name}", "leave it out"
+        )
+    return partial(ddim, eta=eta)
+
+
+def _gray(labels: Tensor, values: Sequence[int]) -> Tensor:
+    """Labels ``(X, Y, Z)`` as grays of [-1, 1], evenly in the order of their values; unknown is white."""
+    known = torch.tensor([*sorted(values), UNKNOWN_LABEL])
+    return torch.linspace(-1, 1, len(known))[torch.searchsorted(known, labels)]
+
+
+def _panels(title: str, volume: Tensor) -> list[Panel]:
+    """All planes of a volume ``(X, Y, Z)``; a single slice only has the axial one."""
+    return [Panel(title, volume, plane) for plane in range(len(PLANES) if volume.shape[2] > 1 else 1)]

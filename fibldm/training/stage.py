@@ -2,12 +2,11 @@
 
 import inspect
 import logging
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
 from ignite.metrics import Loss
 from monai.bundle import ConfigParser
 from torch import nn
@@ -15,11 +14,12 @@ from torch import nn
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.training.checkpoints import Checkpoints, Patience, WallTime
+from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
 from fibldm.training.handlers import ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import freeze, initialise
 from fibldm.training.precision import allow_tf32, store_channels_last
+from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")
 
@@ -33,9 +33,9 @@ class Stage:
     It reads these IDs of the configuration:
 
     * parts: ``network_def``, ``network``, ``ema``, ``optimizer``, ``lr_scheduler``, ``train::sampler``,
-      ``train::trainer``, ``validate::evaluator``; ``state``, a mapping of whatever else a resume must restore;
-      ``trackers``, a list of more handlers
-    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``patience``, ``wall_time``
+      ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
+      ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
+    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``patience``, ``stop_gap``, ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``freeze``
 
@@ -88,19 +88,21 @@ class Stage:
         )
         schedule, interval = Schedule(get("lr_scheduler")), int(get("val_interval"))
         patience = Patience(checkpoints, patience=int(get("patience")), interval=interval)
+        gap_limit = GapLimit(checkpoints, metrics, limit=get("stop_gap"), patience=patience.patience)
         wall_time = WallTime(checkpoints, get("wall_time"))
         SetEpoch(get("train::sampler"), int(get("seed"))).attach(trainer)
         for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule):
             handler.attach(trainer)
-        _validate(trainer, get("validate::evaluator"), interval, metrics)
+        validation = Validation(get("validate::evaluator"), metrics, interval=interval, training=_watched(parser))
+        validation.attach(trainer)
         metrics.attach(trainer)
         if is_first_rank():
             for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *get("trackers")):
                 handler.attach(trainer)
-        for handler in (checkpoints, patience, wall_time):
+        for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)
-        self._go_on(trainer, checkpoints, schedule, patience)
-        self._end(trainer, wall_time)
+        self._go_on(trainer, checkpoints, schedule, (patience, gap_limit))
+        self._end(trainer, wall_time, patience, gap_limit)
 
     def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
         get = parser.get_parsed_content
@@ -116,15 +118,15 @@ class Stage:
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
 
-    def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, patience: Patience) -> None:
+    def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, stops: Sequence[Stop]) -> None:
         epoch = checkpoints.resume(trainer)
         if epoch:
             schedule.place(trainer)
             _logger.info("%s: going on after epoch %d of %d", self.folder.name, epoch, trainer.state.max_epochs)
-        if epoch < trainer.state.max_epochs and not patience.is_over(epoch):
+        if epoch < trainer.state.max_epochs and not any(stop.is_over(epoch) for stop in stops):
             trainer.run()
 
-    def _end(self, trainer: Any, wall_time: WallTime) -> None:
+    def _end(self, trainer: Any, wall_time: WallTime, patience: Patience, gap_limit: GapLimit) -> None:
         epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
         if wall_time.is_over:
             _logger.info(
@@ -134,14 +136,16 @@ class Stage:
             )
             return
         if epoch < epochs:
-            _logger.info("%s: stopped after epoch %d of %d, as its patience is over", self.folder.name, epoch, epochs)
+            reason = (gap_limit if gap_limit.is_over(epoch) else patience).reason
+            _logger.info("%s: stopped after epoch %d of %d, as %s", self.folder.name, epoch, epochs, reason)
         if is_first_rank():
-            best = self.folder.weights()
+            best, gaps = self.folder.weights(), gap_limit.gaps(epoch)
             self.folder.finish(
                 epochs=epochs,
                 stopped_epoch=epoch,
                 best_epoch=best["epoch"],
                 validation_loss=best["loss"],
+                **({"gap": {"best": gaps.get(best["epoch"]), "last": [*gaps.values()][-1]}} if gaps else {}),
                 weights=hash_weights(best["model"]),
             )
 
@@ -173,18 +177,18 @@ def validation_loss(loss: torch.nn.Module) -> Loss:
     return Loss(loss, output_transform=pair, batch_size=lambda target: len(target.value))
 
 
-def _validate(trainer: Engine, evaluator: Any, interval: int, metrics: Metrics) -> None:
-    @trainer.on(Events.EPOCH_COMPLETED)
-    def validate(engine: Engine) -> None:
-        if engine.state.epoch % interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            evaluator.run(engine.state.epoch)
-            loss = float(evaluator.state.metrics["validation_loss"])
-            if not math.isfinite(loss):
-                raise FibldmError(
-                    f"the validation loss must stay finite; it is {loss} in epoch {engine.state.epoch}",
-                    "lower learning_rate or clip_norm; the last checkpoint is as it was",
-                )
-            metrics.validation_loss = loss
+def _watched(parser: ConfigParser) -> Any:
+    """The evaluator of the training patients that are watched, or None."""
+    if "watch" not in parser:
+        return None
+    if parser.get_parsed_content("watch_training"):
+        return parser.get_parsed_content("watch::evaluator")
+    if parser.get_parsed_content("stop_gap") is not None:
+        raise FibldmError(
+            "stop_gap needs the loss on training patients; watch_training is false",
+            "set watch_training to true, or stop_gap to null",
+        )
+    return None
 
 
 def _log_to(file: Path) -> logging.Handler:

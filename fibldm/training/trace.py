@@ -107,7 +107,7 @@ def trace_stage(stage: str, request: Request) -> StageMemory:
             parser["latents"] = _latents(_parser("autoencoder", request), request.work)
             items = dict.fromkeys(("train", "validate"), _latent(parser))
         if stage == "controlnet":
-            parser["unet"] = _parser("diffusion", request)["unet"]
+            parser["base"] = _parser("diffusion", request)["network_def"]
         return _trace(stage, parser, items, request)
     except RuntimeError as error:  # MONAI wraps whatever a part of a configuration raises
         cause: BaseException | None = error
@@ -194,11 +194,17 @@ def _case(parser: ConfigParser, part: str) -> Any:
 
 def _latents(parser: ConfigParser, work: Path) -> Latents:
     """What the encode stage would write of the latents of an autoencoder."""
-    network = parser.get_parsed_content("network_def")
-    channels, size = network.latent_channels, list(parser.get_parsed_content("size"))
+    get = parser.get_parsed_content
+    network = get("network_def")
+    channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
     space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
     labels = read_datalist(str(work))["labels"]
-    facts = {"space": space, "labels": labels, "compression": list(network.compression), "grid": {"size": size}}
+    facts = {
+        "space": space,
+        "labels": labels,
+        "compression": list(network.compression),
+        "grid": grid,
+    }
     return Latents(_RUN, facts)
 
 

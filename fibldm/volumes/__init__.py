@@ -13,6 +13,7 @@ From a dataset to a work folder:
 * ``datalist``: tell patients apart, split by patient, read the split back
 * ``preparation``: the whole of ``fibldm prepare``
 * ``work_folder``: write the work folder, whole or not at all
+* ``slices``: axial slices of a work folder, for networks in two dimensions
 * ``torch_datasets``: work folders as torch datasets, and torch datasets as sources
 
 Between files and tensors:

@@ -83,6 +83,8 @@ class Volume:
 class ModelGrid:
     """The voxels that a run's networks were trained on.
 
+    A size of 1 along S is that of networks in two dimensions. They take single slices, whose thickness is their own.
+
     Attributes:
         spacing: mm along R, A, S.
         size: voxels along R, A, S in training.
@@ -96,12 +98,16 @@ class ModelGrid:
 
         As in synthesis, a source within 10 % of the model spacing that fits keeps its own, moved by whole voxels only,
         so that image and labels are what was measured and drawn; its centre may then lie half a voxel off.
+
+        Raises:
+            FibldmError: the model grid is one slice and the source is not.
         """
+        spacing = self._spacing_for(source)
         fits = all(length <= limit for length, limit in zip(source.shape, self.size, strict=True))
-        exact = np.allclose(source.spacing, self.spacing, rtol=_SAME_SPACING, atol=0)
+        exact = np.allclose(source.spacing, spacing, rtol=_SAME_SPACING, atol=0)
         if exact or (fits and self._near(source)):
             return _cropped_or_padded(source, self.size)
-        return _centred(source, self.spacing, self.size)
+        return _centred(source, spacing, self.size)
 
     def synthesis_grid(self, source: Grid, multiple: int | Sequence[int]) -> Grid:
         """A grid that covers ``source`` (canonical): of the training size where that covers it, else of a multiple.
@@ -111,24 +117,44 @@ class ModelGrid:
 
         Args:
             source: grid of a mask in canonical order.
-            multiple: what every axis must be divisible by, or one number for each.
+            multiple: what every axis must be divisible by, or one number for each; not that of a single slice.
+
+        Raises:
+            FibldmError: the model grid is one slice and the source is not.
         """
-        extent = np.ceil(np.round(np.array(source.field_of_view) / self.spacing, 3)).astype(int)
+        spacing = self._spacing_for(source)
+        extent = np.ceil(np.round(np.array(source.field_of_view) / spacing, 3)).astype(int)
         resampled = self._padded(extent, multiple)
         own = self._padded(source.shape, multiple)
         if self._near(source) and all(length <= limit for length, limit in zip(own, resampled, strict=True)):
             return _cropped_or_padded(source, own)
-        return _cropped_or_padded(_centred(source, self.spacing, tuple(extent)), resampled)
+        return _cropped_or_padded(_centred(source, spacing, tuple(extent)), resampled)
 
     def _padded(self, shape: Sequence[int] | NDArray[np.int_], multiple: int | Sequence[int]) -> tuple[int, ...]:
-        multiples = (multiple,) * len(self.size) if isinstance(multiple, int) else multiple
+        multiples = (multiple,) * len(self.size) if isinstance(multiple, int) else tuple(multiple)
+        multiples = (*multiples[:2], 1) if self._is_slice else multiples
         return tuple(
             -(-max(int(length), trained) // step) * step
             for length, trained, step in zip(shape, self.size, multiples, strict=True)
         )
 
+    @property
+    def _is_slice(self) -> bool:
+        return long_axes(self.size) == [0, 1]
+
+    def _spacing_for(self, source: Grid) -> tuple[float, float, float]:
+        """The model's spacing, but for the thickness of a slice."""
+        if not self._is_slice:
+            return self.spacing
+        if source.shape[2] != 1:
+            raise FibldmError(
+                f"a model grid of one slice, {self.size}, takes single axial slices; the size is {source.shape}",
+                "cut volumes with `fibldm slices`, or give a model grid in three dimensions",
+            )
+        return (*self.spacing[:2], source.spacing[2])
+
     def _near(self, source: Grid) -> bool:
-        off = np.abs(np.array(source.spacing) / self.spacing - 1)
+        off = np.abs(np.array(source.spacing) / self._spacing_for(source) - 1)
         return bool((np.round(off, _COORDINATE_DECIMALS) <= SPACING_TOLERANCE).all())
 
 
@@ -158,6 +184,11 @@ def resample(
         inside = _nearest(np.ones(smooth.shape, dtype=np.uint8), matrix, target.shape, 0)
         moved[inside == 0] = fill
     return Volume(moved, target.affine)
+
+
+def long_axes(shape: Sequence[int]) -> list[int]:
+    """The axes of more than one voxel: all three of a volume, two of a slice."""
+    return [axis for axis, length in enumerate(shape) if length > 1]
 
 
 def turned_like(volume: Volume, grid: Grid) -> Volume:

@@ -193,7 +193,8 @@ def _image(case: Case, rules: Rules, note: Note) -> Scan | None:
         return None
     for name, channel in zip(rules.channels, _channels(image), strict=True):
         note_all(note, image_findings(channel, rules.modality, image.spacing, name))
-    note_all(note, spacing_findings(image.spacing))
+    stacked = [length > 1 for length in image.array.shape[:3]]
+    note_all(note, spacing_findings(image.spacing[stacked]))  # one slice is as thick as it is
     return _corrected(image, note) if rules.bias_field else image
 
 

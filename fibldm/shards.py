@@ -53,6 +53,11 @@ class Shard:
         return cls(int(given[0]), int(given[1]))
 
     @property
+    def local(self) -> int:
+        """Rank among the processes of this machine, as torchrun says it; 0 where it says none."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 

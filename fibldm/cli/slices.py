@@ -1,0 +1,26 @@
+"""``fibldm slices``: axial slices of a work folder, for networks in two dimensions."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def slices(
+    work: Annotated[Path, typer.Argument(help="Work folder of fibldm prepare, with volumes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; fibldm prepare makes a work folder of it.")],
+    every: Annotated[float, typer.Option(help="mm from one slice to the next.")] = 10.0,
+) -> dict[str, Any]:
+    """Cut the volumes of a work folder into axial slices; a patient's slices stay in one split."""
+    from fibldm.volumes.datalist import read_datalist
+    from fibldm.volumes.intensity import load_intensity
+    from fibldm.volumes.slices import write_slices
+
+    count = write_slices(work, out, every=every)
+    intensity = load_intensity(work / "intensity.json")
+    window = ["--window", f"{intensity.low:g}", f"{intensity.high:g}"] if intensity.kind == "window" else []
+    modality = read_datalist(work)["modality"]
+    following = shlex.join(["fibldm", "prepare", str(out), "--out", f"{out}_work", "--modality", modality, *window])
+    print(f"{count} slices in {out}; go on with\n  {following}")
+    return {"outputs": [str(out)], "slices": count, "next": following}

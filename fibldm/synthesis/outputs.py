@@ -1,0 +1,177 @@
+"""Mask files in, marked files out; what lies there already and was made in the same way is kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from fibldm.errors import FibldmError
+from fibldm.files import hash_file, hash_value, read_json
+from fibldm.shards import Shard
+from fibldm.synthesis.settings import SamplingSettings
+from fibldm.synthesis.synthesizer import Synthesis, Synthesizer, Wanted
+from fibldm.volumes.grid import Volume
+from fibldm.volumes.masks import as_labels, find_masks, keep_mask, mask_stem, read_mask
+from fibldm.volumes.writer import sidecar, write_synthetic
+
+if TYPE_CHECKING:
+    from fibldm.volumes.dicom.output import DicomOutput
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how the volumes of a synthesizer are written.
+
+    Attributes:
+        synthesizer: makes the volumes.
+        folder: gets ``<mask stem>_<number:03d>.nii.gz`` with its sidecar, and the masks as used in ``masks/``.
+        settings: how to sample.
+        allow_extrapolation: go on where a mask lies outside what the training data covered.
+        dicom: writes a DICOM series ``<mask stem>_<number:03d>/`` and the mask as a segmentation; None is NIfTI.
+    """
+
+    synthesizer: Synthesizer
+    folder: Path
+    settings: SamplingSettings
+    allow_extrapolation: bool = False
+    dicom: "DicomOutput | None" = None
+
+    def write(self, jobs: Sequence[tuple[Path, int]]) -> list[Path]:
+        """Make and write some volumes together.
+
+        Args:
+            jobs: mask files (NIfTI, or DICOM segmentations whose segments have the names of the run's labels), and
+                which volume of each.
+
+        Returns:
+            The files, or the folders of series, in the order of the jobs.
+
+        Raises:
+            FibldmError: another volume or mask of this name lies there, a mask is refused, or cannot be told in DICOM.
+        """
+        missing = [job for job in jobs if not self._is_there(*job)]
+        masks = [self._read(file) for file, _ in missing]
+        made = self.synthesizer.batch(
+            [Wanted(mask, mask_stem(file), number) for mask, (file, number) in zip(masks, missing, strict=True)],
+            settings=self.settings,
+            allow_extrapolation=self.allow_extrapolation,
+        )
+        for job, mask, synthesis in zip(missing, masks, made, strict=True):
+            self._write(*job, mask, synthesis)
+        return [self.path(*job) for job in jobs]
+
+    def path(self, mask_file: Path, number: int) -> Path:
+        """The volume's file, or the folder of its series."""
+        name = f"{mask_stem(mask_file)}_{number:03d}"
+        return self.folder / (f"{name}.nii.gz" if self.dicom is None else name)
+
+    def _is_there(self, mask_file: Path, number: int) -> bool:
+        path, name = self.path(mask_file, number), f"{mask_stem(mask_file)}_{number:03d}"
+        other = self.folder / (name if self.dicom is None else f"{name}.nii.gz")
+        if other.exists():
+            raise FibldmError(f"{other} lies there already, in another format", "choose another --out folder")
+        if not path.exists():
+            return False
+        there = read_json(sidecar(path))
+        if any(there.get(key) != value for key, value in self._request(mask_file, number).items()):
+            raise FibldmError(
+                f"{path} lies there already and was made from another mask, run or settings",
+                "choose another --out folder",
+            )
+        if self.dicom is None:
+            self._keep_mask(mask_file, read_mask(mask_file, self.synthesizer.names))
+        else:
+            self.dicom.check_whole(path)
+        return True
+
+    def _read(self, mask_file: Path) -> Volume:
+        mask = read_mask(mask_file, self.synthesizer.names)
+        if self.dicom is not None:
+            self.dicom.check(mask.grid, self.synthesizer.names, self.synthesizer.intensity)
+        return mask
+
+    def _write(self, mask_file: Path, number: int, mask: Volume, made: Synthesis) -> None:
+        path, request = self.path(mask_file, number), self._request(mask_file, number)
+        if self.dicom is None:
+            self._keep_mask(mask_file, mask)
+            write_synthetic(path, made.channels, {**request, **made.provenance})
+        else:
+            self.dicom.write(
+                path,
+                made.volume,
+                as_labels(mask),
+                names=self.synthesizer.names,
+                intensity=self.synthesizer.intensity,
+                request=request,
+                provenance=made.provenance,
+            )
+
+    def _keep_mask(self, mask_file: Path, mask: Volume) -> None:
+        keep_mask(self.folder / "masks" / f"{mask_stem(mask_file)}.nii.gz", as_labels(mask))
+
+    def _request(self, mask_file: Path, number: int) -> dict[str, Any]:
+        """What tells whether a volume that lies there is the one that is wanted."""
+        request = {
+            "mask": mask_file.name,
+            "mask_sha256": hash_file(mask_file),
+            "request": hash_value([self.synthesizer.source, asdict(self.settings), number]),
+        }
+        if self.dicom is not None:
+            request["dicom_request"] = self.dicom.fingerprint(self.synthesizer.names)
+        return request
+
+
+def synthesize_files(
+    run_dir: str | Path,
+    masks: Sequence[str | Path],
+    out: str | Path,
+    *,
+    count: int,
+    settings: SamplingSettings,
+    batch_size: int = 1,
+    allow_extrapolation: bool = False,
+    strength: float = 1.0,
+    others: Mapping[str | Path, float] | None = None,
+    device: str | torch.device | None = None,
+    dicom: "DicomOutput | None" = None,
+) -> list[Path]:
+    """Write ``count`` volumes of every mask that ``masks`` names (files and folders), with a progress bar.
+
+    Several processes, as torchrun starts them, share the volumes.
+
+    Args:
+        run_dir: a finished run, see `Synthesizer.from_run`.
+        masks: NIfTI files and DICOM segmentations, and folders of them.
+        out: folder to write to; see `Output`.
+        count: volumes per mask.
+        settings: how to sample.
+        batch_size: volumes that are sampled together.
+        allow_extrapolation: go on where a mask lies outside what the training data covered.
+        strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
+        others: runs with further ControlNets, and their strengths.
+        device: None takes CUDA where there is one, for each process its own.
+        dicom: writes DICOM instead of NIfTI.
+
+    Returns:
+        What this process wrote.
+
+    Raises:
+        FibldmError: no mask, one that is refused, or a run that is not finished.
+    """
+    if batch_size < 1:
+        raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
+    files, shard = find_masks([Path(mask) for mask in masks]), Shard.from_environment()
+    chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
+    synthesizer = Synthesizer.from_run(run_dir, strength=strength, others=others, device=chosen)
+    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom)
+    jobs = shard.take([(file, number) for file in files for number in range(count)])
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    console = Console(stderr=True)
+    hidden = not (console.is_terminal and shard.is_first)
+    return [
+        path for batch in track(batches, "synthesize", console=console, disable=hidden) for path in output.write(batch)
+    ]

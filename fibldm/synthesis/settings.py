@@ -1,0 +1,99 @@
+"""How volumes are drawn, and how many network calls that takes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fibldm.errors import FibldmError
+from fibldm.models.denoiser import guided
+from fibldm.models.process import Prediction, Process
+from fibldm.models.samplers import Denoise, calls, sampler
+from fibldm.models.timesteps import check_shift, sampling_times
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How volumes are drawn.
+
+    Attributes:
+        sampler: one of `fibldm.models.samplers.SAMPLERS`.
+        steps: of the sampler, from noise to data.
+        guidance: 1 is none; above 5 medical volumes turn into caricatures.
+        seed: with the mask's name and the number of the volume, decides its noise.
+        guidance_rescale: holds back the contrast that guidance adds, in [0, 1], see `fibldm.models.denoiser.guided`.
+        guidance_interval: times (low, high) in [0, 1], 1 is noise, between which there is guidance.
+        shift: moves the sampling times towards noise, see `fibldm.models.timesteps.shifted`; None as in training.
+        dynamic_threshold: share of the voxels, in (0, 1], see `fibldm.models.denoiser.thresholded`; for runs in pixel
+            space only. None leaves it out.
+
+    Raises:
+        FibldmError: a value is out of range.
+    """
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 10
+    guidance: float = 1.0
+    seed: int = 0
+    guidance_rescale: float = 0.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    shift: float | None = None
+    dynamic_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        sampler(self.sampler)
+        if self.steps < 1:
+            raise FibldmError(f"steps must be at least 1; got {self.steps}")
+        if not 0 <= self.guidance < math.inf:
+            raise FibldmError(f"guidance must be a number of at least 0; got {self.guidance}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise FibldmError(f"guidance_rescale must lie in [0, 1]; got {self.guidance_rescale}", "0.7 is usual")
+        match self.guidance_interval:
+            case [low, high] if 0 <= low < high <= 1:
+                object.__setattr__(self, "guidance_interval", (low, high))
+            case _:
+                raise FibldmError(
+                    f"guidance_interval must be two times 0 <= low < high <= 1; got {self.guidance_interval}",
+                    "0 and 1 guide always",
+                )
+        if self.shift is not None:
+            check_shift(self.shift)
+        if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
+            raise FibldmError(
+                f"dynamic_threshold must lie in (0, 1]; got {self.dynamic_threshold}", "0.995 is usual, null is none"
+            )
+
+    def times(self, process: Process) -> Tensor:
+        """The times that the sampler visits on a process, float64, shape (steps + 1,); ``shift`` None counts as 1."""
+        shift = 1.0 if self.shift is None else self.shift
+        return sampling_times(self.steps, spacing=process.sampling_spacing, shift=shift)
+
+    def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
+        """The denoiser with guidance as these settings want it."""
+        return guided(
+            conditional,
+            unconditional,
+            self.guidance,
+            rescale=self.guidance_rescale,
+            interval=self.guidance_interval,
+        )
+
+    @property
+    def network_calls(self) -> int:
+        """UNet passes per volume, each with its ControlNets, where guidance, which counts two, is always on."""
+        return calls(self.sampler, self.steps) * (1 if self.guidance == 1 else 2)
+
+    def calls_on(self, process: Process) -> int:
+        """UNet passes per volume, guidance only where it is on: counted in a rehearsal on two numbers."""
+        counted = 0
+
+        def count(z_t: Tensor, t: Tensor) -> Prediction:
+            nonlocal counted
+            counted += 1
+            return Prediction(z_t)
+
+        denoise, z = self.guide(count, count), torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1, 1)
+        sampler(self.sampler)(denoise, z, self.times(process), process=process, generators=[torch.Generator()])
+        return counted

@@ -1,0 +1,283 @@
+"""From masks to synthetic volumes on the masks' own grids."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import fibldm
+from fibldm import UNKNOWN_LABEL
+from fibldm.errors import FibldmError
+from fibldm.files import hash_value
+from fibldm.models.autoencoder import FrozenFirstStage
+from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.denoiser import Denoiser, thresholded
+from fibldm.models.latents import LatentSpace
+from fibldm.models.network import ConditionedNetwork, joined
+from fibldm.models.process import Process, Target
+from fibldm.models.samplers import draw_noise, sampler
+from fibldm.models.tiling import tiled_decode
+from fibldm.runs import StageFolder, load_facts
+from fibldm.synthesis.settings import SamplingSettings
+from fibldm.volumes.envelope import Envelope
+from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
+from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.masks import as_labels
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One volume to make.
+
+    Attributes:
+        mask: integer labels ``(X, Y, Z)`` in any axis order.
+        name: of the mask; with the seed and ``number`` it decides the noise.
+        number: which of the volumes of this mask.
+    """
+
+    mask: Volume
+    name: str = "mask"
+    number: int = 0
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Of all that is random about it; on the CPU, so that it is the same on any device."""
+        key = hash_value((seed, self.name, self.number))
+        return torch.Generator().manual_seed(int(key[:15], 16))
+
+
+class _Placed(NamedTuple):
+    """A wanted volume with its mask in RAS+ order, the same on the model grid, and what of it was never trained on."""
+
+    wanted: Wanted
+    source: Volume
+    labels: Volume
+    outside: Any
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A synthetic volume in its units on disk, one `Volume` for each channel, and where it comes from."""
+
+    channels: tuple[Volume, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def volume(self) -> Volume:
+        """The volume of a run with one channel.
+
+        Raises:
+            FibldmError: the run has several.
+        """
+        if len(self.channels) > 1:
+            raise FibldmError(f"this volume has {len(self.channels)} channels, not one", "take Synthesis.channels")
+        return self.channels[0]
+
+
+@dataclass(frozen=True)
+class Synthesizer:
+    """Everything that turns a mask into a volume; usually made by `from_run`.
+
+    Attributes:
+        network: with its ControlNet, in evaluation mode.
+        first_stage: the autoencoder.
+        space: scale of its latents.
+        process: the diffusion process of the network.
+        target: what the network's output means.
+        mask: how masks are encoded.
+        grid: the model grid.
+        intensity: between tensors and the units on disk.
+        envelope: what the training data covered.
+        source: what the sidecar says of the weights.
+        names: of the labels by value, without background; needed for DICOM only.
+        channels: names of the image channels, in order.
+        shift: of the times in training, see `fibldm.models.timesteps.shifted`.
+    """
+
+    network: ConditionedNetwork
+    first_stage: FrozenFirstStage
+    space: LatentSpace
+    process: Process
+    target: Target
+    mask: MaskEncoding
+    grid: ModelGrid
+    intensity: Intensity
+    envelope: Envelope
+    source: dict[str, Any]
+    names: Mapping[int, str] = field(default_factory=dict)
+    channels: tuple[str, ...] = ("image",)
+    shift: float = 1.0
+
+    @classmethod
+    def from_run(
+        cls,
+        run_dir: str | Path,
+        *,
+        strength: float = 1.0,
+        others: Mapping[str | Path, float] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Synthesizer":
+        """The generator of a run: of its ControlNet stage, or of its diffusion stage where that knows the mask itself.
+
+        Args:
+            run_dir: the run folder.
+            strength: of its ControlNet; 1 is as trained, 0 switches it off.
+            others: runs whose ControlNets are added, with their strengths; they stand on the same base network.
+            device: where it works.
+
+        Raises:
+            FibldmError: a stage is not finished, its files do not fit each other, or the runs do not.
+        """
+        facts = load_facts(run_dir)
+        stage = _generating_stage(Path(run_dir))
+        network, weights = stage.trained(device="cpu"), stage.require()["weights"]
+        if strength != 1 or others:
+            network, weights = _joined(stage, network, strength, others or {})
+        return cls(
+            network=network.to(device),
+            first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
+            space=LatentSpace.from_dict(facts["space"]),
+            process=stage.component("process"),
+            target=stage.component("target"),
+            mask=stage.component("mask"),
+            grid=ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
+            intensity=Intensity.from_dict(facts["intensity"]),
+            envelope=Envelope.from_dict(facts["envelope"]),
+            source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
+            names={int(value): name for value, name in facts["labels"].items() if int(value)},
+            channels=tuple(facts.get("channels", ("image",))),
+            shift=float(getattr(stage.component("times"), "shift", 1.0)),
+        )
+
+    def __call__(
+        self,
+        mask: Volume,
+        *,
+        name: str = "mask",
+        number: int = 0,
+        settings: SamplingSettings | None = None,
+        allow_extrapolation: bool = False,
+    ) -> Synthesis:
+        """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors."""
+        wanted = [Wanted(mask, name, number)]
+        return self.batch(wanted, settings=settings, allow_extrapolation=allow_extrapolation)[0]
+
+    @torch.no_grad()
+    def batch(
+        self, wanted: Sequence[Wanted], *, settings: SamplingSettings | None = None, allow_extrapolation: bool = False
+    ) -> list[Synthesis]:
+        """Synthetic volumes, each on the grid of its mask, sampled together where they have one size.
+
+        A volume is the same in any batch but for rounding: its noise depends on the seed, its mask's name and its
+        number alone.
+
+        Args:
+            wanted: the volumes.
+            settings: how to sample; None for the defaults.
+            allow_extrapolation: go on, and say so, where a mask lies outside what the training data covered.
+
+        Raises:
+            FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; or
+                a dynamic threshold is asked of latents.
+        """
+        settings = self._as_trained(settings or SamplingSettings())
+        placed = [self._place(one, allow_extrapolation) for one in wanted]
+        made: list[Synthesis | None] = [None] * len(placed)
+        for size in dict.fromkeys(part.labels.grid.shape for part in placed):
+            places = [place for place, part in enumerate(placed) if part.labels.grid.shape == size]
+            decoded = self._sample([placed[place] for place in places], settings)
+            for place, volume in zip(places, decoded, strict=True):
+                made[place] = self._finish(placed[place], volume, settings)
+        return [one for one in made if one is not None]
+
+    def _place(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
+        source = as_labels(wanted.mask).canonical()
+        self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
+        outside = self.envelope.check(source, allow=allow_extrapolation)
+        grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
+        return _Placed(wanted, source, resample(source, grid, kind="label", fill=UNKNOWN_LABEL), outside)
+
+    def _finish(self, placed: _Placed, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
+        """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
+        source, grid = placed.source, placed.labels.grid
+        returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
+        on_disk = self.intensity.to_disk(np.stack(returned))
+        channels = tuple(turned_like(Volume(part, source.affine), placed.wanted.mask.grid) for part in on_disk)
+        same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
+        provenance = {
+            "fibldm": fibldm.__version__,
+            "torch": torch.__version__,
+            "source": self.source,
+            "number": placed.wanted.number,
+            "sampling": asdict(settings),
+            "network_calls": settings.calls_on(self.process),
+            "channels": list(self.channels),
+            "intensity": self.intensity.to_dict(),
+            "units": self.intensity.units,
+            "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
+            "extrapolation": placed.outside,
+            "notice": "synthetic; a mask drawn on a real scan still carries the anatomy of its patient",
+        }
+        return Synthesis(channels, provenance)
+
+    def _as_trained(self, settings: SamplingSettings) -> SamplingSettings:
+        """Settings with the shift of the training times where they give none."""
+        if settings.dynamic_threshold is not None and not self.first_stage.is_identity:
+            raise FibldmError(
+                "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
+                "leave it out; guidance_rescale holds guidance back in any space",
+            )
+        return settings if settings.shift is not None else replace(settings, shift=self.shift)
+
+    def _sample(self, placed: Sequence[_Placed], settings: SamplingSettings) -> list[NDArray[np.float32]]:
+        """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
+        device = next(self.network.parameters()).device
+        labels = np.stack([part.labels.array.astype(np.int64) for part in placed])[:, None]
+        drawn = torch.from_numpy(labels).to(device)
+        condition = self.mask.encode(drawn)
+        generators = [part.wanted.generator(settings.seed) for part in placed]
+        noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
+        denoise = settings.guide(self._denoiser(condition), self._denoiser(self.mask.null(condition)))
+        if settings.dynamic_threshold is not None:
+            denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
+        times = settings.times(self.process)
+        z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=generators)
+        return [self._decode(z[place : place + 1], drawn[place : place + 1]) for place in range(len(placed))]
+
+    def _decode(self, z: Tensor, drawn: Tensor) -> NDArray[np.float32]:
+        whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
+        volume = tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)
+        return volume[0].clamp(-1, 1).float().cpu().numpy()
+
+    def _denoiser(self, condition: Tensor) -> Denoiser:
+        return Denoiser(self.network, self.process, self.target, condition)
+
+
+def _generating_stage(run_dir: Path) -> StageFolder:
+    base, controlnet = StageFolder(run_dir, "diffusion"), StageFolder(run_dir, "controlnet")
+    alone = not controlnet.path.exists() and base.done() is not None and base.component("mask_way") is not None
+    return base if alone else controlnet
+
+
+def _joined(
+    stage: StageFolder, network: ConditionedNetwork, strength: float, others: Mapping[str | Path, float]
+) -> tuple[ConditionedNetwork, str]:
+    """A network with the ControlNets of other runs, and the fingerprint of all with their strengths."""
+    stages = [stage, *(StageFolder(Path(run), "controlnet") for run in others)]
+    strengths = [strength, *others.values()]
+    if not all(0 <= value < math.inf for value in strengths):
+        raise FibldmError(f"strengths must be numbers of at least 0; got {strengths}", "1 is as trained")
+    for other in stages[1:]:
+        if other.component("mask") != stage.component("mask"):
+            raise FibldmError(
+                f"the masks of {other.run_dir} must be encoded as those of {stage.run_dir}; they are not",
+                "train its ControlNet with the same mask_detail, mask_resize and mask_feature",
+            )
+    weights = [[part.require()["weights"], value] for part, value in zip(stages, strengths, strict=True)]
+    networks = [network, *(other.trained(device="cpu") for other in stages[1:])]
+    return joined(networks, strengths), hash_value(weights)
