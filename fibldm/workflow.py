@@ -75,7 +75,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         commands.append(_train(stage, work, run, settings))
     say(f"4/6 synthesize: the test patients' masks into {synthetic}")
     sampling = replace(settings.sampling, seed=settings.seed)
-    matches = _synthesize(run, phantoms, work, synthetic, sampling)
+    matches = synthesize_test_masks(run, phantoms, work, synthetic, sampling)
     given = " ".join(f"--masks {match.mask}" for match in matches)
     commands.append(
         f"fibldm synthesize --run {run} {given} --out {synthetic} --seed {sampling.seed} --steps {sampling.steps} "
@@ -128,7 +128,19 @@ def _as_options(overrides: Mapping[str, Any]) -> str:
     return "".join(f" --set {key}={value}" for key, value in overrides.items())
 
 
-def _synthesize(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:
+def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:
+    """Volumes of the masks of the test patients, of the first two masks with several seeds; what is there is kept.
+
+    Args:
+        run: a finished run.
+        phantoms: folder of the phantoms.
+        work: the work folder made of it.
+        out: folder to write to.
+        sampling: how to sample.
+
+    Raises:
+        FibldmError: there are too few test cases.
+    """
     cases = load_datalist(work, "test")
     if len(cases) < _MASKS_WITH_SEEDS:
         raise FibldmError(f"the demo needs at least {_MASKS_WITH_SEEDS} test cases; got {len(cases)}", "add subjects")
