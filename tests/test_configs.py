@@ -208,6 +208,14 @@ def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) 
     assert make("autoencoder", DATA[0], str(file)).files[-1] == file
 
 
+def test_a_file_that_changes_a_part_which_the_stage_lacks_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train::trainer::max_epochs: 3")
+    with pytest.raises(FibldmError, match=f"{file} changes 'train::trainer::max_epochs', and this stage has no 'train'"):
+        make("latents", DATA[0], str(file))
+    assert make("latents", DATA[0], "autoencoder_adversarial").files[-1].stem == "autoencoder_adversarial"
+
+
 def test_the_model_grid_may_come_as_overrides() -> None:
     assert make("segmenter", "tiny", spacing=[1.0, 2.0, 3.0], size=[16, 32, 64]).overrides["size"] == [16, 32, 64]
     with pytest.raises(FibldmError, match="a data configuration must give spacing and size"):

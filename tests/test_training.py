@@ -66,7 +66,7 @@ def test_the_error_is_the_mean_over_the_places_that_count(norm: Any, expected: f
 
 def test_an_unknown_norm_lists_the_choices() -> None:
     with pytest.raises(FibldmError, match="norm must be one of l1, l2, huber, charbonnier; got 'l3'"):
-        DenoisingLoss("l3")(torch.zeros(1), Weighted(torch.zeros(1), torch.ones(1)))  # type: ignore[arg-type]
+        DenoisingLoss("l3")(torch.zeros(1, 1), Weighted(torch.zeros(1, 1), torch.ones(1, 1)))  # type: ignore[arg-type]
 
 
 def test_the_kl_divergence_is_that_of_two_gaussians() -> None:

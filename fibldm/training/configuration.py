@@ -165,7 +165,11 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
             name, *inside = key.lstrip("+").split("::")
             if name not in allowed:
                 raise _unknown_key(key, f" in {file}", allowed)
-            if inside and name in before and not _exists(before, [name, *inside]):
+            if inside and name not in before:
+                raise FibldmError(
+                    f"{file} changes {key!r}, and this stage has no {name!r}", "leave it out here; other stages may need it"
+                )
+            if inside and not _exists(before, [name, *inside]):
                 raise _unknown_key(key, f" in {file}", set(_flat_keys(before)))
     for key in configuration.overrides:
         if not _exists(config, key.split("::")):
