@@ -211,7 +211,7 @@ def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) 
 def test_a_file_that_changes_a_part_which_the_stage_lacks_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train::trainer::max_epochs: 3")
-    with pytest.raises(FibldmError, match=f"{file} changes 'train::trainer::max_epochs', and this stage has no 'train'"):
+    with pytest.raises(FibldmError, match=f"{file} changes '.*max_epochs', and this stage has no 'train'; leave it"):
         make("latents", DATA[0], str(file))
     assert make("latents", DATA[0], "autoencoder_adversarial").files[-1].stem == "autoencoder_adversarial"
 

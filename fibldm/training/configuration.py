@@ -150,6 +150,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
     contents = {file: _read(file) for file in given}
+    _refuse_orphans(configuration, contents)
     config = ConfigParser.load_config_files([str(file) for file in configuration.files])
     config |= {key: value for key, value in configuration.overrides.items() if key in _GRID}
     if not config.keys() >= _GRID:
@@ -165,15 +166,25 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
             name, *inside = key.lstrip("+").split("::")
             if name not in allowed:
                 raise _unknown_key(key, f" in {file}", allowed)
-            if inside and name not in before:
-                raise FibldmError(
-                    f"{file} changes {key!r}, and this stage has no {name!r}", "leave it out here; other stages may need it"
-                )
             if inside and not _exists(before, [name, *inside]):
                 raise _unknown_key(key, f" in {file}", set(_flat_keys(before)))
     for key in configuration.overrides:
         if not _exists(config, key.split("::")):
             raise _unknown_key(key, "", {*config, *_flat_keys(config)})
+
+
+def _refuse_orphans(configuration: Configuration, given: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse ``a::b`` where no file before has ``a``, which MONAI would break off at."""
+    names: set[str] = set()
+    for file in configuration.files:
+        for key in given.get(file, ()):
+            name, *inside = key.lstrip("+").split("::")
+            if inside and name not in names:
+                raise FibldmError(
+                    f"{file} changes {key!r}, and this stage has no {name!r}",
+                    "leave it out here; other stages may need it",
+                )
+        names |= {key.lstrip("+").split("::")[0] for key in given.get(file) or _read(file)}
 
 
 def _exists(config: Any, path: Sequence[str]) -> bool:
