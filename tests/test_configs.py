@@ -42,7 +42,11 @@ COMBINATIONS = [
     *((stage, data, extra) for stage in STAGE_FILES if stage != "latents" for data in DATA for extra in TRACKERS),
     *((stage, data, extra) for stage in STAGE_FILES for data in DATA for extra in EVERY_STAGE),
     *(("autoencoder", data, (name,)) for data in DATA for name in AUTOENCODERS),
-    *((stage, DATA[0], (name,)) for stage in ("diffusion", "controlnet") for name in (*MASKS, "learned_variance")),
+    *(
+        (stage, DATA[0], (name,))
+        for stage in ("diffusion", "controlnet")
+        for name in (*MASKS, "learned_variance", "covariates")
+    ),
 ]
 
 

@@ -32,6 +32,7 @@ from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted, synthesize_files
+from fibldm.volumes.datalist import read_datalist
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
@@ -670,3 +671,18 @@ def test_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_p
     sampling = json.loads(sidecar(Path(told["outputs"][0])).read_text())["sampling"]
     assert (sampling["guidance_rescale"], sampling["guidance_interval"], sampling["shift"]) == (0.7, [0.3, 0.8], 1.5)
     assert run([*command, "--dynamic-threshold", "0.9", "--seed", "3"]) == 2
+
+
+def test_masks_may_be_those_of_a_split(tiny_run, phantom_work, tmp_path, capsys):
+    options = ["synthesize", "--run", str(tiny_run), "--data", str(phantom_work), "--steps", "1", "--device", "cpu"]
+    assert run([*options, "--split", "validation", "--out", str(tmp_path / "out"), "--allow-extrapolation"]) == 0
+    cases = [entry["case"] for entry in read_datalist(phantom_work)["validation"] if "label" in entry]
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))] == [
+        f"{case}_000.nii.gz" for case in cases
+    ]
+    assert run([*options, "--split", "tests", "--out", str(tmp_path / "none")]) == 2
+    assert "--split must be one of training, validation, test; got 'tests'" in capsys.readouterr().err
+    assert run(["synthesize", "--run", str(tiny_run), "--out", str(tmp_path / "none")]) == 2
+    assert (
+        "masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); got none" in capsys.readouterr().err
+    )

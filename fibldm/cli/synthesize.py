@@ -11,10 +11,15 @@ if TYPE_CHECKING:
 
 def synthesize(
     run: Annotated[Path, typer.Option("--run", help="Run folder, trained to the end.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     masks: Annotated[
         list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    ] = [],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Work folder whose masks of --split are taken, beside those of --masks."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --data: training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are sampled together.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
@@ -39,8 +44,13 @@ def synthesize(
         list[str],
         typer.Option(metavar="RUN=STRENGTH", help="Add the ControlNet of a run with the same base; may be repeated."),
     ] = [],
+    covariate: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=VALUE", help="Of the patient, such as age=63; may be repeated. Else unknown."),
+    ] = [],
     allow_extrapolation: Annotated[
-        bool, typer.Option("--allow-extrapolation", help="Go on where a mask lies outside the training data.")
+        bool,
+        typer.Option("--allow-extrapolation", help="Go on where masks or covariates lie outside the training data."),
     ] = False,
     output_format: Annotated[str, typer.Option("--format", help="nifti, or dicom: a series and its mask.")] = "nifti",
     template: Annotated[
@@ -84,12 +94,13 @@ def synthesize(
         check_bids(bids, modality=load_facts(run)["modality"], skull_stripped=skull_stripped)
     outputs = synthesize_files(
         run,
-        masks,
+        [*masks, *_masks_of(data, split)],
         out,
         count=count,
         settings=settings,
         batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
+        covariates=_covariates(covariate),
         strength=strength,
         others=dict(_run_and_strength(text) for text in with_controlnet),
         device=device,
@@ -103,6 +114,17 @@ def synthesize(
     return {"outputs": [str(path) for path in outputs], "network_calls": calls}
 
 
+def _masks_of(work: Path | None, split: str) -> list[str]:
+    from fibldm.errors import unknown_choice
+    from fibldm.volumes.datalist import SPLITS, load_datalist
+
+    if work is None:
+        return []
+    if split not in SPLITS:
+        raise unknown_choice("--split", split, SPLITS)
+    return [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
+
+
 def _run_and_strength(text: str) -> tuple[Path, float]:
     from fibldm.errors import FibldmError
 
@@ -111,6 +133,15 @@ def _run_and_strength(text: str) -> tuple[Path, float]:
         return (Path(run), float(strength)) if sign else (Path(text), 1.0)
     except ValueError as error:
         raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
+
+
+def _covariates(texts: list[str]) -> dict[str, str]:
+    from fibldm.errors import FibldmError
+
+    pairs = [text.partition("=") for text in texts]
+    if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
+        raise FibldmError(f"--covariate needs NAME=VALUE, each name once; got {', '.join(texts)}")
+    return {name: value for name, _, value in pairs}
 
 
 def _dicom_output(template: Path | None, label_codes: Path | None) -> "DicomOutput":

@@ -20,8 +20,9 @@ The network that follows a mask:
 
 * ``conditioning`` (with ``mask_features``): masks at the latent's size, with a group of channels for *unknown*
 * ``mask_encoders``: what a network sees of them
+* ``covariates``: age, sex and the like as tokens for cross-attention
 * ``controlnet``: a ControlNet that starts as a copy of its base network
-* ``network``: the UNet and all that tells it of the mask, as engine and checkpoint see them
+* ``network``: the UNet and all that tells it of mask and covariates, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time
 """

@@ -23,12 +23,14 @@ class Denoiser:
         process: the one it was trained on.
         target: what its output means.
         mask: encoded mask ``(B, M, x, y, z)``; None for the base network alone.
+        covariates: encoded, ``(B, T, 2)``; None: all unknown, or none at all.
     """
 
     network: ConditionedNetwork
     process: Process
     target: Target
     mask: Tensor | None = None
+    covariates: Tensor | None = None
 
     def __call__(self, z_t: Tensor, t: Tensor) -> Prediction:
         """The expected latent at ``z_t`` ``(B, C, x, y, z)`` and times ``t`` ``(B,)`` in (0, 1].
@@ -39,7 +41,8 @@ class Denoiser:
         Raises:
             FibldmError: the network has neither C nor 2C output channels.
         """
-        output, channels = self.network(z_t, self.process.network_time(t), self.mask), z_t.shape[1]
+        known = {} if self.covariates is None else {"covariates": self.covariates}
+        output, channels = self.network(z_t, self.process.network_time(t), self.mask, **known), z_t.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise FibldmError(
                 f"a network on latents of {channels} channels must give {channels}, or {2 * channels} with a learned "

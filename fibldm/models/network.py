@@ -1,4 +1,4 @@
-"""The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of the mask."""
+"""The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of mask and covariates."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fibldm.errors import FibldmError
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
+from fibldm.models.covariates import CovariateEncoding, CovariateTokens
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 
@@ -42,11 +43,13 @@ class MaskControl(nn.Module):
         dropped = mask.all_but(labels) if mask is not None and labels is not None else None
         self.register_buffer("dropped", dropped, persistent=False)
 
-    def forward(self, x: Tensor, timesteps: Tensor, mask: Tensor) -> Residuals:
+    def forward(self, x: Tensor, timesteps: Tensor, mask: Tensor, context: Tensor | None = None) -> Residuals:
         """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``."""
         if self.mask is not None and self.dropped is not None:
             mask = self.mask.drop_labels(mask, self.dropped.expand(len(mask), -1))
-        down, middle = self.controlnet(x, timesteps, controlnet_cond=_shown(self.encoder, mask, like=x))
+        down, middle = self.controlnet(
+            x, timesteps, controlnet_cond=_shown(self.encoder, mask, like=x), context=context
+        )
         return tuple(down), middle
 
 
@@ -58,8 +61,12 @@ class ConditionedNetwork(nn.Module):
         controls: ControlNets, see `steered`.
         concat: the mask comes as further input channels of the base network, behind those of the latent.
         mask_encoder: what the base network sees of the mask, see `mask_encoders`; None shows it as it is encoded.
+        covariate_tokens: what the base network and the ControlNets see of covariates, by cross-attention.
 
     A 2-D base network sees volumes of one voxel along Z without that axis.
+
+    Raises:
+        FibldmError: there are covariates, and the base network has no cross-attention.
     """
 
     def __init__(
@@ -69,12 +76,18 @@ class ConditionedNetwork(nn.Module):
         *,
         concat: bool = False,
         mask_encoder: nn.Module | None = None,
+        covariate_tokens: CovariateTokens | None = None,
     ) -> None:
         super().__init__()
+        if covariate_tokens is not None and not unet.with_conditioning:
+            raise FibldmError(
+                "covariates need a base network with cross-attention; this one has none",
+                "set unet::with_conditioning to true and unet::cross_attention_dim to covariate_width",
+            )
         self.unet, self.controls = unet, nn.ModuleList(controls)
         self.strengths = (1.0,) * len(controls)
         self.concat, self.spade = concat, isinstance(unet, SPADEDiffusionModelUNet)
-        self.mask_encoder = mask_encoder
+        self.mask_encoder, self.covariate_tokens = mask_encoder, covariate_tokens
 
     @property
     def multiple(self) -> int:
@@ -86,17 +99,30 @@ class ConditionedNetwork(nn.Module):
         """Whether anything of it looks at the mask."""
         return self.concat or self.spade or len(self.controls) > 0
 
-    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+    @property
+    def covariates(self) -> CovariateEncoding | None:
+        """How the covariates are encoded that it knows."""
+        return None if self.covariate_tokens is None else self.covariate_tokens.encoding
+
+    @property
+    def context_width(self) -> int | None:
+        """Width of the tokens that it sees by cross-attention."""
+        return None if self.covariate_tokens is None else self.covariate_tokens.width
+
+    def forward(
+        self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None, covariates: Tensor | None = None
+    ) -> Tensor:
         """The network's output ``(B, C, x, y, z)`` in the terms of its training target.
 
         Args:
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
             mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNets' residuals off.
+            covariates: encoded, ``(B, T, 2)``; None: all unknown.
 
         Raises:
             FibldmError: an axis of the latent is not divisible by `multiple`, a 2-D network gets more than one slice,
-                or the base network itself needs a mask and gets none.
+                the base network itself needs a mask and gets none, or it knows no covariates and gets some.
         """
         flat = self.unet.conv_in.spatial_dims == 2 and z_t.ndim == 5
         if flat and z_t.shape[-1] != 1:
@@ -107,16 +133,31 @@ class ConditionedNetwork(nn.Module):
             raise FibldmError("this base network needs the mask; got none", "give MaskEncoding.null to ask for nothing")
         shown = _shown(self.mask_encoder, mask, like=z_t) if self.concat or self.spade else None
         x = torch.cat([z_t, shown], dim=1) if self.concat and shown is not None else z_t
-        residuals = {} if mask is None or not self.controls else self._residuals(x, timesteps, mask)
-        output: Tensor = self.unet(x, timesteps, **({"seg": shown} if self.spade else {}), **residuals)
+        context = self._context(covariates, like=z_t)
+        residuals = {} if mask is None or not self.controls else self._residuals(x, timesteps, mask, context)
+        seen = {"context": context, "seg": shown if self.spade else None}
+        given = {name: tensor for name, tensor in seen.items() if tensor is not None}
+        output: Tensor = self.unet(x, timesteps, **given, **residuals)
         return output.unsqueeze(-1) if flat else output
 
-    def _residuals(self, x: Tensor, timesteps: Tensor, mask: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    def _context(self, covariates: Tensor | None, *, like: Tensor) -> Tensor | None:
+        if self.covariate_tokens is None:
+            if covariates is not None:
+                raise FibldmError("this network knows no covariates; got some", "leave them out")
+            return None
+        if covariates is None:
+            covariates = self.covariate_tokens.encoding.null(len(like)).to(like.device)
+        context: Tensor = self.covariate_tokens(covariates)
+        return context
+
+    def _residuals(
+        self, x: Tensor, timesteps: Tensor, mask: Tensor, context: Tensor | None
+    ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """The sum of all ControlNets' residuals, each times its strength (Zhang et al. 2023, section 3.4)."""
         down: tuple[Tensor, ...] = ()
         middle = x.new_zeros(())
         for control, strength in zip(self.controls, self.strengths, strict=True):
-            of_down, of_middle = control(x, timesteps, mask)
+            of_down, of_middle = control(x, timesteps, mask, context)
             if strength != 1:
                 of_down, of_middle = tuple(strength * part for part in of_down), strength * of_middle
             down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
@@ -139,20 +180,35 @@ def steered(
     encoder: nn.Module | None = None,
     mask: MaskEncoding | None = None,
     labels: Iterable[int] | None = None,
+    covariates: CovariateEncoding | None = None,
 ) -> ConditionedNetwork:
     """A trained base network, frozen, with a ControlNet that starts as a copy of its encoder and changes nothing yet.
 
     Args:
-        base: of stage 2; frozen in place, with all that it knows of the mask already.
+        base: of stage 2; frozen in place, with all that it knows of mask and covariates already.
         controlnet: built with the numbers of the base network.
         encoder: see `MaskControl`, as are ``mask`` and ``labels``.
+        covariates: what training shows of them, which must be what the base network knows.
 
     Raises:
-        FibldmError: the two networks were not built with the same numbers, or the dataset has no such label.
+        FibldmError: the two networks were not built with the same numbers, or for other covariates, or the dataset has
+            no such label.
     """
+    if covariates != base.covariates:
+        ours, theirs = (list(part.kinds) if part is not None else [] for part in (covariates, base.covariates))
+        raise FibldmError(
+            f"a ControlNet must see the covariates of its base network, {theirs}, encoded in the same way; got {ours}",
+            f"set covariates to {theirs}, and covariate_categories to those of its training",
+        )
     base.requires_grad_(False)
     control = MaskControl(copy_base_weights(controlnet, base.unet), encoder=encoder, mask=mask, labels=labels)
-    return ConditionedNetwork(base.unet, [*base.controls, control], concat=base.concat, mask_encoder=base.mask_encoder)
+    return ConditionedNetwork(
+        base.unet,
+        [*base.controls, control],
+        concat=base.concat,
+        mask_encoder=base.mask_encoder,
+        covariate_tokens=base.covariate_tokens,
+    )
 
 
 def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -> ConditionedNetwork:
@@ -169,7 +225,7 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
     if len(networks) != len(strengths):
         raise FibldmError(f"every ControlNet needs one strength; got {len(strengths)} for {len(networks)}")
     for other in networks[1:]:
-        if not _same(first.unet, other.unet):
+        if not _same_base(first, other):
             raise FibldmError(
                 "ControlNets can be joined only where they were trained on the same base network; these were not",
                 "train the second ControlNet on a copy of the run of the first",
@@ -179,6 +235,7 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
         [cast(MaskControl, control) for part in networks for control in part.controls],
         concat=first.concat,
         mask_encoder=first.mask_encoder,
+        covariate_tokens=first.covariate_tokens,
     )
     network.strengths = tuple(
         float(strength) for part, strength in zip(networks, strengths, strict=True) for _ in part.controls
@@ -186,9 +243,15 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
     return network.train(first.training)
 
 
-def _same(one: nn.Module, two: nn.Module) -> bool:
-    first, second = one.state_dict(), two.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def _same_base(one: ConditionedNetwork, two: ConditionedNetwork) -> bool:
+    first, second = _base_weights(one), _base_weights(two)
+    same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return same and one.covariates == two.covariates
+
+
+def _base_weights(network: ConditionedNetwork) -> dict[str, Tensor]:
+    of_base = ("unet.", "covariate_tokens.")
+    return {name: weight for name, weight in network.state_dict().items() if name.startswith(of_base)}
 
 
 def _shown(encoder: nn.Module | None, mask: Tensor | None, *, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Mask files in, marked files out; what lies there already and was made in the same way is kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Output:
         settings: how to sample.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         dicom: writes a DICOM series ``<mask stem>_<number:03d>/`` and the mask as a segmentation; None is NIfTI.
+        covariates: what is asked of the patients beside the masks, by name; all else is unknown.
     """
 
     synthesizer: Synthesizer
@@ -39,6 +40,7 @@ class Output:
     settings: SamplingSettings
     allow_extrapolation: bool = False
     dicom: "DicomOutput | None" = None
+    covariates: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, jobs: Sequence[tuple[Path, int]]) -> list[Path]:
         """Make and write some volumes together.
@@ -51,12 +53,16 @@ class Output:
             The files, or the folders of series, in the order of the jobs.
 
         Raises:
-            FibldmError: another volume or mask of this name lies there, a mask is refused, or cannot be told in DICOM.
+            FibldmError: another volume or mask of this name lies there, a mask or covariates are refused, or a mask
+                cannot be told in DICOM.
         """
         missing = [job for job in jobs if not self._is_there(*job)]
         masks = [self._read(file) for file, _ in missing]
         made = self.synthesizer.batch(
-            [Wanted(mask, mask_stem(file), number) for mask, (file, number) in zip(masks, missing, strict=True)],
+            [
+                Wanted(mask, mask_stem(file), number, self.covariates)
+                for mask, (file, number) in zip(masks, missing, strict=True)
+            ],
             settings=self.settings,
             allow_extrapolation=self.allow_extrapolation,
         )
@@ -115,10 +121,13 @@ class Output:
 
     def _request(self, mask_file: Path, number: int) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
+        decisive = [self.synthesizer.source, asdict(self.settings), number]
+        if known := self.synthesizer.covariates.read(self.covariates):
+            decisive.append(known)
         request = {
             "mask": mask_file.name,
             "mask_sha256": hash_file(mask_file),
-            "request": hash_value([self.synthesizer.source, asdict(self.settings), number]),
+            "request": hash_value(decisive),
         }
         if self.dicom is not None:
             request["dicom_request"] = self.dicom.fingerprint(self.synthesizer.names)
@@ -134,6 +143,7 @@ def synthesize_files(
     settings: SamplingSettings,
     batch_size: int = 1,
     allow_extrapolation: bool = False,
+    covariates: Mapping[str, object] | None = None,
     strength: float = 1.0,
     others: Mapping[str | Path, float] | None = None,
     device: str | torch.device | None = None,
@@ -151,6 +161,8 @@ def synthesize_files(
         settings: how to sample.
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
+        covariates: what is asked of the patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
+            unknown.
         strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
         others: runs with further ControlNets, and their strengths.
         device: None takes CUDA where there is one, for each process its own.
@@ -160,14 +172,14 @@ def synthesize_files(
         What this process wrote.
 
     Raises:
-        FibldmError: no mask, one that is refused, or a run that is not finished.
+        FibldmError: no mask, one that is refused, as covariates may be, or a run that is not finished.
     """
     if batch_size < 1:
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
     files, shard = find_masks([Path(mask) for mask in masks]), Shard.from_environment()
     chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_run(run_dir, strength=strength, others=others, device=chosen)
-    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom)
+    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     console = Console(stderr=True)

@@ -17,6 +17,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.covariates import CovariateEncoding, Value
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, joined
@@ -39,11 +40,13 @@ class Wanted:
         mask: integer labels ``(X, Y, Z)`` in any axis order.
         name: of the mask; with the seed and ``number`` it decides the noise.
         number: which of the volumes of this mask.
+        covariates: what is asked of the patient beside the mask, by name; all else is unknown.
     """
 
     mask: Volume
     name: str = "mask"
     number: int = 0
+    covariates: Mapping[str, object] = field(default_factory=dict)
 
     def generator(self, seed: int) -> torch.Generator:
         """Of all that is random about it; on the CPU, so that it is the same on any device."""
@@ -57,7 +60,8 @@ class _Placed(NamedTuple):
     wanted: Wanted
     source: Volume
     labels: Volume
-    outside: Any
+    covariates: dict[str, Value]
+    outside: list[str]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Synthesizer:
     """Everything that turns a mask into a volume; usually made by `from_run`.
 
     Attributes:
-        network: with its ControlNet, in evaluation mode.
+        network: with its ControlNet, in evaluation mode; says which covariates it knows.
         first_stage: the autoencoder.
         space: scale of its latents.
         process: the diffusion process of the network.
@@ -154,17 +158,23 @@ class Synthesizer:
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
         )
 
+    @property
+    def covariates(self) -> CovariateEncoding:
+        """Those that the network was trained with, perhaps none."""
+        return self.network.covariates or CovariateEncoding({})
+
     def __call__(
         self,
         mask: Volume,
         *,
         name: str = "mask",
         number: int = 0,
+        covariates: Mapping[str, object] | None = None,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
     ) -> Synthesis:
         """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors."""
-        wanted = [Wanted(mask, name, number)]
+        wanted = [Wanted(mask, name, number, covariates or {})]
         return self.batch(wanted, settings=settings, allow_extrapolation=allow_extrapolation)[0]
 
     @torch.no_grad()
@@ -179,11 +189,11 @@ class Synthesizer:
         Args:
             wanted: the volumes.
             settings: how to sample; None for the defaults.
-            allow_extrapolation: go on, and say so, where a mask lies outside what the training data covered.
+            allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
 
         Raises:
-            FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; or
-                a dynamic threshold is asked of latents.
+            FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; so do
+                covariates; or a dynamic threshold is asked of latents.
         """
         settings = self._as_trained(settings or SamplingSettings())
         placed = [self._place(one, allow_extrapolation) for one in wanted]
@@ -198,9 +208,12 @@ class Synthesizer:
     def _place(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
         source = as_labels(wanted.mask).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
+        covariates = self.covariates.read(wanted.covariates)
         outside = self.envelope.check(source, allow=allow_extrapolation)
+        outside += self.covariates.check(covariates, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        return _Placed(wanted, source, resample(source, grid, kind="label", fill=UNKNOWN_LABEL), outside)
+        labels = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
+        return _Placed(wanted, source, labels, covariates, outside)
 
     def _finish(self, placed: _Placed, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
         """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
@@ -215,6 +228,7 @@ class Synthesizer:
             "source": self.source,
             "number": placed.wanted.number,
             "sampling": asdict(settings),
+            "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
@@ -242,7 +256,8 @@ class Synthesizer:
         condition = self.mask.encode(drawn)
         generators = [part.wanted.generator(settings.seed) for part in placed]
         noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
-        denoise = settings.guide(self._denoiser(condition), self._denoiser(self.mask.null(condition)))
+        conditional = self._denoiser(condition, self._encoded(placed).to(device) if self.covariates.kinds else None)
+        denoise = settings.guide(conditional, self._denoiser(self.mask.null(condition)))
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         times = settings.times(self.process)
@@ -254,8 +269,11 @@ class Synthesizer:
         volume = tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)
         return volume[0].clamp(-1, 1).float().cpu().numpy()
 
-    def _denoiser(self, condition: Tensor) -> Denoiser:
-        return Denoiser(self.network, self.process, self.target, condition)
+    def _encoded(self, placed: Sequence[_Placed]) -> Tensor:
+        return torch.stack([self.covariates.encode(part.covariates) for part in placed])
+
+    def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
+        return Denoiser(self.network, self.process, self.target, condition, covariates)
 
 
 def _generating_stage(run_dir: Path) -> StageFolder:

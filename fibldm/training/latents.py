@@ -21,6 +21,7 @@ from fibldm.errors import FibldmError, sentence
 from fibldm.files import atomic_path, hash_file, write_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.latents import LatentSpace
 from fibldm.models.tiling import tiled_encode
 from fibldm.runs import Progress, StageFolder, load_facts
@@ -33,6 +34,7 @@ from fibldm.training.stage import running_parser
 INTERPOLATION = "interpolation.png"
 
 _SPLITS = ("training", "validation")
+_NO_COVARIATES = ("image", "label", "case", "subject")
 
 _logger = logging.getLogger("fibldm")
 
@@ -74,6 +76,22 @@ class Latents:
         spacing = tuple(self.facts["grid"]["spacing"])
         return MaskEncoding(labels, voxels, detail, spacing=spacing, **choices)
 
+    def covariates(self, names: Sequence[str], categories: Sequence[str] = ()) -> CovariateEncoding | None:
+        """How covariates are encoded, by those of the training cases; None where there are no names.
+
+        Raises:
+            FibldmError: the training cases do not have or do not differ in one of them; see `CovariateEncoding.fit`.
+        """
+        if not names:
+            return None
+        cases = dict.fromkeys(item["case"] for item in self.facts["items"]["training"])
+        return CovariateEncoding.fit(names, [self.known_of(case) for case in cases], categories)
+
+    def known_of(self, case: str) -> dict[str, Any]:
+        """The covariates of a case, by name; None where one is unknown."""
+        known: dict[str, Any] = self.facts.get("covariates", {}).get(case, {})
+        return known
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of ``latents.json``, which names the autoencoder, the data and every file."""
@@ -91,13 +109,17 @@ class LoadLatent(Transform):
     Args:
         latents: the run's latents.
         mask: how to encode the masks.
+        covariates: how to encode the covariates; None leaves them out.
     """
 
-    def __init__(self, latents: Latents, mask: MaskEncoding) -> None:
-        self.space, self.mask = latents.space, mask
+    def __init__(self, latents: Latents, mask: MaskEncoding, covariates: CovariateEncoding | None = None) -> None:
+        self.latents, self.space = latents, latents.space
+        self.mask, self.covariates = mask, covariates
 
     def __call__(self, item: Mapping[str, str]) -> dict[str, Tensor]:
-        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(M, x, y, z)``; float32.
+        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(M, x, y, z)``.
+
+        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory. With covariates also ``covariates`` ``(T, 2)``; a category that no training case has is unknown.
 
         Raises:
             FibldmError: another autoencoder made this latent.
@@ -108,7 +130,10 @@ class LoadLatent(Transform):
         posterior = Posterior(tensors["mean"][None], tensors["std"][None])
         mean, std = self.space.normalise_posterior(posterior)
         mask = self.mask.encode(tensors["labels"][None])
-        return {"mean": mean[0], "std": std[0], "valid": tensors["valid"], "mask": mask[0]}
+        loaded = {"mean": mean[0], "std": std[0], "valid": tensors["valid"], "mask": mask[0].half()}
+        if self.covariates is not None:
+            loaded["covariates"] = self.covariates.encode_case(self.latents.known_of(item["case"]))
+        return loaded
 
 
 class EncodeStage:
@@ -122,7 +147,8 @@ class EncodeStage:
 
     Args:
         run_dir: the run folder.
-        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label``, ``case``, ``subject``.
+        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label``, ``case``, ``subject``;
+            whatever else they hold are covariates.
         preprocessing: to the model grid: ``image``, ``label`` and ``valid``.
         augmentation: random, on the three together.
         views: of every training case, the plain one included.
@@ -194,9 +220,16 @@ class EncodeStage:
         items = {split: self._items(split) for split in _SPLITS}
         wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
         space = LatentSpace.fit(self._posteriors(items["training"]), autoencoder)
+        covariates = covariates_by_case([case for split in _SPLITS for case in self.datalist[split]])
         write_json(
             folder.path / "latents.json",
-            {"compression": first_stage.compression, "space": space.to_dict(), **self.facts, "items": items},
+            {
+                "compression": first_stage.compression,
+                "space": space.to_dict(),
+                **self.facts,
+                **({"covariates": covariates} if any(covariates.values()) else {}),
+                "items": items,
+            },
         )
         self._report(items, space)
         self._draw(items, first_stage)
@@ -288,6 +321,11 @@ class EncodeStage:
         for item in items:
             with safe_open(self._folder / item["file"], framework="pt") as content:
                 yield Posterior(content.get_tensor("mean")[None], content.get_tensor("std")[None])
+
+
+def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a datalist says of its cases beside their files and patients, by case and name."""
+    return {case["case"]: {name: value for name, value in case.items() if name not in _NO_COVARIATES} for case in cases}
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.process import Process, Target
 from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_snr_weight
 from fibldm.training.losses import Weighted
@@ -63,6 +64,9 @@ class LatentPrepareBatch(PrepareBatch):
         label_weights: of the loss where a label is, by label value; 1 where none is named (Guo et al. 2025, MAISI,
             weigh tumours so). A latent cell weighs as the labels that fill it.
         snr_gamma: weigh the error of each sample by its time, see `min_snr_weight`; None weighs all times alike.
+        covariates: how covariates are encoded; None trains without any.
+        covariate_dropout: probability of every single covariate to become unknown, and of all together. With the whole
+            mask they all are, as guidance asks for nothing.
 
     Raises:
         FibldmError: the target is not regular on the process, a weight has no label or mask, or ``snr_gamma`` is not
@@ -80,6 +84,8 @@ class LatentPrepareBatch(PrepareBatch):
         label_dropout: float = 0.0,
         label_weights: Mapping[int, float] | None = None,
         snr_gamma: float | None = None,
+        covariates: CovariateEncoding | None = None,
+        covariate_dropout: float = 0.0,
     ) -> None:
         process.check_target(target)
         if snr_gamma is not None:
@@ -87,6 +93,7 @@ class LatentPrepareBatch(PrepareBatch):
         self.process, self.target, self.times, self.mask = process, target, times, mask
         self.mask_dropout, self.label_dropout = mask_dropout, label_dropout
         self.label_weights, self.snr_gamma = _weights(label_weights or {}, mask), snr_gamma
+        self.covariates, self.covariate_dropout = covariates, covariate_dropout
 
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -97,10 +104,13 @@ class LatentPrepareBatch(PrepareBatch):
         t = self._times(batchdata["view"], generators)
         noise = self._noise(z_0, generators)
         target = (self.process.target(self.target, z_0, noise, t), self._weight(batchdata), *self._factor(t, z_0.ndim))
-        inputs = (self.process.diffuse(z_0, noise, t), self.process.network_time(t), *self._mask(batchdata, generators))
-        moved = [part.to(device, non_blocking=non_blocking, **kwargs) for part in (*target, *inputs)]
-        asked, given = moved[: len(target)], moved[len(target) :]
-        return given[0], Weighted(*asked), tuple(given[1:]), {}
+        mask, nothing = self._mask(batchdata, generators)
+        inputs = (self.process.diffuse(z_0, noise, t), self.process.network_time(t), *mask)
+        known = self._covariates(batchdata, generators, nothing)
+        moved = [part.to(device, non_blocking=non_blocking, **kwargs) for part in (*target, *inputs, *known)]
+        asked, given = moved[: len(target)], moved[len(target) : len(target) + len(inputs)]
+        more = {"covariates": moved[-1]} if known else {}
+        return given[0], Weighted(*asked), tuple(given[1:]), more
 
     def _weight(self, batchdata: dict[str, Tensor]) -> Tensor:
         weight = batchdata["valid"].float()
@@ -122,15 +132,27 @@ class LatentPrepareBatch(PrepareBatch):
             return torch.cat([self.times.at(int(view)) for view in views])
         return torch.cat([self.times.sample(generator) for generator in generators])
 
-    def _mask(self, batchdata: dict[str, Tensor], generators: list[torch.Generator]) -> list[Tensor]:
+    def _mask(self, batchdata: dict[str, Tensor], generators: list[torch.Generator]) -> tuple[list[Tensor], Tensor]:
+        """The encoded mask, if any, and of which samples nothing of it is known ``(B,)``."""
         if self.mask is None:
-            return []
+            return [], torch.zeros(len(generators), dtype=torch.bool)
         fractions = batchdata["mask"].float()
         chances = torch.stack([torch.rand(len(self.mask.labels) + 1, generator=generator) for generator in generators])
         dropped = chances[:, :-1] < self.label_dropout
         dropped[:, 0] = False  # background is no label of its own: it goes with the others
         dropped |= chances[:, -1:] < self.mask_dropout
-        return [self.mask.drop_labels(fractions, dropped)]
+        return [self.mask.drop_labels(fractions, dropped)], dropped.all(dim=1)
+
+    def _covariates(
+        self, batchdata: dict[str, Tensor], generators: list[torch.Generator], nothing: Tensor
+    ) -> list[Tensor]:
+        if self.covariates is None:
+            return []
+        encoded = batchdata["covariates"]
+        # after all other draws, which are then the same as without covariates
+        chances = torch.stack([torch.rand(encoded.shape[1] + 1, generator=generator) for generator in generators])
+        dropped = chances < self.covariate_dropout
+        return [self.covariates.drop(encoded, dropped[:, :-1] | dropped[:, -1:] | nothing[:, None])]
 
 
 def _weights(by_label: Mapping[int, float], mask: MaskEncoding | None) -> Tensor | None:

@@ -189,7 +189,10 @@ class SampleRows:
         generator = torch.Generator().manual_seed(int(hash_value((self.seed, case, number))[:15], 16))
         prepare, process = self.prepare_batch, self.prepare_batch.process
         condition = None if prepare.mask is None else prepare.mask.encode(labels).to(self.device)
-        denoise = Denoiser(self.network, process, prepare.target, condition)
+        covariates = None
+        if prepare.covariates is not None:
+            covariates = prepare.covariates.encode_case(self.latents.known_of(case))[None].to(self.device)
+        denoise = Denoiser(self.network, process, prepare.target, condition, covariates)
         noise = draw_noise(shape, [generator]).to(self.device)
         return self.sampler(denoise, noise, self.times, process=process, generators=[generator])
 

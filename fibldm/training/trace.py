@@ -25,7 +25,7 @@ from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import freeze
-from fibldm.training.latents import Latents
+from fibldm.training.latents import Latents, covariates_by_case
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.training.precision import store_channels_last
 from fibldm.volumes.datalist import read_datalist
@@ -198,10 +198,12 @@ def _latents(parser: ConfigParser, work: Path) -> Latents:
     network = get("network_def")
     channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
     space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
-    labels = read_datalist(str(work))["labels"]
+    datalist = read_datalist(str(work))
     facts = {
         "space": space,
-        "labels": labels,
+        "labels": datalist["labels"],
+        "covariates": covariates_by_case(datalist["training"]),
+        "items": {"training": [{"case": case["case"]} for case in datalist["training"]]},
         "compression": list(network.compression),
         "grid": grid,
     }
@@ -218,7 +220,9 @@ def _latent(parser: ConfigParser) -> dict[str, Any]:
         "valid": 1,
         "mask": get("mask").channels,
     }
-    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}}
+    covariates = get("covariate_encoding")
+    known = {} if covariates is None else {"covariates": covariates.null(1)[0]}
+    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}, **known}
 
 
 def _prepared(parser: ConfigParser, part: str, item: Any, count: int) -> tuple[Any, ...]:
