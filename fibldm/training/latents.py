@@ -119,7 +119,8 @@ class LoadLatent(Transform):
     def __call__(self, item: Mapping[str, str]) -> dict[str, Tensor]:
         """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(M, x, y, z)``.
 
-        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory. With covariates also ``covariates`` ``(T, 2)``; a category that no training case has is unknown.
+        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory. With
+        covariates also ``covariates`` ``(T, 2)``; a category that no training case has is unknown.
 
         Raises:
             FibldmError: another autoencoder made this latent.
