@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
 
@@ -366,3 +367,22 @@ def test_one_patient_alone_has_no_strip(caplog: pytest.LogCaptureFixture, tmp_pa
     with caplog.at_level(logging.INFO, "fibldm"):
         stage._draw({"training": [{"subject": "a", "file": "a"}], "validation": []}, first_stage)
     assert "no interpolation.png, it takes two patients" in caplog.text
+
+
+def test_h14_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
+    facts = read_json(tiny_run / "latents" / "latents.json")
+    cells, everything = [], []
+    for item in facts["items"]["training"]:
+        content = load_file(tiny_run / "latents" / item["file"])
+        square = content["mean"].double() ** 2 + content["std"].double() ** 2
+        both = torch.stack([content["mean"].double(), square], dim=1)
+        cells.append(both[:, :, content["valid"][0] > 0.5])
+        everything.append(both.flatten(2))
+
+    def scale(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        mean, square = torch.cat(parts, dim=2).mean(dim=2).unbind(1)
+        return mean, (square - mean**2).sqrt()
+
+    for part, known in zip(scale(cells), (facts["space"]["mean"], facts["space"]["std"]), strict=True):
+        torch.testing.assert_close(part, torch.tensor(known, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    assert (scale(cells)[0] - scale(everything)[0]).abs().max() > 1e-3

@@ -38,7 +38,7 @@ class LatentSpace:
         """Fit to the posteriors of the training split: ``Var(mean) + E[std^2]``, by the law of total variance.
 
         Args:
-            posteriors: of any spatial sizes, each ``(B, C, x, y, z)``.
+            posteriors: of any spatial sizes, each ``(B, C, x, y, z)`` or, of chosen cells, ``(B, C, n)``.
             autoencoder: fingerprint to carry along.
 
         Raises:

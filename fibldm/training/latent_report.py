@@ -102,7 +102,7 @@ def report_latents(
     """Measure latents.
 
     Args:
-        training: posteriors ``(B, C, x, y, z)`` of any spatial sizes, in the autoencoder's own scale.
+        training: posteriors ``(B, C, x, y, z)`` or ``(B, C, n)`` of any sizes, in the autoencoder's own scale.
         space: fitted to them.
         validation: the same of patients that nothing was fitted to.
 

@@ -220,7 +220,7 @@ class EncodeStage:
     def _complete(self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str) -> None:
         items = {split: self._items(split) for split in _SPLITS}
         wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
-        space = LatentSpace.fit(self._posteriors(items["training"]), autoencoder)
+        space = LatentSpace.fit(self._cells(items["training"]), autoencoder)
         covariates = covariates_by_case([case for split in _SPLITS for case in self.datalist[split]])
         write_json(
             folder.path / "latents.json",
@@ -238,7 +238,7 @@ class EncodeStage:
         _logger.info("latents: %d training and %d validation views", len(items["training"]), len(items["validation"]))
 
     def _report(self, items: dict[str, list[dict[str, str]]], space: LatentSpace) -> None:
-        training, validation = (self._posteriors(items[split]) for split in _SPLITS)
+        training, validation = (self._cells(items[split]) for split in _SPLITS)
         report = report_latents(training, space, validation)
         write_json(self._folder / "report.json", report.to_dict())
         _logger.info("latents, channel by channel:\n%s", report.table())
@@ -317,6 +317,13 @@ class EncodeStage:
         }
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, metadata={"autoencoder": autoencoder})
+
+    def _cells(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
+        """The posteriors of the cells that count, ``(1, C, n)``: padding, which is all alike, would change the scale."""
+        for item, posterior in zip(items, self._posteriors(items), strict=True):
+            with safe_open(self._folder / item["file"], framework="pt") as content:
+                inside = content.get_tensor("valid")[0] > 0.5
+            yield Posterior(posterior.mean[..., inside], posterior.std[..., inside])
 
     def _posteriors(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
         for item in items:
