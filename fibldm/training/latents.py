@@ -319,7 +319,7 @@ class EncodeStage:
             save_file(tensors, temporary, metadata={"autoencoder": autoencoder})
 
     def _cells(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
-        """The posteriors of the cells that count, ``(1, C, n)``: padding, which is all alike, would change the scale."""
+        """The posteriors of the cells that count, ``(1, C, n)``; padding is all alike and would change the scale."""
         for item, posterior in zip(items, self._posteriors(items), strict=True):
             with safe_open(self._folder / item["file"], framework="pt") as content:
                 inside = content.get_tensor("valid")[0] > 0.5
