@@ -192,3 +192,33 @@ def test_thresholding_keeps_guided_samples_in_range():
 
     assert largest(beyond) > 4
     assert largest(thresholded(beyond, space, 0.995)) <= 1 + 1e-6
+
+
+def test_c10_guidance_of_1_costs_no_second_call() -> None:
+    def conditional(z_t: Tensor, t: Tensor) -> Prediction:
+        return Prediction(z_t)
+
+    def forbidden(z_t: Tensor, t: Tensor) -> Prediction:
+        raise AssertionError
+
+    assert guided(conditional, forbidden, 1.0) is conditional
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
+def test_c10_guidance_goes_along_the_line_from_the_null_to_the_condition(scale: float) -> None:
+    given, null = normal(0), normal(1)
+    denoise = guided(lambda z, t: Prediction(given), lambda z, t: Prediction(null), scale)
+    result = denoise(given, torch.ones(len(given))).z_0
+    torch.testing.assert_close(result, null + scale * (given - null))
+
+
+def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise() -> None:
+    """Ho & Salimans 2022, eq. 6: the latent of the guided noise is the guided latent."""
+    process, t = RectifiedFlow(), torch.tensor([0.4])
+    z_t, eps_c, eps_n = (normal(seed, (1, 1, 2, 2, 2)) for seed in range(3))
+
+    def latent(eps: Tensor) -> Tensor:
+        return (z_t - process.sigma(t) * eps) / process.alpha(t)
+
+    made = guided(lambda z, t: Prediction(latent(eps_c)), lambda z, t: Prediction(latent(eps_n)), 3.0)(z_t, t).z_0
+    torch.testing.assert_close(made, latent(eps_n + 3.0 * (eps_c - eps_n)))

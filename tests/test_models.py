@@ -1,19 +1,16 @@
-"""The parts of the networks: wavelet, autoencoder, latent space, mask encoding, ControlNet, guidance."""
+"""The first stage: wavelet, autoencoder, latent space."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
+from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, ChannelNorm, FrozenFirstStage, Posterior
-from fibldm.models.denoiser import Denoiser, guided
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork
-from fibldm.models.process import Prediction, RectifiedFlow
 from fibldm.models.wavelet import HaarWavelet
 
 LABELS = (0, 1, 4, 7)
@@ -38,35 +35,6 @@ def autoencoder(*, wavelet: bool = True, local_norm: bool = True) -> Autoencoder
         with_decoder_nonlocal_attn=False,
     )
     return Autoencoder(network, wavelet=wavelet, local_norm=local_norm)
-
-
-def unet(*, channels: int = 2, **changes: object) -> DiffusionModelUNet:
-    torch.manual_seed(1)
-    network = DiffusionModelUNet(in_channels=channels, out_channels=channels, **numbers(**changes))
-    nn.init.normal_(network.out[2].conv.weight)  # MONAI starts it at 0, where everything is equal
-    return network
-
-
-def controlnet(*, channels: int = 2, mask_channels: int = 5, **changes: object) -> ControlNet:
-    torch.manual_seed(2)
-    return ControlNet(
-        in_channels=channels,
-        conditioning_embedding_in_channels=mask_channels,
-        conditioning_embedding_num_channels=(8,),
-        **numbers(**changes),
-    )
-
-
-def numbers(**changes: object) -> dict[str, object]:
-    return {
-        "spatial_dims": 3,
-        "channels": (8, 16),
-        "attention_levels": (False, True),
-        "num_res_blocks": 1,
-        "num_head_channels": 8,
-        "norm_num_groups": 4,
-        **changes,
-    }
 
 
 # --- wavelet
@@ -200,46 +168,3 @@ def test_h14_latents_of_another_autoencoder_are_refused() -> None:
 def test_b18_what_no_latent_space_can_be(make: object, message: str) -> None:
     with pytest.raises(FibldmError, match=message):
         make()  # type: ignore[operator]
-
-
-# --- denoiser and guidance
-
-
-def test_a_denoiser_turns_the_output_into_the_latent() -> None:
-    """Rectified flow: ``z_0 = z_t - t (eps - z_0)``, with the network's time of 1000 t."""
-    network = ConditionedNetwork(unet()).eval()
-    z_t, t = normal(2, 2, 4, 4, 4), torch.tensor([0.25, 0.75])
-    with torch.no_grad():
-        flow = network(z_t, 1000 * t)
-        made = Denoiser(network, RectifiedFlow(), "flow")(z_t, t)
-    torch.testing.assert_close(made.z_0, z_t - t.view(2, 1, 1, 1, 1) * flow)
-
-
-def test_c10_guidance_of_1_costs_no_second_call() -> None:
-    def conditional(z_t: Tensor, t: Tensor) -> Prediction:
-        return Prediction(z_t)
-
-    def forbidden(z_t: Tensor, t: Tensor) -> Prediction:
-        raise AssertionError
-
-    assert guided(conditional, forbidden, 1.0) is conditional
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
-def test_c10_guidance_goes_along_the_line_from_the_null_to_the_condition(scale: float) -> None:
-    given, null = normal(1, 2, 3, 3, 3), normal(1, 2, 3, 3, 3, seed=1)
-    denoise = guided(lambda z, t: Prediction(given), lambda z, t: Prediction(null), scale)
-    result = denoise(given, torch.ones(1)).z_0
-    torch.testing.assert_close(result, null + scale * (given - null))
-
-
-def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise() -> None:
-    """Ho & Salimans 2022, eq. 6: the latent of the guided noise is the guided latent."""
-    process, t = RectifiedFlow(), torch.tensor([0.4])
-    z_t, eps_c, eps_n = normal(1, 1, 2, 2, 2), normal(1, 1, 2, 2, 2, seed=1), normal(1, 1, 2, 2, 2, seed=2)
-
-    def latent(eps: Tensor) -> Tensor:
-        return (z_t - process.sigma(t) * eps) / process.alpha(t)
-
-    made = guided(lambda z, t: Prediction(latent(eps_c)), lambda z, t: Prediction(latent(eps_n)), 3.0)(z_t, t).z_0
-    torch.testing.assert_close(made, latent(eps_n + 3.0 * (eps_c - eps_n)))

@@ -1,5 +1,7 @@
 """The network and the ways by which it sees a mask: input channels, norms, ControlNets, and two of them."""
 
+import copy
+
 import pytest
 import torch
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
@@ -7,8 +9,10 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.denoiser import Denoiser
 from fibldm.models.mask_encoders import MaskRescaler
 from fibldm.models.network import ConditionedNetwork, MaskControl, joined, steered
+from fibldm.models.process import RectifiedFlow
 
 MASK = MaskEncoding((0, 1, 4, 7), 4)
 
@@ -241,6 +245,13 @@ def test_controlnets_of_different_base_networks_do_not_join() -> None:
         other.unet.out[2].conv.weight += 1e-3
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
         joined([trained(1), other], [1, 1])
+    base = concat_network(3, mask_encoder=MaskRescaler(MASK, 3))
+    seeing = [steered(copy.deepcopy(base), controlnet(channels=5)) for _ in range(2)]
+    joined(seeing, [1, 1])
+    with torch.no_grad():
+        seeing[1].mask_encoder.mix.weight += 1e-3
+    with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
+        joined(seeing, [1, 1])
     with pytest.raises(FibldmError, match="every ControlNet needs one strength; got 1 for 2"):
         joined([trained(1), trained(2)], [1])
 
@@ -263,7 +274,7 @@ def test_e3_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
     z, mask = normal(2, 2, 4, 8, 1), torch.rand(2, 5, 4, 8, 1)
     with torch.no_grad():
         assert torch.equal(network(z, T, mask), network.unet(z[..., 0], T)[..., None])
-    with pytest.raises(FibldmError, match=r"a 2-D network needs latents of one cell along Z; got \(4, 4, 4\)"):
+    with pytest.raises(FibldmError, match=r"takes single slices \(X, Y, 1\); got the size \(4, 4, 4\)"):
         network(Z, T)
 
 
@@ -274,3 +285,16 @@ def test_a_control_alone_takes_the_mask_as_it_is_encoded() -> None:
         other_down, other_middle = control.controlnet(Z, T, controlnet_cond=FRACTIONS)
     assert torch.equal(middle, other_middle)
     assert all(torch.equal(one, two) for one, two in zip(down, other_down, strict=True))
+
+
+# --- denoiser
+
+
+def test_a_denoiser_turns_the_output_into_the_latent() -> None:
+    """Rectified flow: ``z_0 = z_t - t (eps - z_0)``, with the network's time of 1000 t."""
+    network = ConditionedNetwork(unet()).eval()
+    z_t, t = normal(2, 2, 4, 4, 4), torch.tensor([0.25, 0.75])
+    with torch.no_grad():
+        flow = network(z_t, 1000 * t)
+        made = Denoiser(network, RectifiedFlow(), "flow")(z_t, t)
+    torch.testing.assert_close(made.z_0, z_t - t.view(2, 1, 1, 1, 1) * flow)

@@ -8,6 +8,7 @@ from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionMo
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.autoencoder import single_slice
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
 from fibldm.models.covariates import CovariateEncoding, CovariateTokens
@@ -125,9 +126,7 @@ class ConditionedNetwork(nn.Module):
                 the base network itself needs a mask and gets none, or it knows no covariates and gets some.
         """
         flat = self.unet.conv_in.spatial_dims == 2 and z_t.ndim == 5
-        if flat and z_t.shape[-1] != 1:
-            raise FibldmError(f"a 2-D network needs latents of one cell along Z; got {tuple(z_t.shape[2:])}")
-        z_t = z_t.squeeze(-1) if flat else z_t
+        z_t = single_slice(z_t) if flat else z_t
         self._check_size(tuple(z_t.shape[2:]))
         if mask is None and (self.concat or self.spade):
             raise FibldmError("this base network needs the mask; got none", "give MaskEncoding.null to ask for nothing")
@@ -250,8 +249,7 @@ def _same_base(one: ConditionedNetwork, two: ConditionedNetwork) -> bool:
 
 
 def _base_weights(network: ConditionedNetwork) -> dict[str, Tensor]:
-    of_base = ("unet.", "covariate_tokens.")
-    return {name: weight for name, weight in network.state_dict().items() if name.startswith(of_base)}
+    return {name: weight for name, weight in network.state_dict().items() if not name.startswith("controls.")}
 
 
 def _shown(encoder: nn.Module | None, mask: Tensor | None, *, like: Tensor) -> Tensor:

@@ -197,13 +197,13 @@ class Synthesizer:
         """
         settings = self._as_trained(settings or SamplingSettings())
         placed = [self._place(one, allow_extrapolation) for one in wanted]
-        made: list[Synthesis | None] = [None] * len(placed)
+        made: dict[int, Synthesis] = {}
         for size in dict.fromkeys(part.labels.grid.shape for part in placed):
             places = [place for place, part in enumerate(placed) if part.labels.grid.shape == size]
             decoded = self._sample([placed[place] for place in places], settings)
             for place, volume in zip(places, decoded, strict=True):
                 made[place] = self._finish(placed[place], volume, settings)
-        return [one for one in made if one is not None]
+        return [made[place] for place in range(len(placed))]
 
     def _place(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
         source = as_labels(wanted.mask).canonical()
