@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.training.trace import Request, StageMemory, trace_stage
+from fibldm.training.trace import Request, StageMemory, is_trained, trace_stage
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
 DEVICES = ("cpu", "cuda")
@@ -38,11 +38,12 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
     if request.device not in DEVICES:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
+    trained = [stage for stage in TRAINED if is_trained(stage, request)]
     return {
         "device": request.device,
         "imitated": request.imitated,
         "memory_gb": available / 1e9,
-        "stages": {stage: _described(stage, request, available) for stage in _shown(TRAINED)},
+        "stages": {stage: _described(stage, request, available) for stage in _shown(trained)},
     }
 
 
@@ -81,10 +82,15 @@ def largest_batch(stage: str, request: Request, usable: float) -> int:
 
 
 def largest_patch(traced: StageMemory, usable: float) -> list[int]:
-    """The largest cube to train a traced autoencoder on, within the grid, its edge a multiple of 16; 0: none fits."""
+    """The largest cube to train a traced autoencoder on, within the grid, its edge a multiple of 16; 0: none fits.
+
+    On a grid of slices it is the largest square.
+    """
     per_voxel = traced.step / math.prod(traced.size)
-    edge = max(0.0, (usable - traced.resident) / per_voxel) ** (1 / len(traced.size))
-    return [int(min(edge, *traced.grid) // _PATCH_STEP * _PATCH_STEP)] * len(traced.size)
+    axes = [length for length in traced.grid if length > 1]
+    edge = max(0.0, (usable - traced.resident) / per_voxel) ** (1 / len(axes))
+    largest = int(min(edge, *axes) // _PATCH_STEP * _PATCH_STEP)
+    return [largest if length > 1 else 1 for length in traced.grid]
 
 
 def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:

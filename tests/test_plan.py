@@ -70,6 +70,7 @@ def test_allocators_hold_more_than_tensors() -> None:
     assert [held_on_cuda(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
     assert held_on_cpu(40 * 2**20) == 40 * 2**20
     assert held_on_cpu(2**20) == pytest.approx(1.45 * 2**20)
+    assert held_on_cpu(2**20, checkpointed=True) == pytest.approx(2 * 2**20)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -151,6 +152,21 @@ def test_largest_patch_fits_and_stays_within_the_grid(request_: Request) -> None
     edge = largest_patch(trace_stage("autoencoder", request_.changed(batch_size=8)), 3e7)[0]
     assert edge == 16
     assert trace_stage("autoencoder", request_.changed(batch_size=8, patch=[edge] * 3)).peak <= 3e7
+
+
+def test_largest_patch_of_slices_is_a_square(request_: Request) -> None:
+    traced = replace(trace_stage("autoencoder", request_), size=(32, 32, 1), grid=(256, 200, 1), resident=0, step=2**20)
+    assert largest_patch(traced, 4 * 2**20) == [64, 64, 1]
+    assert largest_patch(traced, 1e12) == [192, 192, 1]
+
+
+def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Volumes that are their own latents."""
+    monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder", "diffusion"))
+    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
+    pixels = replace(request_, autoencoder_configs=("autoencoder_identity",))
+    made = plan(pixels, memory=1e12)
+    assert list(made["stages"]) == ["diffusion"] and made["stages"]["diffusion"]["input_size"] == [32, 32, 32]
 
 
 def test_command_says_what_fits(

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 _HEAP_BLOCK = 32 * 2**20
 _HEAP_SHARE = 1.45
+_HEAP_SHARE_CHECKPOINTED = 2.0
 _CUDA_BLOCK = 512
 
 
@@ -59,15 +60,20 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def held_on_cpu(size: int) -> float:
+def held_on_cpu(size: int, *, checkpointed: bool = False) -> float:
     """What the heap of the GNU C library grows by for a tensor.
 
     Freed blocks below 32 MiB, the highest M_MMAP_THRESHOLD of mallopt(3), stay in the heap and leave holes, and oneDNN
     turns inputs of convolutions. Measured by scripts/benchmark.py, steps of all stages took 1.2 to 1.8 times their
     tensors, with activation checkpointing, which frees and takes more often, 2 times; with
     ``MALLOC_MMAP_THRESHOLD_=65536``, which gives every block back, 1.06 to 1.24 times.
+
+    Args:
+        size: bytes of the tensor.
+        checkpointed: activations are computed again on the way back.
     """
-    return size * _HEAP_SHARE if size < _HEAP_BLOCK else float(size)
+    share = _HEAP_SHARE_CHECKPOINTED if checkpointed else _HEAP_SHARE
+    return size * share if size < _HEAP_BLOCK else float(size)
 
 
 def held_on_cuda(size: int) -> float:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,11 @@ def trace_stage(stage: str, request: Request) -> StageMemory:
         raise cause or error from None
 
 
+def is_trained(stage: str, request: Request) -> bool:
+    """Whether the stage has anything to learn; volumes that are their own latents have no autoencoder to train."""
+    return bool(_parser(stage, request).get_parsed_content("epochs"))
+
+
 def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
     get = parser.get_parsed_content
     counts = {part: int(get(f"{part}::dataloader::batch_size")) for part in items}
@@ -126,7 +131,8 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
         if request.imitated:
             _norms_in_full_precision(trainer.network)
         resident = live.now
-        live.held = held_on_cuda if request.device == "cuda" else held_on_cpu
+        on_cpu = partial(held_on_cpu, checkpointed=bool(get("activation_checkpointing")))
+        live.held = held_on_cuda if request.device == "cuda" else on_cpu
         live.restart()
         _train(trainer, _empty(batches["train"]))
         step = live.peak - resident
