@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.volumes.phantom_anatomy import Anatomy, count_sessions, draw_anatomy
 from fibldm.volumes.phantom_fibrosis import Fibrosis
@@ -223,3 +224,14 @@ def test_impossible_recipe_is_refused(tmp_path: Path, subjects: int, seed: int, 
     with pytest.raises(FibldmError, match=message):
         write_phantoms(tmp_path, subjects=subjects, seed=seed)
     assert not list(tmp_path.iterdir())
+
+
+def test_d1_the_command_writes_phantoms_of_a_spacing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["phantoms", "--out", str(tmp_path / "made"), "--subjects", "1", "--seed", "3"]
+    assert run([*given, "--spacing", "6", "6", "9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["phantoms"] == 1
+    (image,) = (tmp_path / "made" / "images").iterdir()
+    assert sorted(nib.load(image).header.get_zooms()) == pytest.approx([6, 6, 9])
+    assert run(given) == 2 and "must hold phantoms made with" in capsys.readouterr().err
+    assert run([*given, "--spacing", "6", "0", "9"]) == 2
+    assert "spacing must be three numbers of 0.5 to 20 mm, got (6.0, 0.0, 9.0)" in capsys.readouterr().err

@@ -28,6 +28,7 @@ LABELS: dict[int, str] = {
     5: "reticulation",
     6: "honeycombing",
 }
+_FINEST, _COARSEST = 0.5, 20.0  # mm
 _GENERATOR = 1  # Count up whenever the same seed gives other voxels.
 
 
@@ -93,6 +94,7 @@ def write_phantoms(
     *,
     subjects: int,
     seed: int,
+    spacing: tuple[float, float, float] | None = None,
     progress: Callable[[Sequence[int]], Iterable[int]] | None = None,
 ) -> list[Path]:
     """Write phantoms as NIfTI: ``out/images``, ``out/labels`` (same names) and ``out/dataset.json``.
@@ -103,24 +105,32 @@ def write_phantoms(
         out: folder; made where absent.
         subjects: how many patients; about one in six has two examinations.
         seed: the same seed gives the same files.
+        spacing: as of `make_phantom`.
         progress: wraps the numbers of the patients while they are written; a bar on standard error where None.
 
     Returns:
         The images, in the order of their names.
 
     Raises:
-        FibldmError: ``subjects`` is below 1 or ``seed`` below 0, ``out`` holds other images, or the disk is full.
+        FibldmError: ``subjects`` is below 1 or ``seed`` below 0, a spacing is none, ``out`` holds other images, or the
+            disk is full.
     """
     if subjects < 1:
         raise FibldmError(f"subjects must be at least 1, got {subjects}", "ask for one patient or more")
     if seed < 0:
         raise FibldmError(f"seed must be 0 or more, got {seed}", "give another seed")
-    _claim(Path(out), {"generator": _GENERATOR, "seed": seed, "subjects": subjects})
+    if spacing is not None and not all(_FINEST <= step <= _COARSEST for step in spacing):
+        raise FibldmError(
+            f"spacing must be three numbers of {_FINEST:g} to {_COARSEST:g} mm, got {spacing}",
+            "a chest CT has 0.6 to 5",
+        )
+    of_grid = {} if spacing is None else {"spacing": list(spacing)}
+    _claim(Path(out), {"generator": _GENERATOR, "seed": seed, "subjects": subjects, **of_grid})
     images: list[Path] = []
     for subject in (progress or _bar)(range(1, subjects + 1)):
         sessions = count_sessions(seed, subject)
         for session in range(1, sessions + 1):
-            images.append(_write_examination(Path(out), seed, subject, session if sessions > 1 else None))
+            images.append(_write_examination(Path(out), seed, subject, session if sessions > 1 else None, spacing))
     return images
 
 
@@ -151,12 +161,14 @@ def _claim(out: Path, recipe: dict[str, object]) -> None:
     )
 
 
-def _write_examination(out: Path, seed: int, subject: int, session: int | None) -> Path:
+def _write_examination(
+    out: Path, seed: int, subject: int, session: int | None, spacing: tuple[float, float, float] | None
+) -> Path:
     """Write image and labels of one examination unless both are there; returns the image."""
     name = f"sub-{subject:04d}" + (f"_ses-{session}" if session else "") + ".nii.gz"
     image, labels = out / "images" / name, out / "labels" / name
     if not (image.exists() and labels.exists()):
-        phantom = make_phantom(seed, subject, session or 1)
+        phantom = make_phantom(seed, subject, session or 1, spacing=spacing)
         for path, array in ((image, phantom.volume), (labels, phantom.labels)):
             write_nifti(path, array, phantom.affine, "SYNTHETIC phantom")
     return image

@@ -1,0 +1,23 @@
+"""``fibldm phantoms``: synthetic scans to try everything with."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def phantoms(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; fibldm prepare makes a work folder of it.")],
+    subjects: Annotated[int, typer.Option(help="Patients; about one in six has two scans.")] = 50,
+    seed: Annotated[int, typer.Option(help="Same seed, same phantoms.")] = 0,
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(metavar="X Y Z", help="mm of a voxel; about 5 along each axis if left out."),
+    ] = None,
+) -> dict[str, Any]:
+    """Write procedural chest CT with fibrosis and its labels: no network, no patient."""
+    from fibldm.volumes.phantoms import write_phantoms
+
+    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing)
+    print(f"{len(images)} phantoms of {subjects} patients in {out}")
+    return {"outputs": [str(out)], "phantoms": len(images)}
