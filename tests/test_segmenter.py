@@ -167,6 +167,8 @@ def test_it_is_trained_once_and_the_same_data_and_settings_get_the_same(
     assert segmenters(evaluated) == [folder]
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.segment(sample.image), found)
+    train(evaluated, keep_every=1, num_workers=2)  # which decide nothing
+    assert segmenters(evaluated) == [folder]
 
 
 def test_other_settings_data_grids_and_intensities_get_another_one(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.files import hash_value
-from fibldm.runs import StageFolder
+from fibldm.runs import StageFolder, decisive
 from fibldm.training.configuration import Configuration, stage_configuration
 from fibldm.volumes.datalist import read_datalist
 
@@ -133,4 +133,4 @@ def _key(configuration: Configuration, evaluated: Evaluated) -> str:
     config = ConfigParser.load_config_files([str(file) for file in configuration.files])
     places = ("work", "run_dir", "train::dataset::data")
     chosen = {key: value for key, value in configuration.overrides.items() if key not in places}
-    return hash_value([config, chosen, read_datalist(evaluated.work)["content"]])[:12]
+    return hash_value([decisive(config), decisive(chosen), read_datalist(evaluated.work)["content"]])[:12]
