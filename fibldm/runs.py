@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
 
 Progress = Literal["new", "resume", "done"]
@@ -26,8 +27,8 @@ _COMMANDS = {
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
-    "initialize mlflow num_workers patience preview preview_eta preview_every preview_sampler preview_steps restart "
-    "run run_dir stage stop_gap trackers wall_time wandb watch watch_training work".split()
+    "initialize keep_every mlflow num_workers patience preview preview_eta preview_every preview_sampler preview_steps "
+    "restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work".split()
 )
 
 
@@ -71,11 +72,10 @@ class StageFolder:
             FibldmError: the folder holds a stage of another configuration or other inputs; names the differences.
         """
         config = json.loads(json.dumps(config, default=str))  # tuples and paths as they are read back
-        decisive = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
         if self.path.exists() and restart:
             self.path.rename(_free_name(self.path))
         if (self.path / "inputs.json").exists():
-            self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive, "inputs": inputs})
+            self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive(config), "inputs": inputs})
             done = self.done()
             if done and done["epochs"] >= config.get("epochs", 0):
                 return "done"
@@ -84,7 +84,7 @@ class StageFolder:
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             return "resume"
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_json(self.path / "inputs.json", {"config": decisive, "inputs": inputs})
+        write_json(self.path / "inputs.json", {"config": decisive(config), "inputs": inputs})
         return "new"
 
     def finish(self, *, epochs: int, **facts: Any) -> None:
@@ -120,14 +120,19 @@ class StageFolder:
         parser = ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
         return parser.get_parsed_content(key)
 
-    def trained(self, **overrides: Any) -> Any:
-        """The stage's network with its best weights, on the CPU and in evaluation mode.
+    def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
+        """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.
+
+        Args:
+            checkpoint: "best", or one that ``keep_every`` kept, such as "epoch_0010".
+            overrides: keys of the configuration to build it with.
 
         Raises:
-            FibldmError: the stage is not finished, or its weights are not those it ended with.
+            FibldmError: the stage is not finished, there is no such checkpoint, or the best weights are not those it
+                ended with.
         """
-        done, weights = self.require(), self.weights()["model"]
-        if hash_weights(weights) != done["weights"]:
+        done, weights = self.require(), self.weights(checkpoint)["model"]
+        if checkpoint == "best" and hash_weights(weights) != done["weights"]:
             raise FibldmError(
                 f"{self.checkpoints / 'best.pt'} must be the one that the stage ended with; it was replaced",
                 f"put it back, or delete {self.path} and run `{self.command}` again",
@@ -140,13 +145,16 @@ class StageFolder:
         return network.eval()
 
     def weights(self, name: str = "best") -> dict[str, Any]:
-        """The tensors of a checkpoint, on the CPU: ``best`` holds ``model`` (EMA weights), ``epoch``, ``loss``.
+        """The tensors of a checkpoint, on the CPU: all but ``last`` hold ``model`` (EMA weights), ``epoch``, ``loss``.
 
         Raises:
             FibldmError: the file is missing or cannot be read.
         """
         import torch
 
+        kept = sorted(file.stem for file in self.checkpoints.glob("epoch_*.pt"))
+        if name not in ("best", "last", *kept):
+            raise unknown_choice("checkpoint", name, ("best", *kept))
         file = self.checkpoints / f"{name}.pt"
         try:
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -185,6 +193,11 @@ def load_facts(run_dir: str | Path) -> dict[str, Any]:
             "run `fibldm encode --restart`, or put the autoencoder back that they were made with",
         )
     return facts
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that change what an epoch computes."""
+    return {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
 
 
 def hash_weights(state: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted, synthesize_files
-from fibldm.volumes.datalist import read_datalist
+from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
@@ -439,7 +439,7 @@ def test_file_with_sidecar_and_mask(synthesizer, tmp_path):
     assert told["mask"] == "case.1.nii.gz" and told["mask_sha256"] == hash_file(file)
     assert told["sampling"] == {
         **{"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0, "shift": 1.0},
-        **{"guidance_rescale": 0.0, "guidance_interval": [0.0, 1.0], "dynamic_threshold": None},
+        **{"guidance_rescale": 0.0, "guidance_interval": [0.0, 1.0], "dynamic_threshold": None, "residual_noise": 0.0},
     }
     assert (told["number"], told["network_calls"], told["units"]) == (2, 2, "HU")
     assert told["intensity"] == synthesizer.intensity.to_dict() and told["source"] == synthesizer.source
@@ -686,3 +686,19 @@ def test_masks_may_be_those_of_a_split(tiny_run, phantom_work, tmp_path, capsys)
     assert (
         "masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); got none" in capsys.readouterr().err
     )
+
+
+def test_d21_weights_of_an_epoch_that_was_kept(tiny_run, phantom_work, tmp_path):
+    """C19: they make other volumes, and the sidecar tells them from the best."""
+    run_dir, mask = tmp_path / "run", read_volume(load_datalist(phantom_work, "test", masks=True)[0]["label"])
+    shutil.copytree(tiny_run, run_dir)
+    folder = run_dir / "controlnet" / "checkpoints"
+    best = torch.load(folder / "best.pt", weights_only=True)
+    torch.save({**best, "model": {name: 1.1 * part for name, part in best["model"].items()}}, folder / "epoch_0001.pt")
+    made = {name: Synthesizer.from_run(run_dir, checkpoint=name) for name in ("best", "epoch_0001")}
+    one, other = (synthesizer(mask, settings=QUICK) for synthesizer in made.values())
+    assert not np.array_equal(one.volume.array, other.volume.array)
+    done = json.loads((run_dir / "controlnet" / "done.json").read_text())
+    assert made["best"].source["weights"] == done["weights"] != made["epoch_0001"].source["weights"]
+    with pytest.raises(FibldmError, match="checkpoint must be one of best, epoch_0001; got 'epoch_1'"):
+        Synthesizer.from_run(run_dir, checkpoint="epoch_1")

@@ -328,7 +328,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, loss: float
     assert len(read(tmp_path / "metrics.csv")) == 1
 
 
-def checkpointed(folder: Path, validation_losses: list[float | None]) -> tuple[Engine, Checkpoints, nn.Module]:
+def checkpointed(
+    folder: Path, validation_losses: list[float | None], *, keep_every: int = 0
+) -> tuple[Engine, Checkpoints, nn.Module]:
     """An engine that adds 1 to a weight per epoch and meets these validation losses."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -342,7 +344,13 @@ def checkpointed(folder: Path, validation_losses: list[float | None]) -> tuple[E
         metrics.validation_loss = validation_losses[engine.state.epoch - 1]
 
     objects = {"network": model, "ema": ema.ema_model}
-    checkpoints = Checkpoints(folder, objects, ema=ema, every=1, metrics=metrics)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(
+        *(folder, objects),
+        ema=ema,
+        every=1,
+        metrics=metrics,  # type: ignore[arg-type]
+        keep_every=keep_every,
+    )
     checkpoints.attach(engine)
     return engine, checkpoints, model
 
@@ -360,6 +368,15 @@ def test_c19_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> N
     assert float(best["model"]["weight"]) == pytest.approx(2.0, abs=1e-3)
     assert (last["epoch"], float(last["objects"]["network"]["weight"])) == (4, 4.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_c19_averaged_weights_of_some_epochs_are_kept(tmp_path: Path) -> None:
+    engine, _, _ = checkpointed(tmp_path, [3.0, 1.0, None, None], keep_every=2)
+    engine.run([0], max_epochs=4)
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == ["epoch_0002.pt", "epoch_0004.pt"]
+    kept = [saved(tmp_path, f"epoch_{epoch:04d}") for epoch in (2, 4)]
+    assert [(content["epoch"], content["loss"]) for content in kept] == [(2, 1.0), (4, None)]
+    assert [float(content["model"]["weight"]) for content in kept] == pytest.approx([2.0, 4.0], abs=2e-3)
 
 
 def test_d24_a_resume_knows_the_best_so_far(tmp_path: Path) -> None:

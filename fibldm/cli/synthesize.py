@@ -39,6 +39,12 @@ def synthesize(
     dynamic_threshold: Annotated[
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
     ] = None,
+    residual_noise: Annotated[
+        float, typer.Option(help="Of the grain that the decoder leaves out: 1 is as in the training cases, 0 is none.")
+    ] = 1.0,
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: best, or of an epoch that keep_every kept, such as epoch_0010.")
+    ] = "best",
     strength: Annotated[float, typer.Option(min=0, help="Of the ControlNet: 1 is as trained, 0 is off.")] = 1.0,
     with_controlnet: Annotated[
         list[str],
@@ -86,6 +92,7 @@ def synthesize(
         guidance_interval=guidance_interval,
         shift=shift,
         dynamic_threshold=dynamic_threshold,
+        residual_noise=residual_noise,
     )
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
@@ -101,6 +108,7 @@ def synthesize(
         batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
         covariates=_covariates(covariate),
+        checkpoint=checkpoint,
         strength=strength,
         others=dict(_run_and_strength(text) for text in with_controlnet),
         device=device,

@@ -144,6 +144,7 @@ def synthesize_files(
     batch_size: int = 1,
     allow_extrapolation: bool = False,
     covariates: Mapping[str, object] | None = None,
+    checkpoint: str = "best",
     strength: float = 1.0,
     others: Mapping[str | Path, float] | None = None,
     device: str | torch.device | None = None,
@@ -163,6 +164,7 @@ def synthesize_files(
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         covariates: what is asked of the patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
             unknown.
+        checkpoint: which weights, see `Synthesizer.from_run`.
         strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
         others: runs with further ControlNets, and their strengths.
         device: None takes CUDA where there is one, for each process its own.
@@ -178,7 +180,7 @@ def synthesize_files(
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
     files, shard = find_masks([Path(mask) for mask in masks]), Shard.from_environment()
     chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
-    synthesizer = Synthesizer.from_run(run_dir, strength=strength, others=others, device=chosen)
+    synthesizer = Synthesizer.from_run(run_dir, checkpoint=checkpoint, strength=strength, others=others, device=chosen)
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]

@@ -28,6 +28,8 @@ class SamplingSettings:
         shift: moves the sampling times towards noise, see `fibldm.models.timesteps.shifted`; None as in training.
         dynamic_threshold: share of the voxels, in (0, 1], see `fibldm.models.denoiser.thresholded`; for runs in pixel
             space only. None leaves it out.
+        residual_noise: of what the decoder leaves out, see `fibldm.models.residual_noise`; 1 is as measured, 0 gives
+            the middle of what a volume may be, smoother than any real one.
 
     Raises:
         FibldmError: a value is out of range.
@@ -41,6 +43,7 @@ class SamplingSettings:
     guidance_interval: Sequence[float] = (0.0, 1.0)
     shift: float | None = None
     dynamic_threshold: float | None = None
+    residual_noise: float = 1.0
 
     def __post_init__(self) -> None:
         sampler(self.sampler)
@@ -63,6 +66,10 @@ class SamplingSettings:
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
             raise FibldmError(
                 f"dynamic_threshold must lie in (0, 1]; got {self.dynamic_threshold}", "0.995 is usual, null is none"
+            )
+        if not 0 <= self.residual_noise < math.inf:
+            raise FibldmError(
+                f"residual_noise must be a number of at least 0; got {self.residual_noise}", "1 is as measured"
             )
 
     def times(self, process: Process) -> Tensor:

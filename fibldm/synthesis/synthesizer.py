@@ -14,7 +14,7 @@ from torch import Tensor
 import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.files import hash_value
+from fibldm.files import hash_file, hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding, Value
@@ -22,9 +22,10 @@ from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, joined
 from fibldm.models.process import Process, Target
+from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise, sampler
 from fibldm.models.tiling import tiled_decode
-from fibldm.runs import StageFolder, load_facts
+from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
@@ -101,6 +102,7 @@ class Synthesizer:
         names: of the labels by value, without background; needed for DICOM only.
         channels: names of the image channels, in order.
         shift: of the times in training, see `fibldm.models.timesteps.shifted`.
+        residual_noise: what the decoder leaves out; None where nothing is, or it was not measured.
     """
 
     network: ConditionedNetwork
@@ -116,12 +118,14 @@ class Synthesizer:
     names: Mapping[int, str] = field(default_factory=dict)
     channels: tuple[str, ...] = ("image",)
     shift: float = 1.0
+    residual_noise: ResidualNoise | None = None
 
     @classmethod
     def from_run(
         cls,
         run_dir: str | Path,
         *,
+        checkpoint: str = "best",
         strength: float = 1.0,
         others: Mapping[str | Path, float] | None = None,
         device: str | torch.device = "cpu",
@@ -130,18 +134,21 @@ class Synthesizer:
 
         Args:
             run_dir: the run folder.
+            checkpoint: "best", or one that ``keep_every`` kept in training, such as "epoch_0010".
             strength: of its ControlNet; 1 is as trained, 0 switches it off.
             others: runs whose ControlNets are added, with their strengths; they stand on the same base network.
             device: where it works.
 
         Raises:
-            FibldmError: a stage is not finished, its files do not fit each other, or the runs do not.
+            FibldmError: a stage is not finished, its files do not fit each other, the runs do not, or there is no such
+                checkpoint.
         """
         facts = load_facts(run_dir)
         stage = _generating_stage(Path(run_dir))
-        network, weights = stage.trained(device="cpu"), stage.require()["weights"]
+        network = stage.trained(checkpoint, device="cpu")
+        weights = hash_weights(network.state_dict())
         if strength != 1 or others:
-            network, weights = _joined(stage, network, strength, others or {})
+            network, weights = _joined(stage, network, weights, strength, others or {})
         return cls(
             network=network.to(device),
             first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
@@ -156,6 +163,7 @@ class Synthesizer:
             names={int(value): name for value, name in facts["labels"].items() if int(value)},
             channels=tuple(facts.get("channels", ("image",))),
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
+            residual_noise=_residual_noise(Path(run_dir), facts),
         )
 
     @property
@@ -240,12 +248,14 @@ class Synthesizer:
         return Synthesis(channels, provenance)
 
     def _as_trained(self, settings: SamplingSettings) -> SamplingSettings:
-        """Settings with the shift of the training times where they give none."""
+        """Settings with the shift of the training times where they give none, and no noise that is not known."""
         if settings.dynamic_threshold is not None and not self.first_stage.is_identity:
             raise FibldmError(
                 "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
                 "leave it out; guidance_rescale holds guidance back in any space",
             )
+        if self.residual_noise is None:
+            settings = replace(settings, residual_noise=0.0)
         return settings if settings.shift is not None else replace(settings, shift=self.shift)
 
     def _sample(self, placed: Sequence[_Placed], settings: SamplingSettings) -> list[NDArray[np.float32]]:
@@ -262,18 +272,30 @@ class Synthesizer:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         times = settings.times(self.process)
         z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=generators)
-        return [self._decode(z[place : place + 1], drawn[place : place + 1]) for place in range(len(placed))]
+        decoded = [self._decode(z[place : place + 1], drawn[place : place + 1]) for place in range(len(placed))]
+        if settings.residual_noise and self.residual_noise is not None:
+            pairs = zip(decoded, generators, strict=True)
+            decoded = [part + settings.residual_noise * self.residual_noise.draw(part, own) for part, own in pairs]
+        return [part.clamp(-1, 1).cpu().numpy() for part in decoded]
 
-    def _decode(self, z: Tensor, drawn: Tensor) -> NDArray[np.float32]:
+    def _decode(self, z: Tensor, drawn: Tensor) -> Tensor:
         whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
-        volume = tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)
-        return volume[0].clamp(-1, 1).float().cpu().numpy()
+        return tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)[0].float()
 
     def _encoded(self, placed: Sequence[_Placed]) -> Tensor:
         return torch.stack([self.covariates.encode(part.covariates) for part in placed])
 
     def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, condition, covariates)
+
+
+def _residual_noise(run_dir: Path, facts: Mapping[str, Any]) -> ResidualNoise | None:
+    if facts.get("residual_noise") is None:
+        return None
+    file = run_dir / "latents" / facts["residual_noise"]["file"]
+    if not file.exists() or hash_file(file) != facts["residual_noise"]["sha256"]:
+        raise FibldmError(f"{file} must be as the encode stage wrote it; it is not", "run `fibldm encode --restart`")
+    return ResidualNoise.load(file)
 
 
 def _generating_stage(run_dir: Path) -> StageFolder:
@@ -283,7 +305,11 @@ def _generating_stage(run_dir: Path) -> StageFolder:
 
 
 def _joined(
-    stage: StageFolder, network: ConditionedNetwork, strength: float, others: Mapping[str | Path, float]
+    stage: StageFolder,
+    network: ConditionedNetwork,
+    weights: str,
+    strength: float,
+    others: Mapping[str | Path, float],
 ) -> tuple[ConditionedNetwork, str]:
     """A network with the ControlNets of other runs, and the fingerprint of all with their strengths."""
     stages = [stage, *(StageFolder(Path(run), "controlnet") for run in others)]
@@ -296,6 +322,6 @@ def _joined(
                 f"the masks of {other.run_dir} must be encoded as those of {stage.run_dir}; they are not",
                 "train its ControlNet with the same mask_detail, mask_resize and mask_feature",
             )
-    weights = [[part.require()["weights"], value] for part, value in zip(stages, strengths, strict=True)]
+    all_weights = [weights, *(other.require()["weights"] for other in stages[1:])]
     networks = [network, *(other.trained(device="cpu") for other in stages[1:])]
-    return joined(networks, strengths), hash_value(weights)
+    return joined(networks, strengths), hash_value([list(pair) for pair in zip(all_weights, strengths, strict=True)])

@@ -19,7 +19,9 @@ _logger = logging.getLogger("fibldm")
 
 
 class Checkpoints:
-    """``last.pt`` with everything to go on exactly, and ``best.pt`` with the averaged weights of the lowest loss.
+    """``last.pt`` with everything to go on exactly, ``best.pt`` with the averaged weights of the lowest loss.
+
+    And ``epoch_0010.pt`` with the averaged weights of an epoch, for those who want to look back.
 
     Every rank reads them, the first rank writes them.
 
@@ -28,11 +30,22 @@ class Checkpoints:
         objects: what ``last.pt`` holds, by name; each has ``state_dict`` and ``load_state_dict``.
         ema: whose average is the model that counts.
         every: epochs between two checkpoints.
+        keep_every: epochs between two whose averaged weights are kept; 0 keeps none.
         metrics: where the validation loss is.
     """
 
-    def __init__(self, folder: Path, objects: dict[str, Any], *, ema: EMA, every: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        objects: dict[str, Any],
+        *,
+        ema: EMA,
+        every: int,
+        metrics: Metrics,
+        keep_every: int = 0,
+    ) -> None:
         self.folder, self.objects, self.ema, self.every, self.metrics = Path(folder), objects, ema, every, metrics
+        self.keep_every = keep_every
         self.best_loss = float("inf")
         self.best: dict[str, Any] | None = None
         self.saved_epoch = 0
@@ -45,8 +58,10 @@ class Checkpoints:
         loss = self.metrics.validation_loss
         if loss is not None and loss < self.best_loss:
             self.best_loss = loss
-            model = {name: value.detach().cpu().clone() for name, value in self.ema.ema_model.state_dict().items()}
-            self.best = {"model": model, "epoch": engine.state.epoch, "loss": loss}
+            self.best = {"model": self._averaged(), "epoch": engine.state.epoch, "loss": loss}
+        if self.keep_every and engine.state.epoch % self.keep_every == 0 and is_first_rank():
+            kept = {"model": self._averaged(), "epoch": engine.state.epoch, "loss": loss}
+            self._write({f"epoch_{engine.state.epoch:04d}.pt": kept})
         if engine.state.epoch % self.every == 0 or engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
 
@@ -89,15 +104,17 @@ class Checkpoints:
             return
         self.saved_epoch = engine.state.epoch
         if is_first_rank():
-            self._write(engine)
+            objects = {name: part.state_dict() for name, part in self.objects.items()}
+            last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
+            self._write({"best.pt": self.best, "last.pt": last} if self.best is not None else {"last.pt": last})
 
-    def _write(self, engine: Engine) -> None:
-        objects = {name: part.state_dict() for name, part in self.objects.items()}
-        last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
+    def _averaged(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.ema.ema_model.state_dict().items()}
+
+    def _write(self, contents: dict[str, Any]) -> None:
         try:
-            if self.best is not None:
-                self.saver(self.best, "best.pt")
-            self.saver(last, "last.pt")
+            for name, content in contents.items():
+                self.saver(content, name)
         except (OSError, RuntimeError) as error:
             raise FibldmError(
                 f"cannot write a checkpoint to {self.folder}: {error}",

@@ -23,7 +23,8 @@ from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.latents import LatentSpace
-from fibldm.models.tiling import tiled_encode
+from fibldm.models.residual_noise import ResidualNoise
+from fibldm.models.tiling import tiled_decode, tiled_encode
 from fibldm.runs import Progress, StageFolder, load_facts
 from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
@@ -32,8 +33,10 @@ from fibldm.training.latent_report import REMEDY, draw_interpolation, report_lat
 from fibldm.training.stage import running_parser
 
 INTERPOLATION = "interpolation.png"
+RESIDUAL_NOISE = "residual_noise.safetensors"
 
 _SPLITS = ("training", "validation")
+_RECONSTRUCTED = 64  # training cases that tell the residual noise
 _NO_COVARIATES = ("image", "label", "case", "subject")
 
 _logger = logging.getLogger("fibldm")
@@ -181,7 +184,9 @@ class EncodeStage:
         self.seed, self.device, self.restart, self.patience = seed, device, restart, patience
 
     def run(self) -> None:
-        """Write the latents, ``latents.json``, ``report.json`` and ``interpolation.png``, or say that they are done.
+        """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
+
+        Or say that they are done.
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
@@ -228,6 +233,7 @@ class EncodeStage:
                 "compression": first_stage.compression,
                 "space": space.to_dict(),
                 **self.facts,
+                "residual_noise": self._measure_residual_noise(items["training"], first_stage),
                 **({"covariates": covariates} if any(covariates.values()) else {}),
                 "items": items,
             },
@@ -236,6 +242,39 @@ class EncodeStage:
         self._draw(items, first_stage)
         folder.finish(epochs=0, latents=sum(len(part) for part in items.values()))
         _logger.info("latents: %d training and %d validation views", len(items["training"]), len(items["validation"]))
+
+    def _measure_residual_noise(
+        self, items: Sequence[dict[str, str]], first_stage: FrozenFirstStage
+    ) -> dict[str, str] | None:
+        """Write what the decoder leaves out of training cases, spread over the split; None where that is nothing."""
+        if first_stage.is_identity:
+            return None
+        views = list(self._plain_views("training", items))
+        count = min(len(views), _RECONSTRUCTED)
+        chosen = [views[index * len(views) // count] for index in range(count)]
+        console = Console(stderr=True)
+        bar = track(chosen, "residual noise", console=console, disable=not console.is_terminal)
+        noise = ResidualNoise.fit(self._reconstructed(case, item, first_stage) for case, item in bar)
+        noise.save(self._folder / RESIDUAL_NOISE)
+        return {"file": RESIDUAL_NOISE, "sha256": hash_file(self._folder / RESIDUAL_NOISE)}
+
+    def _reconstructed(
+        self, case: dict[str, Any], item: dict[str, str], first_stage: FrozenFirstStage
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A training case, what the decoder makes of the middle of its posterior, and which voxels count."""
+        prepared = self.preprocessing(case)
+        image, label, valid = (_plain(prepared[key]) for key in ("image", "label", "valid"))
+        (posterior,) = self._posteriors([item])
+        mask = self._whole_mask(label, first_stage)
+        decoded = tiled_decode(first_stage, posterior.mean.to(self.device), mask=mask)
+        return image.float(), decoded[0].clamp(-1, 1).float().cpu(), valid.float()
+
+    def _whole_mask(self, label: Tensor, first_stage: FrozenFirstStage) -> Tensor | None:
+        """The mask as a first stage that needs it is given it."""
+        if not first_stage.needs_mask:
+            return None
+        encoding = MaskEncoding(tuple(int(label) for label in self.facts["labels"]), 1)
+        return encoding.encode(label[None]).to(self.device)
 
     def _report(self, items: dict[str, list[dict[str, str]]], space: LatentSpace) -> None:
         training, validation = (self._cells(items[split]) for split in _SPLITS)
@@ -257,11 +296,8 @@ class EncodeStage:
         prepared = [self.preprocessing(case) for case, _ in pair]
         one, two = (_plain(item["image"]).float() for item in prepared)
         mean_one, mean_two = (part.mean[0].to(self.device) for part in self._posteriors([item for _, item in pair]))
-        masks = None
-        if first_stage.needs_mask:
-            encoding = MaskEncoding(tuple(int(label) for label in self.facts["labels"]), 1)
-            mask_one, mask_two = (encoding.encode(_plain(item["label"])[None])[0].to(self.device) for item in prepared)
-            masks = (mask_one, mask_two)
+        mask_one, mask_two = (self._whole_mask(_plain(item["label"]), first_stage) for item in prepared)
+        masks = None if mask_one is None or mask_two is None else (mask_one[0], mask_two[0])
         spacing = self.facts["grid"]["spacing"]
         file = self._folder / INTERPOLATION
         draw_interpolation(file, first_stage, (one, two), (mean_one, mean_two), spacing=spacing, masks=masks)

@@ -35,7 +35,8 @@ class Stage:
     * parts: ``network_def``, ``network``, ``ema``, ``optimizer``, ``lr_scheduler``, ``train::sampler``,
       ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
       ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
-    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``patience``, ``stop_gap``, ``wall_time``
+    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``keep_every``, ``patience``, ``stop_gap``,
+      ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``freeze``
 
@@ -84,7 +85,12 @@ class Stage:
         metrics = Metrics(self.folder.path / "metrics.csv", optimizer)
         objects = {"network": get("network_def"), "ema": ema.ema_model, "optimizer": optimizer, **get("state")}
         checkpoints = Checkpoints(
-            self.folder.checkpoints, objects, ema=ema, every=int(get("checkpoint_every")), metrics=metrics
+            self.folder.checkpoints,
+            objects,
+            ema=ema,
+            every=int(get("checkpoint_every")),
+            metrics=metrics,
+            keep_every=int(get("keep_every")),
         )
         schedule, interval = Schedule(get("lr_scheduler")), int(get("val_interval"))
         patience = Patience(checkpoints, patience=int(get("patience")), interval=interval)

@@ -1,0 +1,167 @@
+"""What a decoder leaves out of real volumes, as noise that can be drawn.
+
+A decoder gives the middle of what a volume may be, given its latent. Grain that no latent holds, that of the scanner
+above all, is missing from it, and a volume without it is smoother than any real one. Drawing from the likelihood
+``p(x | z)`` instead of taking its middle gives it back. Kingma & Welling 2014, "Auto-encoding variational Bayes",
+appendix C.2, have a Gaussian likelihood without correlation; here its standard deviation depends on the decoded value,
+as noise of CT and MRI does, and it has a power spectrum of its own. Both are measured on what is left of training cases
+after their reconstruction.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fibldm.errors import FibldmError
+from fibldm.files import atomic_path
+
+_LEVELS = 16
+_BLOCK = 16
+_FEWEST = 100  # voxels that tell a standard deviation
+_QUARTILES_OF_NORMAL = 1.349
+
+
+@dataclass(frozen=True)
+class ResidualNoise:
+    """Gaussian noise with a level by decoded value, a spectrum, and a strength that differs between volumes.
+
+    Attributes:
+        levels: standard deviation at ``K`` decoded values, the centres of equal parts of ``[-1, 1]``, ``(C, K)``.
+        kernel: unit noise without correlation becomes that of the spectrum by convolution, ``(C, x, y, z)``; its
+            squares sum to 1.
+        spread: standard deviation of the logarithm of a volume's strength.
+    """
+
+    levels: Tensor
+    kernel: Tensor
+    spread: float
+
+    @classmethod
+    def fit(cls, cases: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "ResidualNoise":
+        """Measure what is left of real volumes.
+
+        Levels come from quartiles, so that edges which the decoder misplaces do not count as noise.
+
+        Args:
+            cases: real volume and reconstruction ``(C, X, Y, Z)`` in ``[-1, 1]``, and which voxels count
+                ``(1, X, Y, Z)``; all of one size.
+
+        Raises:
+            FibldmError: there is no case, or too few voxels count.
+        """
+        deviations, counts, power = [], [], torch.zeros(())
+        for real, decoded, valid in cases:
+            residual = real - decoded
+            deviation, count = _deviations(residual, decoded, valid[0] > 0.5)
+            deviations.append(deviation)
+            counts.append(count)
+            power = power + _power(residual, valid)
+        if not counts or not torch.stack(counts).sum((0, 2)).all():
+            raise FibldmError(
+                f"residual noise needs cases with at least {_FEWEST} voxels of like brightness that count; got "
+                f"{len(counts)} cases"
+            )
+        by_case, weight = torch.stack(deviations), torch.stack(counts)
+        levels = _filled((by_case * weight).sum(0), weight.sum(0))
+        strength = (by_case * weight).sum((1, 2)) / (levels * weight).sum((1, 2)).clamp_min(1e-12)
+        spread = strength.clamp_min(1e-3).log().std(correction=0)
+        sides = [min(_BLOCK, length) for length in real.shape[1:]]
+        kernel = torch.fft.fftshift(torch.fft.irfftn(power.sqrt(), s=sides), dim=(1, 2, 3))
+        norm = kernel.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+        return cls(levels.float(), (kernel / norm).float(), float(spread))
+
+    @classmethod
+    def load(cls, file: Path) -> "ResidualNoise":
+        """Inverse of `save`."""
+        tensors = load_file(file)
+        return cls(tensors["levels"], tensors["kernel"], float(tensors["spread"]))
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file."""
+        tensors = {"levels": self.levels, "kernel": self.kernel, "spread": torch.tensor(self.spread)}
+        with atomic_path(file) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+    def draw(self, decoded: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise for a decoded volume ``(C, X, Y, Z)`` in ``[-1, 1]``, of its shape and on its device.
+
+        Args:
+            decoded: what the decoder gave.
+            generator: of the CPU, so that the noise is the same on any device.
+        """
+        strength = math.exp(self.spread * float(torch.randn((), generator=generator)))
+        shape = decoded.shape[1:]
+        size = [max(pair) for pair in zip(shape, self.kernel.shape[1:], strict=True)]
+        white = torch.randn(len(decoded), *size, generator=generator).to(decoded.device)
+        spectrum = torch.fft.rfftn(self.kernel.to(decoded.device), s=size, dim=(1, 2, 3))
+        coloured = torch.fft.irfftn(torch.fft.rfftn(white, dim=(1, 2, 3)) * spectrum, s=size, dim=(1, 2, 3))
+        return strength * self.level(decoded) * coloured[:, : shape[0], : shape[1], : shape[2]]
+
+    def level(self, decoded: Tensor) -> Tensor:
+        """The standard deviation at every voxel of a decoded volume ``(C, X, Y, Z)``, between levels linear."""
+        count = self.levels.shape[1]
+        place = ((decoded.clamp(-1, 1) + 1) / 2 * count - 0.5).clamp(0, count - 1)
+        below = place.floor().long()
+        above = (below + 1).clamp_max(count - 1)
+        share = place - below
+        return torch.stack(
+            [
+                torch.lerp(table[low], table[high], part)
+                for table, low, high, part in zip(self.levels.to(decoded.device), below, above, share, strict=True)
+            ]
+        )
+
+
+def _deviations(residual: Tensor, decoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations by decoded value and how many voxels tell them, each ``(C, K)``; 0 where they are too few."""
+    deviations, counts = torch.zeros(2, len(residual), _LEVELS, dtype=torch.float64)
+    for channel, (left, value) in enumerate(zip(residual, decoded, strict=True)):
+        left, value = left[valid], value[valid].clamp(-1, 1)
+        place = ((value + 1) / 2 * _LEVELS).long().clamp_max(_LEVELS - 1)
+        for level in range(_LEVELS):
+            chosen = left[place == level].sort().values
+            if len(chosen) >= _FEWEST:
+                low, high = (chosen[int(share * (len(chosen) - 1))] for share in (0.25, 0.75))
+                deviations[channel, level] = float(high - low) / _QUARTILES_OF_NORMAL
+                counts[channel, level] = len(chosen)
+    return deviations, counts
+
+
+def _power(residual: Tensor, valid: Tensor) -> Tensor:
+    """Mean power spectrum of blocks, each of power 1 in sum and counting as many as its voxels that count (Welch 1967).
+
+    ``(C, x, y, z // 2 + 1)``.
+    """
+    sides = [min(_BLOCK, length) for length in residual.shape[1:]]
+    window = torch.ones(())
+    for axis, side in enumerate(sides):
+        hann = torch.hann_window(side + 2)[1:-1] if side > 1 else torch.ones(1)
+        window = window * hann.view([-1 if other == axis else 1 for other in range(3)])
+    blocks, inside = (_blocks(part, sides) for part in ((residual * valid).double(), valid.double()))
+    power = torch.fft.rfftn(blocks * window, dim=(2, 3, 4)).abs().square()
+    share = inside.mean((2, 3, 4), keepdim=True)
+    return (share * power / power.sum((2, 3, 4), keepdim=True).clamp_min(1e-12)).sum(1)
+
+
+def _blocks(values: Tensor, sides: list[int]) -> Tensor:
+    """Blocks side by side, in the middle of ``(C, X, Y, Z)``, as ``(C, N, x, y, z)``."""
+    for axis, side in enumerate(sides, start=1):
+        values = values.narrow(axis, values.shape[axis] % side // 2, values.shape[axis] // side * side)
+    for axis, side in enumerate(sides, start=1):
+        values = values.unfold(axis, side, side)
+    return values.flatten(1, 3)
+
+
+def _filled(total: Tensor, weight: Tensor) -> Tensor:
+    """``total / weight`` ``(C, K)``; where nothing was seen, that of the nearest that was."""
+    rows = []
+    for sums, counts in zip(total, weight, strict=True):
+        seen = counts.nonzero()[:, 0]
+        nearest = seen[(torch.arange(len(counts))[:, None] - seen).abs().argmin(1)]
+        rows.append(sums[nearest] / counts[nearest])
+    return torch.stack(rows)
