@@ -5,12 +5,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
 
 Progress = Literal["new", "resume", "done"]
 
@@ -114,11 +117,14 @@ class StageFolder:
 
     def component(self, key: str, **overrides: Any) -> Any:
         """Build one part of the stage's configuration, such as its network, from ``config.yaml``."""
+        return self.parser(**overrides).get_parsed_content(key)
+
+    def parser(self, **overrides: Any) -> "ConfigParser":
+        """The stage's configuration, from ``config.yaml``."""
         from monai.bundle import ConfigParser
 
         config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        parser = ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
-        return parser.get_parsed_content(key)
+        return ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
 
     def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
         """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.

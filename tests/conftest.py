@@ -54,11 +54,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_stage(phantom_work: Path, tiny_data: Path) -> TinyStage:
-    """Makes the configuration of a stage with the smallest networks: ``tiny_stage(stage, run, key=value, ...)``."""
+    """Makes the configuration of a stage with tiny networks: ``tiny_stage(stage, run, *configs, key=value)``."""
 
-    def configuration(stage: str, run: Path, **overrides: object) -> Configuration:
+    def configuration(stage: str, run: Path, *more: str, **overrides: object) -> Configuration:
         settings = {"device": "cpu", "precision": "float32", **overrides}
-        configs = [str(tiny_data), "tiny"]
+        configs = [str(tiny_data), "tiny", *more]
         return stage_configuration(stage, work=phantom_work, run_dir=run, configs=configs, overrides=settings)
 
     return configuration

@@ -17,7 +17,20 @@ from fibldm.cli.output import emit_error, emit_result, standard_output_for_json
 from fibldm.errors import FibldmError
 
 # In the order of the help text; a new command is one more name.
-COMMANDS = ("doctor", "prepare", "slices", "plan", "train", "encode", "synthesize", "evaluate", "demo", "phantoms")
+COMMANDS = (
+    "doctor",
+    "prepare",
+    "slices",
+    "plan",
+    "train",
+    "encode",
+    "synthesize",
+    "evaluate",
+    "export",
+    "verify",
+    "demo",
+    "phantoms",
+)
 
 EPILOG = "--json and --debug work with every command."
 

@@ -1,5 +1,6 @@
 """``fibldm synthesize``: synthetic volumes from masks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,14 @@ if TYPE_CHECKING:
 
 
 def synthesize(
-    run: Annotated[Path, typer.Option("--run", help="Run folder, trained to the end.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder, trained to the end.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Instead of --run: folder or zip of fibldm export.")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="With --bundle: make whatever classes it names; they run as code.")
+    ] = False,
     masks: Annotated[
         list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
     ] = [],
@@ -78,7 +85,6 @@ def synthesize(
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
     from fibldm.files import read_json
-    from fibldm.runs import load_facts
     from fibldm.synthesis import SamplingSettings, synthesize_files
     from fibldm.volumes.bids_writer import check_bids, write_bids
     from fibldm.volumes.writer import sidecar
@@ -98,7 +104,7 @@ def synthesize(
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
     _check_options(output_format, {"--template": template, "--label-codes": label_codes}, {"--bids": bids})
     if bids is not None:
-        check_bids(bids, modality=load_facts(run)["modality"], skull_stripped=skull_stripped)
+        check_bids(bids, modality=_facts(run, bundle)["modality"], skull_stripped=skull_stripped)
     outputs = synthesize_files(
         run,
         [*masks, *_masks_of(data, split)],
@@ -111,15 +117,27 @@ def synthesize(
         checkpoint=checkpoint,
         strength=strength,
         others=dict(_run_and_strength(text) for text in with_controlnet),
+        bundle=bundle,
+        trust=trust,
         device=device,
         dicom=_dicom_output(template, label_codes) if output_format == "dicom" else None,
     )
     if bids is not None:
-        names = {int(value): name for value, name in load_facts(run)["labels"].items() if int(value)}
+        names = {int(value): name for value, name in _facts(run, bundle)["labels"].items() if int(value)}
         write_bids(out / "bids", outputs, suffix=bids, names=names, skull_stripped=skull_stripped)
     calls = read_json(sidecar(outputs[0]))["network_calls"]
     print(f"{len(outputs)} synthetic volumes in {out} ({calls} network calls each)")
     return {"outputs": [str(path) for path in outputs], "network_calls": calls}
+
+
+def _facts(run: Path | None, bundle: Path | None) -> Mapping[str, Any]:
+    from fibldm.runs import load_facts
+    from fibldm.synthesis.bundle import open_bundle
+
+    if run is not None or bundle is None:
+        return load_facts(run or "")
+    with open_bundle(bundle) as opened:
+        return opened.facts
 
 
 def _masks_of(work: Path | None, split: str) -> list[str]:

@@ -1,9 +1,9 @@
 """The volumes that are measured: real cases of a work folder and synthetic ones, on the model grid of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file, hash_value
 from fibldm.runs import load_facts
+from fibldm.synthesis.bundle import open_bundle
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.formats.readers import read_scan
@@ -85,10 +86,26 @@ class Evaluated:
         Raises:
             FibldmError: the run has no latents yet, or was trained on the data of another work folder.
         """
-        facts, content = load_facts(run_dir), read_datalist(work)["content"]
+        return cls._of(load_facts(run_dir), run_dir, work, run_dir=run_dir)
+
+    @classmethod
+    def open_bundle(cls, bundle: str | Path, work: str | Path, *, out: str | Path) -> "Evaluated":
+        """A bundle, and the work folder it was trained on; measurements go to ``out/evaluation``.
+
+        Raises:
+            FibldmError: it is no bundle of ``fibldm export``, or was trained on the data of another work folder.
+        """
+        with open_bundle(bundle) as opened:
+            return cls._of(opened.facts, bundle, work, run_dir=out)
+
+    @classmethod
+    def _of(
+        cls, facts: Mapping[str, Any], trained: str | Path, work: str | Path, *, run_dir: str | Path
+    ) -> "Evaluated":
+        content = read_datalist(work)["content"]
         if facts["data"] != content:
             raise FibldmError(
-                f"a run is measured on the data it was trained on; {run_dir} was trained on {facts['data'][:12]}, "
+                f"a run is measured on the data it was trained on; {trained} was trained on {facts['data'][:12]}, "
                 f"{work} holds {content[:12]}",
                 "give the work folder that this run was trained with",
             )

@@ -28,12 +28,14 @@ class Measurements:
         synthetic_folder: folder of synthetic volumes; None where nothing needs one.
         segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
         device: to compute on; None takes CUDA where there is one.
+        bundle: whose autoencoder is measured, in place of that of the run.
     """
 
     evaluated: Evaluated
     synthetic_folder: Path | None = None
     segmenter_settings: Mapping[str, Any] | None = None
     device: str | None = None
+    bundle: Path | None = None
 
     @cached_property
     def synthetic(self) -> list[Case]:
@@ -47,6 +49,8 @@ class Measurements:
 
     @cached_property
     def reconstructor(self) -> Reconstructor:
+        if self.bundle is not None:
+            return Reconstructor.from_bundle(self.bundle, device=self._device)
         return Reconstructor.from_run(self.evaluated.run_dir, device=self._device)
 
     def reconstruction(self) -> Section:
@@ -94,17 +98,19 @@ def evaluate(
     synthetic: str | Path | None = None,
     segmenter_settings: Mapping[str, Any] | None = None,
     device: str | None = None,
+    bundle: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
     """Measure, say and record each in ``RUN/evaluation/metrics.json``.
 
     Args:
         names: of `MEASUREMENTS`.
-        run_dir: a run whose latents are finished.
+        run_dir: a run whose latents are finished; for a bundle, a folder for what is measured.
         work: the work folder that it was trained on.
         synthetic: folder of ``fibldm synthesize``; all but reconstruction need it.
         segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
         device: None takes CUDA where there is one.
+        bundle: measured in place of the run, see `Evaluated.open_bundle`.
         say: where the figures go, as text.
 
     Raises:
@@ -114,7 +120,8 @@ def evaluate(
         if name not in MEASUREMENTS:
             raise unknown_choice("measurement", name, MEASUREMENTS)
     folder = Path(synthetic) if synthetic is not None else None
-    measurements = Measurements(Evaluated.open(run_dir, work), folder, segmenter_settings, device)
+    evaluated = Evaluated.open_bundle(bundle, work, out=run_dir) if bundle else Evaluated.open(run_dir, work)
+    measurements = Measurements(evaluated, folder, segmenter_settings, device, Path(bundle) if bundle else None)
     sections = {}
     for name in names:
         sections[name] = MEASUREMENTS[name](measurements)

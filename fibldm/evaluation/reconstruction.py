@@ -23,6 +23,7 @@ from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectru
 from fibldm.evaluation.statistics import Figure, figure
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
+from fibldm.synthesis import Synthesizer
 from fibldm.volumes.grid import long_axes
 from fibldm.volumes.intensity import Intensity
 
@@ -62,6 +63,16 @@ class Reconstructor:
         stage = StageFolder(Path(run_dir), "autoencoder")
         first_stage = FrozenFirstStage(stage.trained()).to(device)
         return cls(first_stage, stage.require()["weights"], torch.device(device))
+
+    @classmethod
+    def from_bundle(cls, bundle: str | Path, device: str | torch.device = "cpu") -> "Reconstructor":
+        """The autoencoder of a bundle.
+
+        Raises:
+            FibldmError: the bundle is refused.
+        """
+        made = Synthesizer.from_bundle(bundle, device=device)
+        return cls(made.first_stage, made.source["autoencoder"], torch.device(device))
 
     def __call__(self, image: Image) -> Image:
         """The reconstruction, float32 in ``[-1, 1]``, of an image ``(X, Y, Z)`` or ``(C, X, Y, Z)`` of the same range.

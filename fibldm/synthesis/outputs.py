@@ -135,7 +135,7 @@ class Output:
 
 
 def synthesize_files(
-    run_dir: str | Path,
+    run_dir: str | Path | None,
     masks: Sequence[str | Path],
     out: str | Path,
     *,
@@ -147,6 +147,8 @@ def synthesize_files(
     checkpoint: str = "best",
     strength: float = 1.0,
     others: Mapping[str | Path, float] | None = None,
+    bundle: str | Path | None = None,
+    trust: bool = False,
     device: str | torch.device | None = None,
     dicom: "DicomOutput | None" = None,
 ) -> list[Path]:
@@ -155,7 +157,7 @@ def synthesize_files(
     Several processes, as torchrun starts them, share the volumes.
 
     Args:
-        run_dir: a finished run, see `Synthesizer.from_run`.
+        run_dir: a finished run, see `Synthesizer.from_run`; None where there is a ``bundle``.
         masks: NIfTI files and DICOM segmentations, and folders of them.
         out: folder to write to; see `Output`.
         count: volumes per mask.
@@ -167,6 +169,8 @@ def synthesize_files(
         checkpoint: which weights, see `Synthesizer.from_run`.
         strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
         others: runs with further ControlNets, and their strengths.
+        bundle: see `Synthesizer.from_bundle`.
+        trust: make networks of any class that a bundle names.
         device: None takes CUDA where there is one, for each process its own.
         dicom: writes DICOM instead of NIfTI.
 
@@ -174,13 +178,22 @@ def synthesize_files(
         What this process wrote.
 
     Raises:
-        FibldmError: no mask, one that is refused, as covariates may be, or a run that is not finished.
+        FibldmError: no mask, one that is refused, as covariates may be, a run that is not finished, or a bundle that
+            is refused; none of both, or both.
     """
     if batch_size < 1:
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
     files, shard = find_masks([Path(mask) for mask in masks]), Shard.from_environment()
     chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
-    synthesizer = Synthesizer.from_run(run_dir, checkpoint=checkpoint, strength=strength, others=others, device=chosen)
+    if (run_dir is None) == (bundle is None):
+        raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
+    if run_dir is not None:
+        choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
+        synthesizer = Synthesizer.from_run(run_dir, **choices, device=chosen)
+    elif checkpoint != "best" or strength != 1 or others or bundle is None:
+        raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
+    else:
+        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
-from fibldm.models.autoencoder import FrozenFirstStage
+from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding, Value
 from fibldm.models.denoiser import Denoiser, thresholded
@@ -26,6 +26,7 @@ from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise, sampler
 from fibldm.models.tiling import tiled_decode
 from fibldm.runs import StageFolder, hash_weights, load_facts
+from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
@@ -144,7 +145,7 @@ class Synthesizer:
                 checkpoint.
         """
         facts = load_facts(run_dir)
-        stage = _generating_stage(Path(run_dir))
+        stage = generating_stage(Path(run_dir))
         network = stage.trained(checkpoint, device="cpu")
         weights = hash_weights(network.state_dict())
         if strength != 1 or others:
@@ -152,19 +153,50 @@ class Synthesizer:
         return cls(
             network=network.to(device),
             first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
-            space=LatentSpace.from_dict(facts["space"]),
             process=stage.component("process"),
             target=stage.component("target"),
             mask=stage.component("mask"),
-            grid=ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
-            intensity=Intensity.from_dict(facts["intensity"]),
-            envelope=Envelope.from_dict(facts["envelope"]),
             source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
-            names={int(value): name for value, name in facts["labels"].items() if int(value)},
-            channels=tuple(facts.get("channels", ("image",))),
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
             residual_noise=_residual_noise(Path(run_dir), facts),
+            **_of_facts(facts),
         )
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, *, trust: bool = False, device: str | torch.device = "cpu") -> "Synthesizer":
+        """The generator of a bundle that ``fibldm export`` wrote; nothing that the bundle holds is run.
+
+        Args:
+            path: its folder, or a zip archive of that.
+            trust: make networks of any class that it names, of which there may be others than FibLDM knows.
+            device: where it works.
+
+        Raises:
+            FibldmError: it is no such bundle, or a part of it is refused.
+        """
+        with open_bundle(path, trust=trust) as bundle:
+            network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
+            weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
+            facts, source = bundle.facts, {"weights": weights, "autoencoder": fingerprint}
+            try:
+                made = cls(
+                    network=cast(ConditionedNetwork, network).to(device),
+                    first_stage=FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
+                    process=bundle.made("process"),
+                    target=facts["target"],
+                    mask=bundle.made("mask"),
+                    source={**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
+                    shift=float(facts["shift"]),
+                    residual_noise=bundle.residual_noise(),
+                    **_of_facts(facts),
+                )
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise FibldmError(
+                    f"{bundle.root / GENERATOR} must describe a generator; {type(error).__name__}: {error}",
+                    "ask for the bundle again, or export it again",
+                ) from error
+            made.space.check_autoencoder(fingerprint, str(bundle.root))
+            return made
 
     @property
     def covariates(self) -> CovariateEncoding:
@@ -289,6 +321,18 @@ class Synthesizer:
         return Denoiser(self.network, self.process, self.target, condition, covariates)
 
 
+def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs and bundles say in the same words."""
+    return {
+        "space": LatentSpace.from_dict(facts["space"]),
+        "grid": ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
+        "intensity": Intensity.from_dict(facts["intensity"]),
+        "envelope": Envelope.from_dict(facts["envelope"]),
+        "names": {int(value): name for value, name in facts["labels"].items() if int(value)},
+        "channels": tuple(facts.get("channels", ("image",))),
+    }
+
+
 def _residual_noise(run_dir: Path, facts: Mapping[str, Any]) -> ResidualNoise | None:
     if facts.get("residual_noise") is None:
         return None
@@ -298,7 +342,8 @@ def _residual_noise(run_dir: Path, facts: Mapping[str, Any]) -> ResidualNoise | 
     return ResidualNoise.load(file)
 
 
-def _generating_stage(run_dir: Path) -> StageFolder:
+def generating_stage(run_dir: Path) -> StageFolder:
+    """The stage that volumes are drawn with: diffusion where that knows the mask and no ControlNet was begun."""
     base, controlnet = StageFolder(run_dir, "diffusion"), StageFolder(run_dir, "controlnet")
     alone = not controlnet.path.exists() and base.done() is not None and base.component("mask_way") is not None
     return base if alone else controlnet

@@ -51,7 +51,8 @@ def initialise(network: nn.Module, source: str | Path, *, strict: bool = True, s
 
     Args:
         network: gets the weights whose name and shape fit.
-        source: a file ``.safetensors`` or one of ``torch.save``, a run folder, or the folder of a stage.
+        source: a file ``.safetensors`` or one of ``torch.save``, a run folder, the folder of a stage, or a bundle of
+            ``fibldm export``.
         strict: whether every weight must fit.
         stage: whose weights are meant in a run folder.
 
@@ -135,12 +136,13 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def _file_of(source: Path, stage: str) -> Path:
-    candidates = [source / "checkpoints" / "best.pt", source / stage / "checkpoints" / "best.pt"]
+    of_bundle = source / "models" / f"{'autoencoder' if stage == 'autoencoder' else 'network'}.safetensors"
+    candidates = [source / "checkpoints" / "best.pt", source / stage / "checkpoints" / "best.pt", of_bundle]
     file = next((file for file in candidates if file.is_file()), None) if source.is_dir() else source
     if file is None or not file.is_file():
         raise FibldmError(
-            f"init_from must be a file of weights, a run folder whose stage {stage!r} is trained, or a stage's folder; "
-            f"got {source}",
+            f"init_from must be a file of weights, a run folder whose stage {stage!r} is trained, a stage's folder or "
+            f"a bundle; got {source}",
             "check the path",
         )
     return file

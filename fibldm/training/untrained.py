@@ -9,6 +9,7 @@ from monai.bundle import ConfigParser
 from fibldm.files import atomic_path
 from fibldm.runs import hash_weights
 from fibldm.training.distributed import is_first_rank
+from fibldm.training.initialise import initialise
 from fibldm.training.stage import Stage
 
 _logger = logging.getLogger("fibldm")
@@ -17,13 +18,16 @@ _logger = logging.getLogger("fibldm")
 class UntrainedStage(Stage):
     """A stage whose network is finished as it is built; later stages read it like any other.
 
-    It reads ``network_def`` of the configuration and nothing else.
+    It reads ``network_def``, ``init_from`` and ``init_strict`` of the configuration and nothing else.
     """
 
     def _train(self, parser: ConfigParser) -> None:
         if not is_first_rank():
             return
-        network: Any = parser.get_parsed_content("network_def")
+        get = parser.get_parsed_content
+        network: Any = get("network_def")
+        if get("init_from"):
+            initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
         best = {"model": network.state_dict(), "epoch": 0, "loss": 0.0}
         with atomic_path(self.folder.checkpoints / "best.pt") as temporary:
             torch.save(best, temporary)

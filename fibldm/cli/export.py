@@ -1,0 +1,27 @@
+"""``fibldm export``: a run as a bundle."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Option("--run", help="Run folder, trained to the end.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; words in its export.yaml are used.")],
+    license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
+    license_file: Annotated[
+        Path | None, typer.Option(help="Text of the licence, where FibLDM does not know it.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Keep weights in half precision.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the bundle; by default that of its folder.")] = None,
+    version: Annotated[str, typer.Option(help="Of the bundle.")] = "0.1.0",
+) -> dict[str, Any]:
+    """Write a run as a MONAI bundle: weights, configurations, metadata, licence and model card."""
+    from fibldm.delivery.export import ExportSettings
+    from fibldm.delivery.export import export as write_bundle
+
+    written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version))
+    precision = "half" if half else "single"
+    print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
+    return {"outputs": [str(out)], **written}

@@ -1,0 +1,5 @@
+"""What leaves the lab: runs as bundles.
+
+* ``literals``: parts of a configuration without references and expressions
+* ``export``: a run as a bundle
+"""

@@ -1,0 +1,115 @@
+"""The model card of a bundle: words that a person wrote, and what was measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from fibldm.errors import FibldmError
+
+_SHOWN = {
+    "faithfulness": ("dice", "hd95", "volume_error"),
+    "realism": ("kid/radiomics", "spectrum", "ms_ssim"),
+    "reconstruction": ("psnr", "ssim", "dice_change"),
+    "utility": ("utility", "dice"),
+}
+_AUDIT = ("nearest_training_similarity", "closer_than_any_real", "named")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a person says of a bundle, in ``export.yaml``.
+
+    Attributes:
+        title: of the card.
+        description: what the model makes, in a paragraph.
+        intended_use: what it is for.
+        limits: what it is not for, and what it cannot do.
+        attribution: of the training data, as their licence asks for it.
+        authors: of the weights.
+        references: works that describe data or method.
+        tags: for search, beside those that every bundle has.
+    """
+
+    title: str = ""
+    description: str = ""
+    intended_use: str = (
+        "Research on synthetic medical images, such as augmentation of training data and tests of software."
+    )
+    limits: str = (
+        "Not for diagnosis or treatment. Volumes show what the training data show: other scanners, ages and diseases "
+        "are not known to the model."
+    )
+    attribution: str = ""
+    authors: str = ""
+    references: Sequence[str] = ()
+    tags: Sequence[str] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> "Words":
+        """The words of a file, those of every bundle where it is absent or says nothing.
+
+        Raises:
+            FibldmError: it is not YAML, or says something else.
+        """
+        if not file.exists():
+            return cls()
+        try:
+            given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise FibldmError(f"{file} must be YAML; {error}") from error
+        known = {field.name: list if field.name in ("references", "tags") else str for field in fields(cls)}
+        if not isinstance(given, dict) or any(
+            not isinstance(value, known.get(key, ())) for key, value in given.items()
+        ):
+            listed = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
+            raise FibldmError(f"{file} must hold some of {listed}; it holds {given}")
+        return cls(**given)
+
+
+def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, size: int) -> str:
+    """The card in Markdown, with front matter that model hubs read.
+
+    Args:
+        facts: of ``generator.json``.
+        words: of a person.
+        figures: of ``RUN/evaluation/metrics.json``; empty where nothing was measured.
+        size: of the weights in bytes.
+    """
+    template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    tags = ["medical", "synthetic", "3d", "latent-diffusion", str(facts["modality"]), *words.tags]
+    front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": tags}
+    return environment.from_string(template).render(
+        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        facts=facts,
+        words=words,
+        title=words.title or facts["name"],
+        labels=", ".join(f"{value} {name}" for value, name in facts["labels"].items()),
+        megabytes=f"{size / 1e6:.1f}",
+        measured=_rows(figures, _SHOWN),
+        audit=_rows(figures, {"copies": _AUDIT}),
+    )
+
+
+def _rows(figures: Mapping[str, Any], shown: Mapping[str, Sequence[str]]) -> list[tuple[str, str, str]]:
+    """Name, value with its interval, and that of real scans."""
+    return [
+        (f"{section}: {name}", _value(figure), _number(figure.get("real_vs_real")))
+        for section, names in shown.items()
+        for name in names
+        if (figure := figures.get(section, {}).get("figures", {}).get(name))
+    ]
+
+
+def _value(figure: Mapping[str, Any]) -> str:
+    interval = "" if figure.get("low") is None else f" [{_number(figure['low'])}, {_number(figure['high'])}]"
+    return f"{_number(figure['value'])}{interval}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,168 @@
+"""The configurations of a bundle for ``python -m monai.bundle``, and its metadata."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from fibldm.delivery.card import Words
+from fibldm.runs import StageFolder
+from fibldm.synthesis.bundle import GENERATOR
+
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+_PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", "scipy")
+_DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
+
+
+def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """``inference.json``: volumes from masks."""
+    channels = len(facts["space"]["mean"])
+    return {
+        "imports": [
+            "$import torch",
+            "$from pathlib import Path",
+            "$from fibldm.synthesis import Synthesizer",
+            "$from fibldm.synthesis.evaluator import mask_items",
+            "$from fibldm.volumes.masks import find_masks",
+        ],
+        "bundle_root": ".",
+        "device": _DEVICE,
+        "masks": "masks",
+        "dataset_dir": "@masks",
+        "output_dir": "synthetic",
+        "count": 1,
+        "batch_size": 1,
+        "allow_extrapolation": False,
+        "inferer": {
+            "_target_": "fibldm.synthesis.SamplingSettings",
+            "sampler": "dpmpp_2m",
+            "steps": 10,
+            "guidance": 1.0,
+            "residual_noise": 1.0,
+            "seed": 0,
+        },
+        "network_def": facts["network"],
+        "autoencoder_def": facts["autoencoder"],
+        "one_tensor_network": {
+            "_target_": "fibldm.models.one_tensor.OneTensorNetwork",
+            "network": "$@synthesizer.network",
+            "channels": channels,
+        },
+        "one_tensor_encoder": {
+            "_target_": "fibldm.models.one_tensor.OneTensorEncoder",
+            "autoencoder": "$@synthesizer.first_stage.autoencoder",
+        },
+        "one_tensor_decoder": {
+            "_target_": "fibldm.models.one_tensor.OneTensorDecoder",
+            "autoencoder": "$@synthesizer.first_stage.autoencoder",
+        },
+        "synthesizer": "$Synthesizer.from_bundle(@bundle_root, device=@device)",
+        "dataset": {"_target_": "monai.data.Dataset", "data": "$mask_items(find_masks([Path(@masks)]), @count)"},
+        "evaluator": {
+            "_target_": "fibldm.synthesis.evaluator.SynthesisEvaluator",
+            "synthesizer": "@synthesizer",
+            "dataset": "@dataset",
+            "output_dir": "@output_dir",
+            "inferer": "@inferer",
+            "batch_size": "@batch_size",
+            "allow_extrapolation": "@allow_extrapolation",
+        },
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
+    config: dict[str, Any] = yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8"))
+    own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False}
+    begun = {"init_from": "$@bundle_root + '/models/network.safetensors'", "network_def": facts["network"]}
+    return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
+
+
+def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """``evaluate.json``: how good volumes of the bundle are, on the data it was trained on."""
+    return {
+        "bundle_root": ".",
+        "work": "work",
+        "synthetic": "synthetic",
+        "output_dir": "measured",
+        "names": ["faithfulness", "realism", "reconstruction", "copies"],
+        "segmenter_settings": {},
+        "device": "$'cuda' if __import__('torch').cuda.is_available() else 'cpu'",
+        "evaluation": {
+            "_target_": "fibldm.evaluation.measurements.evaluate",
+            "names": "@names",
+            "bundle": "@bundle_root",
+            "work": "@work",
+            "synthetic": "@synthetic",
+            "run_dir": "@output_dir",
+            "segmenter_settings": "@segmenter_settings",
+            "device": "@device",
+        },
+        "run": ["@evaluation"],
+    }
+
+
+def metadata(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """``metadata.json``, with the fields of MONAI's schema."""
+    return {
+        "schema": SCHEMA,
+        "version": facts["version"],
+        "changelog": {facts["version"]: "exported by fibldm"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").partition("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {"fibldm": facts["fibldm"]} | {name: version(name) for name in _PACKAGES},
+        "name": facts["name"],
+        "task": "Synthesis of volumes that follow a mask",
+        "description": words.description or "Latent diffusion that makes synthetic volumes from masks.",
+        "authors": words.authors or "not said",
+        "copyright": facts["licence"],
+        "data_source": words.attribution or "not said",
+        "data_type": "nifti",
+        "image_classes": f"{facts['modality']} in [-1, 1], {len(facts['channels'])} channels",
+        "label_classes": "; ".join(f"{value}: {name}" for value, name in facts["labels"].items()),
+        "pred_classes": "the network's output in the terms of its training target, see generator.json",
+        "eval_metrics": _values(figures),
+        "intended_use": words.intended_use,
+        "references": list(words.references),
+        "generator": GENERATOR,
+        "network_data_format": _data_format(facts),
+    }
+
+
+def _values(figures: Mapping[str, Any]) -> dict[str, float]:
+    sections = {name: part["figures"] for name, part in figures.items() if isinstance(part, Mapping)}
+    return {
+        f"{section}/{name}": figure["value"]
+        for section, part in sections.items()
+        for name, figure in part.items()
+        if figure["value"] is not None
+    }
+
+
+def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``one_tensor_network``: latent, time and mask as channels of one tensor."""
+    channels, masks = len(facts["space"]["mean"]), _mask_channels(facts)
+    compression = facts["mask"]["compression"]
+    steps = [compression] * 3 if isinstance(compression, int) else compression
+    size = [length // step for length, step in zip(facts["grid"]["size"], steps, strict=True)]
+    tensor = {"type": "latent", "format": "vector", "spatial_shape": size, "dtype": "float32", "is_patch_data": False}
+    names = [f"latent {number}" for number in range(channels)]
+    packed = [*names, "time", *(f"mask {number}" for number in range(masks))]
+    return {
+        "inputs": {"image": _tensor(tensor, packed, [-1000, 1000])},
+        "outputs": {"pred": _tensor(tensor, names, [-1000, 1000])},
+    }
+
+
+def _tensor(tensor: Mapping[str, Any], names: list[str], value_range: list[float]) -> dict[str, Any]:
+    channels = {str(number): name for number, name in enumerate(names)}
+    return {**tensor, "num_channels": len(names), "value_range": value_range, "channel_def": channels}
+
+
+def _mask_channels(facts: Mapping[str, Any]) -> int:
+    from fibldm.synthesis.definitions import build
+
+    return int(build(facts["mask"], "mask").channels)

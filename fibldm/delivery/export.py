@@ -1,0 +1,237 @@
+"""A run as a bundle: weights, facts and configurations that stand alone, and the words that go with them.
+
+The layout is MONAI's. ``configs/generator.json`` is FibLDM's own description, which is data; the other configurations
+are programs for ``python -m monai.bundle run``.
+"""
+
+import io
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fibldm
+from fibldm.delivery.card import Words, card
+from fibldm.delivery.configurations import (
+    evaluate_configuration,
+    inference_configuration,
+    metadata,
+    train_configuration,
+)
+from fibldm.delivery.licences import licence_text
+from fibldm.delivery.literals import literal
+from fibldm.errors import FibldmError
+from fibldm.files import hash_file, hash_value, read_json, write_json, write_text
+from fibldm.runs import StageFolder, hash_weights, load_facts
+from fibldm.synthesis.bundle import FORMAT, GENERATOR
+from fibldm.synthesis.definitions import build
+from fibldm.synthesis.synthesizer import generating_stage
+
+PARTS = ("configs", "docs", "models", "LICENSE")
+WORDS = "export.yaml"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the person who exports decides.
+
+    Attributes:
+        licence: SPDX identifier of the weights' licence.
+        licence_file: its text; needed for licences that `fibldm.delivery.licences` does not know.
+        half: keep weights in half precision.
+        name: of the bundle; by default that of its folder.
+        version: of the bundle.
+    """
+
+    licence: str
+    licence_file: Path | None = None
+    half: bool = False
+    name: str | None = None
+    version: str = "0.1.0"
+
+
+def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    """Write a run as a bundle; what lies in ``out`` beside the parts of a bundle stays there.
+
+    Args:
+        run: a finished run.
+        out: the bundle's folder; words of ``out/export.yaml`` go into the model card.
+        settings: what the person who exports decides.
+
+    Returns:
+        ``bytes`` of the weights, and ``files``.
+
+    Raises:
+        FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described.
+    """
+    words = Words.read(out / WORDS)
+    notice = _licence_notice(settings, words)
+    with _Writing(out) as folder:
+        facts = _write_generator(run, folder, settings, out.name)
+        write_text(folder / "LICENSE", notice)
+        figures = _figures(run)
+        write_json(folder / "configs" / "metadata.json", metadata(facts, words, figures))
+        write_json(folder / "configs" / "inference.json", inference_configuration(facts))
+        write_json(folder / "configs" / "train.json", train_configuration(generating_stage(run), facts))
+        write_json(folder / "configs" / "evaluate.json", evaluate_configuration(facts))
+        write_text(folder / "docs" / "README.md", card(facts, words, figures, size=_size(folder)))
+        written = {"bytes": _size(folder), "half": settings.half}
+    return {**written, "files": sorted(str(file.relative_to(out)) for part in PARTS for file in _files(out / part))}
+
+
+def _licence_notice(settings: ExportSettings, words: Words) -> str:
+    if settings.licence_file is None:
+        return licence_text(settings.licence, words.attribution)
+    try:
+        text = settings.licence_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FibldmError(f"--license-file must be a text that can be read; {error}", "check the path") from error
+    return f"SPDX-License-Identifier: {settings.licence}\n\n{text}"
+
+
+def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: str) -> dict[str, Any]:
+    """Weights and ``generator.json``, whose content is returned."""
+    known, stage = load_facts(run), generating_stage(run)
+    networks = {"network": stage, "autoencoder": StageFolder(run, "autoencoder")}
+    definitions = {key: _definition(part) for key, part in networks.items()}
+    weights: dict[str, Any] = {}
+    fingerprints = {}
+    for key, part in networks.items():
+        state = _kept(part.trained(device="cpu"), half=settings.half)
+        _fits(definitions[key], state, key)
+        file = folder / "models" / f"{key}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file)
+        file.chmod(0o644)  # safetensors makes it private
+        weights[key] = {"file": f"models/{file.name}", "sha256": hash_file(file)}
+        fingerprints[key] = hash_weights(_as_read(state, part.trained(device="cpu")))
+        if key == "network":
+            _write_model(folder / "models" / "model.pt", state)
+    weights["residual_noise"] = _residual_noise(run, folder, known)
+    items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
+    facts = {
+        "format": FORMAT,
+        "fibldm": fibldm.__version__,
+        "name": settings.name or name,
+        "version": settings.version,
+        **definitions,
+        **{key: _part(stage, key) for key in ("process", "target", "mask")},
+        "shift": float(getattr(stage.component("times"), "shift", 1.0)),
+        "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
+        **{key: known[key] for key in ("grid", "intensity", "envelope", "labels", "modality", "data")},
+        "channels": known.get("channels", ["image"]),
+        "licence": settings.licence,
+        "data_licence": known["licence"],
+        "split": hash_value(items),
+        "weights": weights,
+    }
+    write_json(folder / GENERATOR, facts)
+    return facts
+
+
+def _definition(stage: StageFolder) -> Any:
+    """The network of a stage; what a ControlNet stands on was trained by the stage before."""
+    base = {"base": _definition(StageFolder(stage.run_dir, "diffusion"))} if stage.name == "controlnet" else {}
+    return literal(stage.parser(device="cpu"), "network_def", known=base)
+
+
+def _part(stage: StageFolder, key: str) -> Any:
+    return literal(stage.parser(device="cpu"), key)
+
+
+def _kept(network: nn.Module, *, half: bool) -> dict[str, Tensor]:
+    """The state as it is kept.
+
+    Raises:
+        FibldmError: a weight is too large for half precision.
+    """
+    state = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    if not half:
+        return state
+    halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    if large := [name for name, tensor in halved.items() if not bool(tensor.isfinite().all())]:
+        raise FibldmError(f"{large[0]} is too large for half precision", "leave --half out")
+    return halved
+
+
+def _as_read(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The state as a reader has it: in the types of the network."""
+    return {name: state[name].to(tensor.dtype) for name, tensor in network.state_dict().items()}
+
+
+def _fits(definition: Any, state: Mapping[str, Tensor], key: str) -> None:
+    """Make sure that the definition makes the network that these weights belong to."""
+    wanted = build(definition, key).state_dict()
+    if {name: tensor.shape for name, tensor in wanted.items()} != {name: part.shape for name, part in state.items()}:
+        raise FibldmError(f"the definition of {key} must make the network that was trained; it makes another one")
+
+
+def _write_model(file: Path, state: Mapping[str, Tensor]) -> None:
+    """What ``monai.bundle.load`` reads; written by way of memory, as a file's name would go into it."""
+    stream = io.BytesIO()
+    torch.save(dict(state), stream)
+    file.write_bytes(stream.getvalue())
+
+
+def _residual_noise(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[str, str] | None:
+    if known.get("residual_noise") is None:
+        return None
+    name = known["residual_noise"]["file"]
+    shutil.copyfile(run / "latents" / name, folder / "models" / name)
+    return {"file": f"models/{name}", "sha256": hash_file(folder / "models" / name)}
+
+
+def _figures(run: Path) -> dict[str, Any]:
+    """The figures of ``fibldm evaluate``, perhaps none."""
+    file = run / "evaluation" / "metrics.json"
+    return read_json(file) if file.exists() else {}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in _files(folder / "models"))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
+
+
+class _Writing:
+    """A folder to write the parts of a bundle in, which come to ``out`` together when the block ends without error."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out)
+
+    def __enter__(self) -> Path:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.out))
+        except OSError as error:
+            raise FibldmError(
+                f"cannot write {self.out}: {error.strerror}", "check the folder and its rights"
+            ) from error
+        return self.folder
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                for part in PARTS:
+                    _replace(self.folder / part, self.out / part, self.folder / f"{part}.old")
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _replace(new: Path, place: Path, aside: Path) -> None:
+    if place.exists():
+        place.rename(aside)
+    try:
+        new.rename(place)
+    except OSError:
+        if aside.exists():
+            aside.rename(place)
+        raise

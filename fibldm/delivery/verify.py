@@ -1,0 +1,299 @@
+"""Does a bundle do what it says? Everything that is promised of it, tried out; the figures of a fresh process.
+
+A check gives a sentence on what it saw, or raises what is wrong.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fibldm import UNKNOWN_LABEL
+from fibldm.errors import FibldmError
+from fibldm.files import hash_file, read_json
+from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
+from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
+from fibldm.synthesis.bundle import inside
+from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.grid import Volume
+from fibldm.volumes.writer import write_labels
+
+_QUICK = SamplingSettings(steps=2)
+_TOLERANCE = 1e-4
+_MULTIPLES = (1, 2, 3)
+SCHEMA = "metadata_schema.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried out.
+
+    Attributes:
+        name: of it.
+        ok: whether it holds.
+        saw: what was seen, or what is wrong.
+    """
+
+    name: str
+    ok: bool
+    saw: str
+
+
+def verify(bundle: Path) -> list[Check]:
+    """All checks, in a process of their own, which starts in an empty folder.
+
+    Raises:
+        FibldmError: there is no such folder, or the process broke off.
+    """
+    if not Path(bundle).is_dir():
+        raise FibldmError(f"a bundle must be a folder to be verified; {bundle} is none", "unpack the archive first")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve())]
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    lines = [line for line in told.stdout.splitlines() if line.startswith('{"name"')]
+    checks = [Check(**json.loads(line)) for line in lines]
+    if told.returncode or len(checks) < len(CHECKS):
+        last = told.stderr.strip().splitlines()[-1:] or [f"exit code {told.returncode}"]
+        raise FibldmError(f"all checks of {bundle} must come to an end; they broke off with {last[0]}")
+    return checks
+
+
+def tell() -> None:
+    """Print every check as a line of JSON; what `verify` starts."""
+    for check in run_checks(Path(sys.argv[1]), Path.cwd()):
+        print(json.dumps(asdict(check)), flush=True)
+
+
+def run_checks(bundle: Path, folder: Path, names: Sequence[str] = ()) -> Iterator[Check]:
+    """Try things out.
+
+    Args:
+        bundle: its folder.
+        folder: to write in.
+        names: of `CHECKS`; none means all.
+    """
+    trial = Trial(bundle, folder)
+    for name in names or CHECKS:
+        try:
+            yield Check(name, True, CHECKS[name](trial))
+        except Exception as error:
+            reason = error.message if isinstance(error, FibldmError) else f"{type(error).__name__}: {error}"
+            yield Check(name, False, " ".join(reason.split())[:500])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What all checks share.
+
+    Attributes:
+        bundle: its folder.
+        folder: to write in.
+    """
+
+    bundle: Path
+    folder: Path
+
+    @cached_property
+    def synthesizer(self) -> Synthesizer:
+        return Synthesizer.from_bundle(self.bundle)
+
+    @cached_property
+    def mask(self) -> Path:
+        """A mask of the size of the model grid with every label in it."""
+        made = self.synthesizer
+        length, width, _ = made.grid.size
+        labels = np.zeros(made.grid.size, dtype=np.uint8)
+        labels[: length // 8] = UNKNOWN_LABEL
+        for place, label in enumerate(made.names):
+            start = length // 4 + place * max(1, length // (2 * len(made.names)))
+            labels[start : start + 2, width // 4 : -width // 4] = label
+        file = self.folder / "masks" / "trial.nii.gz"
+        write_labels(file, Volume(labels, np.diag([*made.grid.spacing, 1.0])))
+        return file
+
+    @cached_property
+    def networks(self) -> Mapping[str, tuple[nn.Module, Callable[[int], Tensor]]]:
+        """Networks of one tensor, each with what makes an input of so many times its smallest size."""
+        made = self.synthesizer
+        channels, factors = len(made.space.mean), made.mask.factors
+        autoencoder = made.first_stage.autoencoder
+        smallest = [1 if length == 1 else made.network.multiple for length in made.grid.size]
+
+        def cells(times: int) -> list[int]:
+            return [1 if cell == 1 else cell * times for cell in smallest]
+
+        def latent(count: int, times: int) -> Tensor:
+            return torch.randn(1, count, *cells(times), generator=torch.Generator().manual_seed(times))
+
+        def volume(times: int) -> Tensor:
+            size = [cell * step for cell, step in zip(cells(times), factors, strict=True)]
+            return torch.rand(1, len(made.channels), *size, generator=torch.Generator().manual_seed(times)) * 2 - 1
+
+        packed = channels + 1 + made.mask.channels
+        networks: dict[str, tuple[nn.Module, Callable[[int], Tensor]]] = {
+            "network": (OneTensorNetwork(made.network, channels), lambda times: latent(packed, times)),
+            "encoder": (OneTensorEncoder(autoencoder), volume),
+        }
+        if not autoencoder.needs_mask:
+            networks["decoder"] = (OneTensorDecoder(autoencoder), lambda times: latent(channels, times))
+        return networks
+
+
+def _layout(trial: Trial) -> str:
+    licence = inside(trial.bundle, "LICENSE").read_text(encoding="utf-8")
+    if not licence.startswith("SPDX-License-Identifier: "):
+        raise FibldmError("LICENSE must begin with SPDX-License-Identifier")
+    card = inside(trial.bundle, "docs/README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    size = sum(file.stat().st_size for file in (trial.bundle / "models").iterdir())
+    return f"licence {front['license']}, {size / 1e6:.1f} MB of weights"
+
+
+def _generator(trial: Trial) -> str:
+    made = trial.synthesizer
+    count = sum(weight.numel() for weight in made.network.parameters())
+    return f"hashes, definitions and weights fit; {count} parameters"
+
+
+def _metadata(trial: Trial) -> str:
+    from jsonschema import validate
+    from monai.bundle import verify_metadata
+
+    schema = Path(str(files("fibldm.delivery") / SCHEMA))
+    file = inside(trial.bundle, "configs/metadata.json")
+    validate(read_json(file), read_json(schema))
+    verify_metadata(str(file), filepath=str(schema), hash_val=hash_file(schema), hash_type="sha256")
+    return f"valid by {SCHEMA}"
+
+
+def _inference_properties(trial: Trial) -> str:
+    from monai.bundle import create_workflow
+
+    given = {"bundle_root": str(trial.bundle), "masks": str(trial.mask), "output_dir": str(trial.folder / "out")}
+    configuration = inside(trial.bundle, "configs/inference.json")
+    workflow = create_workflow(config_file=str(configuration), workflow_type="inference", **given)
+    if missing := workflow.check_properties():
+        raise FibldmError(f"properties are missing: {', '.join(missing)}")
+    return "no property is missing"
+
+
+def _train_properties(trial: Trial) -> str:
+    """By name, as there is no training data to make them of."""
+    from monai.bundle import ConfigParser
+    from monai.bundle.properties import TrainProperties
+    from monai.utils import BundleProperty, BundlePropertyConfig
+
+    parser = ConfigParser(read_json(inside(trial.bundle, "configs/train.json")))
+    properties = [part for part in TrainProperties.values() if part[BundleProperty.REQUIRED]]
+    wanted = [str(part[BundlePropertyConfig.ID]) for part in properties]  # type: ignore[index]
+    if missing := [name for name in wanted if parser.get(name) is None]:
+        raise FibldmError(f"properties are missing: {', '.join(missing)}")
+    return f"all {len(wanted)} are named"
+
+
+def _load(trial: Trial) -> str:
+    from monai.bundle import load
+
+    network: Any = load(trial.bundle.name, bundle_dir=str(trial.bundle.parent), workflow_type="train", device="cpu")
+    kept = trial.synthesizer.network.state_dict()
+    if any(not torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items()):
+        raise FibldmError("models/model.pt must hold the weights of models/network.safetensors; it does not")
+    return f"{type(network).__name__} with the weights of the bundle"
+
+
+def _in_and_out(trial: Trial) -> str:
+    from monai.bundle import verify_net_in_out
+
+    verify_net_in_out(
+        net_id="one_tensor_network",
+        meta_file=str(trial.bundle / "configs" / "metadata.json"),
+        config_file=str(trial.bundle / "configs" / "inference.json"),
+        device="cpu",
+        bundle_root=str(trial.bundle),
+    )
+    return "one_tensor_network as metadata.json says"
+
+
+def _exported(trial: Trial) -> str:
+    return _compared(trial, lambda network, example: torch.export.export(network, (example,), strict=False).module())
+
+
+def _traced(trial: Trial) -> str:
+    return _compared(trial, lambda network, example: torch.jit.trace(network, example, check_trace=False))
+
+
+def _compared(trial: Trial, convert: Callable[[nn.Module, Tensor], Any]) -> str:
+    worst = 0.0
+    with torch.no_grad():
+        for network, example in trial.networks.values():
+            for times in _MULTIPLES:
+                given = example(times)
+                expected, found = network(given), convert(network, given)(given)
+                worst = max(worst, float((expected - found).abs().max() / expected.abs().max()))
+    if not worst <= _TOLERANCE:
+        raise FibldmError(f"results must be equal to 1e-4 of the largest; they differ by {worst:.2g}")
+    return f"{', '.join(trial.networks)} at {len(_MULTIPLES)} sizes, differ by at most {worst:.1g}"
+
+
+def _synthesis(trial: Trial) -> str:
+    out = trial.folder / "own"
+    (file,) = synthesize_files(
+        *(None, [trial.mask], out),
+        count=1,
+        settings=_QUICK,
+        bundle=trial.bundle,
+        allow_extrapolation=True,
+        device="cpu",
+    )
+    volume, mask = read_volume(file), read_volume(trial.mask)
+    if volume.array.shape[:3] != mask.array.shape or not np.isfinite(volume.array).all():
+        raise FibldmError("a volume must be finite and lie on the grid of its mask")
+    return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_QUICK.steps} steps"
+
+
+def _inference(trial: Trial) -> str:
+    """By MONAI, in another process; equal to FibLDM's own."""
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    given = {
+        "config_file": trial.bundle / "configs" / "inference.json",
+        "bundle_root": trial.bundle,
+        "masks": trial.mask,
+        "output_dir": trial.folder / "monai",
+        "inferer::steps": _QUICK.steps,
+        "allow_extrapolation": True,
+        "device": "cpu",
+    }
+    options = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    told = subprocess.run([*command, *options], cwd=trial.folder, capture_output=True, text=True)
+    if told.returncode:
+        raise FibldmError(f"monai.bundle run ended with {told.returncode}: {told.stderr.strip().splitlines()[-1:]}")
+    own, by_monai = (next((trial.folder / name).glob("*.nii.gz")) for name in ("own", "monai"))
+    if not np.array_equal(read_volume(own).array, read_volume(by_monai).array):
+        raise FibldmError("volumes by monai.bundle run and by fibldm synthesize must be equal; they differ")
+    return f"the same volume as by fibldm synthesize ({hash_file(by_monai)[:12]})"
+
+
+CHECKS: Mapping[str, Callable[[Trial], str]] = {
+    "layout": _layout,
+    "generator": _generator,
+    "metadata": _metadata,
+    "inference properties": _inference_properties,
+    "train properties": _train_properties,
+    "monai.bundle.load": _load,
+    "verify_net_in_out": _in_and_out,
+    "torch.export": _exported,
+    "torch.jit.trace": _traced,
+    "synthesis": _synthesis,
+    "monai.bundle run": _inference,
+}

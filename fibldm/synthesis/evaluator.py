@@ -1,0 +1,53 @@
+"""Synthesis as a MONAI engine, for bundles and workflows that want one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from monai.engines import Evaluator
+
+from fibldm.synthesis.outputs import Output
+from fibldm.synthesis.settings import SamplingSettings
+from fibldm.synthesis.synthesizer import Synthesizer
+
+
+class SynthesisEvaluator(Evaluator):
+    """Writes volumes for mask files, a batch an iteration; ``state.output`` has the ``files`` that were written.
+
+    Args:
+        synthesizer: makes the volumes.
+        dataset: items with ``mask``, the path of a mask, and ``number``, which of its volumes.
+        output_dir: folder to write to, see `Output`; what lies there already and was made in the same way is kept.
+        inferer: how volumes are drawn.
+        batch_size: volumes that are sampled together.
+        allow_extrapolation: go on where a mask lies outside what the training data covered.
+        **options: of MONAI's ``Evaluator``, such as ``val_handlers``.
+    """
+
+    def __init__(
+        self,
+        synthesizer: Synthesizer,
+        dataset: Sequence[dict[str, Any]],
+        output_dir: str | Path,
+        *,
+        inferer: SamplingSettings,
+        batch_size: int = 1,
+        allow_extrapolation: bool = False,
+        **options: Any,
+    ) -> None:
+        items = list(dataset)
+        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        device = torch.device(next(synthesizer.network.parameters()).device)
+        super().__init__(device, batches, decollate=False, **options)
+        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation)
+
+    def _iteration(self, engine: Engine, batchdata: Any) -> dict[str, list[str]]:
+        jobs = [(Path(item["mask"]), int(item["number"])) for item in batchdata]
+        return {"files": [str(file) for file in self.output.write(jobs)]}
+
+
+def mask_items(masks: Sequence[Path], count: int) -> list[dict[str, Any]]:
+    """``count`` volumes of every mask, as items of a dataset."""
+    return [{"mask": str(mask), "number": number} for mask in masks for number in range(count)]
