@@ -1,0 +1,406 @@
+"""Masks that arrive in a folder become synthetic series, unattended: a service for a research pipeline.
+
+    python scripts/watch_folder.py --bundle BUNDLE --inbox INBOX --outbox OUTBOX
+
+An item is a file (NIfTI mask, DICOM segmentation) or a folder of such. It is taken once it stood still for an
+interval, by renaming it, so that several watchers may share an inbox. Volumes come to OUTBOX/synthetic/ITEM, all at
+once; the item goes to OUTBOX/done/ITEM, or to OUTBOX/refused/ITEM with the reason in OUTBOX/refused/ITEM.json. What a
+killed watcher had in hand is finished by the next one.
+
+Names of files may tell patients: ITEM is the beginning of a SHA-256 of the content, as are the names of its volumes.
+Exit code 0 after SIGTERM, 130 after SIGINT, 2 where it cannot begin.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import logging
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.errors import FibldmError, sentence
+from fibldm.files import hash_file, hash_value, read_json, write_json
+from fibldm.synthesis import Output, SamplingSettings, Synthesizer
+from fibldm.volumes.dicom.output import DicomOutput
+from fibldm.volumes.dicom.series import find_series
+
+CLAIMED = ".claimed"
+WORKING = ".working"
+_LOCK = ".lock"
+_DIGITS = 16
+_MOST_TRIES = 3
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NIFTI = (".nii.gz", ".nii")
+_ASIDE = "take it from the folder of refused items, correct it, and put it into the inbox again"
+
+_logger = logging.getLogger("fibldm.watch_folder")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Watch until asked to end, or with ``--once`` until nothing is left that stands still."""
+    chosen = _parser().parse_args(arguments)
+    log_to_standard_error()
+    with Ending() as ending:
+        try:
+            watcher = _watcher(chosen)
+            for report in watcher.reports(chosen.interval, ending, once=chosen.once):
+                if chosen.json:
+                    print(json.dumps(report), flush=True)
+        except FibldmError as error:
+            emit_error(error.message, error.remedy, chosen.json)
+            sys.exit(2)
+        except OSError as error:  # its text would name the item
+            emit_error(f"unexpected error: {error.strerror}", "start again: what was in hand is finished", chosen.json)
+            sys.exit(1)
+    sys.exit(130 if ending.asked == signal.SIGINT else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip of fibldm export")
+    parser.add_argument("--inbox", type=Path, required=True, help="folder where masks arrive")
+    parser.add_argument("--outbox", type=Path, required=True, help="folder of the results, not in the inbox")
+    parser.add_argument("--once", action="store_true", help="end when nothing is left that stands still")
+    parser.add_argument("--interval", type=float, default=10.0, help="seconds between two looks; 10 by default")
+    parser.add_argument("--format", choices=("dicom", "nifti"), default="dicom")
+    parser.add_argument("--template", type=Path, help="DICOM only: series that gives technical tags")
+    parser.add_argument("--label-codes", type=Path, help="DICOM only: CSV of coded meanings of labels")
+    parser.add_argument("--count", type=int, default=1, help="volumes of every mask")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none")
+    parser.add_argument("--allow-extrapolation", action="store_true", help="also of masks unlike the training data")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
+    return parser
+
+
+def _watcher(chosen: argparse.Namespace) -> "Watcher":
+    """The watcher that the options describe; whatever can be refused before the first item is refused here."""
+    _check(chosen)
+    dicom = DicomOutput.read(chosen.template, chosen.label_codes) if chosen.format == "dicom" else None
+    settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance, seed=chosen.seed)
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
+    output = Output(synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom)
+    return Watcher(chosen.inbox, chosen.outbox, output, chosen.count)
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    if not chosen.inbox.is_dir():
+        raise FibldmError(f"--inbox must be a folder; {chosen.inbox} is none", "make it, or check the path")
+    if chosen.outbox.resolve().is_relative_to(chosen.inbox.resolve()):
+        raise FibldmError(f"--outbox must not lie in the inbox; {chosen.outbox} does", "choose another folder")
+    if not chosen.interval > 0 or chosen.count < 1:
+        given = f"{chosen.interval:g} and {chosen.count}"
+        raise FibldmError(f"--interval must be above 0, and --count at least 1; got {given}")
+    if chosen.format == "nifti" and (chosen.template or chosen.label_codes):
+        raise FibldmError("--format nifti takes no --template and no --label-codes", "leave them out")
+
+
+class Ending:
+    """SIGTERM and SIGINT, remembered until the item in hand is done; a context of the main thread."""
+
+    asked: int | None = None
+
+    def __enter__(self) -> "Ending":
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.asked = number
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, in slices: Python goes on sleeping after a signal."""
+        until = time.monotonic() + seconds
+        while self.asked is None and (rest := until - time.monotonic()) > 0:
+            time.sleep(min(rest, 0.2))
+
+
+@dataclass
+class Watcher:
+    """Turns what arrives in an inbox into volumes in an outbox.
+
+    Attributes:
+        inbox: where items arrive; names that begin with a dot are left alone.
+        outbox: where volumes and finished items go.
+        output: how volumes are made; its folder does not matter.
+        count: volumes of every mask.
+    """
+
+    inbox: Path
+    outbox: Path
+    output: Output
+    count: int = 1
+    _seen: dict[Path, "State"] = field(init=False, default_factory=dict)
+
+    def reports(self, interval: float, ending: Ending, *, once: bool = False) -> Iterator[dict[str, Any]]:
+        """Take items until asked to end, or with ``once`` until a look finds nothing to take.
+
+        Yields:
+            For every item ``ok`` and its name ``item``, with ``outputs``, or with ``error`` as the command line has it.
+
+        Raises:
+            FibldmError: the outbox holds volumes of other weights or options, labels have no codes for DICOM, or a
+                folder cannot be written or is full.
+        """
+        self._begin()
+        with own_folder(self.inbox / CLAIMED) as claims, own_folder(self.outbox / WORKING) as working:
+            self._settled()
+            while ending.asked is None:
+                ending.wait(interval)
+                taken = 0
+                for item, tries in self._waiting(claims, working):
+                    if ending.asked is None and (claimed := _claim(item, claims / str(tries + 1))) is not None:
+                        yield self._handled(claimed, tries, working)
+                        taken += 1
+                if once and not taken:
+                    return
+
+    def _begin(self) -> None:
+        """Write down what the outbox holds, or see that it is the same."""
+        generator, dicom = self.output.synthesizer, self.output.dicom
+        facts = {
+            "source": generator.source,
+            "sampling": asdict(self.output.settings),
+            "allow_extrapolation": self.output.allow_extrapolation,
+            "count": self.count,
+            "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
+        }
+        request, file = {"request": hash_value(facts), **facts}, self.outbox / "request.json"
+        if file.exists() and read_json(file).get("request") != request["request"]:
+            raise FibldmError(
+                f"{self.outbox} must hold volumes of one bundle and one choice of options; it was begun with others",
+                "choose another --outbox, or take the change back",
+            )
+        write_json(file, request)
+
+    def _waiting(self, claims: Path, working: Path) -> list[tuple[Path, int]]:
+        """What watchers that are no more had in hand, and how many of them; then what stands still. Half results go."""
+        for folder in abandoned(self.outbox / WORKING, working):
+            shutil.rmtree(folder, ignore_errors=True)
+        left: list[tuple[Path, int]] = []
+        for folder in abandoned(self.inbox / CLAIMED, claims):
+            left += [(item, int(item.parent.name)) for item in folder.glob("*/*")]
+            _remove_if_empty(folder)
+        return left + [(item, 0) for item in self._settled()]
+
+    def _settled(self) -> list[Path]:
+        """Items in the state in which the last look saw them."""
+        before = self._seen
+        self._seen = {item: state for item in sorted(self.inbox.glob("[!.]*")) if (state := state_of(item))}
+        return [item for item, state in self._seen.items() if before.get(item) == state]
+
+    def _handled(self, claimed: Path, tries: int, working: Path) -> dict[str, Any]:
+        began, name = time.monotonic(), secrets.token_hex(_DIGITS // 2)  # of what cannot be read
+        try:
+            hashes = hashes_of(claimed)
+            name = name_of(claimed, hashes)
+            _check_tries(tries)
+            outputs = self._made(working / name, self.outbox / "synthetic" / name, masks_among(hashes))
+        except FibldmError as error:
+            if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the item, which stays in hand
+                raise
+            return self._refused(claimed, name, error)
+        except Exception as error:  # one bad item never stops the others
+            reason = f"unexpected error: {type(error).__name__}: {error}"
+            return self._refused(claimed, name, FibldmError(reason.splitlines()[0], _ASIDE))
+        (self.outbox / "refused" / f"{name}.json").unlink(missing_ok=True)
+        hand_over(claimed, self.outbox / "done" / name)
+        _logger.info("%s: %d volumes, %.1f s", name, len(outputs), time.monotonic() - began)
+        return {"ok": True, "item": name, "outputs": [str(path) for path in outputs]}
+
+    def _made(self, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
+        """The volumes of an item, all or none; those that lie there are of the same content and options."""
+        if not place.exists():
+            try:
+                self._write(replace(self.output, folder=staging), masks)
+                publish(staging, place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        there = replace(self.output, folder=place)
+        return [there.path(Path(alias), number) for alias in masks for number in range(self.count)]
+
+    def _write(self, output: Output, masks: Mapping[str, Path]) -> None:
+        """By aliases, so that no name reaches a sidecar or a message."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, file in masks.items():
+                alias = Path(folder) / name
+                alias.symlink_to(file.absolute())
+                for number in range(self.count):
+                    output.write([(alias, number)])
+
+    def _refused(self, claimed: Path, name: str, error: FibldmError) -> dict[str, Any]:
+        told = {"message": error.message, "remedy": error.remedy}
+        report: dict[str, Any] = {"ok": False, "item": name, "error": told}
+        write_json(self.outbox / "refused" / f"{name}.json", report)
+        hand_over(claimed, self.outbox / "refused" / name)
+        _logger.warning("%s: refused; %s", name, sentence(**told))
+        return report
+
+
+State = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change of every file of an item; empty where there is none."""
+
+
+def state_of(item: Path) -> State:
+    """The state of an item, by which it is told that nobody writes to it any more."""
+    try:
+        found = [(file, file.lstat()) for file in files_of(item)]
+    except FileNotFoundError:  # another watcher took it
+        return ()
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found)
+
+
+def files_of(item: Path) -> list[Path]:
+    """The item itself, or all that a folder holds but folders; links as they are."""
+    if item.is_symlink() or not item.is_dir():
+        return [item]
+    return sorted(part for part in item.rglob("*") if part.is_symlink() or not part.is_dir())
+
+
+def hashes_of(item: Path) -> dict[Path, str]:
+    """SHA-256 of every file of an item.
+
+    Raises:
+        FibldmError: it holds something else than files, or one that cannot be read.
+    """
+    files = files_of(item)
+    if any(file.is_symlink() or not file.is_file() for file in files):
+        raise FibldmError("an item must be a file or a folder of files; it is or holds a link or a device", _ASIDE)
+    try:
+        return {file: hash_file(file) for file in files}
+    except OSError as error:
+        raise FibldmError(f"an item must be readable; {error.strerror}", "check its permissions") from None
+
+
+def name_of(item: Path, hashes: Mapping[Path, str]) -> str:
+    """The beginning of a file's SHA-256, or of that of a folder's names and contents."""
+    if item in hashes:
+        return hashes[item][:_DIGITS]
+    return hash_value(sorted((str(file.relative_to(item)), digest) for file, digest in hashes.items()))[:_DIGITS]
+
+
+def masks_among(hashes: Mapping[Path, str]) -> dict[str, Path]:
+    """The masks of an item, by names that tell no patient: NIfTI and DICOM segmentations; all else is left alone.
+
+    Raises:
+        FibldmError: there is none, or DICOM that cannot be read.
+    """
+    files = [file for file in hashes if not file.name.startswith(".")]
+    nifti = {file: suffix for file in files for suffix in _NIFTI if file.name.lower().endswith(suffix)}
+    series = find_series(file for file in files if file not in nifti)
+    dicom = {file: ".dcm" for part in series if part.modality == "SEG" for file in part.files}
+    if not nifti and not dicom:
+        raise FibldmError("an item must hold a mask, NIfTI (.nii, .nii.gz) or DICOM segmentation; it does not", _ASIDE)
+    return {f"{hashes[file][:_DIGITS]}{suffix}": file for file, suffix in sorted({**nifti, **dicom}.items())}
+
+
+@contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A folder of this process, which others can tell to be abandoned when the process is no more.
+
+    The lock on a file in it says so: the kernel takes it back however the process ends.
+
+    Raises:
+        FibldmError: it cannot be made.
+    """
+    name = secrets.token_hex(8)
+    try:
+        (parent / f".{name}").mkdir(parents=True)
+        lock = (parent / f".{name}" / _LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder = (parent / f".{name}").rename(parent / name)  # not to be seen before it is locked
+    except OSError as error:
+        raise FibldmError(f"{parent.parent} must be writable; {error.strerror}", "check its permissions") from error
+    with lock:
+        try:
+            yield folder
+        finally:
+            _remove_if_empty(folder)
+
+
+def abandoned(parent: Path, own: Path) -> list[Path]:
+    """Folders beside an own one whose process is no more."""
+    return [folder for folder in sorted(parent.glob("[!.]*")) if folder != own and not _is_held(folder)]
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # locked, or not ours to lock
+        return True
+    return False
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.glob("*/*")):
+        shutil.rmtree(folder, ignore_errors=True)  # another watcher may do the same
+
+
+def _check_tries(tries: int) -> None:
+    """An item that kills its watcher, for want of memory for instance, must not stop those behind it for ever."""
+    if tries >= _MOST_TRIES:
+        raise FibldmError(
+            f"an item must not end its watcher; {tries} watchers ended with this one in hand",
+            "is the memory enough for it? put it into the inbox again where it is",
+        )
+
+
+def _claim(item: Path, folder: Path) -> Path | None:
+    """The item in a folder of this process, or None where another watcher was faster, or it cannot be moved."""
+    try:
+        folder.mkdir(exist_ok=True)
+        return item.rename(folder / item.name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _logger.warning("an item of the inbox cannot be taken: %s", error.strerror)
+        return None
+
+
+def publish(staging: Path, place: Path) -> None:
+    """Rename results to their place, unless another watcher made the same meanwhile."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staging.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+
+
+def hand_over(item: Path, folder: Path) -> None:
+    """Move an item into a folder, of another file system as well.
+
+    What has its name there is the same item, or what a killed watcher had copied of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / item.name
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    shutil.move(item, place)
+
+
+if __name__ == "__main__":
+    main()
