@@ -247,6 +247,17 @@ def test_b18_a_constant_scale_leaves_what_it_does_not_take_away() -> None:
     assert report.channels[0].outside == pytest.approx((points * 0.5 > 4).double().mean().item())
 
 
+def test_b18_latents_get_the_scale_that_weights_were_trained_with(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run / "autoencoder", tmp_path / "autoencoder")
+    tiny_stage("latents", tmp_path, latent_scale=0.25, views=1).run()
+    space = Latents.open(tmp_path).space
+    assert set(space.mean) == {0.0} and set(space.std) == {4.0}
+    with pytest.raises(FibldmError, match="the scale of latents must be a number above 0; got 0"):
+        LatentSpace.constant(0, 4, "ae")
+
+
 FIT = Channel(mean=0.0, std=1.0, signal=0.99, skewness=0.0, kurtosis=0.0, outside=6e-5, kl=5.0)
 
 

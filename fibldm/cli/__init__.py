@@ -28,6 +28,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "verify",
+    "import-weights",
     "demo",
     "phantoms",
 )

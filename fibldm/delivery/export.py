@@ -24,7 +24,7 @@ from fibldm.delivery.configurations import (
     metadata,
     train_configuration,
 )
-from fibldm.delivery.licences import licence_text
+from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.literals import literal
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json, write_json, write_text
@@ -71,7 +71,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described.
     """
     words = Words.read(out / WORDS)
-    notice = _licence_notice(settings, words)
+    notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     with _Writing(out) as folder:
         facts = _write_generator(run, folder, settings, out.name)
         write_text(folder / "LICENSE", notice)
@@ -83,16 +83,6 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         write_text(folder / "docs" / "README.md", card(facts, words, figures, size=_size(folder)))
         written = {"bytes": _size(folder), "half": settings.half}
     return {**written, "files": sorted(str(file.relative_to(out)) for part in PARTS for file in _files(out / part))}
-
-
-def _licence_notice(settings: ExportSettings, words: Words) -> str:
-    if settings.licence_file is None:
-        return licence_text(settings.licence, words.attribution)
-    try:
-        text = settings.licence_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FibldmError(f"--license-file must be a text that can be read; {error}", "check the path") from error
-    return f"SPDX-License-Identifier: {settings.licence}\n\n{text}"
 
 
 def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Licences by their SPDX identifiers (https://spdx.org/licenses), with a name and where the text stands."""
 
+from pathlib import Path
+
 from fibldm.errors import FibldmError
 
 LICENCES = {
@@ -22,12 +24,26 @@ LICENCES = {
 }
 
 
-def licence_text(identifier: str, attribution: str) -> str:
-    """The notice of a licence for the LICENSE file of a bundle.
+def licence_notice(identifier: str, file: Path | None, attribution: str = "") -> str:
+    """What the file LICENSE beside weights says.
+
+    Args:
+        identifier: of SPDX.
+        file: text of the licence; None where it is one of `LICENCES`.
+        attribution: of the training data.
 
     Raises:
-        FibldmError: the licence is none of `LICENCES`.
+        FibldmError: the licence is none of `LICENCES` and there is no text, or that cannot be read.
     """
+    if file is None:
+        return _known(identifier, attribution)
+    try:
+        return f"SPDX-License-Identifier: {identifier}\n\n{file.read_text(encoding='utf-8')}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise FibldmError(f"--license-file must be a text that can be read; {error}", "check the path") from error
+
+
+def _known(identifier: str, attribution: str) -> str:
     if identifier not in LICENCES:
         raise FibldmError(
             f"--license must be the SPDX identifier of the weights' licence; got {identifier!r}",

@@ -60,7 +60,13 @@ class LatentSpace:
 
     @classmethod
     def constant(cls, scale: float, channels: int, autoencoder: str) -> "LatentSpace":
-        """One factor for all channels, such as 0.18215 of Stable Diffusion: ``z = scale * latent``."""
+        """One factor for all channels, such as 0.18215 of Stable Diffusion: ``z = scale * latent``.
+
+        Raises:
+            FibldmError: the factor is not above 0.
+        """
+        if not 0 < scale < math.inf:
+            raise FibldmError(f"the scale of latents must be a number above 0; got {scale}")
         return cls((0.0,) * channels, (1.0 / scale,) * channels, autoencoder)
 
     @classmethod

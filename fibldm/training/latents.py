@@ -158,6 +158,8 @@ class EncodeStage:
         views: of every training case, the plain one included.
         facts: goes into ``latents.json`` as it is: channels, labels, intensity, grid, envelope, licence, ...
         inputs: fingerprints of the data.
+        scale: factor of the latents, such as 0.18215, for weights that were trained so; None fits it to the training
+            split.
         seed: of the augmentation.
         device: to encode on.
         restart: begin anew although the folder holds another configuration's latents.
@@ -174,6 +176,7 @@ class EncodeStage:
         views: int,
         facts: dict[str, Any],
         inputs: dict[str, str],
+        scale: float | None = None,
         seed: int,
         device: torch.device,
         restart: bool = False,
@@ -181,7 +184,7 @@ class EncodeStage:
     ) -> None:
         self.run_dir, self.datalist, self.facts, self.inputs = Path(run_dir), datalist, facts, inputs
         self.preprocessing, self.augmentation, self.views = preprocessing, augmentation, views
-        self.seed, self.device, self.restart, self.patience = seed, device, restart, patience
+        self.scale, self.seed, self.device, self.restart, self.patience = scale, seed, device, restart, patience
 
     def run(self) -> None:
         """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
@@ -225,7 +228,10 @@ class EncodeStage:
     def _complete(self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str) -> None:
         items = {split: self._items(split) for split in _SPLITS}
         wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
-        space = LatentSpace.fit(self._cells(items["training"]), autoencoder)
+        if self.scale is None:
+            space = LatentSpace.fit(self._cells(items["training"]), autoencoder)
+        else:
+            space = LatentSpace.constant(self.scale, first_stage.latent_channels, autoencoder)
         covariates = covariates_by_case([case for split in _SPLITS for case in self.datalist[split]])
         write_json(
             folder.path / "latents.json",
