@@ -249,7 +249,7 @@ says_that_it_is_code = pytest.mark.filterwarnings("ignore:parsing config_file:Us
 
 @pytest.mark.slow
 def test_inference_by_monai_from_another_folder(bundle: Path, mask_file: str, tmp_path: Path) -> None:
-    """C7, G8: the same volume as by FibLDM's own command."""
+    """C7, G8: the same volume as by FibLDM's own command, but for the rounding of other threads."""
     given = ["--bundle_root", bundle, "--masks", mask_file, "--output_dir", tmp_path / "monai", "--inferer::steps", 2]
     command = [
         sys.executable,
@@ -262,7 +262,8 @@ def test_inference_by_monai_from_another_folder(bundle: Path, mask_file: str, tm
     ]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=tmp_path)
     (own,) = synthesize_files(None, [mask_file], tmp_path / "own", count=1, settings=QUICK, bundle=bundle, device="cpu")
-    assert np.array_equal(read_volume(tmp_path / "monai" / own.name).array, read_volume(own).array)
+    by_monai, by_fibldm = (read_volume(tmp_path / name / own.name).array.astype(int) for name in ("monai", "own"))
+    assert np.abs(by_monai - by_fibldm).max() <= 1  # HU
 
 
 @says_that_it_is_code

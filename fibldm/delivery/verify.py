@@ -31,6 +31,7 @@ from fibldm.volumes.writer import write_labels
 
 _QUICK = SamplingSettings(steps=2)
 _TOLERANCE = 1e-4
+_ROUNDING = 2e-3  # of whole HU, or of other threads
 _MULTIPLES = (1, 2, 3)
 SCHEMA = "metadata_schema.json"
 
@@ -279,9 +280,11 @@ def _inference(trial: Trial) -> str:
     if told.returncode:
         raise FibldmError(f"monai.bundle run ended with {told.returncode}: {told.stderr.strip().splitlines()[-1:]}")
     own, by_monai = (next((trial.folder / name).glob("*.nii.gz")) for name in ("own", "monai"))
-    if not np.array_equal(read_volume(own).array, read_volume(by_monai).array):
-        raise FibldmError("volumes by monai.bundle run and by fibldm synthesize must be equal; they differ")
-    return f"the same volume as by fibldm synthesize ({hash_file(by_monai)[:12]})"
+    one, other = (read_volume(file).array.astype(np.float64) for file in (own, by_monai))
+    difference = np.abs(one - other).max() / np.ptp(one)
+    if not difference <= _ROUNDING:
+        raise FibldmError(f"volumes by MONAI and by fibldm synthesize must be equal; they differ by {difference:.2g}")
+    return f"the same volume as by fibldm synthesize, differs by {difference:.1g} of its range"
 
 
 CHECKS: Mapping[str, Callable[[Trial], str]] = {
