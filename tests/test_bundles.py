@@ -36,6 +36,8 @@ from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 
+BUNDLES = Path(__file__).parents[1] / "bundles"
+SHIPPED = sorted(file.parents[1].name for file in BUNDLES.glob("*/configs/generator.json"))
 QUICK = SamplingSettings(steps=2)
 CC0 = ExportSettings("CC0-1.0")
 
@@ -634,3 +636,16 @@ def test_a_bundle_is_measured_on_its_data(bundle: Path, tiny_run: Path, phantom_
     image = one.read(one.real("test")[0]).image
     by_run, by_bundle = Reconstructor.from_run(tiny_run), Reconstructor.from_bundle(bundle)
     assert np.array_equal(by_run(image), by_bundle(image)) and by_run.fingerprint == by_bundle.fingerprint
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_bundle_that_comes_along_is_whole(name: str, tmp_path: Path) -> None:
+    """G8: its files are those that were exported, and it draws a volume."""
+    quick = ("layout", "generator", "metadata", "train properties", "synthesis")
+    checks = list(run_checks(BUNDLES / name, tmp_path, quick))
+    assert [check.saw for check in checks if not check.ok] == []
+
+
+def test_bundles_that_come_along_are_small() -> None:
+    for name in SHIPPED:
+        assert sum(file.stat().st_size for file in (BUNDLES / name).rglob("*") if file.is_file()) < 30_000_000
