@@ -91,6 +91,16 @@ def test_padding_and_misplaced_edges_do_not_count(fitted: ResidualNoise) -> None
     assert torch.allclose(levels, fitted.level(DECODED), rtol=0.12)
 
 
+def test_edges_that_are_blurred_are_no_noise() -> None:
+    """Half of the voxels of a brightness lie at edges, where ten times as much is left."""
+    rows = torch.arange(SHAPE[0]).view(1, -1, 1, 1).expand(1, *SHAPE)
+    edges = rows >= 24
+    decoded = 0.3 + 0.05 * (edges & (rows % 4 > 1))
+    noise = torch.randn(1, *SHAPE, generator=generator()) * torch.where(edges, 0.2, 0.02)
+    level = ResidualNoise.fit([(decoded + noise, decoded, EVERYWHERE)]).level(torch.full((1, 1, 1, 1), 0.3))
+    assert float(level) == pytest.approx(0.02, rel=0.1)
+
+
 def test_values_that_were_never_seen_have_the_level_of_the_nearest(fitted: ResidualNoise) -> None:
     dark = [(real[..., :16], decoded[..., :16], valid[..., :16]) for real, decoded, valid in cases()]
     levels = ResidualNoise.fit(dark).levels[0]

@@ -23,6 +23,7 @@ from fibldm.files import atomic_path
 _LEVELS = 16
 _BLOCK = 16
 _FEWEST = 100  # voxels that tell a standard deviation
+_FLAT = 0.25
 _QUARTILES_OF_NORMAL = 1.349
 
 
@@ -45,7 +46,8 @@ class ResidualNoise:
     def fit(cls, cases: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "ResidualNoise":
         """Measure what is left of real volumes.
 
-        Levels come from quartiles, so that edges which the decoder misplaces do not count as noise.
+        Levels come from where the reconstruction is flat, the quarter of the voxels of like brightness with the
+        smallest gradient, and there from quartiles: edges that the decoder blurs or misplaces are no noise.
 
         Args:
             cases: real volume and reconstruction ``(C, X, Y, Z)`` in ``[-1, 1]``, and which voxels count
@@ -121,15 +123,23 @@ def _deviations(residual: Tensor, decoded: Tensor, valid: Tensor) -> tuple[Tenso
     """Standard deviations by decoded value and how many voxels tell them, each ``(C, K)``; 0 where they are too few."""
     deviations, counts = torch.zeros(2, len(residual), _LEVELS, dtype=torch.float64)
     for channel, (left, value) in enumerate(zip(residual, decoded, strict=True)):
-        left, value = left[valid], value[valid].clamp(-1, 1)
+        left, slope, value = left[valid], _slope(value)[valid], value[valid].clamp(-1, 1)
         place = ((value + 1) / 2 * _LEVELS).long().clamp_max(_LEVELS - 1)
         for level in range(_LEVELS):
-            chosen = left[place == level].sort().values
-            if len(chosen) >= _FEWEST:
+            here = place == level
+            if int(here.sum()) >= _FEWEST:
+                steepest = slope[here].sort().values[int(_FLAT * (int(here.sum()) - 1))]
+                chosen = left[here & (slope <= steepest)].sort().values
                 low, high = (chosen[int(share * (len(chosen) - 1))] for share in (0.25, 0.75))
                 deviations[channel, level] = float(high - low) / _QUARTILES_OF_NORMAL
                 counts[channel, level] = len(chosen)
     return deviations, counts
+
+
+def _slope(value: Tensor) -> Tensor:
+    """Size of the gradient, per voxel, of a volume ``(X, Y, Z)``."""
+    axes = [axis for axis, length in enumerate(value.shape) if length > 1]
+    return torch.stack([part.square() for part in torch.gradient(value, dim=axes)]).sum(0).sqrt()
 
 
 def _power(residual: Tensor, valid: Tensor) -> Tensor:
