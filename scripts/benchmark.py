@@ -5,7 +5,7 @@
 A training step is FibLDM's own: an epoch of `fibldm.training.stage.Stage`, without the validation and the checkpoint
 that end it, divided by its steps. It alternates with a bare PyTorch loop (forward, loss, backward, clip, optimiser
 step) over the same batches, which that loop finds prepared in memory. Beside the peak memory of a step stands what
-`fibldm plan` says of it; what `torch.compile` needs to compile, 20 to 70 MB, is in neither. Phantoms and weights, which
+`fibldm plan` says of it; what `torch.compile` needs to compile is in neither. Phantoms and weights, which
 decide nothing about speed, are made in a temporary folder.
 """
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser, create_workflow, load, verify_net_in_out
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fibldm.cli import run
@@ -649,3 +650,23 @@ def test_a_bundle_that_comes_along_is_whole(name: str, tmp_path: Path) -> None:
 def test_bundles_that_come_along_are_small() -> None:
     for name in SHIPPED:
         assert sum(file.stat().st_size for file in (BUNDLES / name).rglob("*") if file.is_file()) < 30_000_000
+
+
+def test_a_full_disk_leaves_the_bundle_as_it_was(tiny_run: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = hash_file(copy / GENERATOR)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        FibldmError, match="cannot write .*network.safetensors: .*No space left on device.*; check the fr"
+    ):
+        export(tiny_run, copy, ExportSettings("MIT"))
+    assert hash_file(copy / GENERATOR) == before and not list(copy.glob(".writing-*"))
+
+
+def test_noise_that_is_another_one_is_not_exported(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "latents" / "residual_noise.safetensors").write_bytes(b"other")
+    with pytest.raises(FibldmError, match="must be as the encode stage wrote it; it is not"):
+        export(tmp_path / "run", tmp_path / "tiny", CC0)

@@ -7,7 +7,7 @@ import typer
 
 
 def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]) -> dict[str, Any]:
-    """Try out everything that is promised of a bundle, in a fresh process from another folder."""
+    """Try out everything that is promised of a bundle, in a fresh process; its configurations run as code."""
     from dataclasses import asdict
 
     from fibldm.delivery.verify import verify as run_verification

@@ -7,13 +7,13 @@ are programs for ``python -m monai.bundle run``.
 import io
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fibldm
@@ -27,11 +27,11 @@ from fibldm.delivery.configurations import (
 from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.literals import literal
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value, read_json, write_json, write_text
+from fibldm.files import hash_file, hash_value, read_json, write_json, write_tensors, write_text
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
-from fibldm.synthesis.synthesizer import generating_stage
+from fibldm.synthesis.synthesizer import generating_stage, residual_noise_file
 
 PARTS = ("configs", "docs", "models", "LICENSE")
 WORDS = "export.yaml"
@@ -72,7 +72,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     """
     words = Words.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
-    with _Writing(out) as folder:
+    with _writing(Path(out)) as folder:
         facts = _write_generator(run, folder, settings, out.name)
         write_text(folder / "LICENSE", notice)
         figures = _figures(run)
@@ -93,14 +93,13 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
     weights: dict[str, Any] = {}
     fingerprints = {}
     for key, part in networks.items():
-        state = _kept(part.trained(device="cpu"), half=settings.half)
+        network = part.trained(device="cpu")
+        state = _kept(network, half=settings.half)
         _fits(definitions[key], state, key)
         file = folder / "models" / f"{key}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, file)
-        file.chmod(0o644)  # safetensors makes it private
+        write_tensors(file, state)
         weights[key] = {"file": f"models/{file.name}", "sha256": hash_file(file)}
-        fingerprints[key] = hash_weights(_as_read(state, part.trained(device="cpu")))
+        fingerprints[key] = hash_weights(_as_read(state, network))
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
     weights["residual_noise"] = _residual_noise(run, folder, known)
@@ -170,11 +169,11 @@ def _write_model(file: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _residual_noise(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[str, str] | None:
-    if known.get("residual_noise") is None:
+    file = residual_noise_file(run, known)
+    if file is None:
         return None
-    name = known["residual_noise"]["file"]
-    shutil.copyfile(run / "latents" / name, folder / "models" / name)
-    return {"file": f"models/{name}", "sha256": hash_file(folder / "models" / name)}
+    shutil.copyfile(file, folder / "models" / file.name)
+    return {"file": f"models/{file.name}", "sha256": known["residual_noise"]["sha256"]}
 
 
 def _figures(run: Path) -> dict[str, Any]:
@@ -191,29 +190,22 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
 
 
-class _Writing:
+@contextmanager
+def _writing(out: Path) -> Iterator[Path]:
     """A folder to write the parts of a bundle in, which come to ``out`` together when the block ends without error."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = Path(out)
-
-    def __enter__(self) -> Path:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.out))
-        except OSError as error:
-            raise FibldmError(
-                f"cannot write {self.out}: {error.strerror}", "check the folder and its rights"
-            ) from error
-        return self.folder
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                for part in PARTS:
-                    _replace(self.folder / part, self.out / part, self.folder / f"{part}.old")
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
+    except OSError as error:
+        raise FibldmError(f"cannot write {out}: {error.strerror}", "check the folder and its rights") from error
+    try:
+        yield folder
+        for part in PARTS:
+            _replace(folder / part, out / part, folder / f"{part}.old")
+    except OSError as error:
+        raise FibldmError(f"cannot write {out}: {error.strerror or error}", "check the free disk space") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(new: Path, place: Path, aside: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fibldm
@@ -19,7 +18,7 @@ from fibldm.delivery.foreign import MARKS, Foreign, definitions, described, read
 from fibldm.delivery.foreign_networks import fixed_of, fold, inputs_of, is_maisi
 from fibldm.delivery.licences import licence_notice
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.files import atomic_path, hash_file, write_json, write_text
+from fibldm.files import hash_file, write_json, write_tensors, write_text
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import hash_weights
 
@@ -276,8 +275,7 @@ def _notes(part: Foreign, arguments: Mapping[str, Any], prediction: str | None) 
 
 
 def _write(folder: Path, each: Imported, facts: Mapping[str, Any], notice: str) -> None:
-    with atomic_path(folder / "weights.safetensors") as temporary:
-        save_file({name: value.contiguous() for name, value in each.state.items()}, temporary)
+    write_tensors(folder / "weights.safetensors", each.state)
     header = "# Imported by fibldm import-weights; import.json says from what.\n"
     use = f"# {' '.join(facts['use'].splitlines())}\n"
     write_text(folder / "network.yaml", header + use + yaml.safe_dump(each.configuration, sort_keys=False))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fibldm.errors import FibldmError
-from fibldm.files import atomic_path
+from fibldm.files import write_tensors
 
 _LEVELS = 16
 _BLOCK = 16
@@ -86,8 +86,7 @@ class ResidualNoise:
     def save(self, file: Path) -> None:
         """Write a safetensors file."""
         tensors = {"levels": self.levels, "kernel": self.kernel, "spread": torch.tensor(self.spread)}
-        with atomic_path(file) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        write_tensors(file, tensors)
 
     def draw(self, decoded: Tensor, generator: torch.Generator) -> Tensor:
         """Noise for a decoded volume ``(C, X, Y, Z)`` in ``[-1, 1]``, of its shape and on its device.

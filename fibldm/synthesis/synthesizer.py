@@ -145,7 +145,7 @@ class Synthesizer:
                 checkpoint.
         """
         facts = load_facts(run_dir)
-        stage = generating_stage(Path(run_dir))
+        stage, noise = generating_stage(Path(run_dir)), residual_noise_file(Path(run_dir), facts)
         network = stage.trained(checkpoint, device="cpu")
         weights = hash_weights(network.state_dict())
         if strength != 1 or others:
@@ -158,7 +158,7 @@ class Synthesizer:
             mask=stage.component("mask"),
             source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
-            residual_noise=_residual_noise(Path(run_dir), facts),
+            residual_noise=ResidualNoise.load(noise) if noise is not None else None,
             **_of_facts(facts),
         )
 
@@ -333,13 +333,18 @@ def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _residual_noise(run_dir: Path, facts: Mapping[str, Any]) -> ResidualNoise | None:
+def residual_noise_file(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
+    """What the encode stage measured; None where the decoder leaves nothing out, or it was not measured.
+
+    Raises:
+        FibldmError: the file is missing, or another one.
+    """
     if facts.get("residual_noise") is None:
         return None
-    file = run_dir / "latents" / facts["residual_noise"]["file"]
+    file = run_dir / "latents" / str(facts["residual_noise"]["file"])
     if not file.exists() or hash_file(file) != facts["residual_noise"]["sha256"]:
         raise FibldmError(f"{file} must be as the encode stage wrote it; it is not", "run `fibldm encode --restart`")
-    return ResidualNoise.load(file)
+    return file
 
 
 def generating_stage(run_dir: Path) -> StageFolder:

@@ -13,12 +13,11 @@ from monai.transforms import Compose, Transform
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from fibldm.errors import FibldmError, sentence
-from fibldm.files import atomic_path, hash_file, write_json
+from fibldm.files import hash_file, write_json, write_tensors
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding
@@ -357,8 +356,7 @@ class EncodeStage:
             "labels": item["label"].round().to(torch.uint8).contiguous(),
             "valid": F.avg_pool3d(item["valid"][None].float(), first_stage.compression)[0].contiguous(),
         }
-        with atomic_path(file) as temporary:
-            save_file(tensors, temporary, metadata={"autoencoder": autoencoder})
+        write_tensors(file, tensors, {"autoencoder": autoencoder})
 
     def _cells(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
         """The posteriors of the cells that count, ``(1, C, n)``; padding is all alike and would change the scale."""
