@@ -31,8 +31,11 @@ _COMMANDS = {
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "initialize keep_every mlflow num_workers patience preview preview_eta preview_every preview_sampler preview_steps "
-    "restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work".split()
+    "restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work "
+    # and what MONAI's --tracking adds
+    "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
+_TRACKED = ("train_handlers", "val_handlers")  # where it adds handlers, to engines that have none of their own
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,18 @@ def load_facts(run_dir: str | Path) -> dict[str, Any]:
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration that change what an epoch computes."""
-    return {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
+    return {key: _untracked(value) for key, value in config.items() if key not in _NOT_DECISIVE}
+
+
+def _untracked(value: Any) -> Any:
+    """Without the handlers that MONAI's --tracking adds to engines."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: _untracked(part)
+        for key, part in value.items()
+        if not (key in _TRACKED and [*{handler.get("_target_") for handler in part}] == ["MLFlowHandler"])
+    }
 
 
 def hash_weights(state: dict[str, Any]) -> str:

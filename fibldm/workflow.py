@@ -16,9 +16,9 @@ from fibldm.evaluation.figures import Match, measure
 from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.evaluation.report import Window, write_report
 from fibldm.files import read_json, write_json
+from fibldm.pipeline import TrainingStep, as_options
 from fibldm.runs import STAGES
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
-from fibldm.training.configuration import stage_configuration
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.phantoms import write_phantoms
 from fibldm.volumes.preparation import prepare
@@ -85,7 +85,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     sections = evaluate(
         OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=settings.segmenter, say=say
     )
-    changes = _as_options(settings.segmenter)
+    changes = as_options(settings.segmenter)
     commands.append(f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic}{changes}")
     say("6/6 report")
     figures = {
@@ -113,19 +113,9 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
 
 
 def _train(stage: str, work: Path, run: Path, settings: DemoSettings) -> str:
-    overrides = {"seed": settings.seed}
-    if stage in settings.epochs:
-        overrides["epochs"] = settings.epochs[stage]
+    epochs = {"epochs": settings.epochs[stage]} if stage in settings.epochs else {}
     configs = ("data_chest_phantom", *settings.configs)
-    configuration = stage_configuration(stage, work=work, run_dir=run, configs=configs, overrides=overrides)
-    configuration.run()
-    verb = "encode" if stage == "latents" else f"train {stage}"
-    given = " ".join(f"--config {name}" for name in configs)
-    return f"fibldm {verb} --data {work} --run {run} {given}{_as_options(overrides)}"
-
-
-def _as_options(overrides: Mapping[str, Any]) -> str:
-    return "".join(f" --set {key}={value}" for key, value in overrides.items())
+    return TrainingStep(stage, configs, {"seed": settings.seed, **epochs}).run(work, run)
 
 
 def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:

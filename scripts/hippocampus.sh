@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole pipeline on real MRI: the hippocampus of the Medical Segmentation Decathlon, from scans to figures.
+# The whole pipeline on real MRI: the hippocampus of the Medical Segmentation Decathlon, from scans to a bundle.
 #
 #   ./scripts/hippocampus.sh DIR
 #
-# Needs $FIBLDM_DATA/hippocampus_mri, Task04 as it is distributed. Writes DIR/{work,run,synthetic,synthetic_training,curve};
-# figures are in DIR/run/evaluation/metrics.json. Goes on where it was interrupted.
+# Needs $FIBLDM_DATA/hippocampus_mri, Task04 as it is distributed. Writes DIR/{work,run,synthetic,synthetic_training,
+# bundle,curve}; figures are in DIR/run/evaluation/metrics.json. Goes on where it was interrupted.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -14,20 +14,8 @@ if (($# != 1)) || [[ ! -d "${FIBLDM_DATA:-}/hippocampus_mri" ]]; then
     exit 2
 fi
 make_environment
-work="$1/work" run="$1/run"
-fibldm() { "$venv/bin/fibldm" "$@"; }
-stage() { fibldm "$@" --data "$work" --run "$run" --config data_hippocampus_mri; }
-
-sampling=(--steps 5 --guidance 1.5 --batch-size 8)
-[[ -d "$work" ]] || fibldm prepare "$FIBLDM_DATA/hippocampus_mri" --out "$work"
-stage train autoencoder --set epochs=50 --set val_interval=5 --set spectral_weight=1
-stage encode --set views=8
-# 45 epochs: later, the gap to the training patients grows and validation no longer falls
-stage train diffusion --config mask_concat --set mask_detail=4 --set epochs=45 --set val_interval=3 --set keep_every=5
-fibldm synthesize --run "$run" --data "$work" --split test --out "$1/synthetic" "${sampling[@]}"
-fibldm evaluate all --data "$work" --run "$run" --synthetic "$1/synthetic"
-fibldm synthesize --run "$run" --data "$work" --split training --out "$1/synthetic_training" "${sampling[@]}"
-fibldm evaluate utility --data "$work" --run "$run" --synthetic "$1/synthetic_training"
+"$venv/bin/fibldm" pipeline "$FIBLDM_DATA/hippocampus_mri" --out "$1" --recipe recipe_hippocampus_mri \
+    --license CC-BY-SA-4.0 --half
 # what longer training wins and loses
-"$venv/bin/python" "$root/scripts/compare_sampling.py" --run "$run" --data "$work" --out "$1/curve" \
+"$venv/bin/python" "$root/scripts/compare_sampling.py" --run "$1/run" --data "$1/work" --out "$1/curve" \
     --steps 5 --guidance 1.5 --checkpoint epoch_00{05,10,15,20,25,30,35,40,45}

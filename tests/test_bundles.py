@@ -628,6 +628,35 @@ def test_training_begins_with_a_bundle(bundle: Path, tiny_run: Path, tiny_stage:
     assert report.complete and hash_weights(network.state_dict()) == Synthesizer.from_bundle(bundle).source["weights"]
 
 
+@pytest.mark.slow
+def test_what_went_through_a_bundle_and_training_is_exported_the_same(
+    bundle: Path, tiny_stage: TinyStage, tmp_path: Path
+) -> None:
+    """G8, D3: all stages begin with the bundle and learn nothing; the same tensors leave."""
+    run_dir = tmp_path / "run"
+    tiny_stage("autoencoder", run_dir, "autoencoder_as_given", init_from=str(bundle)).run()
+    tiny_stage("latents", run_dir).run()
+    still = {"init_from": str(bundle), "learning_rate": 0.0}
+    tiny_stage("diffusion", run_dir, **still, init_strict=False).run()
+    tiny_stage("controlnet", run_dir, **still).run()
+    export(run_dir, tmp_path / "tiny", CC0)
+    first, second = (read_json(folder / GENERATOR) for folder in (bundle, tmp_path / "tiny"))
+    assert first["weights"] == second["weights"] and all(part["sha256"] for part in first["weights"].values())
+    assert first == second
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_bundle(
+    bundle: Path, phantom_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C7: with no run at hand."""
+    given = ["--data", str(phantom_work), "--run", str(tmp_path), "--bundle", str(bundle)]
+    small = ["--set", "steps=2", "--set", "segmenter_channels=[4, 8, 8]"]
+    assert run(["evaluate", "reconstruction", *given, *small]) == 0
+    assert "reconstruction" in capsys.readouterr().out
+    assert read_json(tmp_path / "evaluation" / "metrics.json")["reconstruction"]["figures"]
+
+
 def test_a_bundle_is_measured_on_its_data(bundle: Path, tiny_run: Path, phantom_work: Path, tmp_path: Path) -> None:
     """Like the run it came from; figures go to a folder of their own."""
     one, other = Evaluated.open(tiny_run, phantom_work), Evaluated.open_bundle(bundle, phantom_work, out=tmp_path)

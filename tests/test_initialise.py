@@ -17,7 +17,7 @@ from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.runs import StageFolder
 from fibldm.training.configuration import Configuration
 from fibldm.training.draws import take_subset
-from fibldm.training.initialise import freeze, initialise, read_weights
+from fibldm.training.initialise import freeze, initialise, rate_groups, read_weights
 from fibldm.training.precision import gradient_scaler, store_channels_last
 
 TinyStage = Callable[..., Configuration]
@@ -122,6 +122,39 @@ def test_d4_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
         freeze(network(), ["0.*", "2.*"])
     with pytest.raises(FibldmError, match="something must be left to train"):
         freeze(network(), ["*"])
+
+
+# --- rates
+
+
+def test_d4_layers_have_rates_of_their_own() -> None:
+    """D4: the first pattern that fits counts; what is not trained is in no group."""
+    made = network()
+    made[0].bias.requires_grad_(False)
+    groups = rate_groups(made, 0.1, {"1.*": 0.5, "*.weight": 0.1}, beside=nn.Linear(1, 1))
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.05, 0.01])
+    assert [len(group["params"]) for group in groups] == [2, 2, 1]
+    assert groups[2]["params"][0] is made[0].weight
+
+
+@pytest.mark.parametrize("factors", [{"2.*": 0.5}, {"*.bias": 0.0}])
+def test_d4_rates_of_nothing_are_refused(factors: dict[str, float]) -> None:
+    """D4."""
+    with pytest.raises(FibldmError, match="layer_rates must give names of trained weights a share above 0"):
+        rate_groups(network(), 0.1, factors)
+
+
+def test_d4_a_schedule_follows_every_rate(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+    """D4: with a rate of nearly 0 for the encoder, it stays where it was."""
+    settings = {"init_from": str(tiny_run), "layer_rates": {"*encoder*": 1e-9}}
+    tiny_stage("autoencoder", tmp_path / "run", **settings).run()
+    after, before = (
+        StageFolder(run, "autoencoder").trained(device="cpu").state_dict() for run in (tmp_path / "run", tiny_run)
+    )
+    for name in before:
+        if "encoder" in name:
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
+    assert any(not torch.allclose(after[name], before[name], rtol=0, atol=1e-4) for name in before)
 
 
 # --- a share of the patients

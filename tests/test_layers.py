@@ -22,7 +22,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {"models": {"models"}, "volumes": {"volumes"}},
     {"training": {"training"}, "synthesis": {"synthesis"}},
     {"delivery": {"delivery"}, "evaluation": {"evaluation"}},
-    {"workflow": {"workflow", "doctor", "plan"}},
+    {"workflow": {"workflow", "pipeline", "doctor", "plan"}},
     {"cli": {"cli"}},
 )
 ROOM_AND_LEVEL = {

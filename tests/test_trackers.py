@@ -1,17 +1,18 @@
 """MLflow and Weights & Biases as stubs: what they are told, that they stay local, and what a resume does (B25, D5)."""
 
+import csv
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from fibldm.errors import FibldmError
 from fibldm.training.configuration import Configuration, shipped
@@ -268,3 +269,45 @@ def test_b25_a_stage_trains_with_both(
     assert [value for name, value, _ in run["metrics"] if name == "loss"] == losses
     assert [row["loss"] for row in runs[0].logged] == losses
     assert run["params"]["batch_size"] == "1"
+
+
+class Listener:
+    """In place of MONAI's handler of MLflow: hears what that would log."""
+
+    heard: ClassVar[list[float]] = []
+
+    def __init__(self, *, output_transform: Callable[[Any], Any] | None = None, **_: Any) -> None:
+        self.output_transform = output_transform
+
+    def attach(self, engine: Engine) -> None:
+        if self.output_transform is not None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._hear)
+
+    def _hear(self, engine: Engine) -> None:
+        assert self.output_transform is not None
+        self.heard.append(self.output_transform(engine.state.output).item())
+
+
+def test_g8_the_tracking_of_monai_hears_every_loss_and_is_no_change_of_a_stage(
+    tiny_stage: TinyStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: with MONAI's own settings; a stage that was begun with it goes on without."""
+    monkeypatch.setattr("monai.handlers.mlflow_handler.MLFlowHandler", Listener)
+    monkeypatch.setattr(Listener, "__module__", "monai.handlers.mlflow_handler")  # MONAI finds its own classes only
+    monkeypatch.setattr(Listener, "heard", [])
+    configuration = tiny_stage("autoencoder", tmp_path / "run")
+    workflow = ConfigWorkflow(
+        config_file=[str(file) for file in configuration.files],
+        workflow_type="train",
+        tracking="mlflow",
+        **configuration.overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    (row,) = csv.DictReader((tmp_path / "run" / "autoencoder" / "metrics.csv").open())
+    assert len(Listener.heard) == int(row["iteration"])
+    assert sum(Listener.heard) / len(Listener.heard) == pytest.approx(float(row["loss"]), rel=1e-4)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    tiny_stage("autoencoder", tmp_path / "run", epochs=2).run()
+    assert "going on after epoch 1 of 2" in (tmp_path / "run" / "autoencoder" / "log.txt").read_text()

@@ -28,7 +28,9 @@ COMMANDS = (
     "evaluate",
     "export",
     "verify",
+    "pipeline",
     "import-weights",
+    "fetch",
     "demo",
     "phantoms",
 )

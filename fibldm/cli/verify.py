@@ -10,10 +10,12 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]
     """Try out everything that is promised of a bundle, in a fresh process; its configurations run as code."""
     from dataclasses import asdict
 
+    from fibldm.delivery.verify import CHECKS, NOT_TRIED
     from fibldm.delivery.verify import verify as run_verification
 
-    checks = run_verification(bundle)
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{'ok' if check.ok else 'FAILED':<8}{check.name:<{width + 2}}{check.saw}")
+    checks, width = [], max(len(name) for name in CHECKS)
+    for check in run_verification(bundle):
+        said = "-" if check.saw.startswith(NOT_TRIED) else "ok" if check.ok else "FAILED"
+        print(f"{said:<8}{check.name:<{width + 2}}{check.saw}", flush=True)
+        checks.append(check)
     return {"ok": all(check.ok for check in checks), "checks": {check.name: asdict(check) for check in checks}}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ _QUICK = SamplingSettings(steps=2)
 _TOLERANCE = 1e-4
 _ROUNDING = 2e-3  # of whole HU, or of other threads
 _MULTIPLES = (1, 2, 3)
+_OF_ONNX = ("onnx", "onnxscript", "onnxruntime")
 SCHEMA = "metadata_schema.json"
+NOT_TRIED = "not tried"
 
 
 @dataclass(frozen=True)
@@ -51,23 +54,26 @@ class Check:
     saw: str
 
 
-def verify(bundle: Path) -> list[Check]:
-    """All checks, in a process of their own, which starts in an empty folder.
+def verify(bundle: Path) -> Iterator[Check]:
+    """All checks, each as soon as it is done, in a process of their own, which starts in an empty folder.
 
     Raises:
         FibldmError: there is no such folder, or the process broke off.
     """
     if not Path(bundle).is_dir():
         raise FibldmError(f"a bundle must be a folder to be verified; {bundle} is none", "unpack the archive first")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve())]
-        told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    lines = [line for line in told.stdout.splitlines() if line.startswith('{"name"')]
-    checks = [Check(**json.loads(line)) for line in lines]
-    if told.returncode or len(checks) < len(CHECKS):
-        last = told.stderr.strip().splitlines()[-1:] or [f"exit code {told.returncode}"]
-        raise FibldmError(f"all checks of {bundle} must come to an end; they broke off with {last[0]}")
-    return checks
+    command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve())]
+    done = 0
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            for line in process.stdout or ():
+                if line.startswith('{"name"'):
+                    done += 1
+                    yield Check(**json.loads(line))
+        if process.returncode or done < len(CHECKS):
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+            raise FibldmError(f"all checks of {bundle} must come to an end; they broke off with {last[0]}")
 
 
 def tell() -> None:
@@ -148,7 +154,7 @@ class Trial:
         }
         if not autoencoder.needs_mask:
             networks["decoder"] = (OneTensorDecoder(autoencoder), lambda times: latent(channels, times))
-        return networks
+        return {name: (network.eval(), example) for name, (network, example) in networks.items()}
 
 
 def _layout(trial: Trial) -> str:
@@ -234,6 +240,23 @@ def _traced(trial: Trial) -> str:
     return _compared(trial, lambda network, example: torch.jit.trace(network, example, check_trace=False))
 
 
+def _onnx(trial: Trial) -> str:
+    if missing := [name for name in _OF_ONNX if find_spec(name) is None]:
+        return f"{NOT_TRIED}: {', '.join(missing)} missing (pip install 'fibldm[onnx]')"
+    return _compared(trial, _as_onnx)
+
+
+def _as_onnx(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The network in ONNX, of the size of the example, by its runtime."""
+    import onnxruntime
+
+    program: Any = torch.onnx.export(network, (example,), dynamo=True, verbose=False)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda tensor: torch.from_numpy(session.run(None, {given.name: tensor.numpy()})[0])
+
+
 def _compared(trial: Trial, convert: Callable[[nn.Module, Tensor], Any]) -> str:
     worst = 0.0
     with torch.no_grad():
@@ -297,6 +320,7 @@ CHECKS: Mapping[str, Callable[[Trial], str]] = {
     "verify_net_in_out": _in_and_out,
     "torch.export": _exported,
     "torch.jit.trace": _traced,
+    "ONNX": _onnx,
     "synthesis": _synthesis,
     "monai.bundle run": _inference,
 }

@@ -1,12 +1,32 @@
 """Networks with one tensor in and one out, as exporters and MONAI's checks of bundles want them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fibldm.models.autoencoder import Autoencoder
 
 
-class OneTensorNetwork(nn.Module):
+class _OneTensor(nn.Module):
+    """Takes the weights of the network inside of it under their own names, too, as MONAI's exporters load them.
+
+    Args:
+        inside: name of the attribute that is the network.
+    """
+
+    def __init__(self, inside: str) -> None:
+        super().__init__()
+        self.inside = inside
+        self.register_load_state_dict_pre_hook(_OneTensor._put_inside)
+
+    def _put_inside(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        inside = f"{prefix}{self.inside}."
+        for name in [name for name in state if name.startswith(prefix) and not name.startswith(inside)]:
+            state[inside + name.removeprefix(prefix)] = state.pop(name)
+
+
+class OneTensorNetwork(_OneTensor):
     """A denoising network whose latent, time and mask are channels of one tensor.
 
     Args:
@@ -15,7 +35,7 @@ class OneTensorNetwork(nn.Module):
     """
 
     def __init__(self, network: nn.Module, channels: int) -> None:
-        super().__init__()
+        super().__init__("network")
         self.network, self.channels = network, channels
 
     def forward(self, packed: Tensor) -> Tensor:
@@ -25,7 +45,7 @@ class OneTensorNetwork(nn.Module):
         return output
 
 
-class OneTensorEncoder(nn.Module):
+class OneTensorEncoder(_OneTensor):
     """The mean of an autoencoder's posterior.
 
     Args:
@@ -33,7 +53,7 @@ class OneTensorEncoder(nn.Module):
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
+        super().__init__("autoencoder")
         self.autoencoder = autoencoder
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -42,7 +62,7 @@ class OneTensorEncoder(nn.Module):
         return mean
 
 
-class OneTensorDecoder(nn.Module):
+class OneTensorDecoder(_OneTensor):
     """An autoencoder's decoder.
 
     Args:
@@ -50,7 +70,7 @@ class OneTensorDecoder(nn.Module):
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
+        super().__init__("autoencoder")
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class AutoencoderTrainer(ScaledTrainer):
         self.adversary = adversary
         self.gradient_scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
 
-    def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:
+    def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> Any:
         inputs, target, args, kwargs = self._inputs(batchdata)
         output: dict[str, Any] = {CommonKeys.IMAGE: inputs, CommonKeys.LABEL: target}
         self.state.output = output
@@ -75,7 +75,7 @@ class AutoencoderTrainer(ScaledTrainer):
         if position == count - 1:
             self._step(playing)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return output
+        return [output]  # as MONAI's handlers expect, whose engines part a batch into items
 
     def _inputs(self, batchdata: dict[str, Tensor]) -> tuple[Tensor, Weighted, tuple[Any, ...], dict[str, Any]]:
         batch: Any = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)

@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver
 
 from fibldm.errors import FibldmError
+from fibldm.models.low_rank import merged_state
 from fibldm.training.distributed import is_first_rank, on_first_rank
 from fibldm.training.handlers import EMA, Metrics
 
@@ -109,7 +110,7 @@ class Checkpoints:
             self._write({"best.pt": self.best, "last.pt": last} if self.best is not None else {"last.pt": last})
 
     def _averaged(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.ema.ema_model.state_dict().items()}
+        return {name: value.detach().cpu().clone() for name, value in merged_state(self.ema.ema_model).items()}
 
     def _write(self, contents: dict[str, Any]) -> None:
         try:

@@ -111,6 +111,15 @@ def shipped(name: str) -> Path:
     return file
 
 
+def read_configuration(name: str) -> dict[str, Any]:
+    """The content of a configuration file of the user's, or of a shipped one by its name.
+
+    Raises:
+        FibldmError: there is none, or it is no YAML mapping.
+    """
+    return _read(_find(name))
+
+
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """``["key::sub=value"]`` as a mapping; values are YAML, and ``1e-4`` is a number as it is for MONAI.
 

@@ -182,7 +182,7 @@ class Metrics:
         self._started = time.monotonic()
 
     def _add(self, engine: Any) -> None:
-        output: Any = engine.state.output
+        (output,) = engine.state.output
         if not torch.isfinite(output["loss"]).all():
             raise FibldmError(
                 f"the training loss must stay finite; it is {float(output['loss'])} in {_place(engine)}", _REMEDY

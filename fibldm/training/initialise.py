@@ -135,6 +135,39 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
     return len(frozen)
 
 
+def rate_groups(
+    network: nn.Module, rate: float, factors: Mapping[str, float], *, beside: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """What is trained, in groups of one learning rate each, as optimizers of torch take them.
+
+    Args:
+        network: its weights that are trained.
+        rate: of weights that no pattern fits.
+        factors: share of the rate by shell-style names of weights; the first that fits counts.
+        beside: more weights that are trained, such as those of a loss.
+
+    Raises:
+        FibldmError: a pattern fits no weight that is trained, or a share is not above 0.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        pattern: {"params": [], "lr": rate * factor} for pattern, factor in factors.items()
+    }
+    rest = [] if beside is None else list(beside.parameters())
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            pattern = next((pattern for pattern in groups if fnmatchcase(name, pattern)), None)
+            (rest if pattern is None else groups[pattern]["params"]).append(weight)
+    for pattern, group in groups.items():
+        if not group["params"] or not group["lr"] > 0:
+            raise FibldmError(
+                f"layer_rates must give names of trained weights a share above 0; {pattern!r} fits "
+                f"{len(group['params'])} and has {factors[pattern]}",
+                "freeze what is not to be trained" if group["params"] else "check the names",
+            )
+    first = [{"params": rest, "lr": rate}] if rest else []
+    return [*first, *groups.values()]
+
+
 def _file_of(source: Path, stage: str) -> Path:
     of_bundle = source / "models" / f"{'autoencoder' if stage == 'autoencoder' else 'network'}.safetensors"
     candidates = [source / "checkpoints" / "best.pt", source / stage / "checkpoints" / "best.pt", of_bundle]

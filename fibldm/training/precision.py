@@ -38,6 +38,10 @@ class ScaledTrainer(SupervisedTrainer):
         """Train from where the state is."""
         Workflow.run(self)
 
+    def _iteration(self, engine: Any, batchdata: Any) -> Any:
+        """A list with the output of the batch: what MONAI's handlers expect, as its engines part a batch into items."""
+        return [super()._iteration(engine, batchdata)]
+
     def _unscale(self) -> None:
         if self.scaler is not None and is_step(self):
             self.scaler.unscale_(self.optimizer)

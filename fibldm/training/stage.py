@@ -13,6 +13,7 @@ from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
+from fibldm.models.low_rank import add_low_rank
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
@@ -38,7 +39,7 @@ class Stage:
     * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``keep_every``, ``patience``, ``stop_gap``,
       ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
-    * the beginning: ``init_from``, ``init_strict``, ``freeze``
+    * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``
 
     Args:
         run_dir: the run folder.
@@ -117,12 +118,21 @@ class Stage:
             initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
         if get("freeze"):
             _logger.info("%s: %d weights are frozen", self.folder.name, freeze(network, get("freeze")))
+        if get("lora_rank"):
+            self._adapt(network, parser)
         if get("channels_last"):
             store_channels_last(network)
         if get("activation_checkpointing"):
             checkpoint_activations(network)
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
+
+    def _adapt(self, network: nn.Module, parser: ConfigParser) -> None:
+        get = parser.get_parsed_content
+        if not get("init_from"):
+            raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
+        trained = add_low_rank(network, int(get("lora_rank")), get("lora_weights"), get("lora_full"))
+        _logger.info("%s: %d numbers are trained in updates of rank %d", self.folder.name, trained, get("lora_rank"))
 
     def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, stops: Sequence[Stop]) -> None:
         epoch = checkpoints.resume(trainer)

@@ -1,0 +1,19 @@
+"""``fibldm fetch``: a file from the network, whose hash is known."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def fetch(
+    url: Annotated[str, typer.Argument(help="Address of the file.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    sha256: Annotated[str, typer.Option(help="Hash that the file must have.")],
+) -> dict[str, Any]:
+    """Download a file, such as published weights; kept only if it has the hash. Nothing else ever downloads."""
+    from fibldm.delivery.fetch import fetch as download
+
+    came = download(url, out, sha256)
+    print(f"{out} {'is downloaded' if came else 'was there already'} and has the hash")
+    return {"outputs": [str(out)], "downloaded": came}

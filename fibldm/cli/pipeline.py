@@ -1,0 +1,33 @@
+"""``fibldm pipeline``: from a dataset to a bundle."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def pipeline(
+    source: Annotated[Path, typer.Argument(help="Dataset, as `fibldm prepare` takes it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything: work, run, synthetic, bundle.")],
+    license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Path, or name of a shipped recipe: what each step does; else the defaults.")
+    ] = None,
+    config: Annotated[
+        list[str], typer.Option("--config", help="Configuration of all stages, such as the model grid; repeatable.")
+    ] = [],
+    overrides: Annotated[
+        list[str], typer.Option("--set", help="step::key=value, such as diffusion::epochs=60, on top of the recipe.")
+    ] = [],
+    half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
+) -> dict[str, Any]:
+    """Prepare, train all stages, synthesize, measure, export and verify; what is finished is skipped."""
+    from fibldm.cli.output import log_to_standard_error
+    from fibldm.delivery.export import ExportSettings
+    from fibldm.pipeline import Recipe
+    from fibldm.pipeline import pipeline as run_pipeline
+    from fibldm.training.configuration import parse_overrides
+
+    log_to_standard_error()
+    chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides))
+    return run_pipeline(source, out, chosen, ExportSettings(license, half=half, name=out.resolve().name))

@@ -1,0 +1,79 @@
+"""Downloads: only what was meant is kept, and nothing is left of anything else."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from fibldm.cli import run
+
+CONTENT = b"weights " * 1000
+HASH = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """A server of this machine with one file."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "weights.pt").write_bytes(CONTENT)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "served"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_d3_a_file_is_fetched_once_and_has_its_hash(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D3, H12."""
+    out = tmp_path / "deep" / "weights.pt"
+    command = ["fetch", f"{address}/weights.pt", "--out", str(out), "--sha256", HASH.upper()]
+    assert run(command) == 0 and out.read_bytes() == CONTENT
+    assert "is downloaded and has the hash" in capsys.readouterr().out
+    assert run(command) == 0
+    assert "was there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256", "message"),
+    [
+        ("weights.pt", "0" * 64, "must have the hash 0000"),
+        ("weights.pt", "abc", "--sha256 must be 64 hexadecimal digits; got 'abc'"),
+        ("absent.pt", HASH, "cannot download .*absent.pt: File not found"),
+    ],
+)
+def test_d3_what_is_not_meant_leaves_nothing(
+    name: str, sha256: str, message: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D3."""
+    out = tmp_path / "made" / "weights.pt"
+    assert run(["fetch", f"{address}/{name}", "--out", str(out), "--sha256", sha256]) == 2
+    assert message.split(".*")[-1] in capsys.readouterr().err.replace("\n", " ")
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_d3_another_file_is_not_replaced(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """D3."""
+    (tmp_path / "weights.pt").write_text("mine")
+    assert run(["fetch", f"{address}/weights.pt", "--out", str(tmp_path / "weights.pt"), "--sha256", HASH]) == 2
+    assert "lies there already and has another hash" in capsys.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "weights.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/weights.pt", "weights.pt", "http://127.0.0.1:9/weights.pt"])
+def test_d3_an_address_that_does_not_lead_anywhere_is_refused(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D3."""
+    assert run(["fetch", url, "--out", str(tmp_path / "weights.pt"), "--sha256", HASH]) == 2
+    said = capsys.readouterr().err
+    assert "fetched by https, http or file" in said or "cannot download" in said

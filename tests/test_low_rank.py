@@ -1,0 +1,110 @@
+"""Low-rank adaptation: the network begins as it was, few numbers move it, what is kept is a network as any other."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import nn
+
+from fibldm.errors import FibldmError
+from fibldm.models.low_rank import add_low_rank, merged_state
+from fibldm.runs import StageFolder
+from fibldm.training.configuration import Configuration
+
+TinyStage = Callable[..., Configuration]
+
+
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blocks": 1, "norm_num_groups": 8}
+    made = DiffusionModelUNet(spatial_dims=3, in_channels=2, out_channels=2, num_head_channels=8, **sizes)
+    for weight in made.parameters():
+        if not weight.any():  # as trained networks have none, and nothing would be learned behind them
+            nn.init.normal_(weight, std=0.1)
+    return made
+
+
+def apply(network: nn.Module) -> torch.Tensor:
+    given = torch.rand(2, 2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    result: torch.Tensor = network(given, torch.tensor([3.0, 500.0]))
+    return result
+
+
+def test_d4_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
+    """D4."""
+    plain, adapted = unet(), unet()
+    count = add_low_rank(adapted, 2, ["*"])
+    assert torch.equal(apply(adapted), apply(plain))
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert trained and all(name.endswith((".up", ".down")) for name in trained)
+    assert 0 < count < 0.25 * sum(weight.numel() for weight in plain.parameters())
+
+
+def test_d4_what_is_kept_is_a_plain_network_with_updates_of_that_rank() -> None:
+    """D4: names and shapes of before; every layer has moved by a matrix of rank 2, everything else not at all."""
+    plain, adapted = unet(), unet()
+    add_low_rank(adapted, 2, ["*"])
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        apply(adapted).square().mean().backward()
+        optimizer.step()
+    kept, before = merged_state(deepcopy(adapted)), plain.state_dict()
+    assert kept.keys() == before.keys()
+    moved = {name: kept[name] - before[name] for name in before if not torch.equal(kept[name], before[name])}
+    assert len(moved) > 20 and all(name.endswith(".weight") for name in moved)
+    assert all(torch.linalg.matrix_rank(move.flatten(1), rtol=1e-3) <= 2 for move in moved.values())
+    plain.load_state_dict(kept)
+    torch.testing.assert_close(apply(plain), apply(adapted))
+
+
+def test_d4_some_weights_get_updates_some_are_trained_as_they_are() -> None:
+    """D4: what was frozen before stays so."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    network[2].weight.requires_grad_(False)
+    add_low_rank(network, 1, ["0.*", "2.*"], full=["1.*"])
+    trained = [name for name, weight in network.named_parameters() if weight.requires_grad]
+    assert trained == ["0.parametrizations.weight.0.down", "0.parametrizations.weight.0.up", "1.weight", "1.bias"]
+
+
+def test_d4_the_sum_is_one_of_float32_under_autocast() -> None:
+    """D4: what is trained under autocast is what is kept."""
+    network = nn.Sequential(nn.Linear(64, 64))
+    add_low_rank(network, 4, ["*"])
+    nn.init.normal_(network[0].parametrizations.weight[0].up)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network[0].weight, merged_state(network)["0.weight"])
+
+
+def test_d4_what_cannot_be_adapted_is_refused() -> None:
+    """D4."""
+    with pytest.raises(FibldmError, match="lora_rank must be at least 1, or 0 for none; got -1"):
+        add_low_rank(unet(), -1, ["*"])
+    with pytest.raises(
+        FibldmError, match=r"\['attention\*'\] fits none; they have names such as conv_in\.conv\.weight"
+    ):
+        add_low_rank(unet(), 1, ["attention*"])
+
+
+def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
+) -> None:
+    """D4: from the weights of another run, with fewer numbers than they have."""
+    settings = {"init_from": str(tiny_run), "lora_rank": 1, "learning_rate": 0.1}
+    tiny_stage("autoencoder", tmp_path / "run", **settings).run()
+    tiny_stage("autoencoder", tmp_path / "run", **settings, epochs=2).run()
+    made, given = (StageFolder(run, "autoencoder") for run in (tmp_path / "run", tiny_run))
+    assert "numbers are trained in updates of rank 1" in (made.path / "log.txt").read_text()
+    assert "going on after epoch 1 of 2" in (made.path / "log.txt").read_text()
+    after, before = (part.trained(device="cpu").state_dict() for part in (made, given))
+    moved = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+    assert moved and all(torch.linalg.matrix_rank(move.flatten(1), rtol=1e-2) <= 1 for move in moved.values())
+
+
+def test_d4_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    """D4."""
+    with pytest.raises(FibldmError, match="lora_rank adapts weights that are there; init_from names none"):
+        tiny_stage("autoencoder", tmp_path / "run", lora_rank=4).run()

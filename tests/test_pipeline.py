@@ -1,0 +1,116 @@
+"""From a dataset to a bundle by one command: recipes are checked before anything runs, and what is done is skipped."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fibldm.cli import run
+from fibldm.delivery.export import ExportSettings
+from fibldm.errors import FibldmError
+from fibldm.files import read_json
+from fibldm.pipeline import Recipe, as_options, pipeline
+from fibldm.training.configuration import configs_folder, parse_overrides
+from fibldm.volumes.phantoms import write_phantoms
+
+RECIPES = sorted(path.stem for path in configs_folder().glob("recipe_*.yaml"))
+CC0 = ExportSettings("CC0-1.0")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_h6_shipped_recipes_can_be_followed(name: str) -> None:
+    """H6: every step's options and configuration keys exist."""
+    recipe = Recipe.read(name, overrides={})
+    assert recipe.prepare_settings and recipe.sampling
+    assert [step.configuration(Path("work"), Path("run")) for step in recipe.stages()]
+    assert f"--recipe {name} " in (configs_folder() / f"{name}.yaml").read_text()
+
+
+def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
+    """H6."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("configs: [data_lung_ct]\ndiffusion: {epochs: 3, mask_detail: 4}\nprepare: {modality: ct}\n")
+    overrides = parse_overrides(["diffusion::epochs=5", "controlnet=null", "synthesize::steps=7", "latents::views=2"])
+    recipe = Recipe.read(str(file), configs=["tiny"], overrides=overrides)
+    assert recipe.configs == ["data_lung_ct", "tiny"]
+    assert [(step.name, dict(step.overrides)) for step in recipe.stages()] == [
+        ("autoencoder", {}),
+        ("latents", {"views": 2}),
+        ("diffusion", {"epochs": 5, "mask_detail": 4}),
+    ]
+    assert recipe.sampling.steps == 7 and recipe.prepare_settings.modality == "ct"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"difusion::epochs": 3},
+            "step of a recipe must be one of autoencoder, configs, .*got 'difusion'",
+        ),
+        ({"diffusion": 3}, "diffusion of a recipe must be a dict; got 3"),
+        ({"autoencoder": None}, "autoencoder of a recipe must be a dict; got None"),
+        ({"diffusion::epohcs": 3}, "configuration key 'epohcs' is not known"),
+        ({"prepare::modalty": "ct"}, "prepare option must be one of layout, .*got 'modalty'"),
+        ({"synthesize::step": 5}, "synthesize option must be one of .*got 'step'"),
+        ({"synthesize::steps": 0}, "steps must be at least 1"),
+        ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
+    ],
+)
+def test_h6_mistakes_are_refused_before_anything_is_written(
+    overrides: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """H6, H13."""
+    with pytest.raises(FibldmError, match=message):
+        recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides=overrides)
+        pipeline(tmp_path / "absent", tmp_path / "out", recipe, CC0, say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_h6_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """H6."""
+    given = ["pipeline", str(tmp_path), "--out", str(tmp_path / "out"), "--license", "CC0-1.0"]
+    assert run([*given, "--recipe", "recipe_of_nothing"]) == 2
+    assert "configuration must be one of" in capsys.readouterr().err
+
+
+def test_changes_are_quoted_as_a_shell_wants_them() -> None:
+    given = {"epochs": 3, "mask": "a b", "label_weights": {"4": 4}, "snr_gamma": None, "wavelet": True}
+    assert as_options(given) == (
+        """ --set epochs=3 --set 'mask=a b' --set 'label_weights={"4": 4}' --set snr_gamma=null --set wavelet=true"""
+    )
+
+
+# --- all of it
+
+
+@pytest.mark.slow
+def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """H6, D6: the bundle is verified; a second run finds all of it done."""
+    write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
+    command = [
+        *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),
+        *("--config", str(tiny_data), "--config", "tiny", "--set", "controlnet=null"),
+        *("--set", "diffusion::configs=[mask_concat]", "--set", "segmenter::steps=2"),
+        *("--set", "segmenter::segmenter_channels=[4, 8, 8]", "--set", "synthesize::steps=2"),
+        *("--set", "synthesize::allow_extrapolation=true", "--set", "measure=[faithfulness, utility]"),
+    ]
+    assert run(command) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"fibldm train diffusion .*--config mask_concat", told) and "train controlnet" not in told
+    files = [*tmp_path.glob("made/synthetic*/*.nii.gz"), *tmp_path.glob("made/run/*/checkpoints/*.pt")]
+    assert {file.parent.name for file in files} == {"synthetic", "synthetic_training", "checkpoints"}
+    metadata = read_json(tmp_path / "made" / "bundle" / "configs" / "metadata.json")
+    assert metadata["name"] == "made" and any(key.startswith("utility/") for key in metadata["eval_metrics"])
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert run(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == before
