@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy as copy_of
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from fibldm.cli import run
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.delivery.literals import literal, plain
-from fibldm.delivery.verify import CHECKS, run_checks
+from fibldm.delivery.verify import CHECKS, NOT_TRIED, run_checks
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.reconstruction import Reconstructor
@@ -118,7 +120,7 @@ def test_half_precision_halves_the_weights_and_changes_little(
 
 
 def test_the_words_of_a_person_are_in_the_card(tiny_run: Path, tmp_path: Path) -> None:
-    """The front matter is what Hugging Face reads; what was not measured is said to be."""
+    """H16: the front matter is what Hugging Face reads; what was not measured is said to be."""
     words = {
         "title": "Lungs that never were",
         "attribution": "Phantoms, made by FibLDM",
@@ -305,7 +307,7 @@ def test_monai_verifies_what_goes_in_and_out(bundle: Path) -> None:
 
 
 def test_one_tensor_is_enough(bundle: Path) -> None:
-    """Latent, time and mask as one tensor are the network's own answer; encoder and decoder are the autoencoder's."""
+    """G10: latent, time, mask as one tensor are the network's own answer; encoder and decoder are the autoencoder's."""
     made = Synthesizer.from_bundle(bundle)
     channels, masks = len(made.space.mean), made.mask.channels
     z, mask, time = torch.randn(2, channels, 8, 8, 8), torch.rand(2, masks, 8, 8, 8), torch.tensor([30.0, 700.0])
@@ -582,6 +584,27 @@ def test_a_bundle_is_verified_in_a_fresh_process(bundle: Path, capsys: pytest.Ca
     assert told["ok"] and list(told["checks"]) == list(CHECKS)
     assert all(check["ok"] and check["saw"] for check in told["checks"].values())
     assert said.err.count("ok  ") == len(CHECKS)
+
+
+def test_g10_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Path) -> None:
+    """G10."""
+    (check,) = run_checks(bundle, tmp_path, ["ONNX"])
+    there = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    assert check.ok and check.saw.startswith("network, encoder, decoder at 3 sizes" if there else NOT_TRIED)
+
+
+def test_one_tensor_takes_the_weights_of_the_network_inside(bundle: Path) -> None:
+    """G10: as MONAI's exporters load them; a name that belongs nowhere is still an error."""
+    made = Synthesizer.from_bundle(bundle)
+    empty = OneTensorNetwork(copy_of(made.network), len(made.space.mean))
+    state = load_file(bundle / "models" / "network.safetensors")
+    for weight in empty.parameters():
+        torch.nn.init.zeros_(weight)
+    empty.load_state_dict(state)
+    assert hash_weights(empty.network.state_dict()) == hash_weights(made.network.state_dict())
+    empty.load_state_dict(empty.state_dict())
+    with pytest.raises(RuntimeError, match=r"network\.other"):
+        empty.load_state_dict({**state, "other": torch.zeros(1)})
 
 
 def test_a_check_that_fails_says_why_and_the_others_go_on(copy: Path, tmp_path: Path) -> None:

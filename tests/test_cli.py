@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fibldm.doctor
 from fibldm import __version__
@@ -104,6 +107,19 @@ def test_doctor_prints_a_line_per_finding(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(fibldm.doctor.diagnose())
     assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
+
+
+def test_b3_every_package_of_every_extra_has_an_exact_version() -> None:
+    """B3: one install command gives everybody the same, within the ranges that are promised."""
+    root = Path(__file__).parents[1]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {"mlflow", "wandb", "hub", "onnx", "dicom-codecs"} <= extras.keys()
+    for requirement in map(Requirement, [*project["dependencies"], *sum(extras.values(), [])]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
 def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:

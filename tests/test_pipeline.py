@@ -1,6 +1,7 @@
 """From a dataset to a bundle by one command: recipes are checked before anything runs, and what is done is skipped."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ CC0 = ExportSettings("CC0-1.0")
 
 def quiet(line: str) -> None:
     pass
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("something asked for the network")
 
 
 # --- recipes
@@ -93,9 +98,11 @@ def test_changes_are_quoted_as_a_shell_wants_them() -> None:
 
 @pytest.mark.slow
 def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
-    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """H6, D6: the bundle is verified; a second run finds all of it done."""
+    """H6, D6, H12: the bundle is verified; a second run finds all of it done; nothing asks for the network."""
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
     command = [
         *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),

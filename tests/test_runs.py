@@ -144,6 +144,15 @@ def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> Non
     assert len(last["optimizer"]["state"]) == trained
 
 
+def test_b10_a_stage_folder_is_enough_to_have_its_network(tiny_run: Path, tmp_path: Path) -> None:
+    """B10: moved elsewhere, with no configuration beside its own."""
+    shutil.copytree(tiny_run / "diffusion", tmp_path / "elsewhere" / "diffusion")
+    shutil.copytree(tiny_run / "latents", tmp_path / "elsewhere" / "latents")
+    shutil.copytree(tiny_run / "autoencoder", tmp_path / "elsewhere" / "autoencoder")
+    moved, here = (StageFolder(run, "diffusion").trained(device="cpu") for run in (tmp_path / "elsewhere", tiny_run))
+    assert hash_weights(moved.state_dict()) == hash_weights(here.state_dict()) and not moved.training
+
+
 def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
     latents = Latents.open(tiny_run)
     views = [LoadLatent(latents, latents.mask(2))(item) for item in latents.items("training")]

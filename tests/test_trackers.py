@@ -305,7 +305,7 @@ def test_g8_the_tracking_of_monai_hears_every_loss_and_is_no_change_of_a_stage(
     workflow.initialize()
     workflow.run()
     workflow.finalize()
-    (row,) = csv.DictReader((tmp_path / "run" / "autoencoder" / "metrics.csv").open())
+    (row,) = csv.DictReader((tmp_path / "run" / "autoencoder" / "metrics.csv").read_text().splitlines())
     assert len(Listener.heard) == int(row["iteration"])
     assert sum(Listener.heard) / len(Listener.heard) == pytest.approx(float(row["loss"]), rel=1e-4)
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
