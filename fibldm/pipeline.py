@@ -135,7 +135,13 @@ class TrainingStep:
 
 
 def pipeline(
-    source: Path, out: Path, recipe: Recipe, settings: ExportSettings, *, say: Callable[[str], None] = print
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    settings: ExportSettings,
+    *,
+    workers: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Prepare, train, synthesize from the masks of the test patients, measure, export and verify.
 
@@ -144,6 +150,7 @@ def pipeline(
         out: gets ``work``, ``run``, ``synthetic``, ``bundle`` and, to measure utility, ``synthetic_training``.
         recipe: what each step does; all of it is checked before the first one.
         settings: of the export.
+        workers: processes that prepare at the same time.
         say: where the headlines go.
 
     Returns:
@@ -160,8 +167,9 @@ def pipeline(
     for step in steps:
         step.configuration(work, run)
     say(f"1/6 prepare: {source} into {work}")
-    for note in prepare(source, work, prepared).notes:
-        say(f"note: {note}")
+    report = prepare(source, work, prepared, workers=workers)
+    for line in (*map(str, report.findings), *(f"note: {note}" for note in report.notes)):
+        say(line)
     commands = []
     for step in steps:
         say(f"2/6 {step.name}")

@@ -1,5 +1,6 @@
 """``fibldm pipeline``: from a dataset to a bundle."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,4 +31,5 @@ def pipeline(
 
     log_to_standard_error()
     chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides))
-    return run_pipeline(source, out, chosen, ExportSettings(license, half=half, name=out.resolve().name))
+    settings = ExportSettings(license, half=half, name=out.resolve().name)
+    return run_pipeline(source, out, chosen, settings, workers=len(os.sched_getaffinity(0)))

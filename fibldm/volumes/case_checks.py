@@ -45,6 +45,9 @@ class Finding:
     level: Level
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.case}: {self.level}: {self.message}"
+
 
 Found = Iterator[tuple[Level, str]]
 
