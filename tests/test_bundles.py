@@ -496,7 +496,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "no grid": (facts_changed(grid={"size": [8, 8, 8]}), "must describe a generator; KeyError: 'spacing'"),
     "other noise": (
         lambda root: (
-            save_file({"levels": torch.zeros(1, 16)}, root / "models" / "residual_noise.safetensors"),
+            save_file({"levels": torch.zeros(1, 16, 7)}, root / "models" / "residual_noise.safetensors"),
             hashed(root, "residual_noise", "models/residual_noise.safetensors"),
         ),
         "must hold levels, kernel and spread",

@@ -91,20 +91,31 @@ def test_padding_and_misplaced_edges_do_not_count(fitted: ResidualNoise) -> None
     assert torch.allclose(levels, fitted.level(DECODED), rtol=0.12)
 
 
-def test_edges_that_are_blurred_are_no_noise() -> None:
+def test_edges_have_a_level_of_their_own() -> None:
     """Half of the voxels of a brightness lie at edges, where ten times as much is left."""
     rows = torch.arange(SHAPE[0]).view(1, -1, 1, 1).expand(1, *SHAPE)
     edges = rows >= 24
-    decoded = 0.3 + 0.05 * (edges & (rows % 4 > 1))
+    decoded = 0.3 + 0.0566 * (edges & (rows % 4 > 1))  # half of it per voxel is the middle of an octave
     noise = torch.randn(1, *SHAPE, generator=generator()) * torch.where(edges, 0.2, 0.02)
-    level = ResidualNoise.fit([(decoded + noise, decoded, EVERYWHERE)]).level(torch.full((1, 1, 1, 1), 0.3))
-    assert float(level) == pytest.approx(0.02, rel=0.1)
+    fitted = ResidualNoise.fit([(decoded + noise, decoded, EVERYWHERE)])
+    assert float(fitted.level(torch.full((1, 4, 4, 4), 0.3)).mean()) == pytest.approx(0.02, rel=0.1)
+    level = fitted.level(decoded)
+    assert level[:, :20].flatten().tolist() == pytest.approx([0.02] * level[:, :20].numel(), rel=0.1)
+    assert level[:, 28:].flatten().tolist() == pytest.approx([0.2] * level[:, 28:].numel(), rel=0.1)
+    drawn = fitted.draw(decoded, generator())
+    assert float(drawn[:, 28:].std() / drawn[:, :20].std()) == pytest.approx(10, rel=0.15)
+
+
+def test_noise_of_another_form_is_refused(fitted: ResidualNoise, tmp_path: Path) -> None:
+    replace(fitted, levels=fitted.levels[..., 0]).save(tmp_path / "noise.safetensors")
+    with pytest.raises(FibldmError, match=r"levels by 16 values and 7 slopes; they have the shape \(1, 16\)"):
+        ResidualNoise.load(tmp_path / "noise.safetensors")
 
 
 def test_values_that_were_never_seen_have_the_level_of_the_nearest(fitted: ResidualNoise) -> None:
     dark = [(real[..., :16], decoded[..., :16], valid[..., :16]) for real, decoded, valid in cases()]
-    levels = ResidualNoise.fit(dark).levels[0]
-    assert levels[8:].tolist() == [levels[7]] * 8 and levels[7] == pytest.approx(float(fitted.levels[0, 7]), rel=0.1)
+    levels = ResidualNoise.fit(dark).levels[0, :, 2]
+    assert levels[8:].tolist() == [levels[7]] * 8 and levels[7] == pytest.approx(float(fitted.levels[0, 7, 2]), rel=0.1)
 
 
 def test_channels_have_noise_of_their_own() -> None:
@@ -158,7 +169,7 @@ def test_synthetic_volumes_have_the_noise_that_the_encode_stage_measured(tiny_ru
     assert trained.residual_noise is not None
     assert trained.residual_noise.levels.min() > 0.01  # after one epoch
     made = replace(
-        trained, residual_noise=replace(trained.residual_noise, levels=torch.full((1, 16), 0.01), spread=0.0)
+        trained, residual_noise=replace(trained.residual_noise, levels=torch.full((1, 16, 7), 0.01), spread=0.0)
     )
     plain, once, twice = (
         made(a_mask, settings=SamplingSettings(steps=2, residual_noise=strength)) for strength in (0.0, 1.0, 2.0)

@@ -3,9 +3,9 @@
 A decoder gives the middle of what a volume may be, given its latent. Grain that no latent holds, that of the scanner
 above all, is missing from it, and a volume without it is smoother than any real one. Drawing from the likelihood
 ``p(x | z)`` instead of taking its middle gives it back. Kingma & Welling 2014, "Auto-encoding variational Bayes",
-appendix C.2, have a Gaussian likelihood without correlation; here its standard deviation depends on the decoded value,
-as noise of CT and MRI does, and it has a power spectrum of its own. Both are measured on what is left of training cases
-after their reconstruction.
+appendix C.2, have a Gaussian likelihood without correlation. Here its standard deviation depends on what was decoded:
+on the value, as noise of CT and MRI does, and on how steep it is nearby, as a decoder is less sure of edges. It also has
+a power spectrum of its own. All of it is measured on what is left of training cases after their reconstruction.
 """
 
 import math
@@ -16,23 +16,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from fibldm.errors import FibldmError
 from fibldm.files import write_tensors
 
-_LEVELS = 16
+_VALUES = 16
+_SLOPES = 7  # each twice as steep as the one before
+_FIRST_SLOPE = 0.01  # per voxel
 _BLOCK = 16
 _FEWEST = 100  # voxels that tell a standard deviation
-_FLAT = 0.25
 _QUARTILES_OF_NORMAL = 1.349
 
 
 @dataclass(frozen=True)
 class ResidualNoise:
-    """Gaussian noise with a level by decoded value, a spectrum, and a strength that differs between volumes.
+    """Gaussian noise with a level by what was decoded, a spectrum, and a strength that differs between volumes.
 
     Attributes:
-        levels: standard deviation at ``K`` decoded values, the centres of equal parts of ``[-1, 1]``, ``(C, K)``.
+        levels: standard deviation by decoded value, at the centres of ``K`` equal parts of ``[-1, 1]``, and by the
+            steepest gradient within a voxel of it, at the centres of ``S`` octaves, ``(C, K, S)``.
         kernel: unit noise without correlation becomes that of the spectrum by convolution, ``(C, x, y, z)``; its
             squares sum to 1.
         spread: standard deviation of the logarithm of a volume's strength.
@@ -46,8 +49,7 @@ class ResidualNoise:
     def fit(cls, cases: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "ResidualNoise":
         """Measure what is left of real volumes.
 
-        Levels come from where the reconstruction is flat, the quarter of the voxels of like brightness with the
-        smallest gradient, and there from quartiles: edges that the decoder blurs or misplaces are no noise.
+        Levels come from quartiles: what the decoder misplaces now and then is no noise.
 
         Args:
             cases: real volume and reconstruction ``(C, X, Y, Z)`` in ``[-1, 1]``, and which voxels count
@@ -63,14 +65,14 @@ class ResidualNoise:
             deviations.append(deviation)
             counts.append(count)
             power = power + _power(residual, valid)
-        if not counts or not torch.stack(counts).sum((0, 2)).all():
+        if not counts or not torch.stack(counts).sum((0, 2, 3)).all():
             raise FibldmError(
                 f"residual noise needs cases with at least {_FEWEST} voxels of like brightness that count; got "
                 f"{len(counts)} cases"
             )
         by_case, weight = torch.stack(deviations), torch.stack(counts)
         levels = _filled((by_case * weight).sum(0), weight.sum(0))
-        strength = (by_case * weight).sum((1, 2)) / (levels * weight).sum((1, 2)).clamp_min(1e-12)
+        strength = (by_case * weight).sum((1, 2, 3)) / (levels * weight).sum((1, 2, 3)).clamp_min(1e-12)
         spread = strength.clamp_min(1e-3).log().std(correction=0)
         sides = [min(_BLOCK, length) for length in real.shape[1:]]
         kernel = torch.fft.fftshift(torch.fft.irfftn(power.sqrt(), s=sides), dim=(1, 2, 3))
@@ -79,8 +81,18 @@ class ResidualNoise:
 
     @classmethod
     def load(cls, file: Path) -> "ResidualNoise":
-        """Inverse of `save`."""
+        """Inverse of `save`.
+
+        Raises:
+            FibldmError: the file has another form.
+        """
         tensors = load_file(file)
+        if tensors["levels"].shape[1:] != (_VALUES, _SLOPES):
+            raise FibldmError(
+                f"{file} must hold levels by {_VALUES} values and {_SLOPES} slopes; they have the shape "
+                f"{tuple(tensors['levels'].shape)}",
+                "run `fibldm encode --restart`, and export a bundle again",
+            )
         return cls(tensors["levels"], tensors["kernel"], float(tensors["spread"]))
 
     def save(self, file: Path) -> None:
@@ -105,40 +117,47 @@ class ResidualNoise:
 
     def level(self, decoded: Tensor) -> Tensor:
         """The standard deviation at every voxel of a decoded volume ``(C, X, Y, Z)``, between levels linear."""
-        count = self.levels.shape[1]
-        place = ((decoded.clamp(-1, 1) + 1) / 2 * count - 0.5).clamp(0, count - 1)
-        below = place.floor().long()
-        above = (below + 1).clamp_max(count - 1)
-        share = place - below
-        return torch.stack(
-            [
-                torch.lerp(table[low], table[high], part)
-                for table, low, high, part in zip(self.levels.to(decoded.device), below, above, share, strict=True)
-            ]
-        )
+        rows = []
+        for table, value in zip(self.levels.to(decoded.device), decoded, strict=True):
+            places = [2 * (place + 0.5) / length - 1 for place, length in zip(_places(value), table.shape, strict=True)]
+            where = torch.stack(places[::-1], dim=-1).flatten(0, 2)[None, None].to(table.dtype)
+            rows.append(F.grid_sample(table[None, None], where, padding_mode="border", align_corners=False))
+        return torch.stack(rows).view(decoded.shape)
 
 
-def _deviations(residual: Tensor, decoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviations by decoded value and how many voxels tell them, each ``(C, K)``; 0 where they are too few."""
-    deviations, counts = torch.zeros(2, len(residual), _LEVELS, dtype=torch.float64)
-    for channel, (left, value) in enumerate(zip(residual, decoded, strict=True)):
-        left, slope, value = left[valid], _slope(value)[valid], value[valid].clamp(-1, 1)
-        place = ((value + 1) / 2 * _LEVELS).long().clamp_max(_LEVELS - 1)
-        for level in range(_LEVELS):
-            here = place == level
-            if int(here.sum()) >= _FEWEST:
-                steepest = slope[here].sort().values[int(_FLAT * (int(here.sum()) - 1))]
-                chosen = left[here & (slope <= steepest)].sort().values
-                low, high = (chosen[int(share * (len(chosen) - 1))] for share in (0.25, 0.75))
-                deviations[channel, level] = float(high - low) / _QUARTILES_OF_NORMAL
-                counts[channel, level] = len(chosen)
-    return deviations, counts
+def _places(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Where decoded values ``(X, Y, Z)`` and the slopes around them lie between levels, from 0 to their number - 1."""
+    by_value = (value.clamp(-1, 1) + 1) / 2 * _VALUES - 0.5
+    by_slope = (_slope(value).clamp_min(1e-6) / _FIRST_SLOPE).log2() - 0.5
+    return by_value.clamp(0, _VALUES - 1), by_slope.clamp(0, _SLOPES - 1)
 
 
 def _slope(value: Tensor) -> Tensor:
-    """Size of the gradient, per voxel, of a volume ``(X, Y, Z)``."""
+    """The steepest gradient, per voxel, within a voxel of every place of a volume ``(X, Y, Z)``."""
     axes = [axis for axis, length in enumerate(value.shape) if length > 1]
-    return torch.stack([part.square() for part in torch.gradient(value, dim=axes)]).sum(0).sqrt()
+    slope = torch.stack([part.square() for part in torch.gradient(value, dim=axes)]).sum(0).sqrt()
+    return F.max_pool3d(slope[None, None], 3, stride=1, padding=1)[0, 0]
+
+
+def _deviations(residual: Tensor, decoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations by value and slope and how many voxels tell them, each ``(C, K, S)``; 0 for too few."""
+    deviations, counts = torch.zeros(2, len(residual), _VALUES * _SLOPES, dtype=torch.float64)
+    for channel, (left, value) in enumerate(zip(residual, decoded, strict=True)):
+        by_value, by_slope = (place.round().long() for place in _places(value))
+        level = (by_value * _SLOPES + by_slope)[valid]
+        order = level.argsort()
+        parts = left[valid][order].split(level.bincount(minlength=_VALUES * _SLOPES).tolist())
+        for place, part in enumerate(parts):
+            if len(part) >= _FEWEST:
+                deviations[channel, place], counts[channel, place] = _deviation(part), len(part)
+    shape = (len(residual), _VALUES, _SLOPES)
+    return deviations.view(shape), counts.view(shape)
+
+
+def _deviation(part: Tensor) -> float:
+    """The standard deviation of normal numbers with the quartiles of these."""
+    low, high = (float(part.kthvalue(1 + int(share * (len(part) - 1))).values) for share in (0.25, 0.75))
+    return (high - low) / _QUARTILES_OF_NORMAL
 
 
 def _power(residual: Tensor, valid: Tensor) -> Tensor:
@@ -167,10 +186,11 @@ def _blocks(values: Tensor, sides: list[int]) -> Tensor:
 
 
 def _filled(total: Tensor, weight: Tensor) -> Tensor:
-    """``total / weight`` ``(C, K)``; where nothing was seen, that of the nearest that was."""
+    """``total / weight`` ``(C, K, S)``; where nothing was seen, that of the nearest that was."""
+    places = torch.cartesian_prod(*(torch.arange(length, dtype=torch.float64) for length in total.shape[1:]))
     rows = []
-    for sums, counts in zip(total, weight, strict=True):
+    for sums, counts in zip(total.flatten(1), weight.flatten(1), strict=True):
         seen = counts.nonzero()[:, 0]
-        nearest = seen[(torch.arange(len(counts))[:, None] - seen).abs().argmin(1)]
+        nearest = seen[torch.cdist(places, places[seen]).argmin(1)]
         rows.append(sums[nearest] / counts[nearest])
-    return torch.stack(rows)
+    return torch.stack(rows).view(total.shape)
