@@ -1,6 +1,7 @@
 """All stages of one generator by one command: from a folder of volumes with masks to a bundle that was verified.
 
-A recipe says what each step does. What is finished is skipped, so that the same command goes on where it stopped.
+A recipe says what each step does. What was prepared, trained and drawn is kept, so that the same command goes on where
+it stopped; figures, bundle and its verification are made anew.
 """
 
 import json
@@ -10,18 +11,45 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fibldm.delivery.export import ExportSettings, export
+import yaml
+from monai.bundle import ConfigParser
+
+from fibldm.delivery.card import Words
+from fibldm.delivery.export import WORDS, ExportSettings, export
+from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.plain_values import settings_of
 from fibldm.runs import STAGES
-from fibldm.synthesis import SamplingSettings, synthesize_files
+from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.configuration import Configuration, read_configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings
 
-_OF_SYNTHESIS = ("batch_size", "allow_extrapolation")  # beside how volumes are drawn
+
+@dataclass(frozen=True)
+class Drawing(SamplingSettings):
+    """How volumes are drawn and written.
+
+    Attributes:
+        batch_size: volumes that are sampled together.
+        allow_extrapolation: go on where masks of the dataset lie outside of what its training cases cover.
+    """
+
+    batch_size: int = 1
+    allow_extrapolation: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise FibldmError(f"batch_size must be at least 1; got {self.batch_size}")
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Without what is about files."""
+        return SamplingSettings(**{part.name: getattr(self, part.name) for part in fields(SamplingSettings)})
 
 
 @dataclass(frozen=True)
@@ -35,7 +63,7 @@ class Recipe:
         latents: the same of the latents.
         diffusion: the same of stage 2.
         controlnet: the same of stage 3; None leaves it out, where stage 2 sees the mask itself.
-        synthesize: fields of `SamplingSettings`; ``batch_size`` and ``allow_extrapolation``.
+        synthesize: fields of `Drawing`.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         segmenter: keys of the configuration of the segmenter that measures.
     """
@@ -60,51 +88,54 @@ class Recipe:
             overrides: ``step::key`` to value, such as ``diffusion::epochs``.
 
         Raises:
-            FibldmError: there is no such file, or a step is unknown or no mapping.
+            FibldmError: there is no such file, or a step is unknown or has another type.
         """
         content = dict(read_configuration(file)) if file is not None else {}
         for key, value in overrides.items():
             step, *inside = key.split("::", 1)
-            content[step] = {**(content.get(step) or {}), inside[0]: value} if inside else value
-        known = {part.name for part in fields(cls)}
-        for step, value in content.items():
-            if step not in known:
-                raise unknown_choice("step of a recipe", step, sorted(known))
-            wanted = list if step in ("configs", "measure") else dict
-            if not isinstance(value, wanted) and not (step == "controlnet" and value is None):
-                raise FibldmError(f"{step} of a recipe must be a {wanted.__name__}; got {value!r}")
-        return cls(**{**content, "configs": [*content.get("configs", ()), *configs]})
+            before = content.get(step)
+            if inside and isinstance(before, Mapping | None):
+                content[step] = {**(before or {}), inside[0]: value}
+            elif inside:
+                raise FibldmError(f"{step} of a recipe has no {inside[0]}; it is {before}", f"give all of {step}")
+            else:
+                content[step] = value
+        recipe = settings_of(cls, content, "step of a recipe")
+        return cls(**{**content, "configs": [*recipe.configs, *configs]})
 
     @property
-    def prepare_settings(self) -> PrepareSettings:
+    def preparation(self) -> PrepareSettings:
         """How the dataset is prepared.
 
         Raises:
-            FibldmError: an option is unknown.
+            FibldmError: an option is unknown or has another type.
         """
-        known = [part.name for part in fields(PrepareSettings)]
-        _refuse_unknown("prepare", self.prepare, known)
-        return PrepareSettings(**{key: _as_tuple(value) for key, value in self.prepare.items()})
+        return settings_of(PrepareSettings, self.prepare, "option of prepare")
 
     @property
-    def sampling(self) -> SamplingSettings:
+    def drawing(self) -> Drawing:
         """How volumes are drawn.
 
         Raises:
-            FibldmError: an option is unknown or out of range.
+            FibldmError: an option is unknown, has another type or is out of range.
         """
-        known = [part.name for part in fields(SamplingSettings)]
-        _refuse_unknown("synthesize", self.synthesize, [*known, *_OF_SYNTHESIS])
-        return SamplingSettings(**{key: value for key, value in self.synthesize.items() if key in known})
+        return settings_of(Drawing, self.synthesize, "option of synthesize")
 
     def stages(self) -> list["TrainingStep"]:
-        """The stages that are trained, in their order."""
+        """The stages that are trained, in their order.
+
+        Raises:
+            FibldmError: ``configs`` of one is no list of names.
+        """
         steps = []
         for name in STAGES:
             keys = getattr(self, name)
             if keys is not None:
+                own = keys.get("configs", ())
+                if isinstance(own, str) or not all(isinstance(config, str) for config in own or ()):
+                    raise FibldmError(f"configs of {name} must be a list of names; got {own!r}", "write it in brackets")
                 overrides = {key: value for key, value in keys.items() if key != "configs"}
-                steps.append(TrainingStep(name, (*self.configs, *keys.get("configs", ())), overrides))
+                steps.append(TrainingStep(name, (*self.configs, *(own or ())), overrides))
         return steps
 
 
@@ -127,7 +158,8 @@ class TrainingStep:
         self.configuration(work, run).run()
         verb = "encode" if self.name == "latents" else f"train {self.name}"
         given = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
-        return f"fibldm {verb} --data {work} --run {run}{given}{as_options(self.overrides)}"
+        folders = f"--data {shlex.quote(str(work))} --run {shlex.quote(str(run))}"
+        return f"fibldm {verb} {folders}{given}{as_options(self.overrides)}"
 
     def configuration(self, work: Path, run: Path) -> Configuration:
         """The checked configuration of the stage."""
@@ -147,27 +179,24 @@ def pipeline(
 
     Args:
         source: the dataset, as `fibldm.volumes.preparation.prepare` takes it.
-        out: gets ``work``, ``run``, ``synthetic``, ``bundle`` and, to measure utility, ``synthetic_training``.
+        out: gets ``work``, ``run``, ``synthetic``, ``bundle`` and, to measure utility, ``synthetic_training``; words of
+            ``out/bundle/export.yaml`` go into the bundle.
         recipe: what each step does; all of it is checked before the first one.
         settings: of the export.
         workers: processes that prepare at the same time.
         say: where the headlines go.
 
     Returns:
-        ``outputs``, the bundle's folder among them, and ``checks`` by name.
+        ``outputs``, the bundle's folder among them, and what each of the ``checks`` saw, by name.
 
     Raises:
         FibldmError: the recipe, the data or a step was refused, or the bundle is not what it promises.
     """
     work, run, bundle = out / "work", out / "run", out / "bundle"
-    steps, prepared, sampling = recipe.stages(), recipe.prepare_settings, recipe.sampling
-    for name in recipe.measure:
-        if name not in MEASUREMENTS:
-            raise unknown_choice("measure", name, MEASUREMENTS)
-    for step in steps:
-        step.configuration(work, run)
+    steps, preparation, drawing = recipe.stages(), recipe.preparation, recipe.drawing
+    _check(recipe, steps, settings, out)
     say(f"1/6 prepare: {source} into {work}")
-    report = prepare(source, work, prepared, workers=workers)
+    report = prepare(source, work, preparation, workers=workers)
     for line in (*map(str, report.findings), *(f"note: {note}" for note in report.notes)):
         say(line)
     commands = []
@@ -175,9 +204,9 @@ def pipeline(
         say(f"2/6 {step.name}")
         commands.append(step.run(work, run))
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
-    _synthesize(run, work, "test", out / "synthetic", recipe, sampling)
+    _synthesize(run, work, "test", out / "synthetic", drawing)
     say("4/6 evaluate")
-    _measure(run, work, out, recipe, sampling, say)
+    _measure(run, work, out, recipe, drawing, say)
     say(f"5/6 export: {bundle}")
     export(run, bundle, settings)
     say("6/6 verify, in a fresh process")
@@ -190,37 +219,64 @@ def pipeline(
     say("\n".join(["", f"bundle: {bundle}", "", "The training, step by step:", *(f"  {line}" for line in commands)]))
     return {
         "outputs": [str(bundle), str(run), str(out / "synthetic")],
-        "checks": {check.name: True for check in checks},
+        "checks": {check.name: check.saw for check in checks},
     }
 
 
 def as_options(overrides: Mapping[str, Any]) -> str:
-    """Changes of a configuration as options of a command line."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in overrides.items()}
-    return "".join(f" --set {shlex.quote(f'{key}={text}')}" for key, text in texts.items())
+    """Changes of a configuration as options of a command line; read again, they are the same."""
+
+    def text(value: Any) -> str:
+        plain = isinstance(value, str) and yaml.safe_load(value) == value
+        return str(value) if plain else json.dumps(value)
+
+    return "".join(f" --set {shlex.quote(f'{key}={text(value)}')}" for key, value in overrides.items())
 
 
-def _synthesize(run: Path, work: Path, split: str, out: Path, recipe: Recipe, sampling: SamplingSettings) -> None:
+def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettings, out: Path) -> None:
+    """Refuse what would be refused hours later."""
+    work, run = out / "work", out / "run"
+    for name in recipe.measure:
+        if name not in MEASUREMENTS:
+            raise unknown_choice("measure", name, MEASUREMENTS)
+    configurations = {step.name: step.configuration(work, run) for step in steps}
+    TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
+    words = Words.read(out / "bundle" / WORDS)
+    licence_notice(settings.licence, settings.licence_file, words.attribution)
+    if recipe.controlnet is not None:
+        return
+    if (run / "controlnet").exists():
+        raise FibldmError(
+            f"the recipe has no ControlNet, and {run} has one, which would be used", "choose another --out folder"
+        )
+    diffusion = configurations["diffusion"]
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in diffusion.files]))
+    if diffusion.overrides.get("mask_way", parser.get("mask_way")) is None:
+        raise FibldmError(
+            "without a ControlNet, stage 2 must see the mask; its mask_way is null",
+            "put mask_concat or mask_spade into its configs",
+        )
+
+
+def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) -> None:
     masks = [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
-    others = {key: recipe.synthesize[key] for key in _OF_SYNTHESIS if key in recipe.synthesize}
-    synthesize_files(run, masks, out, count=1, settings=sampling, **others)
+    try:
+        synthesize_files(
+            run,
+            masks,
+            out,
+            count=1,
+            settings=drawing.sampling,
+            batch_size=drawing.batch_size,
+            allow_extrapolation=drawing.allow_extrapolation,
+        )
+    except VolumeLiesThere as error:
+        raise FibldmError(error.message, f"move {out} away and run the same command again; training is kept") from error
 
 
-def _measure(
-    run: Path, work: Path, out: Path, recipe: Recipe, sampling: SamplingSettings, say: Callable[[str], None]
-) -> None:
+def _measure(run: Path, work: Path, out: Path, recipe: Recipe, drawing: Drawing, say: Callable[[str], None]) -> None:
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.segmenter, "say": say}
     evaluate([name for name in recipe.measure if name in OF_ANY_MASKS], synthetic=out / "synthetic", **given)
     if "utility" in recipe.measure:
-        _synthesize(run, work, "training", out / "synthetic_training", recipe, sampling)
+        _synthesize(run, work, "training", out / "synthetic_training", drawing)
         evaluate(["utility"], synthetic=out / "synthetic_training", **given)
-
-
-def _refuse_unknown(step: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise unknown_choice(f"{step} option", key, known)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

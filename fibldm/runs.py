@@ -80,7 +80,7 @@ class StageFolder:
         config = json.loads(json.dumps(config, default=str))  # tuples and paths as they are read back
         if self.path.exists() and restart:
             self.path.rename(_free_name(self.path))
-        if (self.path / "inputs.json").exists():
+        if (self.path / "inputs.json").exists() and not self._is_untouched():
             self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive(config), "inputs": inputs})
             done = self.done()
             if done and done["epochs"] >= config.get("epochs", 0):
@@ -173,6 +173,10 @@ class StageFolder:
             raise FibldmError(f"{file} must be a readable checkpoint; {error}", "train this stage again") from error
         return content
 
+    def _is_untouched(self) -> bool:
+        """Whether the stage was claimed, and then refused before it did anything."""
+        return {file.name for file in self.path.iterdir()} <= {"config.yaml", "inputs.json", "log.txt"}
+
     def _refuse_change(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         old, new = _flatten(before), _flatten(now)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -213,11 +217,13 @@ def _untracked(value: Any) -> Any:
     """Without the handlers that MONAI's --tracking adds to engines."""
     if not isinstance(value, Mapping):
         return value
-    return {
-        key: _untracked(part)
-        for key, part in value.items()
-        if not (key in _TRACKED and [*{handler.get("_target_") for handler in part}] == ["MLFlowHandler"])
-    }
+    return {key: _untracked(part) for key, part in value.items() if not (key in _TRACKED and _is_tracking(part))}
+
+
+def _is_tracking(handlers: Any) -> bool:
+    return isinstance(handlers, list) and all(
+        isinstance(handler, Mapping) and handler.get("_target_") == "MLFlowHandler" for handler in handlers
+    )
 
 
 def hash_weights(state: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
+from monai.optimizers.lr_scheduler import WarmupCosineSchedule
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +19,7 @@ from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.runs import StageFolder
 from fibldm.training.configuration import Configuration
 from fibldm.training.draws import take_subset
+from fibldm.training.handlers import Schedule
 from fibldm.training.initialise import freeze, initialise, rate_groups, read_weights
 from fibldm.training.precision import gradient_scaler, store_channels_last
 
@@ -128,33 +131,47 @@ def test_d4_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
 
 
 def test_d4_layers_have_rates_of_their_own() -> None:
-    """D4: the first pattern that fits counts; what is not trained is in no group."""
+    """D4: shares of all patterns that fit are multiplied, in any order; what is not trained is in no group."""
     made = network()
     made[0].bias.requires_grad_(False)
-    groups = rate_groups(made, 0.1, {"1.*": 0.5, "*.weight": 0.1}, beside=nn.Linear(1, 1))
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.05, 0.01])
-    assert [len(group["params"]) for group in groups] == [2, 2, 1]
-    assert groups[2]["params"][0] is made[0].weight
+    for shares in ({"1.*": 0.5, "*.weight": 0.1}, {"*.weight": 0.1, "1.*": 0.5}):
+        groups = rate_groups(made, 0.1, shares, beside=nn.Linear(1, 1))
+        assert [group["share"] for group in groups] == pytest.approx([1, 0.5, 0.1, 0.05])
+        assert [len(group["params"]) for group in groups] == [2, 1, 1, 1]
+        assert groups[2]["params"][0] is made[0].weight
 
 
-@pytest.mark.parametrize("factors", [{"2.*": 0.5}, {"*.bias": 0.0}])
-def test_d4_rates_of_nothing_are_refused(factors: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"2.*": 0.5}, r"layer_rates must name weights .*'2\.\*' fits none"),
+        ({"*.bias": 0.0}, "a share of the learning rate, a number above 0"),
+        ({"*.bias": "1e-3"}, "write 0.001 rather than 1e-3"),
+        (["*.bias"], "layer_rates must give names"),
+    ],
+)
+def test_d4_rates_of_nothing_are_refused(shares: Any, message: str) -> None:
     """D4."""
-    with pytest.raises(FibldmError, match="layer_rates must give names of trained weights a share above 0"):
-        rate_groups(network(), 0.1, factors)
+    with pytest.raises(FibldmError, match=message):
+        rate_groups(network(), 0.1, shares)
 
 
-def test_d4_a_schedule_follows_every_rate(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
-    """D4: with a rate of nearly 0 for the encoder, it stays where it was."""
-    settings = {"init_from": str(tiny_run), "layer_rates": {"*encoder*": 1e-9}}
-    tiny_stage("autoencoder", tmp_path / "run", **settings).run()
-    after, before = (
-        StageFolder(run, "autoencoder").trained(device="cpu").state_dict() for run in (tmp_path / "run", tiny_run)
+def test_d4_shares_hold_from_the_first_step_to_the_last() -> None:
+    """D4: in warm-up, in the middle, and where the schedule ends at a floor."""
+    made = network()
+    optimizer = torch.optim.SGD(rate_groups(made, 0.1, {"1.*": 0.01}))
+    schedule = Schedule(
+        WarmupCosineSchedule(optimizer, warmup_steps=4, t_total=20, end_lr=0.001, warmup_multiplier=0.1)
     )
-    for name in before:
-        if "encoder" in name:
-            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
-    assert any(not torch.allclose(after[name], before[name], rtol=0, atol=1e-4) for name in before)
+    engine, rates = Engine(lambda engine, batch: None), []
+    schedule.attach(engine)
+    engine.add_event_handler(
+        Events.ITERATION_STARTED, lambda: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    engine.run([0] * 10, max_epochs=2)
+    assert [rate for rate, _ in rates][:5] == pytest.approx([0.01, 0.0325, 0.055, 0.0775, 0.1])
+    assert rates[-1][0] == pytest.approx(0.001, rel=0.2)
+    assert [slow / fast for fast, slow in rates] == pytest.approx([0.01] * 20)
 
 
 # --- a share of the patients

@@ -1,5 +1,6 @@
 """Low-rank adaptation: the network begins as it was, few numbers move it, what is kept is a network as any other."""
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -10,9 +11,11 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.low_rank import add_low_rank, merged_state
+from fibldm.models.activation_checkpointing import checkpoint_activations
+from fibldm.models.low_rank import add_low_rank, merged_state, plain_name
 from fibldm.runs import StageFolder
 from fibldm.training.configuration import Configuration
+from fibldm.training.initialise import rate_groups
 
 TinyStage = Callable[..., Configuration]
 
@@ -39,7 +42,7 @@ def test_d4_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
     count = add_low_rank(adapted, 2, ["*"])
     assert torch.equal(apply(adapted), apply(plain))
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
-    assert trained and all(name.endswith((".up", ".down")) for name in trained)
+    assert trained and all(name.endswith((".lora_a", ".lora_b")) for name in trained)
     assert 0 < count < 0.25 * sum(weight.numel() for weight in plain.parameters())
 
 
@@ -65,28 +68,48 @@ def test_d4_some_weights_get_updates_some_are_trained_as_they_are() -> None:
     """D4: what was frozen before stays so."""
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     network[2].weight.requires_grad_(False)
-    add_low_rank(network, 1, ["0.*", "2.*"], full=["1.*"])
+    add_low_rank(network, 1, ["0.*"], full=["1.*"])
     trained = [name for name, weight in network.named_parameters() if weight.requires_grad]
-    assert trained == ["0.parametrizations.weight.0.down", "0.parametrizations.weight.0.up", "1.weight", "1.bias"]
+    assert trained == ["0.parametrizations.weight.0.lora_a", "0.parametrizations.weight.0.lora_b", "1.weight", "1.bias"]
 
 
 def test_d4_the_sum_is_one_of_float32_under_autocast() -> None:
     """D4: what is trained under autocast is what is kept."""
     network = nn.Sequential(nn.Linear(64, 64))
     add_low_rank(network, 4, ["*"])
-    nn.init.normal_(network[0].parametrizations.weight[0].up)
+    nn.init.normal_(network[0].parametrizations.weight[0].lora_b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(network[0].weight, merged_state(network)["0.weight"])
 
 
-def test_d4_what_cannot_be_adapted_is_refused() -> None:
-    """D4."""
-    with pytest.raises(FibldmError, match="lora_rank must be at least 1, or 0 for none; got -1"):
-        add_low_rank(unet(), -1, ["*"])
-    with pytest.raises(
-        FibldmError, match=r"\['attention\*'\] fits none; they have names such as conv_in\.conv\.weight"
-    ):
-        add_low_rank(unet(), 1, ["attention*"])
+@pytest.mark.parametrize(
+    ("rank", "patterns", "full", "message"),
+    [
+        (-1, ["*"], [], "lora_rank must be a whole number of at least 1, or 0 for none; got -1"),
+        (1.5, ["*"], [], "lora_rank must be a whole number of at least 1, or 0 for none; got 1.5"),
+        (1, ["*", "attention*"], [], r"'attention\*' fits none; they have names such as conv_in\.conv\.weight"),
+        (1, "conv_in*", [], r"lora_weights must be a list of names; got 'conv_in\*'"),
+        (1, ["*"], ["nothing.*"], r"lora_full must name weights .*'nothing\.\*' fits none"),
+    ],
+)
+def test_d4_what_cannot_be_adapted_is_refused(rank: int, patterns: list[str], full: list[str], message: str) -> None:
+    """D4: before anything is changed."""
+    network = unet()
+    with pytest.raises(FibldmError, match=message):
+        add_low_rank(network, rank, patterns, full)
+    assert network.state_dict().keys() == unet().state_dict().keys()
+
+
+def test_d4_updates_and_activation_checkpointing_go_together() -> None:
+    """D4, C14: the names of what is kept, and those that patterns see, are of the network itself."""
+    plain, adapted = unet(), unet()
+    add_low_rank(adapted, 2, ["*"])
+    checkpoint_activations(adapted)
+    plain.load_state_dict(merged_state(adapted))
+    names = {plain_name(name) for name, _ in adapted.named_parameters()}
+    assert names == dict(unet().named_parameters()).keys()
+    groups = rate_groups(adapted, 0.1, {"down_blocks.0.resnets.0.conv1.*": 0.5})
+    assert [(group["share"], len(group["params"])) for group in groups][1:] == [(0.5, 2)]
 
 
 def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
@@ -102,6 +125,30 @@ def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
     after, before = (part.trained(device="cpu").state_dict() for part in (made, given))
     moved = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
     assert moved and all(torch.linalg.matrix_rank(move.flatten(1), rtol=1e-2) <= 1 for move in moved.values())
+
+
+def test_d4_weights_that_are_not_given_are_trained_in_full(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
+) -> None:
+    """D4: new inputs, which nothing was learned for, do not stay as they were drawn."""
+    settings = {"init_from": str(tiny_run), "init_strict": False, "lora_rank": 1}
+    with pytest.raises(
+        FibldmError, match=r"does not have must be trained in full; unet\.conv_in\.conv\.weight would stay"
+    ):
+        tiny_stage("diffusion", prepared(tiny_run, tmp_path), "mask_concat", **settings).run()
+    # what was refused has begun nothing
+    settings["lora_full"] = ["unet.conv_in.*"]
+    tiny_stage("diffusion", tmp_path / "run", "mask_concat", **settings).run()
+    stage = StageFolder(tmp_path / "run", "diffusion")
+    after, before = stage.trained(device="cpu").state_dict(), StageFolder(tiny_run, "diffusion").trained(device="cpu")
+    assert after["unet.conv_in.conv.weight"].shape != before.state_dict()["unet.conv_in.conv.weight"].shape
+
+
+def prepared(tiny_run: Path, folder: Path) -> Path:
+    """A run whose latents are there."""
+    for stage in ("autoencoder", "latents"):
+        shutil.copytree(tiny_run / stage, folder / "run" / stage)
+    return folder / "run"
 
 
 def test_d4_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:

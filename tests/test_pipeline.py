@@ -1,6 +1,7 @@
 """From a dataset to a bundle by one command: recipes are checked before anything runs, and what is done is skipped."""
 
 import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def refuse(*_: object) -> None:
 def test_h6_shipped_recipes_can_be_followed(name: str) -> None:
     """H6: every step's options and configuration keys exist."""
     recipe = Recipe.read(name, overrides={})
-    assert recipe.prepare_settings and recipe.sampling
+    assert recipe.preparation and recipe.drawing
     assert [step.configuration(Path("work"), Path("run")) for step in recipe.stages()]
     assert f"--recipe {name} " in (configs_folder() / f"{name}.yaml").read_text()
 
@@ -50,23 +51,33 @@ def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
         ("latents", {"views": 2}),
         ("diffusion", {"epochs": 5, "mask_detail": 4}),
     ]
-    assert recipe.sampling.steps == 7 and recipe.prepare_settings.modality == "ct"
+    assert recipe.drawing.sampling.steps == 7 and recipe.preparation.modality == "ct"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            {"difusion::epochs": 3},
-            "step of a recipe must be one of autoencoder, configs, .*got 'difusion'",
-        ),
-        ({"diffusion": 3}, "diffusion of a recipe must be a dict; got 3"),
-        ({"autoencoder": None}, "autoencoder of a recipe must be a dict; got None"),
+        ({"difusion::epochs": 3}, "step of a recipe must be one of configs, prepare, .*got 'difusion'"),
+        ({"diffusion": 3}, "step of a recipe diffusion must be a mapping from a text to any value; got 3"),
+        ({"autoencoder": None}, "step of a recipe autoencoder must be a mapping"),
+        ({"measure::0": "copies"}, "step of a recipe measure must be a list of values, each a text"),
+        ({"configs": "tiny"}, "step of a recipe configs must be a list of values, each a text; got 'tiny'"),
+        ({"diffusion": {1: 2}}, "a mapping from a text"),
+        ({"diffusion::configs": "mask_concat"}, "configs of diffusion must be a list of names; got 'mask_concat'"),
         ({"diffusion::epohcs": 3}, "configuration key 'epohcs' is not known"),
-        ({"prepare::modalty": "ct"}, "prepare option must be one of layout, .*got 'modalty'"),
-        ({"synthesize::step": 5}, "synthesize option must be one of .*got 'step'"),
+        ({"segmenter::epohcs": 3}, "configuration key 'epohcs' is not known"),
+        ({"prepare::modalty": "ct"}, "option of prepare must be one of layout, .*got 'modalty'"),
+        ({"prepare::keep_columns": "age"}, "option of prepare keep_columns must be a list of values, each a text"),
+        ({"prepare::skip_bad": "maybe"}, "option of prepare skip_bad must be true or false; got 'maybe'"),
+        ({"prepare::seed": None}, "option of prepare seed must be a whole number; got None"),
+        ({"prepare::window": [1, 2, 3]}, "a list of 2 values, each a number or null"),
+        ({"prepare::labels": {"a": "b"}}, "a mapping from a whole number to a text"),
+        ({"synthesize::step": 5}, "option of synthesize must be one of .*got 'step'"),
+        ({"synthesize::steps": "abc"}, "option of synthesize steps must be a whole number; got 'abc'"),
         ({"synthesize::steps": 0}, "steps must be at least 1"),
+        ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
+        ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
     ],
 )
 def test_h6_mistakes_are_refused_before_anything_is_written(
@@ -79,6 +90,22 @@ def test_h6_mistakes_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_h6_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None:
+    """H6: the licence, the words, and a ControlNet that the recipe does not know of."""
+    recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={})
+    with pytest.raises(FibldmError, match="--license must be the SPDX identifier"):
+        pipeline(tmp_path / "absent", tmp_path / "out", recipe, ExportSettings("mine"), say=quiet)
+    (tmp_path / "out" / "bundle").mkdir(parents=True)
+    (tmp_path / "out" / "bundle" / "export.yaml").write_text("titel: mine")
+    with pytest.raises(FibldmError, match=r"export\.yaml must hold some of title"):
+        pipeline(tmp_path / "absent", tmp_path / "out", recipe, CC0, say=quiet)
+    (tmp_path / "other" / "run" / "controlnet").mkdir(parents=True)
+    concat = {"controlnet": None, "diffusion::configs": ["mask_concat"]}
+    recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides=concat)
+    with pytest.raises(FibldmError, match="the recipe has no ControlNet, and .*run has one"):
+        pipeline(tmp_path / "absent", tmp_path / "other", recipe, CC0, say=quiet)
+
+
 def test_h6_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """H6."""
     given = ["pipeline", str(tmp_path), "--out", str(tmp_path / "out"), "--license", "CC0-1.0"]
@@ -86,11 +113,22 @@ def test_h6_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[
     assert "configuration must be one of" in capsys.readouterr().err
 
 
-def test_changes_are_quoted_as_a_shell_wants_them() -> None:
-    given = {"epochs": 3, "mask": "a b", "label_weights": {"4": 4}, "snr_gamma": None, "wavelet": True}
-    assert as_options(given) == (
-        """ --set epochs=3 --set 'mask=a b' --set 'label_weights={"4": 4}' --set snr_gamma=null --set wavelet=true"""
-    )
+def test_changes_come_back_as_they_were() -> None:
+    """Through a shell and YAML."""
+    given = {
+        "epochs": 3,
+        "mask": "a b",
+        "steps": "3",
+        "nothing": "null",
+        "label_weights": {"4": 4},
+        "layer_rates": {"*": 1e-05},
+        "snr_gamma": None,
+        "wavelet": True,
+        "sizes": [1, 2.5],
+    }
+    words = shlex.split(as_options(given))
+    assert words[::2] == ["--set"] * len(given)
+    assert parse_overrides(words[1::2]) == given
 
 
 # --- all of it
@@ -121,3 +159,6 @@ def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
     before = {file: file.stat().st_mtime_ns for file in files}
     assert run(command) == 0
     assert {file: file.stat().st_mtime_ns for file in files} == before
+    capsys.readouterr()
+    assert run([*command, "--set", "synthesize::steps=1"]) == 2
+    assert re.search(r"lies there already.*move .*synthetic away", " ".join(capsys.readouterr().err.split()))

@@ -11,6 +11,9 @@ def pipeline(
     source: Annotated[Path, typer.Argument(help="Dataset, as `fibldm prepare` takes it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of everything: work, run, synthetic, bundle.")],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
+    license_file: Annotated[
+        Path | None, typer.Option(help="Text of the licence, where FibLDM does not know it.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Path, or name of a shipped recipe: what each step does; else the defaults.")
     ] = None,
@@ -22,7 +25,7 @@ def pipeline(
     ] = [],
     half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
 ) -> dict[str, Any]:
-    """Prepare, train all stages, synthesize, measure, export and verify; what is finished is skipped."""
+    """Prepare, train all stages, synthesize, measure, export and verify; what was trained and drawn is kept."""
     from fibldm.cli.output import log_to_standard_error
     from fibldm.delivery.export import ExportSettings
     from fibldm.pipeline import Recipe
@@ -31,5 +34,5 @@ def pipeline(
 
     log_to_standard_error()
     chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides))
-    settings = ExportSettings(license, half=half, name=out.resolve().name)
+    settings = ExportSettings(license, license_file, half=half, name=out.resolve().name)
     return run_pipeline(source, out, chosen, settings, workers=len(os.sched_getaffinity(0)))

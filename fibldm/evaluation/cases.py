@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file, hash_value
-from fibldm.runs import load_facts
+from fibldm.runs import STAGES, load_facts
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
@@ -93,8 +93,14 @@ class Evaluated:
         """A bundle, and the work folder it was trained on; measurements go to ``out/evaluation``.
 
         Raises:
-            FibldmError: it is no bundle of ``fibldm export``, or was trained on the data of another work folder.
+            FibldmError: it is no bundle of ``fibldm export``, or was trained on the data of another work folder, or
+                ``out`` is a run, whose own figures lie there.
         """
+        if stages := [stage for stage in STAGES if (Path(out) / stage).exists()]:
+            raise FibldmError(
+                f"figures of a bundle need a folder of their own; {out} is a run with {', '.join(stages)}",
+                "name another folder",
+            )
         with open_bundle(bundle) as opened:
             return cls._of(opened.facts, bundle, work, run_dir=out)
 

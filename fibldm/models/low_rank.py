@@ -6,7 +6,8 @@ they always had.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from fibldm.errors import FibldmError
+
+_WRAPPED = "_checkpoint_wrapped_module."  # as torch's activation checkpointing calls what is inside
+_PARTS = re.compile(r"\.parametrizations\.weight\.(original|0\.lora_[ab])$")
 
 
 class LowRankUpdate(nn.Module):
@@ -29,13 +33,13 @@ class LowRankUpdate(nn.Module):
         super().__init__()
         rows, columns = shape[0], math.prod(shape[1:])
         rank = min(rank, rows, columns)
-        self.down = nn.Parameter(torch.empty(rank, columns))
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.lora_a = nn.Parameter(torch.empty(rank, columns))
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):  # the sum that is kept is one of float32
-            return weight + (self.up @ self.down).view_as(weight)
+            return weight + (self.lora_b @ self.lora_a).view_as(weight)
 
 
 def add_low_rank(network: nn.Module, rank: int, patterns: Sequence[str], full: Sequence[str] = ()) -> int:
@@ -51,21 +55,19 @@ def add_low_rank(network: nn.Module, rank: int, patterns: Sequence[str], full: S
         How many numbers are trained.
 
     Raises:
-        FibldmError: the rank is less than 1, or patterns fit no weight.
+        FibldmError: the rank is no whole number of at least 1, or a pattern fits no weight.
     """
-    if rank < 1:
-        raise FibldmError(f"lora_rank must be at least 1, or 0 for none; got {rank}")
-    layers = {f"{name}.weight": layer for name, layer in _layers(network) if layer.weight.requires_grad}
-    chosen = {name: layer for name, layer in layers.items() if _fits(name, patterns) and not _fits(name, full)}
-    if not chosen:
-        raise FibldmError(
-            f"lora_weights must name weights of linear or convolutional layers; {list(patterns)} fits none",
-            f"they have names such as {', '.join(list(layers)[:5])}" if layers else "unfreeze some",
-        )
-    for name, weight in network.named_parameters():
-        weight.requires_grad_(weight.requires_grad and _fits(name, full))
-    for layer in chosen.values():
-        parametrize.register_parametrization(layer, "weight", LowRankUpdate(layer.weight.shape, rank))
+    if not isinstance(rank, int) or rank < 1:
+        raise FibldmError(f"lora_rank must be a whole number of at least 1, or 0 for none; got {rank!r}")
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    require_fits("lora_full", full, trained)
+    layers = {name: layer for name, layer in _layers(network) if name in trained and not fits(name, full)}
+    require_fits("lora_weights", patterns, layers, "weights of linear or convolutional layers")
+    for name, weight in trained.items():
+        weight.requires_grad_(fits(name, full))
+    for name, layer in layers.items():
+        if fits(name, patterns):
+            parametrize.register_parametrization(layer, "weight", LowRankUpdate(layer.weight.shape, rank))
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
@@ -74,17 +76,40 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(network.state_dict())
     for name, layer in network.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
-            before = f"{name}.parametrizations.weight."
-            state = {key: value for key, value in state.items() if not key.startswith(before)}
-            state[f"{name}.weight"] = layer.weight.detach()
+            name = plain_name(name + ".")
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}parametrizations.")}
+            state[f"{name}weight"] = layer.weight.detach()
     return state
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight in a network without updates of low rank and without activation checkpointing."""
+    return _PARTS.sub(".weight", name.replace(_WRAPPED, ""))
+
+
+def fits(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of shell-style patterns fits the name of a weight."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_fits(key: str, patterns: Sequence[str], names: Iterable[str], what: str = "weights") -> None:
+    """Make sure that every pattern of a configuration's key fits a name.
+
+    Raises:
+        FibldmError: one does not, or the patterns are a text.
+    """
+    names = list(names)
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise FibldmError(f"{key} must be a list of names; got {patterns!r}", "write it in brackets")
+    for pattern in patterns:
+        if not any(fits(name, [pattern]) for name in names):
+            raise FibldmError(
+                f"{key} must name {what} of the network that are trained; {pattern!r} fits none",
+                f"they have names such as {', '.join(names[:5])}" if names else "unfreeze some",
+            )
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear | _ConvNd]]:
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear | _ConvNd):
-            yield name, layer
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+            yield f"{name}.weight", layer

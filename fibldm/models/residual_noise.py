@@ -4,8 +4,8 @@ A decoder gives the middle of what a volume may be, given its latent. Grain that
 above all, is missing from it, and a volume without it is smoother than any real one. Drawing from the likelihood
 ``p(x | z)`` instead of taking its middle gives it back. Kingma & Welling 2014, "Auto-encoding variational Bayes",
 appendix C.2, have a Gaussian likelihood without correlation. Here its standard deviation depends on what was decoded:
-on the value, as noise of CT and MRI does, and on how steep it is nearby, as a decoder is less sure of edges. It also has
-a power spectrum of its own. All of it is measured on what is left of training cases after their reconstruction.
+on the value, as noise of CT and MRI does, and on how steep it is nearby, as a decoder is less sure of edges. It has a
+power spectrum of its own, too. All of it is measured on what is left of training cases after their reconstruction.
 """
 
 import math

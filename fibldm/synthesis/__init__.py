@@ -5,8 +5,16 @@
 * ``outputs``: mask files in, marked files out
 """
 
-from fibldm.synthesis.outputs import Output, synthesize_files
+from fibldm.synthesis.outputs import Output, VolumeLiesThere, synthesize_files
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.synthesis.synthesizer import Synthesis, Synthesizer, Wanted
 
-__all__ = ["Output", "SamplingSettings", "Synthesis", "Synthesizer", "Wanted", "synthesize_files"]
+__all__ = [
+    "Output",
+    "SamplingSettings",
+    "Synthesis",
+    "Synthesizer",
+    "VolumeLiesThere",
+    "Wanted",
+    "synthesize_files",
+]

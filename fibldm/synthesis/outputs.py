@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
 
 
+class VolumeLiesThere(FibldmError):
+    """Another volume has the name of one that is to be written."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Where and how the volumes of a synthesizer are written.
@@ -79,12 +83,12 @@ class Output:
         path, name = self.path(mask_file, number), f"{mask_stem(mask_file)}_{number:03d}"
         other = self.folder / (name if self.dicom is None else f"{name}.nii.gz")
         if other.exists():
-            raise FibldmError(f"{other} lies there already, in another format", "choose another --out folder")
+            raise VolumeLiesThere(f"{other} lies there already, in another format", "choose another --out folder")
         if not path.exists():
             return False
         there = read_json(sidecar(path))
         if any(there.get(key) != value for key, value in self._request(mask_file, number).items()):
-            raise FibldmError(
+            raise VolumeLiesThere(
                 f"{path} lies there already and was made from another mask, run or settings",
                 "choose another --out folder",
             )

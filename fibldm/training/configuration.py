@@ -25,7 +25,15 @@ STAGE_FILES = {
 }
 
 _GRID = {"spacing", "size"}
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose ``1e-4`` is a number, as it is for MONAI, and not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         if not sign or not key:
             raise FibldmError(f"--set needs key::sub=value; got {assignment!r}")
         try:
-            overrides[key] = float(value) if _SCIENTIFIC.fullmatch(value) else yaml.safe_load(value)
+            overrides[key] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise FibldmError(f"--set needs a YAML value; got {assignment!r}: {error}") from error
     return overrides

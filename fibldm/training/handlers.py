@@ -100,16 +100,17 @@ class Schedule:
         self.scheduler = scheduler
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.place)
+        engine.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, self.place)
 
     def place(self, engine: Engine) -> None:
         """Set the rate of the next step.
 
-        It comes from the schedule and not from the checkpoint, as more epochs make it another one.
+        It comes from the schedule and not from the checkpoint, as more epochs make it another one. A group of weights
+        may have a ``share`` of it.
         """
         self.scheduler.last_epoch = steps_done(engine)
         for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
 
 class ClipGradient:

@@ -1,9 +1,9 @@
 """Where training begins: weights of another network, and which weights stay as they are."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.activation_checkpointing import checkpoint_activations
+from fibldm.models.low_rank import add_low_rank, fits, plain_name, require_fits
+from fibldm.training.precision import store_channels_last
 
 _logger = logging.getLogger("fibldm")
 
@@ -107,6 +110,33 @@ def read_weights(source: Path, stage: str = "") -> dict[str, Tensor]:
     return weights
 
 
+def ready(network: nn.Module, options: Callable[[str], Any]) -> list[str]:
+    """Make a network what a stage trains: some weights frozen, others adapted, its blocks and memory as asked for.
+
+    Args:
+        network: changed in place.
+        options: values of ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``, ``channels_last`` and
+            ``activation_checkpointing``.
+
+    Returns:
+        What is worth to be said.
+
+    Raises:
+        FibldmError: an option cannot be followed.
+    """
+    said = []
+    if options("freeze"):
+        said.append(f"{freeze(network, options('freeze'))} weights are frozen")
+    if rank := options("lora_rank"):
+        trained = add_low_rank(network, rank, options("lora_weights"), options("lora_full"))
+        said.append(f"{trained} numbers are trained in updates of rank {rank}")
+    if options("channels_last"):
+        store_channels_last(network)
+    if options("activation_checkpointing"):
+        checkpoint_activations(network)
+    return said
+
+
 def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
     """Take weights out of training by their names.
 
@@ -121,13 +151,8 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
         FibldmError: a pattern fits no name, or nothing is left to train.
     """
     named = dict(network.named_parameters())
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise FibldmError(
-                f"freeze must name weights of the network; {pattern!r} fits none",
-                f"they have names such as {', '.join(list(named)[:_SHOWN])}",
-            )
-    frozen = [weight for name, weight in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    require_fits("freeze", patterns, named)
+    frozen = [weight for name, weight in named.items() if fits(name, patterns)]
     for weight in frozen:
         weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in named.values()):
@@ -136,36 +161,38 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def rate_groups(
-    network: nn.Module, rate: float, factors: Mapping[str, float], *, beside: nn.Module | None = None
+    network: nn.Module, rate: float, shares: Mapping[str, float], *, beside: nn.Module | None = None
 ) -> list[dict[str, Any]]:
-    """What is trained, in groups of one learning rate each, as optimizers of torch take them.
+    """What is trained, in groups of one share of the learning rate each, as optimizers of torch take them.
+
+    `fibldm.training.handlers.Schedule` follows the shares.
 
     Args:
         network: its weights that are trained.
         rate: of weights that no pattern fits.
-        factors: share of the rate by shell-style names of weights; the first that fits counts.
+        shares: of the rate by shell-style names of weights; those of all patterns that fit are multiplied.
         beside: more weights that are trained, such as those of a loss.
 
     Raises:
-        FibldmError: a pattern fits no weight that is trained, or a share is not above 0.
+        FibldmError: a pattern fits no weight that is trained, or a share is no number above 0.
     """
-    groups: dict[str, dict[str, Any]] = {
-        pattern: {"params": [], "lr": rate * factor} for pattern, factor in factors.items()
-    }
-    rest = [] if beside is None else list(beside.parameters())
-    for name, weight in network.named_parameters():
-        if weight.requires_grad:
-            pattern = next((pattern for pattern in groups if fnmatchcase(name, pattern)), None)
-            (rest if pattern is None else groups[pattern]["params"]).append(weight)
-    for pattern, group in groups.items():
-        if not group["params"] or not group["lr"] > 0:
-            raise FibldmError(
-                f"layer_rates must give names of trained weights a share above 0; {pattern!r} fits "
-                f"{len(group['params'])} and has {factors[pattern]}",
-                "freeze what is not to be trained" if group["params"] else "check the names",
-            )
-    first = [{"params": rest, "lr": rate}] if rest else []
-    return [*first, *groups.values()]
+    numbers = isinstance(shares, Mapping) and all(isinstance(share, int | float) for share in shares.values())
+    if not numbers or not all(0 < share < math.inf for share in shares.values()):
+        raise FibldmError(
+            f"layer_rates must give names of weights a share of the learning rate, a number above 0; got {shares}",
+            "write 0.001 rather than 1e-3, which YAML reads as text; freeze what is not to be trained",
+        )
+    trained = [(plain_name(name), weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    require_fits("layer_rates", list(shares), [name for name, _ in trained])
+    groups: dict[float, list[nn.Parameter]] = {1.0: [] if beside is None else list(beside.parameters())}
+    for name, weight in trained:
+        share = math.prod(float(shares[pattern]) for pattern in sorted(shares) if fits(name, [pattern]))
+        groups.setdefault(share, []).append(weight)
+    return [
+        {"params": weights, "lr": rate, "share": share}
+        for share, weights in sorted(groups.items(), reverse=True)
+        if weights
+    ]
 
 
 def _file_of(source: Path, stage: str) -> Path:

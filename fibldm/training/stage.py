@@ -12,14 +12,13 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.models.low_rank import add_low_rank
+from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
 from fibldm.training.handlers import ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
-from fibldm.training.initialise import freeze, initialise
-from fibldm.training.precision import allow_tf32, store_channels_last
+from fibldm.training.initialise import initialise, ready
+from fibldm.training.precision import allow_tf32
 from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")
@@ -114,25 +113,21 @@ class Stage:
     def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
         get = parser.get_parsed_content
         allow_tf32(bool(get("tf32")))
+        if get("lora_rank") and not get("init_from"):
+            raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
         if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
-            initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
-        if get("freeze"):
-            _logger.info("%s: %d weights are frozen", self.folder.name, freeze(network, get("freeze")))
-        if get("lora_rank"):
-            self._adapt(network, parser)
-        if get("channels_last"):
-            store_channels_last(network)
-        if get("activation_checkpointing"):
-            checkpoint_activations(network)
+            report = initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
+            new = [*report.missing, *(name for name, *_ in report.other_shapes)]
+            if get("lora_rank") and (still := [name for name in new if not fits(name, get("lora_full"))]):
+                raise FibldmError(
+                    f"weights that {get('init_from')} does not have must be trained in full; {', '.join(still[:5])} "
+                    "would stay as they were drawn",
+                    "name them in lora_full",
+                )
+        for said in ready(network, get):
+            _logger.info("%s: %s", self.folder.name, said)
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
-
-    def _adapt(self, network: nn.Module, parser: ConfigParser) -> None:
-        get = parser.get_parsed_content
-        if not get("init_from"):
-            raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
-        trained = add_low_rank(network, int(get("lora_rank")), get("lora_weights"), get("lora_full"))
-        _logger.info("%s: %d numbers are trained in updates of rank %d", self.folder.name, trained, get("lora_rank"))
 
     def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, stops: Sequence[Stop]) -> None:
         epoch = checkpoints.resume(trainer)

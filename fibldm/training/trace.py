@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fibldm.errors import FibldmError
-from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.training.draws import Draw
-from fibldm.training.initialise import freeze
+from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.training.precision import store_channels_last
 from fibldm.volumes.datalist import read_datalist
 
 _RUN = Path("plan")  # a run that is never made
@@ -258,12 +256,7 @@ def _engines(parser: ConfigParser) -> tuple[Any, Any]:
     forget_values(network)
     if hasattr(network, "revive_below"):
         network.revive_below = 0.0  # which codes are dead is decided by values
-    if get("freeze"):
-        freeze(network, get("freeze"))
-    if get("channels_last"):
-        store_channels_last(network)
-    if get("activation_checkpointing"):
-        checkpoint_activations(network)
+    ready(network, get)
     return get("train::trainer"), get("validate::evaluator")
 
 
