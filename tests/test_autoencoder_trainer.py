@@ -276,13 +276,13 @@ def test_plain_training_is_that_of_monai_to_the_bit() -> None:
         engine.run()
     assert equal(weights(ours), weights(theirs))
     assert not equal(weights(ours), start)
-    assert torch.equal(ours.state.output["loss"], theirs.state.output["loss"])
+    assert torch.equal(ours.state.output[0]["loss"], theirs.state.output["loss"])
 
 
 def test_the_output_tells_every_term() -> None:
     engine = trainer(batches(1), epochs=1)
     engine.run()
-    output = engine.state.output
+    output = engine.state.output[0]
     assert list(output["losses"]) == ["reconstruction", "kl", "spectral"]
     parts = output["losses"]
     whole = parts["reconstruction"] + 0.1 * parts["kl"] + 0.5 * parts["spectral"]
@@ -376,8 +376,8 @@ def test_discriminators_run_in_the_precision_of_the_training() -> None:
         rival.discriminators.volume[0].register_forward_hook(lambda *seen, kinds=kinds: kinds.add(seen[-1].dtype))  # type: ignore[index, union-attr]
         engine.run()
         assert kinds == {getattr(torch, precision)}
-        assert {loss.dtype for loss in engine.state.output["losses"].values()} == {torch.float32}
-        told.append({name: float(loss) for name, loss in engine.state.output["losses"].items()})
+        assert {loss.dtype for loss in engine.state.output[0]["losses"].values()} == {torch.float32}
+        told.append({name: float(loss) for name, loss in engine.state.output[0]["losses"].items()})
     assert told[1] == pytest.approx(told[0], rel=0.05, abs=0.01)
 
 
@@ -460,7 +460,7 @@ def test_a11_the_adversary_pulls_as_hard_as_the_rest() -> None:
     engine = trainer(batches(1), epochs=1, adversary=adversary(volume_weight=0.5))
     start = [weight.detach().clone() for weight in engine.network.parameters()]
     engine.run()
-    told = engine.state.output["losses"]
+    told = engine.state.output[0]["losses"]
     torch.manual_seed(0)
     network, batch = Tiny(), batches(1)[0]
     assert equal(start, list(network.parameters()))
@@ -471,13 +471,13 @@ def test_a11_the_adversary_pulls_as_hard_as_the_rest() -> None:
     norms = [torch.autograd.grad(part, network.decoder.weight, retain_graph=True)[0].norm() for part in parts]
     assert float(told["adversarial_weight"]) == pytest.approx(float(0.5 * norms[0] / (norms[1] + 1e-4)), rel=1e-4)
     whole = parts[0] + told["adversarial_weight"] * parts[1]
-    assert float(engine.state.output["loss"].detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
+    assert float(engine.state.output[0]["loss"].detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
 
 
 def test_the_learned_log_variance_is_trained_with_the_network() -> None:
     engine = trainer(batches(4), loss=AutoencoderLoss(log_variance=True))
     engine.run()
-    told = engine.state.output["losses"]
+    told = engine.state.output[0]["losses"]
     assert float(told["log_variance"]) != 0
     assert float(engine.loss_function.log_variance.detach()) != float(
         told["log_variance"]

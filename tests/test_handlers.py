@@ -120,8 +120,9 @@ def watched(folder: Path, outputs: list[dict[str, Any]], after: int = 0) -> list
     return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
 
-def output(loss: float, **parts: float) -> dict[str, Any]:
-    return {"loss": torch.tensor(loss), "losses": {name: torch.tensor(value) for name, value in parts.items()}}
+def output(loss: float, **parts: float) -> list[dict[str, Any]]:
+    losses = {name: torch.tensor(value) for name, value in parts.items()}
+    return [{"loss": torch.tensor(loss), "losses": losses}]
 
 
 def test_d19_every_part_of_the_loss_has_a_column_from_the_epoch_on_that_has_it(tmp_path: Path) -> None:

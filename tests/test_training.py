@@ -273,7 +273,9 @@ def test_gradients_are_scaled_to_the_norm() -> None:
 
 def metrics_engine(folder: Path, losses: list[float]) -> tuple[Engine, Metrics]:
     """One iteration per epoch, with these losses; the engine ends after the last."""
-    engine = engine_of(lambda engine, item: {"loss": torch.tensor(losses[engine.state.epoch - 1])}, epochs=len(losses))
+    engine = engine_of(
+        lambda engine, item: [{"loss": torch.tensor(losses[engine.state.epoch - 1])}], epochs=len(losses)
+    )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.25)
     metrics = Metrics(folder / "metrics.csv", optimizer)
     metrics.attach(engine)
