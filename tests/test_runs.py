@@ -36,7 +36,19 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def begin(folder: Path, *, restart: bool = False, inputs: str = "a", **config: Any) -> str:
     settings = {"epochs": 3, "learning_rate": 0.1, "patch": [4, 4], **config}
-    return StageFolder(folder, "autoencoder").begin(settings, {"data": inputs}, restart=restart)
+    progress = StageFolder(folder, "autoencoder").begin(settings, {"data": inputs}, restart=restart)
+    (folder / "autoencoder" / "metrics.csv").touch()  # something was done
+    return progress
+
+
+def test_a_stage_that_was_refused_before_it_did_anything_may_change(tmp_path: Path) -> None:
+    """A mistyped option does not take the folder."""
+    begin(tmp_path)
+    (tmp_path / "autoencoder" / "metrics.csv").unlink()
+    (tmp_path / "autoencoder" / "log.txt").touch()
+    assert begin(tmp_path, learning_rate=0.2) == "new"
+    with pytest.raises(FibldmError, match=r"learning_rate: 0\.2 -> 0\.1"):
+        begin(tmp_path)
 
 
 def test_h7_a_stage_is_new_then_begun_then_done(tmp_path: Path) -> None:
