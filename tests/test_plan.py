@@ -94,6 +94,13 @@ def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Re
     assert trace_stage("diffusion", larger.changed(batch_size=16)).step < 0.6 * plain.step
 
 
+def test_d4_updates_of_low_rank_are_planned(request_: Request) -> None:
+    """D4: gradients and the optimizer's state are those of the updates; rates by layer see the names of the network."""
+    plain = trace_stage("diffusion", request_)
+    adapted = trace_stage("diffusion", request_.changed(lora_rank=1, layer_rates={"*down_blocks*": 0.5}))
+    assert adapted.step < plain.step and adapted.parameters > plain.parameters
+
+
 def test_settings_go_to_the_stages_that_have_them(request_: Request) -> None:
     """A patch is none of stage 2; what changes the autoencoder changes the size of the latents."""
     coarser = replace(request_.changed(patch=[16, 16, 8]), autoencoder_configs=("autoencoder_anisotropic",))
