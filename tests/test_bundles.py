@@ -692,6 +692,14 @@ def test_a_bundle_is_measured_on_its_data(bundle: Path, tiny_run: Path, phantom_
     assert np.array_equal(by_run(image), by_bundle(image)) and by_run.fingerprint == by_bundle.fingerprint
 
 
+def test_figures_of_a_bundle_do_not_go_into_a_run(bundle: Path, tiny_run: Path, phantom_work: Path) -> None:
+    """Whose export would take them for its own."""
+    with pytest.raises(
+        FibldmError, match="figures of a bundle need a folder of their own; .* is a run with autoencoder"
+    ):
+        Evaluated.open_bundle(bundle, phantom_work, out=tiny_run)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_bundle_that_comes_along_is_whole(name: str, tmp_path: Path) -> None:
     """G8: its files are those that were exported, and it draws a volume."""

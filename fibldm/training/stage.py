@@ -107,7 +107,7 @@ class Stage:
                 handler.attach(trainer)
         for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)
-        self._go_on(trainer, checkpoints, schedule, (patience, gap_limit))
+        self._go_on(trainer, checkpoints, (patience, gap_limit))
         self._end(trainer, wall_time, patience, gap_limit)
 
     def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
@@ -129,10 +129,9 @@ class Stage:
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
 
-    def _go_on(self, trainer: Any, checkpoints: Checkpoints, schedule: Schedule, stops: Sequence[Stop]) -> None:
+    def _go_on(self, trainer: Any, checkpoints: Checkpoints, stops: Sequence[Stop]) -> None:
         epoch = checkpoints.resume(trainer)
         if epoch:
-            schedule.place(trainer)
             _logger.info("%s: going on after epoch %d of %d", self.folder.name, epoch, trainer.state.max_epochs)
         if epoch < trainer.state.max_epochs and not any(stop.is_over(epoch) for stop in stops):
             trainer.run()
