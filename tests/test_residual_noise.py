@@ -81,6 +81,17 @@ def test_volumes_differ_in_strength_as_the_cases_do() -> None:
     assert np.std(drawn) == pytest.approx(fitted.spread, rel=0.25)
 
 
+def test_weak_noise_tells_as_much_of_the_strength_as_strong_noise() -> None:
+    """Where it is bright there is a lot in every case alike; where it is dark, little that differs."""
+    strengths = (0.4 * torch.randn(24, generator=generator(1))).exp()
+    bright = DECODED > 0
+    odd = [
+        (torch.where(bright, decoded + 10 * (real - decoded), decoded + strength * (real - decoded)), decoded, valid)
+        for (real, decoded, valid), strength in zip(cases(24), strengths, strict=True)
+    ]
+    assert ResidualNoise.fit(odd).spread == pytest.approx(float(strengths.log().std(correction=0)) / 2, rel=0.1)
+
+
 def test_padding_and_misplaced_edges_do_not_count(fitted: ResidualNoise) -> None:
     valid = EVERYWHERE.clone()
     valid[:, :16] = 0

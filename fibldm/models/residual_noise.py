@@ -38,7 +38,8 @@ class ResidualNoise:
             steepest gradient within a voxel of it, at the centres of ``S`` octaves, ``(C, K, S)``.
         kernel: unit noise without correlation becomes that of the spectrum by convolution, ``(C, x, y, z)``; its
             squares sum to 1.
-        spread: standard deviation of the logarithm of a volume's strength.
+        spread: standard deviation of the logarithm of a volume's strength, which is the mean over all its levels, so
+            that edges, which have most, do not alone say how grainy a volume is.
     """
 
     levels: Tensor
@@ -72,8 +73,8 @@ class ResidualNoise:
             )
         by_case, weight = torch.stack(deviations), torch.stack(counts)
         levels = _filled((by_case * weight).sum(0), weight.sum(0))
-        strength = (by_case * weight).sum((1, 2, 3)) / (levels * weight).sum((1, 2, 3)).clamp_min(1e-12)
-        spread = strength.clamp_min(1e-3).log().std(correction=0)
+        strengths = (by_case / levels.clamp_min(1e-12)).clamp_min(1e-3).log() * weight
+        spread = (strengths.sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)).std(correction=0)
         sides = [min(_BLOCK, length) for length in real.shape[1:]]
         kernel = torch.fft.fftshift(torch.fft.irfftn(power.sqrt(), s=sides), dim=(1, 2, 3))
         norm = kernel.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
