@@ -102,7 +102,12 @@ def _check_devices() -> Iterator[Finding]:
         yield Finding("device", f"torch cannot be imported: {error}", "problem", "install torch anew")
         return
     if not torch.cuda.is_available():
-        yield Finding("CUDA", f"no device (torch {torch.__version__})", "note", "trainings beyond phantoms need a GPU")
+        yield Finding(
+            "CUDA",
+            f"no device (torch {torch.__version__})",
+            "note",
+            "all works on the CPU; trainings of large volumes need a GPU",
+        )
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -21,7 +21,7 @@ from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.plain_values import settings_of
-from fibldm.runs import STAGES
+from fibldm.runs import STAGES, MadeOtherwise
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.configuration import Configuration, read_configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist
@@ -154,8 +154,19 @@ class TrainingStep:
     overrides: Mapping[str, Any]
 
     def run(self, work: Path, run: Path) -> str:
-        """Train the stage, unless that is done; the command that does the same."""
-        self.configuration(work, run).run()
+        """Train the stage, unless that is done; the command that does the same.
+
+        Raises:
+            FibldmError: the stage is refused.
+        """
+        try:
+            self.configuration(work, run).run()
+        except MadeOtherwise as error:
+            raise FibldmError(
+                error.message,
+                f"choose another --out folder, or give --set {self.name}::restart=true, once, to train this stage anew "
+                "(the old one is kept beside it)",
+            ) from error
         verb = "encode" if self.name == "latents" else f"train {self.name}"
         given = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
         folders = f"--data {shlex.quote(str(work))} --run {shlex.quote(str(run))}"
@@ -216,6 +227,7 @@ def pipeline(
             f"a bundle must do all it promises; {bundle} fails {failed[0].name}: {failed[0].saw}",
             f"run `fibldm verify {bundle}` to see all checks",
         )
+    say(f"all {len(checks)} checks are ok")
     say("\n".join(["", f"bundle: {bundle}", "", "The training, step by step:", *(f"  {line}" for line in commands)]))
     return {
         "outputs": [str(bundle), str(run), str(out / "synthetic")],

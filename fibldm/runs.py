@@ -35,7 +35,13 @@ _NOT_DECISIVE = frozenset(
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
+_CLAIM = ("config.yaml", "inputs.json", "log.txt")
+_EVENTS = "events.out.tfevents"  # of TensorBoard
 _TRACKED = ("train_handlers", "val_handlers")  # where it adds handlers, to engines that have none of their own
+
+
+class MadeOtherwise(FibldmError):
+    """A stage lies there that was made with another configuration or from other inputs."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,9 @@ class StageFolder:
         return content
 
     def _is_untouched(self) -> bool:
-        """Whether the stage was claimed, and then refused before it did anything."""
-        return {file.name for file in self.path.iterdir()} <= {"config.yaml", "inputs.json", "log.txt"}
+        """Whether the stage was claimed, and then refused before it kept anything."""
+        files = (file.name for file in self.path.rglob("*") if file.is_file())
+        return all(name in _CLAIM or name.startswith(_EVENTS) for name in files)
 
     def _refuse_change(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         old, new = _flatten(before), _flatten(now)
@@ -183,7 +190,7 @@ class StageFolder:
         if changed:
             shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:6])
             more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
-            raise FibldmError(
+            raise MadeOtherwise(
                 f"{self.path} was made with another configuration ({shown}{more})",
                 "use another run folder, take the change back, or give --restart to begin this stage anew "
                 "(the old one is kept beside it)",

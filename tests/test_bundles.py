@@ -149,15 +149,17 @@ def test_figures_of_the_run_are_in_the_card_and_the_metadata(tiny_run: Path, tmp
     shutil.copytree(tiny_run, tmp_path / "run")
     dice = {"value": 0.91234, "low": 0.9, "high": 0.92, "n": 9, "real_vs_real": 0.95}
     copies = {"value": 0.05, "low": None, "high": None, "n": 9, "real_vs_real": 0.04}
-    sections = {"faithfulness": {"dice": dice}, "copies": {"closer_than_any_real": copies}}
+    few = {"value": 0.0, "low": None, "high": None, "n": 2, "real_vs_real": 0.0, "note": "too few to say"}
+    sections = {"faithfulness": {"dice": dice}, "copies": {"closer_than_any_real": copies, "named": few}}
     recorded = {name: {"figures": figures} for name, figures in sections.items()}
     write_json(tmp_path / "run" / "evaluation" / "metrics.json", {"fibldm": "0", **recorded})
     export(tmp_path / "run", tmp_path / "tiny", CC0)
     text = (tmp_path / "tiny" / "docs" / "README.md").read_text()
     assert "| faithfulness: dice | 0.9123 [0.9, 0.92] | 0.95 |" in text
     assert "| copies: closer_than_any_real | 0.05 | 0.04 |" in text and "Not measured" not in text
+    assert "| copies: named | 0 (too few to say: n = 2) | 0 |" in text
     metrics = read_json(tmp_path / "tiny" / "configs" / "metadata.json")["eval_metrics"]
-    assert metrics == {"faithfulness/dice": 0.91234, "copies/closer_than_any_real": 0.05}
+    assert metrics == {"faithfulness/dice": 0.91234, "copies/closer_than_any_real": 0.05, "copies/named": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,15 @@ def test_a_configuration_that_cannot_be_is_refused(configs: tuple[str, ...], mes
         make("autoencoder", *configs)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("epochs", "abc", 0), ("epochs", -1, 0), ("batch_size", 0, 1), ("val_interval", 1.5, 1)],
+)
+def test_a_count_that_is_none_is_refused(name: str, value: object, least: int) -> None:
+    with pytest.raises(FibldmError, match=f"{name} must be a whole number of at least {least}; got {value!r}"):
+        make("autoencoder", "data_chest_phantom", **{name: value})
+
+
 @pytest.mark.parametrize(("content", "message"), [("a: [", "must be YAML"), ("- a", "must hold a mapping .* list")])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(content)

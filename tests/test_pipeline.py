@@ -162,3 +162,5 @@ def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
     capsys.readouterr()
     assert run([*command, "--set", "synthesize::steps=1"]) == 2
     assert re.search(r"lies there already.*move .*synthetic away", " ".join(capsys.readouterr().err.split()))
+    assert run([*command, "--set", "diffusion::seed=1"]) == 2
+    assert re.search(r"made with another.*diffusion::restart=true, once", " ".join(capsys.readouterr().err.split()))

@@ -200,6 +200,13 @@ def test_h7_a_stage_of_another_configuration_is_refused(tiny_stage: TinyStage, r
     assert snapshot(run) == before
 
 
+def test_what_was_refused_before_its_first_checkpoint_claims_nothing(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    with pytest.raises(FibldmError, match="must be divisible by 4"):
+        tiny_stage("autoencoder", tmp_path / "run", patch=[18, 16, 16]).run()
+    tiny_stage("autoencoder", tmp_path / "run").run()
+    assert read_json(tmp_path / "run" / "autoencoder" / "done.json")["epochs"] == 1
+
+
 def test_restart_trains_anew_and_what_was_built_on_it_is_refused(tiny_stage: TinyStage, run: Path) -> None:
     old = read_json(run / "autoencoder" / "done.json")["weights"]
     tiny_stage("autoencoder", run, seed=5, restart=True).run()

@@ -512,6 +512,20 @@ def test_an_interrupted_write_is_made_good(synthesizer, tmp_path, monkeypatch):
     assert sorted(os.listdir(out)) == ["case_000.json", "case_000.nii.gz", "masks"]
 
 
+def test_a_refused_mask_is_named(synthesizer, tmp_path):
+    write_mask(tmp_path / "a.nii.gz", body())
+    write_mask(tmp_path / "b.nii.gz", replace(body(), array=np.zeros_like(body().array)))
+    with pytest.raises(FibldmError, match="b: a mask must lie within .* no voxel has a label"):
+        Output(synthesizer, tmp_path / "out", QUICK).write([(tmp_path / f"{name}.nii.gz", 0) for name in "ab"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(tiny_run, device):
+    with pytest.raises(FibldmError, match=f"the device must be one that this machine has; {device}: .*fibldm doctor"):
+        Synthesizer.from_run(tiny_run, device=device)
+
+
 def test_find_masks(tmp_path):
     """A27: files and folders, in order; unfinished files and other files of a folder are passed over."""
     folder = tmp_path / "masks"

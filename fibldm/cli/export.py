@@ -24,4 +24,6 @@ def export(
     written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version))
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
+    if written["data_licence"]:
+        print(f"the dataset says it is under {written['data_licence']}; make sure that allows weights under {license}")
     return {"outputs": [str(out)], **written}

@@ -108,7 +108,8 @@ def _rows(figures: Mapping[str, Any], shown: Mapping[str, Sequence[str]]) -> lis
 
 def _value(figure: Mapping[str, Any]) -> str:
     interval = "" if figure.get("low") is None else f" [{_number(figure['low'])}, {_number(figure['high'])}]"
-    return f"{_number(figure['value'])}{interval}"
+    note = f" ({figure['note']}: n = {figure['n']})" if figure.get("note") else ""
+    return f"{_number(figure['value'])}{interval}{note}"
 
 
 def _number(value: float | None) -> str:

@@ -65,7 +65,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         settings: what the person who exports decides.
 
     Returns:
-        ``bytes`` of the weights, and ``files``.
+        ``bytes`` of the weights, ``half``, ``data_licence`` as the dataset says it, and ``files``.
 
     Raises:
         FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described.
@@ -81,7 +81,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         write_json(folder / "configs" / "train.json", train_configuration(generating_stage(run), facts))
         write_json(folder / "configs" / "evaluate.json", evaluate_configuration(facts))
         write_text(folder / "docs" / "README.md", card(facts, words, figures, size=_size(folder)))
-        written = {"bytes": _size(folder), "half": settings.half}
+        written = {"bytes": _size(folder), "half": settings.half, "data_licence": facts["data_licence"]}
     return {**written, "files": sorted(str(file.relative_to(out)) for part in PARTS for file in _files(out / part))}
 
 

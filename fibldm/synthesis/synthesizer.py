@@ -142,8 +142,9 @@ class Synthesizer:
 
         Raises:
             FibldmError: a stage is not finished, its files do not fit each other, the runs do not, or there is no such
-                checkpoint.
+                checkpoint or device.
         """
+        _check_device(device)
         facts = load_facts(run_dir)
         stage, noise = generating_stage(Path(run_dir)), residual_noise_file(Path(run_dir), facts)
         network = stage.trained(checkpoint, device="cpu")
@@ -172,8 +173,9 @@ class Synthesizer:
             device: where it works.
 
         Raises:
-            FibldmError: it is no such bundle, or a part of it is refused.
+            FibldmError: it is no such bundle, a part of it is refused, or there is no such device.
         """
+        _check_device(device)
         with open_bundle(path, trust=trust) as bundle:
             network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
             weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
@@ -246,6 +248,12 @@ class Synthesizer:
         return [made[place] for place in range(len(placed))]
 
     def _place(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
+        try:
+            return self._placed(wanted, allow_extrapolation)
+        except FibldmError as error:
+            raise FibldmError(f"{wanted.name}: {error.message}", error.remedy) from error
+
+    def _placed(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
         source = as_labels(wanted.mask).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
         covariates = self.covariates.read(wanted.covariates)
@@ -319,6 +327,16 @@ class Synthesizer:
 
     def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, condition, covariates)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise FibldmError(
+            f"the device must be one that this machine has; {device}: {str(error).splitlines()[0]}",
+            "`fibldm doctor` says what is there; cpu always is",
+        ) from error
 
 
 def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ STAGE_FILES = {
 }
 
 _GRID = {"spacing", "size"}
+_COUNTED = ("accumulation_steps", "batch_size", "checkpoint_every", "epochs", "steps", "val_interval", "views")
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,7 +89,8 @@ def stage_configuration(
         overrides: ``key::sub`` to value.
 
     Raises:
-        FibldmError: a file is missing or no YAML mapping, no data configuration is given, or a key is unknown.
+        FibldmError: a file is missing or no YAML mapping, no data configuration is given, a key is unknown, or a number
+            of something is none.
     """
     if stage not in STAGE_FILES:
         raise unknown_choice("stage", stage, STAGE_FILES)
@@ -188,6 +190,16 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
     for key in configuration.overrides:
         if not _exists(config, key.split("::")):
             raise _unknown_key(key, "", {*config, *_flat_keys(config)})
+    _check_counts({**config, **configuration.overrides})
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    for name in _COUNTED:
+        value = values.get(name, 1)
+        is_reference = isinstance(value, str) and value.startswith(("$", "@", "%"))
+        least = 0 if name == "epochs" else 1  # networks with nothing to learn have none
+        if not is_reference and (not isinstance(value, int) or value < least):
+            raise FibldmError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
 def _refuse_orphans(configuration: Configuration, given: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -29,7 +29,9 @@ def find_masks(sources: list[Path]) -> list[Path]:
     wrong = [str(file) for file in files if not file.name.endswith(_MASKS)]
     if wrong or not files:
         raise FibldmError(
-            f"masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); got {', '.join(wrong) or 'none'}"
+            f"masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); "
+            f"got {', '.join(wrong) or 'none'}",
+            "name files, or folders that hold them (folders inside of those are not searched)",
         )
     stems = [mask_stem(file) for file in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
