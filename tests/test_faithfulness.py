@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.evaluation.faithfulness import measure_faithfulness
+from fibldm.evaluation.measurements import Measurements, evaluate
 from fibldm.evaluation.record import Section, record
 from fibldm.evaluation.utility import measure_utility
 from fibldm.files import read_json, write_json
@@ -219,6 +220,18 @@ def test_volumes_without_masks_or_labels_are_refused(evaluated: Evaluated, synth
     volumes[1].label.unlink()  # type: ignore[union-attr]
     with pytest.raises(FibldmError, match="faithfulness needs the mask of every volume; p1_000 came without"):
         measure_faithfulness(evaluated, evaluated.synthetic(volumes[1].image.parent), Thresholds())
+
+
+@pytest.mark.parametrize("name", ["faithfulness", "realism", "utility"])
+def test_missing_masks_are_refused_before_a_segmenter_is_trained(
+    evaluated: Evaluated, synthesize: Synthesize, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (volume,) = synthesize({0: [0]})
+    volume.label.unlink()  # type: ignore[union-attr]
+    monkeypatch.setattr(Evaluated, "open", lambda *_: evaluated)
+    monkeypatch.setattr(Measurements, "segmenter", property(lambda _: pytest.fail("it was trained")))
+    with pytest.raises(FibldmError, match=f"{name} needs the mask of every volume; p0_000 came without"):
+        evaluate([name], run_dir=evaluated.run_dir, work=evaluated.work, synthetic=volume.image.parent)
 
 
 # --- utility

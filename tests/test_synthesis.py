@@ -520,6 +520,11 @@ def test_a_refused_mask_is_named(synthesizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FibldmError, match="the run must be a folder; .*absent is none; check the path"):
+        Synthesizer.from_run(tmp_path / "absent")
+
+
 @pytest.mark.parametrize("device", ["gpu", "meta:x"])
 def test_a_device_that_is_not_there_is_refused(tiny_run, device):
     with pytest.raises(FibldmError, match=f"the device must be one that this machine has; {device}: .*fibldm doctor"):

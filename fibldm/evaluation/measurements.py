@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.evaluation.cases import Case, Evaluated
+from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.copies import measure_copies
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.realism import measure_realism
@@ -122,6 +122,9 @@ def evaluate(
     folder = Path(synthetic) if synthetic is not None else None
     evaluated = Evaluated.open_bundle(bundle, work, out=run_dir) if bundle else Evaluated.open(run_dir, work)
     measurements = Measurements(evaluated, folder, segmenter_settings, device, Path(bundle) if bundle else None)
+    for name in names:
+        if name not in ("reconstruction", "copies"):
+            need_masks(measurements.synthetic, name)  # before a segmenter is trained
     sections = {}
     for name in names:
         sections[name] = MEASUREMENTS[name](measurements)

@@ -17,6 +17,8 @@ from fibldm.models.mask_features import contour, signed_distance
 Resize = Literal["fraction", "nearest"]
 Feature = Literal["signed_distance", "contour"]
 
+_SHOWN = 10  # labels in an error
+
 
 @dataclass(frozen=True)
 class MaskEncoding:
@@ -108,9 +110,10 @@ class MaskEncoding:
         found = set(torch.unique(labels).tolist())
         unexpected = sorted(found - set(self.labels) - {UNKNOWN_LABEL})
         if unexpected:
+            shown = ", ".join(map(str, unexpected[:_SHOWN])) + (", ..." if len(unexpected) > _SHOWN else "")
             raise FibldmError(
-                f"a mask may hold the labels {list(self.labels)} or {UNKNOWN_LABEL} (unknown); got also {unexpected}",
-                "map the labels of the mask to those of the training data",
+                f"a mask may hold the labels {list(self.labels)} or {UNKNOWN_LABEL} (unknown); got also [{shown}]",
+                "map the labels of the mask to those of the training data; or is this an image?",
             )
 
     def null(self, like: Tensor) -> Tensor:

@@ -145,6 +145,8 @@ class Synthesizer:
                 checkpoint or device.
         """
         _check_device(device)
+        if not Path(run_dir).is_dir():
+            raise FibldmError(f"the run must be a folder; {run_dir} is none", "check the path")
         facts = load_facts(run_dir)
         stage, noise = generating_stage(Path(run_dir)), residual_noise_file(Path(run_dir), facts)
         network = stage.trained(checkpoint, device="cpu")
