@@ -162,6 +162,15 @@ def test_figures_of_the_run_are_in_the_card_and_the_metadata(tiny_run: Path, tmp
     assert metrics == {"faithfulness/dice": 0.91234, "copies/closer_than_any_real": 0.05, "copies/named": 0.0}
 
 
+@pytest.mark.parametrize(("licence", "is_said"), [("CC0-1.0", False), ("CC-BY-4.0", True)])
+def test_another_licence_than_that_of_the_data_is_pointed_out(
+    tiny_run: Path, tmp_path: Path, licence: str, is_said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", "--run", str(tiny_run), "--out", str(tmp_path / "tiny"), "--license", licence]) == 0
+    expected = f"the dataset says it is under CC0-1.0; make sure that allows weights under {licence}"
+    assert (expected in capsys.readouterr().out) is is_said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

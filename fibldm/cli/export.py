@@ -24,6 +24,10 @@ def export(
     written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version))
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
-    if written["data_licence"]:
+    if _plain(written["data_licence"] or "") not in ("", _plain(license)):
         print(f"the dataset says it is under {written['data_licence']}; make sure that allows weights under {license}")
     return {"outputs": [str(out)], **written}
+
+
+def _plain(licence: str) -> str:
+    return "".join(letter for letter in licence.lower() if letter.isalnum())
