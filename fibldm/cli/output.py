@@ -42,6 +42,7 @@ def emit_error(message: str, remedy: str, as_json: bool) -> None:
 
 def log_to_standard_error() -> None:
     """Show what the stages say about their progress on standard error."""
+    logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)  # says again, per engine, what ended the run
     logger = logging.getLogger("fibldm")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
