@@ -266,7 +266,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-def test_plain_training_is_that_of_monai_to_the_bit() -> None:
+def test_d10_plain_training_is_that_of_monai_to_the_bit() -> None:
     data = batches(5)
     ours, theirs = (trainer(data, engine=engine) for engine in (AutoencoderTrainer, SupervisedTrainer))
     start = weights(ours)
@@ -279,7 +279,7 @@ def test_plain_training_is_that_of_monai_to_the_bit() -> None:
     assert torch.equal(ours.state.output[0]["loss"], theirs.state.output["loss"])
 
 
-def test_the_output_tells_every_term() -> None:
+def test_d11_the_output_tells_every_term() -> None:
     engine = trainer(batches(1), epochs=1)
     engine.run()
     output = engine.state.output[0]
@@ -495,7 +495,7 @@ def case(label: bool = True) -> dict[str, Tensor]:
     return {"image": image} | ({"label": mask} if label else {})
 
 
-def test_b5_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
+def test_a29_b5_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
     crop = RandForegroundCropd(["image", "label"], (8, 8, 10), foreground=1.0)
     for seed in range(5):
         cut = crop.set_random_state(seed)(case())
@@ -506,7 +506,7 @@ def test_b5_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_b5_the_other_patches_are_anywhere(label: bool) -> None:
+def test_a29_b5_the_other_patches_are_anywhere(label: bool) -> None:
     crop = RandForegroundCropd(["image", "label"], (8, 24, 40), foreground=0.0 if label else 1.0)
     starts = {float(crop.set_random_state(seed)(case(label))["image"][0, 0, 0, 0]) / (24 * 28) for seed in range(200)}
     assert starts == set(range(13))

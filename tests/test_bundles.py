@@ -651,6 +651,8 @@ def test_metadata_that_are_none_are_seen(
 def test_what_is_no_folder_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(tmp_path / "absent")]) == 2
     assert "a bundle must be a folder to be verified" in capsys.readouterr().err
+    assert run(["verify", str(tmp_path)]) == 2
+    assert "must be a bundle, with a folder configs" in capsys.readouterr().err
 
 
 def test_training_begins_with_a_bundle(bundle: Path, tiny_run: Path, tiny_stage: TinyStage, tmp_path: Path) -> None:

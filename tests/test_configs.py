@@ -99,7 +99,7 @@ def check_all(merged: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("stage", "data", "extra"), COMBINATIONS, ids=str)
-def test_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
+def test_d7_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
     check_all(files(stage, data, *extra))
 
 
@@ -181,7 +181,7 @@ def make(stage: str = "autoencoder", *configs: str, **overrides: Any) -> Configu
         ("views", "views"),
     ],
 )
-def test_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -> None:
+def test_a13_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -> None:
     with pytest.raises(FibldmError, match=f"key '{key}' is not known") as raised:
         make("autoencoder", **{key: 1})
     if key != "views":  # a key of another stage is no key of this one
@@ -205,7 +205,7 @@ def test_a_mistyped_key_in_a_file_names_the_nearest_key(tmp_path: Path, content:
     assert raised.value.remedy == f"did you mean '{nearest}'?"
 
 
-def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
+def test_b2_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder"
@@ -264,7 +264,7 @@ def test_an_unknown_stage_lists_the_stages() -> None:
         make("autoencodr")
 
 
-def test_overrides_are_yaml() -> None:
+def test_b2_overrides_are_yaml() -> None:
     assert parse_overrides(["a=3", "b::c=[1, 2]", "d=1e-4", "e=text", "f=", "g=a=b", "h=true"]) == {
         "a": 3,
         "b::c": [1, 2],
@@ -274,6 +274,26 @@ def test_overrides_are_yaml() -> None:
         "g": "a=b",
         "h": True,
     }
+
+
+def test_a23_a31_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
+    """As docs/training.md says it: an expression as a value, and AdamW on a schedule."""
+    overrides = parse_overrides(["learning_rate=$1e-5 * @batch_size * @accumulation_steps", "batch_size=4"])
+    changes = {"accumulation_steps": 2, "warmup_steps": 10, "lr_scheduler::t_total": 100, **overrides}
+    parser = ConfigParser(ConfigParser.load_config_files(files("diffusion", DATA[0])))
+    for key, value in changes.items():
+        parser[key] = value
+    parser["network"] = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
+    optimizer, schedule = parser.get_parsed_content("optimizer"), parser.get_parsed_content("lr_scheduler")
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (rates[0], rates[5], rates[10]) == pytest.approx((0.05 * 8e-5, (0.05 + 0.95 * 0.5) * 8e-5, 8e-5))
+    assert (rates[55], rates[100]) == pytest.approx((8e-7 + 0.5 * (8e-5 - 8e-7), 8e-7), rel=0.01)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 @pytest.mark.parametrize("wrong", ["epochs", "=3", "a=["])
@@ -318,7 +338,7 @@ def test_the_command_line_trains_and_says_how_monai_would(
 
 
 @pytest.mark.slow
-def test_the_plain_monai_command_trains_the_same(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+def test_d9_the_plain_monai_command_trains_the_same(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
     configuration = tiny_stage("autoencoder", tmp_path / "run", patch=[16, 16, 16])
     listed = ",".join(f"'{file}'" for file in configuration.files)
     arguments = shlex.split(configuration.command)

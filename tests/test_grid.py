@@ -143,7 +143,7 @@ def test_world_ramp_survives_the_way_to_the_synthesis_grid_and_back(spacing):
 
 
 @pytest.mark.parametrize("shape", [(15, 16, 17), (21, 8, 16)])
-def test_training_grid_of_a_volume_at_the_model_spacing_moves_whole_voxels(shape):
+def test_a29_training_grid_of_a_volume_at_the_model_spacing_moves_whole_voxels(shape):
     """H5: nothing is interpolated where nothing has to be, whether odd or even."""
     volume = asymmetric(shape, oblique_affine((5.0, 5.0, 5.0)))
     grid = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16)).training_grid(volume.grid)

@@ -71,7 +71,7 @@ def linear_trainer(accumulation: int, batch: int, **settings: Any) -> tuple[Scal
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_b19_batches_of_a_step_are_as_one_batch(accumulation: int) -> None:
+def test_a31_b19_batches_of_a_step_are_as_one_batch(accumulation: int) -> None:
     """B19, C15: gradient, clipping, average and schedule."""
     trainer, network, ema = linear_trainer(accumulation, 4 // accumulation)
     trainer.run()

@@ -61,7 +61,7 @@ def hashes(run: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in files if path.name not in ("inputs.json", "done.json")}
 
 
-def test_h7_ranks_that_come_one_after_the_other_write_what_one_process_writes(
+def test_e10_h7_ranks_that_come_one_after_the_other_write_what_one_process_writes(
     encode: Callable[..., None], trained: Callable[[str], Path]
 ) -> None:
     whole, shared = trained("whole"), trained("shared")
@@ -316,7 +316,7 @@ def test_a_report_of_nothing_is_refused() -> None:
         report_latents([], LatentSpace((0.0,), (1.0,), "ae"))
 
 
-def test_f2_the_encode_stage_writes_the_report_and_says_the_warnings(
+def test_a16_f2_the_encode_stage_writes_the_report_and_says_the_warnings(
     encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = trained("run")
@@ -331,6 +331,7 @@ def test_f2_the_encode_stage_writes_the_report_and_says_the_warnings(
     assert report["warnings"]  # an epoch makes no autoencoder
     assert warning.splitlines() == ["warning: the latents are not fit for stage 2", *report["warnings"], REMEDY]
     assert "channel      mean" in caplog.text
+    assert said[-1].endswith(f"validation views of {latents.channels} channels and 8 x 8 x 8 cells")
 
 
 # --- what is between two latents

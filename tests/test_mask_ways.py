@@ -44,7 +44,7 @@ def synthesize(run: Path, work: Path, out: Path, **choices: object) -> np.ndarra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["mask_concat", "mask_spade"])
-def test_a15_a_base_network_with_the_mask_makes_volumes_alone_and_with_a_controlnet(
+def test_a15_b9_a_base_network_with_the_mask_makes_volumes_alone_and_with_a_controlnet(
     train: Train, phantom_work: Path, tmp_path: Path, way: str
 ) -> None:
     """A15, A28: concat and SPADE, each by itself, and each with a ControlNet on top."""

@@ -60,7 +60,7 @@ def test_a25_schedule_matches_monai_at_every_index(schedule, upstream, betas):
     torch.testing.assert_close(ours[:600], reference[:600].float(), rtol=2e-5, atol=1e-6)
 
 
-def test_a25_own_betas_and_number_of_steps():
+def test_a25_d15_own_betas_and_number_of_steps():
     process = VariancePreserving("linear", steps=4, beta_start=0.1, beta_end=0.4)
     expected = torch.tensor([1.0, 0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7, 0.9 * 0.8 * 0.7 * 0.6]).sqrt()
     torch.testing.assert_close(process.alpha(torch.linspace(0, 1, 5)), expected)
@@ -86,7 +86,7 @@ def test_schedule_is_smooth_bounded_and_monotone(process):
 
 
 @every_vp
-def test_variance_is_preserved(process):
+def test_d10_variance_is_preserved(process):
     t = torch.linspace(0, 1, 777, dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=1e-13, atol=0)
 

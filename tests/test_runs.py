@@ -115,7 +115,7 @@ def test_the_hash_of_weights_sees_names_and_values() -> None:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_c19_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
+def test_c19_e11_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
     folder = tiny_run / stage
     for name in ("config.yaml", "log.txt", "metrics.csv", "checkpoints/last.pt", "checkpoints/best.pt", "done.json"):
         assert (folder / name).stat().st_size > 0, name

@@ -125,7 +125,7 @@ def write_mask(path: Path, mask: Volume) -> Path:
 @pytest.mark.parametrize(
     ("spacing", "resampled"), [((5.2, 4.9, 5.0), None), ((4.0, 5.0, 5.9), [5.0, 5.0, 5.0])], ids=["kept", "resampled"]
 )
-def test_the_volume_lies_on_the_masks_grid_in_hounsfield_units(synthesizer, spacing, resampled):
+def test_c20_the_volume_lies_on_the_masks_grid_in_hounsfield_units(synthesizer, spacing, resampled):
     """H5, A5, A27."""
     mask = body(spacing=spacing)
     made = synthesizer(mask, settings=QUICK)
@@ -677,7 +677,7 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
     assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
 
 
-def test_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
+def test_a26_b16_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
     mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
     command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path), "--json"]
     command += ["--allow-extrapolation", "--steps", "4", "--sampler", "ddim", "--guidance", "5.5"]

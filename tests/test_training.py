@@ -362,7 +362,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def test_c19_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+def test_c19_e9_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
     engine, _, _ = checkpointed(tmp_path, [3.0, 1.0, None, 2.0])
     engine.run([0], max_epochs=4)
     best, last = saved(tmp_path, "best"), saved(tmp_path, "last")

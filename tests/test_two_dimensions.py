@@ -274,7 +274,7 @@ def test_e3_e4_slices_from_contours_by_the_presets(slice_stage: SliceStage, slic
     assert nibabel.load(path).shape[2] == 1
 
 
-def test_e1_the_preset_makes_16_x_16_cells_of_8_channels_of_256_x_256_voxels() -> None:
+def test_e1_a16_the_preset_makes_16_x_16_cells_of_8_channels_of_256_x_256_voxels() -> None:
     names = ("common", "data_chest_slices", "train_autoencoder", "autoencoder_slices")
     parser = ConfigParser(ConfigParser.load_config_files([str(shipped(name)) for name in names]))
     parser["image_channels"] = 1

@@ -58,10 +58,15 @@ def verify(bundle: Path) -> Iterator[Check]:
     """All checks, each as soon as it is done, in a process of their own, which starts in an empty folder.
 
     Raises:
-        FibldmError: there is no such folder, or the process broke off.
+        FibldmError: there is no such folder, it is no bundle, or the process broke off.
     """
     if not Path(bundle).is_dir():
         raise FibldmError(f"a bundle must be a folder to be verified; {bundle} is none", "unpack the archive first")
+    if not (Path(bundle) / "configs").is_dir():
+        raise FibldmError(
+            f"what is verified must be a bundle, with a folder configs; {bundle} has none",
+            "make a bundle of a run with fibldm export",
+        )
     command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve())]
     done = 0
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
