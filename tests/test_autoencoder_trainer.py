@@ -65,7 +65,7 @@ def judgement(*logits: float, features: list[Tensor] | None = None, weight: tupl
         ("least_squares", 0.5 * (9 + 4) / 2, 0.5 * ((0.5625 + 9) / 2 + (4 + 9) / 2)),
     ],
 )
-def test_b13_both_sides_minimise_what_the_papers_say(kind: Any, generator: float, discriminator: float) -> None:
+def test_b13_c16_both_sides_minimise_what_the_papers_say(kind: Any, generator: float, discriminator: float) -> None:
     real, fake = judgement(0.25, 4.0), judgement(-2.0, 3.0)
     assert float(generator_loss(fake, kind)) == pytest.approx(generator)
     assert float(discriminator_loss(real, fake, kind)) == pytest.approx(discriminator)

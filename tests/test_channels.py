@@ -127,7 +127,7 @@ def evaluated(work: Path, run: Path, tmp_path: Path) -> Evaluated:
 # --- several channels
 
 
-def test_two_channels_go_through_every_stage(run: Path) -> None:
+def test_c21_two_channels_go_through_every_stage(run: Path) -> None:
     facts = read_json(run / "latents" / "latents.json")
     assert facts["channels"] == ["T1", "FLAIR"]
     assert facts["intensity"]["output_high"] == [11.0, 1200.0]

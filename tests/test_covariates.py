@@ -178,7 +178,7 @@ def known(*cases: dict[str, Any]) -> Tensor:
     return torch.stack([ENCODING.encode(case) for case in cases])
 
 
-def test_a28_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learned_one() -> None:
+def test_a28_c9_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learned_one() -> None:
     torch.manual_seed(0)
     tokens = CovariateTokens(ENCODING, WIDTH)
     made = tokens(known({"age": 40, "sex": "F"}, {"age": 50, "sex": "M", "centre": "2"}, {"age": 50}))
@@ -564,7 +564,7 @@ def write_table(source: Path, file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [(), ("mask_concat",)])
-def test_a15_from_a_table_to_volumes_of_such_patients(
+def test_a15_g11_from_a_table_to_volumes_of_such_patients(
     phantom_work: Path, tiny_data: Path, tmp_path: Path, way: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A15, A28, C10: prepare, every stage with the shipped configuration, and the command that asks for a patient."""
