@@ -17,6 +17,7 @@ from fibldm.evaluation import realism
 from fibldm.evaluation.cases import Case, Evaluated, Sample
 from fibldm.evaluation.realism import Arrays, choose_sets, measure_realism, standardised
 from fibldm.evaluation.record import Section
+from fibldm.files import hash_value
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
@@ -234,8 +235,8 @@ def test_a_patient_counts_once_and_is_compared_with_the_scan_of_its_mask():
         replace(case("p03_000", "training"), subject="p03", label=Path("masks/p03.nii.gz")),
     ]
     sets = choose_sets(real, volumes)
-    assert [one.name for one in sets.synthetic] == ["p03_000", "a_ses-2_000"]
-    assert [one.name for one in sets.real] == ["p03", "a_ses-2"] and sets.paired
+    assert [one.name for one in sets.synthetic] == ["a_ses-2_000", "p03_000"]
+    assert [one.name for one in sets.real] == ["a_ses-2", "p03"] and sets.paired
     assert len(sets.reference) == 2 and not {"p03", "p20"} & {one.subject for one in sets.reference}
 
 
@@ -250,6 +251,18 @@ def test_sets_are_as_large_as_the_smallest_and_the_rest_is_named(tmp_path):
     section = measure_realism(patients, volumes, BlockMeans())
     assert section.notes == ["Synthetic volumes of 22 patients were left out: sets are as large as the smallest."]
     assert section.figures["kid/radiomics"].note == "too few to say"
+
+
+def test_h7_who_is_compared_does_not_depend_on_pseudonyms(tmp_path):
+    patients = Patients(tmp_path)
+    real, volumes = patients.real(), patients.spoiled(unchanged)
+    others = {one.subject: f"sub-{hash_value(one.subject)[:8]}" for one in real}
+    sets, again = (
+        choose_sets(*([replace(one, subject=names[one.subject]) for one in part] for part in (real, volumes)))
+        for names in ({one: one for one in others}, others)
+    )
+    assert len(sets.reference) < 20  # there was a choice
+    assert [[one.name for one in part] for part in again[:3]] == [[one.name for one in part] for part in sets[:3]]
 
 
 def test_masks_of_nobody_are_compared_with_test_scans(tmp_path):

@@ -265,11 +265,11 @@ def _mask_name(case: Case) -> str:
 
 
 def _first_of_each(cases: Iterable[Case]) -> list[Case]:
-    """The first case by name of every patient, in the order of the patients."""
+    """The first case by name of every patient, in the order of these: pseudonyms differ between preparations."""
     first: dict[str, Case] = {}
     for case in sorted(cases, key=lambda case: case.name):
         first.setdefault(case.subject, case)
-    return [first[subject] for subject in sorted(first)]
+    return list(first.values())
 
 
 def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
