@@ -305,7 +305,7 @@ def test_a22_a_configuration_chooses_the_error(norm: str, expected: float) -> No
     assert number(configured_loss()(prediction, target)) == 8.5
 
 
-def test_d12_d14_the_likelihood_is_that_of_a_gaussian() -> None:
+def test_d14_the_likelihood_is_that_of_a_gaussian() -> None:
     mean, log_variance, value = drawn(2, 3, 4, 2, 2), drawn(2, 3, 4, 2, 2, seed=1), drawn(2, 3, 4, 2, 2, seed=2)
     gaussian = torch.distributions.Normal(mean, (log_variance / 2).exp())
     expected = -gaussian.log_prob(value)[:, :, :3].mean() - math.log(2 * math.pi) / 2
@@ -314,7 +314,7 @@ def test_d12_d14_the_likelihood_is_that_of_a_gaussian() -> None:
     torch.testing.assert_close(gaussian_likelihood(mean, log_variance, Weighted(value, weight)), expected)
 
 
-def test_d12_d14_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
+def test_d14_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
     output, target = drawn(2, 6, 2, 2, 2).requires_grad_(), everywhere(drawn(2, 3, 2, 2, 2, seed=1))
     plain, hybrid = DenoisingLoss(), DenoisingLoss(variance_weight=0.25, process=VariancePreserving())
     terms = hybrid.terms(output, target)

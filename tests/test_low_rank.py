@@ -112,7 +112,7 @@ def test_d4_updates_and_activation_checkpointing_go_together() -> None:
     assert [(group["share"], len(group["params"])) for group in groups][1:] == [(0.5, 2)]
 
 
-def test_d4_f4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
+def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:
     """D4: from the weights of another run, with fewer numbers than they have."""

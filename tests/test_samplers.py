@@ -223,7 +223,7 @@ def test_h9_every_target_gives_the_same_samples(name, method):
 
 
 @every_process
-def test_d12_d14_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch):
+def test_d14_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch):
     process = PROCESSES[name]
     times = torch.tensor([1.0, 0.6, 0.25, 0.1], dtype=torch.float64)
     draws = iter(torch.eye(5)[:3])

@@ -677,7 +677,7 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
     assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
 
 
-def test_a26_b16_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
+def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
     mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
     command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path), "--json"]
     command += ["--allow-extrapolation", "--steps", "4", "--sampler", "ddim", "--guidance", "5.5"]

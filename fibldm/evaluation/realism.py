@@ -265,7 +265,7 @@ def _mask_name(case: Case) -> str:
 
 
 def _first_of_each(cases: Iterable[Case]) -> list[Case]:
-    """The first case by name of every patient, in the order of these: pseudonyms differ between preparations."""
+    """The first case by name of every patient, by name as well: pseudonyms differ between preparations."""
     first: dict[str, Case] = {}
     for case in sorted(cases, key=lambda case: case.name):
         first.setdefault(case.subject, case)

@@ -249,8 +249,8 @@ class EncodeStage:
         size = zip(self.facts["grid"]["size"], first_stage.compression, strict=True)
         cells = " x ".join(str(length // factor) for length, factor in size)
         counts = [len(items[split]) for split in _SPLITS]
-        what = "latents: %d training and %d validation views of %d channels and %s cells"
-        _logger.info(what, *counts, first_stage.latent_channels, cells)
+        said = "latents: %d training and %d validation views of %d channels and %s cells"
+        _logger.info(said, *counts, first_stage.latent_channels, cells)
 
     def _measure_residual_noise(
         self, items: Sequence[dict[str, str]], first_stage: FrozenFirstStage
