@@ -19,6 +19,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.networks import nets
 from monai.networks.schedulers import RFlowScheduler
+from monai.utils.enums import SpaceKeys
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -423,6 +424,9 @@ def test_maisis_controlnet_and_autoencoder(tmp_path: Path) -> None:
     assert_equal(mine.encode(volume).mean, first.encode(volume)[0])
 
 
+@pytest.mark.skipif(
+    SpaceKeys.RAS.__reduce_ex__(2)[0] is getattr, reason="early 3.11 pickles enumerations by getattr, which is refused"
+)
 def test_numbers_and_marks_of_a_training_are_no_code(tmp_path: Path) -> None:
     """MetaTensors of MONAI with what they remember, and losses of NumPy, as published checkpoints hold them."""
     scale = MetaTensor(torch.tensor(0.5), applied_operations=[{"class": "X"}])
