@@ -34,6 +34,7 @@ from fibldm.volumes.writer import sidecar
 CHOICES: Mapping[str, tuple[type, Any, str]] = {
     "checkpoint": (str, "best", "best, or of an epoch that keep_every kept"),
     "sampler": (str, "dpmpp_2m", "ddim, ancestral, heun or dpmpp_2m"),
+    "eta": (float, None, "of the sampler ddim, 0 to 1"),
     "steps": (int, 10, "of the sampler"),
     "guidance": (float, 1.0, "1 is none"),
     "residual_noise": (float, 1.0, "of the grain that the decoder leaves out"),
@@ -79,6 +80,8 @@ def compare(
     rows: dict[str, Any] = read_json(rows_file) if rows_file.exists() else {}
     choices = [dict(zip(wanted, values, strict=True)) for values in itertools.product(*wanted.values())]
     for choice in choices:
+        _sampling(choice)  # what is refused is so before the first hour
+    for choice in choices:
         if _name(choice) not in rows:
             rows[_name(choice)] = _row(run, work, out / _name(choice).replace(", ", "_"), choice, split, batch_size)
             write_json(rows_file, rows)
@@ -116,14 +119,17 @@ def _name(choice: Mapping[str, Any]) -> str:
     )
 
 
+def _sampling(choice: Mapping[str, Any]) -> SamplingSettings:
+    return SamplingSettings(**{name: value for name, value in choice.items() if name != "checkpoint"})
+
+
 def _row(run: Path, work: Path, folder: Path, choice: Mapping[str, Any], split: str, batch_size: int) -> dict[str, Any]:
-    sampling = SamplingSettings(**{name: value for name, value in choice.items() if name != "checkpoint"})
     masks = [entry["label"] for entry in load_datalist(work, split, masks=True)]
     began = time.perf_counter()
     files = synthesize_files(
         *(run, masks, folder),
         count=1,
-        settings=sampling,
+        settings=_sampling(choice),
         batch_size=batch_size,
         checkpoint=choice["checkpoint"],
     )

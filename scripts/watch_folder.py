@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class Watcher:
         generator, dicom = self.output.synthesizer, self.output.dicom
         facts = {
             "source": generator.source,
-            "sampling": asdict(self.output.settings),
+            "sampling": self.output.settings.to_dict(),
             "allow_extrapolation": self.output.allow_extrapolation,
             "count": self.count,
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,

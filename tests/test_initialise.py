@@ -179,7 +179,7 @@ def test_d4_shares_hold_from_the_first_step_to_the_last() -> None:
 
 def test_f1_a_subset_is_by_patient_and_holds_the_smaller_ones() -> None:
     """F1, B1: both scans of a patient, in their order, whatever the share."""
-    items = [{"subject": f"s{n}", "image": f"{n}-{scan}"} for n in range(20) for scan in range(2)]
+    items = [{"subject": f"s{n}", "case": f"{n}-{scan}"} for n in range(20) for scan in range(2)]
     kept = {share: take_subset(items, share) for share in (0.05, 0.1, 0.3, 0.31, 1.0)}
     assert [len(part) // 2 for part in kept.values()] == [1, 2, 6, 7, 20]
     assert kept[1.0] == items
@@ -188,11 +188,19 @@ def test_f1_a_subset_is_by_patient_and_holds_the_smaller_ones() -> None:
     assert {item["subject"] for item in kept[0.1]} != {"s0", "s1"}
 
 
+def test_f1_another_preparation_has_the_same_subset() -> None:
+    """F1: patients have other pseudonyms then, and cases perhaps another order; the cases' names stay."""
+    cases = [{"subject": f"{n:02d}", "case": f"scan{40 - 2 * n - scan}"} for n in range(20) for scan in range(2)]
+    renamed = [{**case, "subject": f"sub-{(7 * int(case['subject'])) % 20}"} for case in reversed(cases)]
+    one, other = ({case["case"] for case in take_subset(items, 0.4)} for items in (cases, renamed))
+    assert one == other and len(one) == 16
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_f1_a_share_of_nothing_is_refused(share: float) -> None:
     """F1."""
     with pytest.raises(FibldmError, match="subset must be a share above 0 and at most 1"):
-        take_subset([{"subject": "a"}], share)
+        take_subset([{"subject": "a", "case": "1"}], share)
 
 
 # --- memory and numbers

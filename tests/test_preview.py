@@ -345,16 +345,17 @@ def test_a30_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
     """A30: DDIM of 200 steps with an eta of 1 as well as the default."""
     rows = sample_rows(latents, Known(), sampler="ddim", steps=200, eta=1.0)
     assert len(rows.times) == 201
-    assert rows.sampler.func is ddim and rows.sampler.keywords == {"eta": 1.0}  # type: ignore[attr-defined]
+    assert rows.draw.func is ddim and rows.draw.keywords == {"eta": 1.0}  # type: ignore[attr-defined]
     shifted = sample_rows(latents, Known(), steps=2, shift=3.0)
     assert shifted.times.tolist() == pytest.approx([1.0, 0.75, 0.0])
     with pytest.raises(FibldmError, match="sampler must be one of"):
         sample_rows(latents, Known(), sampler="pndm")
     with pytest.raises(FibldmError, match="sampling needs steps >= 1; got 0"):
         sample_rows(latents, Known(), steps=0)
-    for name, eta in (("heun", 0.5), ("ddim", 1.5)):
-        with pytest.raises(FibldmError, match=rf"preview_eta must be in \[0, 1\] .* ddim only; got {eta} for {name}"):
-            sample_rows(latents, Known(), sampler=name, eta=eta)
+    with pytest.raises(FibldmError, match="eta is for the sampler ddim only; got 0.5 for heun"):
+        sample_rows(latents, Known(), sampler="heun", eta=0.5)
+    with pytest.raises(FibldmError, match=r"eta must be in \[0, 1\]; got 1.5"):
+        sample_rows(latents, Known(), sampler="ddim", eta=1.5)
 
 
 def test_e7_the_first_stage_is_read_once_and_only_if_it_is_needed(

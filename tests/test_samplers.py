@@ -323,6 +323,7 @@ def test_ddim_between_zero_and_one_lies_between(name):
     ("call", "message"),
     [
         (lambda run: sampler("euler"), "sampler must be one of ddim, ancestral, heun, dpmpp_2m; got 'euler'"),
+        (lambda run: sampler("heun", eta=0.0), "eta is for the sampler ddim only; got 0.0 for heun; leave it out, or"),
         (lambda run: calls("euler", 5), "sampler must be one of ddim, ancestral"),
         (lambda run: run(ddim, generators=seeded(1), eta=1.0), "one generator per sample; got 1 for 2 samples"),
         (lambda run: run(ddim, eta=1.5), r"eta must be in \[0, 1\]; got 1.5; 0 is deterministic"),

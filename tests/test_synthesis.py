@@ -416,6 +416,9 @@ def test_whole_numbers_of_any_type_and_unknown_voxels_are_taken(synthesizer):
         ({"guidance_interval": [0.5]}, r"two times 0 <= low < high <= 1; got \[0.5\]"),
         ({"guidance_interval": 0.5}, "two times 0 <= low < high <= 1; got 0.5"),
         ({"shift": 0.0}, "a time shift must be a number above 0.*; got 0.0"),
+        ({"sampler": "ddim", "eta": 1.5}, r"eta must be in \[0, 1\]; got 1.5; 0 is deterministic DDIM, 1 is ancestral"),
+        ({"sampler": "ddim", "eta": float("nan")}, r"eta must be in \[0, 1\]; got nan"),
+        ({"eta": 0.5}, "eta is for the sampler ddim only; got 0.5 for dpmpp_2m; leave it out, or take ddim"),
         ({"dynamic_threshold": 0.0}, r"dynamic_threshold must lie in \(0, 1\]; got 0.0; 0.995 is usual, null is none"),
         ({"dynamic_threshold": 99.5}, r"dynamic_threshold must lie in \(0, 1\]; got 99.5"),
     ],
@@ -473,7 +476,8 @@ def test_a_rerun_keeps_what_is_there_and_refuses_another_request(synthesizer, tm
     synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK)
     assert (tmp_path / "out/masks/case.nii.gz").is_file()
     retrained = replace(synthesizer, source={**synthesizer.source, "weights": "other"})
-    for other, settings in ((synthesizer, replace(QUICK, seed=1)), (retrained, QUICK)):
+    others = (synthesizer, replace(QUICK, seed=1)), (synthesizer, replace(QUICK, eta=0.5)), (retrained, QUICK)
+    for other, settings in others:
         with pytest.raises(FibldmError, match="case_000.nii.gz lies there already and was made from another mask, run"):
             synthesize_file(other, file, tmp_path / "out", number=0, settings=settings)
 
@@ -690,6 +694,44 @@ def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, t
     sampling = json.loads(sidecar(Path(told["outputs"][0])).read_text())["sampling"]
     assert (sampling["guidance_rescale"], sampling["guidance_interval"], sampling["shift"]) == (0.7, [0.3, 0.8], 1.5)
     assert run([*command, "--dynamic-threshold", "0.9", "--seed", "3"]) == 2
+
+
+def test_b16_eta_leads_from_ddim_to_ancestral(synthesizer):
+    """B16: the ends are both samplers, between them lies another volume; a sidecar tells it where it was given."""
+    mask, steps = body(), {"steps": 4, "seed": 2}
+    asked = [
+        {"sampler": "ddim"},
+        {"sampler": "ancestral"},
+        *({"sampler": "ddim", "eta": eta} for eta in (0.0, 0.5, 1.0)),
+    ]
+    made = [synthesizer(mask, settings=SamplingSettings(**choice, **steps)) for choice in asked]
+    ddim, ancestral, still, half, full = (one.volume.array for one in made)
+    np.testing.assert_array_equal(still, ddim)
+    np.testing.assert_array_equal(full, ancestral)
+    assert all((half != end).mean() > 0.1 for end in (ddim, ancestral))
+    assert [one.provenance["sampling"].get("eta", "untold") for one in made] == ["untold"] * 2 + [0.0, 0.5, 1.0]
+
+
+def test_b16_the_command_takes_number_eta_sampler_steps_and_batch(tiny_run, phantom_work, tmp_path, capsys):
+    """B16: any batch size, and masks of a folder; the same asked again keeps what is there."""
+    masks = [shutil.copy(file, tmp_path) for file in sorted((phantom_work / "labels").glob("*.nii.gz"))[:2]]
+    command = ["synthesize", "--run", str(tiny_run), "--masks", str(tmp_path), "--out", str(tmp_path / "out"), "--json"]
+    command += ["--allow-extrapolation", "--count", "2", "--batch-size", "3", "--device", "cpu"]
+    chosen = ["--sampler", "ddim", "--eta", "0.3", "--steps", "3"]
+    assert run([*command, *chosen]) == 0
+    outputs = [Path(path) for path in json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]]
+    assert sorted(path.name for path in outputs) == sorted(
+        f"{Path(mask).name.removesuffix('.nii.gz')}_{number:03d}.nii.gz" for mask in masks for number in range(2)
+    )
+    told = [json.loads(sidecar(path).read_text())["sampling"] for path in outputs]
+    assert all((one["sampler"], one["eta"], one["steps"]) == ("ddim", 0.3, 3) for one in told)
+    before = [path.stat().st_mtime_ns for path in outputs]
+    assert run([*command, *chosen]) == 0
+    assert before == [path.stat().st_mtime_ns for path in outputs]
+    assert run([*command, *chosen, "--eta", "0.4"]) == 2
+    assert "made from another mask, run or settings" in capsys.readouterr().err
+    assert run([*command, "--eta", "0.3"]) == 2
+    assert "eta is for the sampler ddim only; got 0.3 for dpmpp_2m" in capsys.readouterr().err
 
 
 def test_masks_may_be_those_of_a_split(tiny_run, phantom_work, tmp_path, capsys):

@@ -32,6 +32,9 @@ def synthesize(
     seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 10,
     sampler: Annotated[str, typer.Option(help="ddim, ancestral, heun or dpmpp_2m.")] = "dpmpp_2m",
+    eta: Annotated[
+        float | None, typer.Option(help="Sampler ddim only: 0 is deterministic, 1 is ancestral, between them mixes.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="1 is none; more follows the mask harder.")] = 1.0,
     guidance_rescale: Annotated[
         float, typer.Option(help="0 to 1: hold back the contrast that guidance adds; 0.7 is usual.")
@@ -92,6 +95,7 @@ def synthesize(
     settings = SamplingSettings(
         sampler=sampler,
         steps=steps,
+        eta=eta,
         guidance=guidance,
         seed=seed,
         guidance_rescale=guidance_rescale,

@@ -74,8 +74,7 @@ def ddim(
     Raises:
         FibldmError: as ``Sampler``, or ``eta`` is outside [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise FibldmError(f"eta must be in [0, 1]; got {eta}", "0 is deterministic DDIM, 1 is ancestral sampling")
+    _check_eta(eta)
     for step in _steps(times, process, callback):
         data, log_variance = denoise(z, _batch_time(step.t, z))
         if eta == 0 or step.sigma_s == 0:
@@ -149,15 +148,24 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sampler(name: str) -> Sampler:
+def sampler(name: str, eta: float | None = None) -> Sampler:
     """The sampler of a name.
 
+    Args:
+        name: one of `SAMPLERS`.
+        eta: of `ddim`, in [0, 1]; None takes the sampler as it is.
+
     Raises:
-        FibldmError: no such sampler.
+        FibldmError: no such sampler, or ``eta`` is out of range or given to a sampler without it.
     """
     if name not in SAMPLERS:
         raise unknown_choice("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+    if eta is None:
+        return SAMPLERS[name]
+    _check_eta(eta)
+    if name != "ddim":
+        raise FibldmError(f"eta is for the sampler ddim only; got {eta} for {name}", "leave it out, or take ddim")
+    return partial(ddim, eta=eta)
 
 
 def calls(name: str, steps: int) -> int:
@@ -218,6 +226,11 @@ def _steps(times: Tensor, process: Process, callback: Progress | None) -> Iterat
         yield _Step(*now, *then)
         if callback is not None:
             callback(done, len(times) - 1)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise FibldmError(f"eta must be in [0, 1]; got {eta}", "0 is deterministic DDIM, 1 is ancestral sampling")
 
 
 def _advance(z: Tensor, data: Tensor, step: _Step) -> Tensor:

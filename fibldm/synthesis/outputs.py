@@ -1,7 +1,7 @@
 """Mask files in, marked files out; what lies there already and was made in the same way is kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ class Output:
 
     def _request(self, mask_file: Path, number: int) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
-        decisive = [self.synthesizer.source, asdict(self.settings), number]
+        decisive = [self.synthesizer.source, self.settings.to_dict(), number]
         if known := self.synthesizer.covariates.read(self.covariates):
             decisive.append(known)
         request = {

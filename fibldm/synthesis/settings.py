@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fibldm.errors import FibldmError
 from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
-from fibldm.models.samplers import Denoise, calls, sampler
+from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
 
 
@@ -26,6 +27,7 @@ class SamplingSettings:
         guidance_rescale: holds back the contrast that guidance adds, in [0, 1], see `fibldm.models.denoiser.guided`.
         guidance_interval: times (low, high) in [0, 1], 1 is noise, between which there is guidance.
         shift: moves the sampling times towards noise, see `fibldm.models.timesteps.shifted`; None as in training.
+        eta: of the sampler "ddim", in [0, 1]: 0 is deterministic, 1 is ancestral; None is 0.
         dynamic_threshold: share of the voxels, in (0, 1], see `fibldm.models.denoiser.thresholded`; for runs in pixel
             space only. None leaves it out.
         residual_noise: of what the decoder leaves out, see `fibldm.models.residual_noise`; 1 is as measured, 0 gives
@@ -44,9 +46,10 @@ class SamplingSettings:
     shift: float | None = None
     dynamic_threshold: float | None = None
     residual_noise: float = 1.0
+    eta: float | None = None
 
     def __post_init__(self) -> None:
-        sampler(self.sampler)
+        sampler(self.sampler, self.eta)
         if self.steps < 1:
             raise FibldmError(f"steps must be at least 1; got {self.steps}")
         if not 0 <= self.guidance < math.inf:
@@ -72,10 +75,19 @@ class SamplingSettings:
                 f"residual_noise must be a number of at least 0; got {self.residual_noise}", "1 is as measured"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As sidecars tell them; ``eta`` only where it is given, so that volumes from before it are not made anew."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("eta", None)}
+
     def times(self, process: Process) -> Tensor:
         """The times that the sampler visits on a process, float64, shape (steps + 1,); ``shift`` None counts as 1."""
         shift = 1.0 if self.shift is None else self.shift
         return sampling_times(self.steps, spacing=process.sampling_spacing, shift=shift)
+
+    @property
+    def draw(self) -> Sampler:
+        """The sampler, with its ``eta``."""
+        return sampler(self.sampler, self.eta)
 
     def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
         """The denoiser with guidance as these settings want it."""
@@ -102,5 +114,5 @@ class SamplingSettings:
             return Prediction(z_t)
 
         denoise, z = self.guide(count, count), torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1, 1)
-        sampler(self.sampler)(denoise, z, self.times(process), process=process, generators=[torch.Generator()])
+        self.draw(denoise, z, self.times(process), process=process, generators=[torch.Generator()])
         return counted

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +23,7 @@ from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, joined
 from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
-from fibldm.models.samplers import draw_noise, sampler
+from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
@@ -277,7 +277,7 @@ class Synthesizer:
             "torch": torch.__version__,
             "source": self.source,
             "number": placed.wanted.number,
-            "sampling": asdict(settings),
+            "sampling": settings.to_dict(),
             "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
@@ -313,7 +313,7 @@ class Synthesizer:
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         times = settings.times(self.process)
-        z = sampler(settings.sampler)(denoise, noise, times, process=self.process, generators=generators)
+        z = settings.draw(denoise, noise, times, process=self.process, generators=generators)
         decoded = [self._decode(z[place : place + 1], drawn[place : place + 1]) for place in range(len(placed))]
         if settings.residual_noise and self.residual_noise is not None:
             pairs = zip(decoded, generators, strict=True)

@@ -41,18 +41,21 @@ def take_subset(items: Sequence[Item], share: float) -> list[Item]:
     """The cases of a share of the patients, for a quick try; a larger share holds all of a smaller one.
 
     Args:
-        items: with "subject"; their order is kept.
-        share: of the patients, in (0, 1]; rounded up to whole patients, chosen by a hash of their names.
+        items: with "case" and "subject"; their order is kept.
+        share: of the patients, in (0, 1]; rounded up to whole patients, chosen by a hash of the name of their first
+            case: that of a patient has another salt in every preparation of a dataset.
 
     Raises:
         FibldmError: the share is not in (0, 1].
     """
     if not 0 < share <= 1:
         raise FibldmError(f"subset must be a share above 0 and at most 1; got {share}", "1.0 takes all cases")
-    patients = {str(item["subject"]) for item in items}
-    by_hash = sorted(patients, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    first: dict[str, str] = {}
+    for item in sorted(items, key=lambda item: str(item["case"])):
+        first.setdefault(str(item["subject"]), str(item["case"]))
+    by_hash = sorted(first, key=lambda patient: hashlib.sha256(first[patient].encode()).digest())
     # as a decimal a share has few digits; its product has rounding errors, which must not add a patient
-    chosen = set(by_hash[: math.ceil(round(share * len(patients), 6))])
+    chosen = set(by_hash[: math.ceil(round(share * len(first), 6))])
     return [item for item in items if str(item["subject"]) in chosen]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value
+from fibldm.models import samplers
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork
-from fibldm.models.samplers import Sampler, ddim, draw_noise, sampler
 from fibldm.models.tiling import tiled_decode
 from fibldm.models.timesteps import sampling_times
 from fibldm.runs import StageFolder
@@ -161,7 +161,7 @@ class SampleRows:
     ) -> None:
         self.network, self.latents, self.prepare_batch = network, latents, prepare_batch
         self.cases, self.samples, self.seed, self.device = cases, samples, seed, device
-        self.sampler = _sampler(sampler, eta)
+        self.draw = samplers.sampler(sampler, eta)
         self.times = sampling_times(steps, spacing=prepare_batch.process.sampling_spacing, shift=shift)
 
     @torch.no_grad()
@@ -193,8 +193,8 @@ class SampleRows:
         if prepare.covariates is not None:
             covariates = prepare.covariates.encode_case(self.latents.known_of(case))[None].to(self.device)
         denoise = Denoiser(self.network, process, prepare.target, condition, covariates)
-        noise = draw_noise(shape, [generator]).to(self.device)
-        return self.sampler(denoise, noise, self.times, process=process, generators=[generator])
+        noise = samplers.draw_noise(shape, [generator]).to(self.device)
+        return self.draw(denoise, noise, self.times, process=process, generators=[generator])
 
     def _decode(self, latent: Tensor, labels: Tensor) -> Tensor:
         """The volume ``(C, X, Y, Z)`` of a latent ``(1, c, x, y, z)`` in the first stage's own scale."""
@@ -219,16 +219,6 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
-
-
-def _sampler(name: str, eta: float | None) -> Sampler:
-    if eta is None:
-        return sampler(name)
-    if sampler(name) is not ddim or not 0 <= eta <= 1:
-        raise FibldmError(
-            f"preview_eta must be in [0, 1] and is for the sampler ddim only; got {eta} for {name}", "leave it out"
-        )
-    return partial(ddim, eta=eta)
 
 
 def _gray(labels: Tensor, values: Sequence[int]) -> Tensor:
