@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -32,6 +34,7 @@ from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted, synthesize_files
+from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
@@ -522,6 +525,68 @@ def test_a_refused_mask_is_named(synthesizer, tmp_path):
     with pytest.raises(FibldmError, match="b: a mask must lie within .* no voxel has a label"):
         Output(synthesizer, tmp_path / "out", QUICK).write([(tmp_path / f"{name}.nii.gz", 0) for name in "ab"])
     assert not (tmp_path / "out").exists()
+
+
+def test_all_masks_are_looked_at_before_the_first_volume(synthesizer, tmp_path):
+    """A27: one error tells all that are refused."""
+    output, masks = Output(synthesizer, tmp_path / "out", QUICK), tmp_path / "masks"
+    masks.mkdir()
+
+    def missing() -> list[tuple[Path, int]]:
+        return output.missing([(file, number) for file in find_masks([masks]) for number in (0, 1)])
+
+    for name in "ac":
+        write_mask(masks / f"{name}.nii.gz", body())
+    assert [(file.name, number) for file, number in missing()] == [
+        (f"{name}.nii.gz", k) for name in "ac" for k in (0, 1)
+    ]
+    write_mask(masks / "b.nii.gz", _changed(9))
+    with pytest.raises(FibldmError, match=r"^b: a mask may hold .* got also \[9\]"):
+        missing()
+    write_mask(masks / "d.nii.gz", replace(body(), array=np.zeros_like(body().array)))
+    (masks / "e.nii.gz").write_bytes(b"no mask")
+    with pytest.raises(FibldmError) as refused:
+        missing()
+    said = str(refused.value).splitlines()
+    assert said[0] == "3 of 5 masks are refused, nothing was made:"
+    assert [line[:5] for line in said[1:3]] == ["  b: ", "  d: "] and "e.nii.gz" in said[3]
+    assert "--allow-extrapolation" in said[4]
+    for number in range(20):
+        write_mask(masks / f"f{number:02d}.nii.gz", _changed(9))
+    with pytest.raises(FibldmError, match="\n  and 13 more\n"):
+        missing()
+
+
+def test_the_engine_looks_at_all_masks_first(synthesizer, tmp_path):
+    """A27: and gives the files of every batch."""
+    files = [write_mask(tmp_path / "a.nii.gz", body()), write_mask(tmp_path / "b.nii.gz", _changed(9))]
+    for masks, refused in ((files, True), (files[:1], False)):
+        engine = SynthesisEvaluator(synthesizer, mask_items(masks, 2), tmp_path / "out", inferer=QUICK, batch_size=2)
+        with pytest.raises(FibldmError, match="^b: ") if refused else nullcontext():
+            engine.run()
+        assert (tmp_path / "out").exists() != refused
+    assert [Path(file).name for file in engine.state.output["files"]] == ["a_000.nii.gz", "a_001.nii.gz"]
+
+
+def test_a_refused_mask_stops_a_folder_before_its_first_volume(tiny_run, phantom_work, tmp_path):
+    """A27, B16: and what lies there already is not made again, though more is asked for."""
+    masks, out = tmp_path / "masks", tmp_path / "out"
+    masks.mkdir()
+    good = [Path(shutil.copy(file, masks)) for file in sorted((phantom_work / "labels").glob("*.nii.gz"))[:2]]
+    bad = write_mask(masks / "zz.nii.gz", _changed(77))
+    asked = partial(
+        *(synthesize_files, tiny_run), out=out, settings=QUICK, batch_size=3, allow_extrapolation=True, device="cpu"
+    )
+    with pytest.raises(FibldmError, match=r"^zz: a mask may hold .* got also \[77\]"):
+        asked(masks=[masks], count=1)
+    assert not out.exists()
+    bad.unlink()
+    times = {file: file.stat().st_mtime_ns for file in asked(masks=[masks], count=1)}
+    made = asked(masks=[masks], count=2)
+    assert [file.name for file in made] == [
+        f"{file.name.removesuffix('.nii.gz')}_{number:03d}.nii.gz" for file in good for number in (0, 1)
+    ]
+    assert len(times) == 2 and all(file.stat().st_mtime_ns == written for file, written in times.items())
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path):

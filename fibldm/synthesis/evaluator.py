@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from fibldm.synthesis.outputs import Output
@@ -42,10 +42,14 @@ class SynthesisEvaluator(Evaluator):
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
         self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation)
+        self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))  # refuses what it must
 
     def _iteration(self, engine: Engine, batchdata: Any) -> dict[str, list[str]]:
-        jobs = [(Path(item["mask"]), int(item["number"])) for item in batchdata]
-        return {"files": [str(file) for file in self.output.write(jobs)]}
+        return {"files": [str(file) for file in self.output.write(_jobs(batchdata))]}
+
+
+def _jobs(items: Sequence[dict[str, Any]]) -> list[tuple[Path, int]]:
+    return [(Path(item["mask"]), int(item["number"])) for item in items]
 
 
 def mask_items(masks: Sequence[Path], count: int) -> list[dict[str, Any]]:

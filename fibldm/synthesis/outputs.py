@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
 
 
+_SHOWN = 10  # refused masks in one error
+
+
 class VolumeLiesThere(FibldmError):
     """Another volume has the name of one that is to be written."""
 
@@ -46,6 +49,32 @@ class Output:
     dicom: "DicomOutput | None" = None
     covariates: Mapping[str, object] = field(default_factory=dict)
 
+    def missing(self, jobs: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
+        """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
+
+        Raises:
+            FibldmError: as `write`; of several masks that are refused, all are told.
+        """
+        missing = [job for job in jobs if not self._is_there(*job)]
+        refused: dict[str, FibldmError] = {}
+        files = dict.fromkeys(file for file, _ in missing)
+        for file in files:
+            try:
+                self.synthesizer.check(self._wanted(file, 0), allow_extrapolation=self.allow_extrapolation)
+            except FibldmError as error:
+                refused.setdefault(error.message, error)
+        if len(refused) == 1:
+            raise next(iter(refused.values()))
+        if refused:
+            shown = [*refused][:_SHOWN] + [f"and {len(refused) - _SHOWN} more"] * (len(refused) > _SHOWN)
+            remedies = dict.fromkeys(error.remedy for error in refused.values() if error.remedy)
+            raise FibldmError(
+                f"{len(refused)} of {len(files)} masks are refused, nothing was made:"
+                + "".join(f"\n  {line}" for line in shown),
+                "; ".join(remedies),
+            )
+        return missing
+
     def write(self, jobs: Sequence[tuple[Path, int]]) -> list[Path]:
         """Make and write some volumes together.
 
@@ -61,17 +90,10 @@ class Output:
                 cannot be told in DICOM.
         """
         missing = [job for job in jobs if not self._is_there(*job)]
-        masks = [self._read(file) for file, _ in missing]
-        made = self.synthesizer.batch(
-            [
-                Wanted(mask, mask_stem(file), number, self.covariates)
-                for mask, (file, number) in zip(masks, missing, strict=True)
-            ],
-            settings=self.settings,
-            allow_extrapolation=self.allow_extrapolation,
-        )
-        for job, mask, synthesis in zip(missing, masks, made, strict=True):
-            self._write(*job, mask, synthesis)
+        wanted = [self._wanted(*job) for job in missing]
+        made = self.synthesizer.batch(wanted, settings=self.settings, allow_extrapolation=self.allow_extrapolation)
+        for job, one, synthesis in zip(missing, wanted, made, strict=True):
+            self._write(*job, one.mask, synthesis)
         return [self.path(*job) for job in jobs]
 
     def path(self, mask_file: Path, number: int) -> Path:
@@ -98,11 +120,11 @@ class Output:
             self.dicom.check_whole(path)
         return True
 
-    def _read(self, mask_file: Path) -> Volume:
+    def _wanted(self, mask_file: Path, number: int) -> Wanted:
         mask = read_mask(mask_file, self.synthesizer.names)
         if self.dicom is not None:
             self.dicom.check(mask.grid, self.synthesizer.names, self.synthesizer.intensity)
-        return mask
+        return Wanted(mask, mask_stem(mask_file), number, self.covariates)
 
     def _write(self, mask_file: Path, number: int, mask: Volume, made: Synthesis) -> None:
         path, request = self.path(mask_file, number), self._request(mask_file, number)
@@ -158,6 +180,8 @@ def synthesize_files(
 ) -> list[Path]:
     """Write ``count`` volumes of every mask that ``masks`` names (files and folders), with a progress bar.
 
+    All masks are looked at before the first volume is made.
+
     Several processes, as torchrun starts them, share the volumes.
 
     Args:
@@ -200,9 +224,10 @@ def synthesize_files(
         synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    missing = output.missing(jobs)
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     console = Console(stderr=True)
     hidden = not (console.is_terminal and shard.is_first)
-    return [
-        path for batch in track(batches, "synthesize", console=console, disable=hidden) for path in output.write(batch)
-    ]
+    for batch in track(batches, "synthesize", console=console, disable=hidden):
+        output.write(batch)
+    return [output.path(*job) for job in jobs]

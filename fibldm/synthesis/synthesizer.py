@@ -29,7 +29,7 @@ from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
+from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.masks import as_labels
 
@@ -57,11 +57,11 @@ class Wanted:
 
 
 class _Placed(NamedTuple):
-    """A wanted volume with its mask in RAS+ order, the same on the model grid, and what of it was never trained on."""
+    """A wanted volume with its mask in RAS+ order, the model grid for it, and what of it was never trained on."""
 
     wanted: Wanted
     source: Volume
-    labels: Volume
+    grid: Grid
     covariates: dict[str, Value]
     outside: list[str]
 
@@ -221,6 +221,17 @@ class Synthesizer:
         wanted = [Wanted(mask, name, number, covariates or {})]
         return self.batch(wanted, settings=settings, allow_extrapolation=allow_extrapolation)[0]
 
+    def check(self, wanted: Wanted, *, allow_extrapolation: bool = False) -> list[str]:
+        """What `batch` would refuse, before anything is made: mask and covariates.
+
+        Returns:
+            What of them lies outside what the training data covered, in words.
+
+        Raises:
+            FibldmError: as `batch`.
+        """
+        return self._place(wanted, allow_extrapolation).outside
+
     @torch.no_grad()
     def batch(
         self, wanted: Sequence[Wanted], *, settings: SamplingSettings | None = None, allow_extrapolation: bool = False
@@ -242,8 +253,8 @@ class Synthesizer:
         settings = self._as_trained(settings or SamplingSettings())
         placed = [self._place(one, allow_extrapolation) for one in wanted]
         made: dict[int, Synthesis] = {}
-        for size in dict.fromkeys(part.labels.grid.shape for part in placed):
-            places = [place for place, part in enumerate(placed) if part.labels.grid.shape == size]
+        for size in dict.fromkeys(part.grid.shape for part in placed):
+            places = [place for place, part in enumerate(placed) if part.grid.shape == size]
             decoded = self._sample([placed[place] for place in places], settings)
             for place, volume in zip(places, decoded, strict=True):
                 made[place] = self._finish(placed[place], volume, settings)
@@ -262,12 +273,11 @@ class Synthesizer:
         outside = self.envelope.check(source, allow=allow_extrapolation)
         outside += self.covariates.check(covariates, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        labels = resample(source, grid, kind="label", fill=UNKNOWN_LABEL)
-        return _Placed(wanted, source, labels, covariates, outside)
+        return _Placed(wanted, source, grid, covariates, outside)
 
     def _finish(self, placed: _Placed, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
         """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
-        source, grid = placed.source, placed.labels.grid
+        source, grid = placed.source, placed.grid
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
         on_disk = self.intensity.to_disk(np.stack(returned))
         channels = tuple(turned_like(Volume(part, source.affine), placed.wanted.mask.grid) for part in on_disk)
@@ -303,8 +313,8 @@ class Synthesizer:
     def _sample(self, placed: Sequence[_Placed], settings: SamplingSettings) -> list[NDArray[np.float32]]:
         """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
         device = next(self.network.parameters()).device
-        labels = np.stack([part.labels.array.astype(np.int64) for part in placed])[:, None]
-        drawn = torch.from_numpy(labels).to(device)
+        labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
+        drawn = torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
         condition = self.mask.encode(drawn)
         generators = [part.wanted.generator(settings.seed) for part in placed]
         noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
