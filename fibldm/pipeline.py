@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from monai.bundle import ConfigParser
 
 from fibldm.delivery.card import Words
 from fibldm.delivery.export import WORDS, ExportSettings, export
@@ -23,7 +22,7 @@ from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.plain_values import settings_of
 from fibldm.runs import STAGES, MadeOtherwise
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
-from fibldm.training.configuration import Configuration, read_configuration, stage_configuration
+from fibldm.training.configuration import Configuration, check_grid, read_configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings
@@ -210,6 +209,8 @@ def pipeline(
     report = prepare(source, work, preparation, workers=workers)
     for line in (*map(str, report.findings), *(f"note: {note}" for note in report.notes)):
         say(line)
+    configurations = {step.name: step.configuration(work, run) for step in steps}
+    check_grid(configurations["autoencoder"], configurations["diffusion"])
     commands = []
     for step in steps:
         say(f"2/6 {step.name}")
@@ -261,9 +262,7 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         raise FibldmError(
             f"the recipe has no ControlNet, and {run} has one, which would be used", "choose another --out folder"
         )
-    diffusion = configurations["diffusion"]
-    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in diffusion.files]))
-    if diffusion.overrides.get("mask_way", parser.get("mask_way")) is None:
+    if configurations["diffusion"].parser()["mask_way"] is None:
         raise FibldmError(
             "without a ControlNet, stage 2 must see the mask; its mask_way is null",
             "put mask_concat or mask_spade into its configs",

@@ -23,6 +23,8 @@ from fibldm.runs import StageFolder
 from fibldm.training.configuration import (
     STAGE_FILES,
     Configuration,
+    UnfitGrid,
+    check_grid,
     configs_folder,
     parse_overrides,
     shipped,
@@ -252,6 +254,42 @@ def test_a_count_that_is_none_is_refused(name: str, value: object, least: int) -
         make("autoencoder", "data_chest_phantom", **{name: value})
 
 
+def grid_of(work: Path, size: list[int], *configs: str, **overrides: object) -> None:
+    given = {"spacing": [1.0, 1.0, 1.0], "size": size, **overrides}
+    check_grid(stage_configuration("autoencoder", work=work, run_dir=work, configs=configs, overrides=given))
+
+
+@pytest.mark.parametrize(
+    ("size", "autoencoder", "fitting"),
+    [
+        ([48, 64, 48], None, None),
+        ([52, 64, 48], None, (64, 64, 48)),
+        ([48, 64, 48], "autoencoder_f8", (64, 64, 64)),
+        ([256, 256, 1], "autoencoder_slices", None),
+        ([288, 256, 1], "autoencoder_slices", (320, 256, 1)),
+        ([46, 64, 48], "autoencoder_identity", (48, 64, 48)),
+        ([48, 64, 48], "autoencoder_identity", None),
+        ([64, 64, 16], "autoencoder_anisotropic", None),
+    ],
+)
+def test_h13_a_grid_that_stage_2_refuses_is_told_before_stage_1(
+    phantom_work: Path, size: list[int], autoencoder: str | None, fitting: tuple[int, ...] | None
+) -> None:
+    """H13: the sizes that would do are named; a single slice stays one."""
+    configs = () if autoencoder is None else (autoencoder,)
+    if fitting is None:
+        return grid_of(phantom_work, size, *configs)
+    with pytest.raises(UnfitGrid, match=re.escape(f"choose size {fitting}, or fewer unet_channels")):
+        grid_of(phantom_work, size, *configs)
+
+
+def test_h13_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -> None:
+    """H13: what the autoencoder refuses comes as itself, without MONAI's wrapping."""
+    with pytest.raises(FibldmError, match="strides") as refused:
+        grid_of(phantom_work, [64, 64, 1], "autoencoder_anisotropic")
+    assert not isinstance(refused.value, UnfitGrid)
+
+
 @pytest.mark.parametrize(("content", "message"), [("a: [", "must be YAML"), ("- a", "must hold a mapping .* list")])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(content)
@@ -329,10 +367,12 @@ def test_a_work_folder_that_is_none_is_bad_input(capsys: pytest.CaptureFixture[s
 def test_the_command_line_trains_and_says_how_monai_would(
     capsys: pytest.CaptureFixture[str], phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    chosen = ["--config", str(tiny_data), "--config", "tiny", "--set", "device=cpu"]
+    """H13: and warns of a grid that the later stages will not take as they ship."""
+    chosen = ["--config", str(tiny_data), "--config", "tiny", "--set", "device=cpu", "--set", "size=[36, 32, 32]"]
     places = ["--data", str(phantom_work), "--run", str(tmp_path / "run")]
     assert run(["train", "autoencoder", *places, *chosen, "--json"]) == 0
     printed = capsys.readouterr()
+    assert "warning: for stage 2, size (36, 32, 32) of the model grid must be divisible by (16, 16, 16)" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["outputs"] == [str(tmp_path / "run" / "autoencoder")]
     assert "python -m monai.bundle run --config_file" in printed.err
 

@@ -90,6 +90,16 @@ def test_h6_mistakes_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_h6_a_grid_that_stage_2_refuses_is_refused_before_stage_1(tmp_path: Path, tiny_data: Path) -> None:
+    """H6, H13: after the preparation, which tells channels and labels."""
+    write_phantoms(tmp_path / "phantoms", subjects=4, seed=0)
+    given = {"autoencoder::size": [36, 32, 32], "diffusion::unet_channels": [8, 8], "prepare::modality": "ct"}
+    recipe = Recipe.read(None, configs=[str(tiny_data), "tiny"], overrides=given)
+    with pytest.raises(FibldmError, match=r"size \(36, 32, 32\) .* by \(8, 8, 8\),.* 2\^1 .*\(40, 32, 32\)"):
+        pipeline(tmp_path / "phantoms", tmp_path / "out", recipe, CC0, say=quiet)
+    assert not (tmp_path / "out" / "run").exists()
+
+
 def test_h6_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None:
     """H6: the licence, the words, and a ControlNet that the recipe does not know of."""
     recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={})

@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fibldm.training.configuration import Configuration
 
 Work = Annotated[Path, typer.Option("--data", help="Work folder of `fibldm prepare`.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder; each stage has a folder in it.")]
@@ -42,8 +45,19 @@ def run_stage(
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)
     if first:
         print(f"The same by MONAI alone:\n  {configuration.command}")
+        if stage == "autoencoder":
+            _warn_of_grid(configuration)
     configuration.run()
     done = StageFolder(run, stage).done() is not None
     if first:
         print(f"{stage} is done: {run / stage}" if done else f"{stage} is not done: run the same command again")
     return {"outputs": [str(run / stage)], "done": done}
+
+
+def _warn_of_grid(configuration: "Configuration") -> None:
+    from fibldm.training.configuration import UnfitGrid, check_grid
+
+    try:
+        check_grid(configuration)
+    except UnfitGrid as error:
+        print(f"warning: {error}")

@@ -6,10 +6,12 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
@@ -37,6 +39,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+class UnfitGrid(FibldmError):
+    """The model grid does for stage 1, and not for stage 2."""
+
+
 @dataclass(frozen=True)
 class Configuration:
     """The files of a stage, in the order they are merged, and the overrides on top.
@@ -56,6 +62,13 @@ class Configuration:
         arguments = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in self.overrides.items())
         return f'python -m monai.bundle run --config_file "[{listed}]" {arguments}'.rstrip()
 
+    def parser(self) -> ConfigParser:
+        """Files and overrides as one; of a part nothing is made until it is asked for."""
+        parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in self.files]))
+        for key, value in self.overrides.items():
+            parser[key] = value
+        return parser
+
     def run(self) -> None:
         """Run the configuration in this process.
 
@@ -65,15 +78,10 @@ class Configuration:
         workflow = ConfigWorkflow(
             config_file=[str(file) for file in self.files], logging_file=False, workflow_type="train", **self.overrides
         )
-        try:
+        with unwrapped():
             workflow.initialize()
             workflow.run()
             workflow.finalize()
-        except RuntimeError as error:
-            cause = _refusal(error)
-            if cause is None:
-                raise
-            raise cause from None
 
 
 def stage_configuration(
@@ -100,6 +108,32 @@ def stage_configuration(
     configuration = Configuration((*base, *given), {"work": str(work), "run_dir": str(run_dir), **overrides})
     _check(configuration, given, known)
     return configuration
+
+
+def check_grid(autoencoder: Configuration, diffusion: Configuration | None = None) -> None:
+    """Refuse a model grid that would be refused only after stage 1 was trained.
+
+    Args:
+        autoencoder: stage 1, on a prepared work folder.
+        diffusion: stage 2; None takes the UNet as it ships.
+
+    Raises:
+        UnfitGrid: an axis is not divisible by the autoencoder's compression times what the UNet halves.
+        FibldmError: the autoencoder is refused.
+    """
+    first = autoencoder.parser()
+    second = (diffusion or Configuration((shipped("train_diffusion"),), {})).parser()
+    with torch.device("meta"), unwrapped():
+        compression = first.get_parsed_content("network_def").compression
+    size, halvings = tuple(first["size"]), len(second.get_parsed_content("unet::channels")) - 1
+    steps = [step * 2**halvings if length > 1 else 1 for length, step in zip(size, compression, strict=True)]
+    if any(length % step for length, step in zip(size, steps, strict=True)):
+        fitting = tuple(-(-length // step) * step for length, step in zip(size, steps, strict=True))
+        raise UnfitGrid(
+            f"for stage 2, size {size} of the model grid must be divisible by {tuple(steps)}, "
+            f"which is the autoencoder's compression times 2^{halvings} of the UNet",
+            f"choose size {fitting}, or fewer unet_channels",
+        )
 
 
 def configs_folder() -> Path:
@@ -259,8 +293,15 @@ def _shown(file: Path) -> Path:
         return file
 
 
-def _refusal(error: BaseException) -> FibldmError | None:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, FibldmError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """What a part of a configuration refused, of which MONAI makes a RuntimeError of its own, as it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FibldmError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None

@@ -20,8 +20,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fibldm.errors import FibldmError
-from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
+from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration, unwrapped
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
@@ -98,7 +97,7 @@ def trace_stage(stage: str, request: Request) -> StageMemory:
         FibldmError: the configuration or the data are refused.
     """
     parser = _parser(stage, request)
-    try:
+    with unwrapped():
         if stage == "autoencoder":
             items = {part: _case(parser, part) for part in ("train", "validate")}
         else:
@@ -107,11 +106,6 @@ def trace_stage(stage: str, request: Request) -> StageMemory:
         if stage == "controlnet":
             parser["base"] = _parser("diffusion", request)["network_def"]
         return _trace(stage, parser, items, request)
-    except RuntimeError as error:  # MONAI wraps whatever a part of a configuration raises
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, FibldmError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from None
 
 
 def is_trained(stage: str, request: Request) -> bool:
