@@ -3,7 +3,8 @@
 #
 #   ./scripts/test.sh [--all] [pytest's arguments; paths are seen from the repository root]
 #
-# --all adds the slow and the GPU tests (these skip themselves where there is no GPU).
+# --all adds the slow and the GPU tests (these skip themselves where there is no GPU). Two files are tested at a time;
+# pytest's own -n 0 makes it one, as --pdb and -s need it.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,4 +17,4 @@ done
 
 make_environment
 cd "$root"
-exec "$venv/bin/pytest" ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec "$venv/bin/pytest" -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
