@@ -207,6 +207,15 @@ def test_what_was_refused_before_its_first_checkpoint_claims_nothing(tiny_stage:
     assert read_json(tmp_path / "run" / "autoencoder" / "done.json")["epochs"] == 1
 
 
+def test_h13_a_stage_of_no_epochs_is_refused(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    """H13: and leaves no folder; an untrained stage has none."""
+    with pytest.raises(FibldmError, match="trained needs at least 1 epoch; epochs is 0; .*autoencoder_as_given"):
+        tiny_stage("autoencoder", tmp_path / "run", epochs=0).run()
+    assert not (tmp_path / "run").exists()
+    tiny_stage("autoencoder", tmp_path / "run", "autoencoder_identity", epochs=0).run()
+    assert StageFolder(tmp_path / "run", "autoencoder").done()
+
+
 def test_restart_trains_anew_and_what_was_built_on_it_is_refused(tiny_stage: TinyStage, run: Path) -> None:
     old = read_json(run / "autoencoder" / "done.json")["weights"]
     tiny_stage("autoencoder", run, seed=5, restart=True).run()

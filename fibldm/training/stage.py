@@ -47,6 +47,8 @@ class Stage:
         restart: begin anew although the folder holds another configuration's stage.
     """
 
+    least_epochs = 1
+
     def __init__(self, run_dir: str, name: str, *, inputs: dict[str, str], restart: bool = False) -> None:
         self.folder = StageFolder(Path(run_dir), name)
         self.inputs, self.restart = inputs, restart
@@ -62,6 +64,11 @@ class Stage:
         parser = running_parser()
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
+        if config["epochs"] < self.least_epochs:
+            raise FibldmError(
+                f"a stage that is trained needs at least {self.least_epochs} epoch; epochs is {config['epochs']}",
+                "give more; an autoencoder that is to stay as it is takes --config autoencoder_as_given",
+            )
         state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)

@@ -21,6 +21,8 @@ class UntrainedStage(Stage):
     It reads ``network_def``, ``init_from`` and ``init_strict`` of the configuration and nothing else.
     """
 
+    least_epochs = 0
+
     def _train(self, parser: ConfigParser) -> None:
         if not is_first_rank():
             return
