@@ -283,6 +283,18 @@ def test_h13_a_grid_that_stage_2_refuses_is_told_before_stage_1(
         grid_of(phantom_work, size, *configs)
 
 
+def test_h13_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: Path, tmp_path: Path) -> None:
+    """H13: one without ``unet::channels`` may divide otherwise; expressions of the configuration are followed."""
+    (tmp_path / "mine.yaml").write_text("unet: {_target_: mine.Network, width: 8}")
+    (tmp_path / "grid.yaml").write_text("edge: 52\nspacing: [1.0, 1.0, 1.0]\nsize: '$[@edge, 64, 48]'")
+    first = Configuration(
+        (*map(shipped, ("common", "train_autoencoder")), tmp_path / "grid.yaml"), {"work": phantom_work}
+    )
+    check_grid(first, Configuration((shipped("train_diffusion"), tmp_path / "mine.yaml"), {}))
+    with pytest.raises(UnfitGrid, match=r"size \(52, 64, 48\)"):
+        check_grid(first)
+
+
 def test_h13_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -> None:
     """H13: what the autoencoder refuses comes as itself, without MONAI's wrapping."""
     with pytest.raises(FibldmError, match="strides") as refused:

@@ -42,7 +42,8 @@ class SynthesisEvaluator(Evaluator):
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
         self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation)
-        self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))  # refuses what it must
+        # refuse at once what would be refused after the first volumes
+        self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))
 
     def _iteration(self, engine: Engine, batchdata: Any) -> dict[str, list[str]]:
         return {"files": [str(file) for file in self.output.write(_jobs(batchdata))]}

@@ -56,18 +56,19 @@ class Output:
             FibldmError: as `write`; of several masks that are refused, all are told.
         """
         missing = [job for job in jobs if not self._is_there(*job)]
-        refused: dict[str, FibldmError] = {}
+        refused: list[FibldmError] = []
         files = dict.fromkeys(file for file, _ in missing)
         for file in files:
             try:
                 self.synthesizer.check(self._wanted(file, 0), allow_extrapolation=self.allow_extrapolation)
             except FibldmError as error:
-                refused.setdefault(error.message, error)
-        if len(refused) == 1:
-            raise next(iter(refused.values()))
+                refused.append(error)
+        told = list(dict.fromkeys(error.message for error in refused))
+        if len(told) == 1:
+            raise refused[0]
         if refused:
-            shown = [*refused][:_SHOWN] + [f"and {len(refused) - _SHOWN} more"] * (len(refused) > _SHOWN)
-            remedies = dict.fromkeys(error.remedy for error in refused.values() if error.remedy)
+            shown = told[:_SHOWN] + [f"and {len(told) - _SHOWN} more"] * (len(told) > _SHOWN)
+            remedies = dict.fromkeys(error.remedy for error in refused if error.remedy)
             raise FibldmError(
                 f"{len(refused)} of {len(files)} masks are refused, nothing was made:"
                 + "".join(f"\n  {line}" for line in shown),
