@@ -12,6 +12,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from fibldm import __version__
+from fibldm.workers import cores
 
 GIGABYTE = 1e9
 
@@ -95,7 +96,7 @@ def _check_extras(requirements: list[Requirement]) -> Iterator[Finding]:
 
 
 def _check_devices() -> Iterator[Finding]:
-    yield Finding("CPU", f"{_cpu_cores()} cores")
+    yield Finding("CPU", f"{cores()} cores")
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -114,13 +115,6 @@ def _check_devices() -> Iterator[Finding]:
         memory = f"{properties.total_memory / GIGABYTE:.1f} GB"
         bfloat16 = "bf16" if properties.major >= 8 else "no bf16"  # native since compute capability 8.0
         yield Finding(f"CUDA {index}", f"{properties.name}, {memory}, {bfloat16}")
-
-
-def _cpu_cores() -> int:
-    """The cores this process may use; a container or a batch system may allow fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_memory() -> Finding:

@@ -23,6 +23,7 @@ from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.phantoms import write_phantoms
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings
+from fibldm.workers import cores
 
 _logger = logging.getLogger("fibldm")
 
@@ -66,9 +67,9 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     began = time.monotonic()
     phantoms, work, run, synthetic = out / "phantoms", out / "work", out / "runs" / "demo", out / "synthetic"
     say(f"1/6 phantoms: {settings.subjects} patients in {phantoms}")
-    write_phantoms(phantoms, subjects=settings.subjects, seed=settings.seed)
+    write_phantoms(phantoms, subjects=settings.subjects, seed=settings.seed, workers=cores())
     say(f"2/6 prepare: checked and split by patient into {work}")
-    prepare(phantoms, work, PrepareSettings(seed=settings.seed))
+    prepare(phantoms, work, PrepareSettings(seed=settings.seed), workers=cores())
     commands = [f"fibldm prepare {phantoms} --out {work} --seed {settings.seed}"]
     for stage in STAGES:
         say(f"3/6 {stage}")

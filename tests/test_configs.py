@@ -30,6 +30,7 @@ from fibldm.training.configuration import (
     shipped,
     stage_configuration,
 )
+from fibldm.training.muon import Muon
 
 ROOT = Path(__file__).parents[1]
 TinyStage = Callable[..., Configuration]
@@ -327,7 +328,7 @@ def test_b2_overrides_are_yaml() -> None:
 
 
 def test_a23_a31_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
-    """As docs/training.md says it: an expression as a value, and AdamW on a schedule."""
+    """As docs/training.md says it: an expression as a value, on a schedule; by Muon, or by AdamW if asked for."""
     overrides = parse_overrides(["learning_rate=$1e-5 * @batch_size * @accumulation_steps", "batch_size=4"])
     changes = {"accumulation_steps": 2, "warmup_steps": 10, "lr_scheduler::t_total": 100, **overrides}
     parser = ConfigParser(ConfigParser.load_config_files(files("diffusion", DATA[0])))
@@ -340,7 +341,10 @@ def test_a23_a31_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert isinstance(optimizer, torch.optim.AdamW)
+    assert isinstance(optimizer, Muon)
+    parser["optimizer"]["_target_"] = "torch.optim.AdamW"
+    parser.parse(reset=True)
+    assert isinstance(parser.get_parsed_content("optimizer"), torch.optim.AdamW)
     assert (rates[0], rates[5], rates[10]) == pytest.approx((0.05 * 8e-5, (0.05 + 0.95 * 0.5) * 8e-5, 8e-5))
     assert (rates[55], rates[100]) == pytest.approx((8e-7 + 0.5 * (8e-5 - 8e-7), 8e-7), rel=0.01)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

@@ -17,7 +17,8 @@ def phantoms(
 ) -> dict[str, Any]:
     """Write procedural chest CT with fibrosis and its labels: no network, no patient."""
     from fibldm.volumes.phantoms import write_phantoms
+    from fibldm.workers import cores
 
-    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing)
+    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())
     print(f"{len(images)} phantoms of {subjects} patients in {out}")
     return {"outputs": [str(out)], "phantoms": len(images)}

@@ -1,6 +1,5 @@
 """``fibldm pipeline``: from a dataset to a bundle."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +30,9 @@ def pipeline(
     from fibldm.pipeline import Recipe
     from fibldm.pipeline import pipeline as run_pipeline
     from fibldm.training.configuration import parse_overrides
+    from fibldm.workers import cores
 
     log_to_standard_error()
     chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides))
     settings = ExportSettings(license, license_file, half=half, name=out.resolve().name)
-    return run_pipeline(source, out, chosen, settings, workers=len(os.sched_getaffinity(0)))
+    return run_pipeline(source, out, chosen, settings, workers=cores())

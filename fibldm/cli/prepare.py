@@ -1,6 +1,5 @@
 """``fibldm prepare``: check a dataset, split it by patient, write the work folder."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +56,7 @@ def prepare(
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
     from fibldm.volumes.preparation import prepare as prepare_dataset
     from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names, parse_remap
+    from fibldm.workers import cores
 
     settings = PrepareSettings(
         layout=layout,
@@ -77,7 +77,7 @@ def prepare(
         subject_pattern=subject_pattern,
         seed=seed,
     )
-    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    workers = workers if workers is not None else cores()
     report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)
     width = max((len(finding.case) for finding in report.findings), default=0)
     findings = [f"{finding.case:<{width}}  {finding.level:<7}  {finding.message}" for finding in report.findings]

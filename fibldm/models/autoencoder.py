@@ -1,13 +1,15 @@
 """The first stage: volumes to latents and back, behind one small interface."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fibldm.errors import FibldmError
+from fibldm.models.principal_components import PrincipalComponents
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.wavelet import HaarWavelet
 
@@ -91,13 +93,18 @@ class Autoencoder(nn.Module):
     Args:
         network: MONAI's ``AutoencoderKL`` or one with its methods, such as that of monai-generative; with ``wavelet``
             it has 8 channels in and out (4 in two dimensions) per channel of the volume.
-        wavelet: a Haar transform before the encoder and its inverse after the decoder halve every axis once at hardly
-            any cost, instead of the most expensive level of the network (Agarwal et al. 2025, Cosmos tokenizer).
+        wavelet: levels of a Haar transform before the encoder and of its inverse after the decoder, each of which
+            halves every axis at hardly any cost, instead of the most expensive levels of the network (Agarwal et al.
+            2025, Cosmos tokenizer); True is one, False none. With two it has 64 channels in and out (16 in two
+            dimensions).
+        principal_components: the network adds to a linear autoencoder of every cell, which is fitted in closed form
+            before training (`principal_components`) and trained with the network; for networks without strides of their
+            own.
         local_norm: replace every `GroupNorm` of the network by a `ChannelNorm`.
         strides: how far each level of the network but the last shrinks each axis, see `set_strides`; None for 2.
 
     Raises:
-        FibldmError: the strides do not fit the network.
+        FibldmError: the strides do not fit the network, or a network with strides is to add to principal components.
     """
 
     needs_mask = False
@@ -107,7 +114,8 @@ class Autoencoder(nn.Module):
         self,
         network: nn.Module,
         *,
-        wavelet: bool = False,
+        wavelet: bool | int = False,
+        principal_components: bool = False,
         local_norm: bool = False,
         strides: Sequence[Sequence[int]] | None = None,
     ) -> None:
@@ -116,14 +124,15 @@ class Autoencoder(nn.Module):
         self.network: Any = network
         if strides is not None:
             set_strides(network, strides)
-        self.wavelet = HaarWavelet(len(self._strides)) if wavelet else None
+        self.wavelet = HaarWavelet(len(self._strides), int(wavelet)) if wavelet else None
         if local_norm:
             _localise_norms(network)
+        self.linear = PrincipalComponents.beside(network, self._strides) if principal_components else None
 
     @property
     def compression(self) -> tuple[int, ...]:
         """Voxels per latent cell along each of three axes."""
-        outer = 1 if self.wavelet is None else 2
+        outer = 1 if self.wavelet is None else self.wavelet.step
         return (*(outer * stride for stride in self._strides), *(1,) * (_AXES - len(self._strides)))
 
     @property
@@ -137,7 +146,10 @@ class Autoencoder(nn.Module):
             FibldmError: an axis is not divisible by the compression, or a network in two dimensions gets more than one
                 slice.
         """
-        mean, std = self.network.encode(self._to_bands(volume))
+        bands = self._to_bands(volume)
+        mean, std = self.network.encode(bands)
+        if self.linear is not None:
+            mean = mean + self.linear.encode(bands)
         return Posterior(self._with_z(mean), self._with_z(std))
 
     def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +160,27 @@ class Autoencoder(nn.Module):
             mask: for a first stage with ``needs_mask``: ``(B, L + 1, X, Y, Z)``, as `MaskEncoding` with compression 1
                 gives it; others do not look at it.
         """
-        return self._to_volume(self.network.decode(self._without_z(latent)))
+        latent = self._without_z(latent)
+        bands = self.network.decode(latent)
+        return self._to_volume(bands if self.linear is None else bands + self.linear.decode(latent))
+
+    @torch.no_grad()
+    def fit(self, volumes: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the principal components, so that training begins with the best linear autoencoder.
+
+        Args:
+            volumes: pairs of volumes ``(B, C, X, Y, Z)`` in ``[-1, 1]`` and which voxels count ``(B, 1, X, Y, Z)``.
+
+        Raises:
+            FibldmError: there are no principal components, or too few cells that count.
+        """
+        if self.linear is None:
+            raise FibldmError("only an autoencoder with principal_components can be fitted", "set them to true")
+        self.linear.fit((self._to_bands(volume), self._to_cells(valid)) for volume, valid in volumes)
+
+    def _to_cells(self, valid: Tensor) -> Tensor:
+        """Which cells count, ``(B, x, y, z)`` booleans: those that more than half of the voxels of count."""
+        return self._without_z(F.avg_pool3d(valid.float(), self.compression))[:, 0] > 0.5
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, *, seeds: Tensor | None = None) -> Reconstruction:
         """Encode, draw one latent, decode: the pass that is trained.

@@ -22,6 +22,7 @@ TARGETS = frozenset(
     fibldm.models.covariates.Numeric
     fibldm.models.identity_autoencoder.IdentityAutoencoder
     fibldm.models.maisi.MaisiAutoencoder
+    fibldm.models.lean_unet.LeanUNet
     fibldm.models.mask_encoders.AsEncoded
     fibldm.models.mask_encoders.FeatureOnly
     fibldm.models.mask_encoders.LabelValue

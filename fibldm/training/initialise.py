@@ -2,13 +2,15 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
@@ -161,7 +163,12 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def rate_groups(
-    network: nn.Module, rate: float, shares: Mapping[str, float], *, beside: nn.Module | None = None
+    network: nn.Module,
+    rate: float,
+    shares: Mapping[str, float],
+    *,
+    beside: nn.Module | None = None,
+    kernels: bool = False,
 ) -> list[dict[str, Any]]:
     """What is trained, in groups of one share of the learning rate each, as optimizers of torch take them.
 
@@ -172,6 +179,8 @@ def rate_groups(
         rate: of weights that no pattern fits.
         shares: of the rate by shell-style names of weights; those of all patterns that fit are multiplied.
         beside: more weights that are trained, such as those of a loss.
+        kernels: put the weights of convolutions and linear layers into groups of their own, which say
+            ``kernels: True``, as `fibldm.training.muon.Muon` wants them.
 
     Raises:
         FibldmError: a pattern fits no weight that is trained, or a share is no number above 0.
@@ -184,15 +193,25 @@ def rate_groups(
         )
     trained = [(plain_name(name), weight) for name, weight in network.named_parameters() if weight.requires_grad]
     require_fits("layer_rates", list(shares), [name for name, _ in trained])
-    groups: dict[float, list[nn.Parameter]] = {1.0: [] if beside is None else list(beside.parameters())}
+    apart = {id(weight) for weight in _kernels(network)} if kernels else set()
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {
+        (1.0, False): [] if beside is None else list(beside.parameters())
+    }
     for name, weight in trained:
         share = math.prod(float(shares[pattern]) for pattern in sorted(shares) if fits(name, [pattern]))
-        groups.setdefault(share, []).append(weight)
+        groups.setdefault((share, id(weight) in apart), []).append(weight)
     return [
-        {"params": weights, "lr": rate, "share": share}
-        for share, weights in sorted(groups.items(), reverse=True)
+        {"params": weights, "lr": rate, "share": share, **({"kernels": is_kernel} if kernels else {})}
+        for (share, is_kernel), weights in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         if weights
     ]
+
+
+def _kernels(network: nn.Module) -> Iterator[Tensor]:
+    """The weights of convolutions and linear layers, but for those that are trained in updates of low rank."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | _ConvNd) and not parametrize.is_parametrized(layer, "weight"):
+            yield layer.weight
 
 
 def _file_of(source: Path, stage: str) -> Path:

@@ -38,7 +38,8 @@ class Stage:
     * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``keep_every``, ``patience``, ``stop_gap``,
       ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
-    * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``
+    * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``;
+      ``begin``, where there is one, which is given the network when there are neither such weights nor a checkpoint
 
     Args:
         run_dir: the run folder.
@@ -131,6 +132,8 @@ class Stage:
                     "would stay as they were drawn",
                     "name them in lora_full",
                 )
+        elif "begin" in parser and get("begin") is not None and not (self.folder.checkpoints / "last.pt").exists():
+            get("begin")(network)
         for said in ready(network, get):
             _logger.info("%s: %s", self.folder.name, said)
         if backend := get("compile"):

@@ -5,9 +5,10 @@ a scan renders them on a grid of its own, with its own inspiration, pose, noise 
 keyed by (seed, subject) and a scan by (seed, subject, session): a patient is the same whatever the number of patients.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +19,7 @@ from fibldm.files import read_json, write_json
 from fibldm.volumes.phantom_anatomy import count_sessions, draw_anatomy
 from fibldm.volumes.phantom_rendering import draw_scan, render
 from fibldm.volumes.writer import write_nifti
+from fibldm.workers import Bar, in_processes
 
 LABELS: dict[int, str] = {
     0: "background",
@@ -95,7 +97,8 @@ def write_phantoms(
     subjects: int,
     seed: int,
     spacing: tuple[float, float, float] | None = None,
-    progress: Callable[[Sequence[int]], Iterable[int]] | None = None,
+    progress: Bar | None = None,
+    workers: int = 1,
 ) -> list[Path]:
     """Write phantoms as NIfTI: ``out/images``, ``out/labels`` (same names) and ``out/dataset.json``.
 
@@ -106,7 +109,8 @@ def write_phantoms(
         subjects: how many patients; about one in six has two examinations.
         seed: the same seed gives the same files.
         spacing: as of `make_phantom`.
-        progress: wraps the numbers of the patients while they are written; a bar on standard error where None.
+        progress: wraps what is written, to show progress; a bar on standard error where None.
+        workers: processes that write at the same time.
 
     Returns:
         The images, in the order of their names.
@@ -126,16 +130,18 @@ def write_phantoms(
         )
     of_grid = {} if spacing is None else {"spacing": list(spacing)}
     _claim(Path(out), {"generator": _GENERATOR, "seed": seed, "subjects": subjects, **of_grid})
-    images: list[Path] = []
-    for subject in (progress or _bar)(range(1, subjects + 1)):
-        sessions = count_sessions(seed, subject)
-        for session in range(1, sessions + 1):
-            images.append(_write_examination(Path(out), seed, subject, session if sessions > 1 else None, spacing))
-    return images
+    calls = [
+        (Path(out), seed, subject, session if sessions > 1 else None, spacing)
+        for subject in range(1, subjects + 1)
+        for sessions in [count_sessions(seed, subject)]
+        for session in range(1, sessions + 1)
+    ]
+    bar = progress or _bar
+    return list(in_processes(_write_examination, calls, workers=workers, bar=bar, what="drew a phantom"))
 
 
-def _bar(subjects: Sequence[int]) -> Iterable[int]:
-    return track(subjects, "Phantoms", console=Console(stderr=True))
+def _bar(waiting: Sequence[Any]) -> Iterable[Any]:
+    return track(waiting, "Phantoms", console=Console(stderr=True))
 
 
 def _claim(out: Path, recipe: dict[str, object]) -> None:

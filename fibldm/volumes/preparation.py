@@ -5,17 +5,11 @@ patient), ``intensity.json`` and, written last, ``report.json``. Every case is r
 parallel, and a case that is done is not done again when a run was interrupted or failed for another case.
 """
 
-import os
-import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +36,7 @@ from fibldm.volumes.work_folder import (
     report_dict,
     write_lists,
 )
+from fibldm.workers import in_processes
 
 MAX_LABELS = 200
 """More labels than this are taken for an image given as a label volume."""
@@ -214,28 +209,9 @@ def _check_all(plan: Plan, folder: Path, workers: int, progress: bool) -> Checke
 
 def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, progress: bool) -> Iterator[Record]:
     console = Console(stderr=True)
-    shown = {"description": "prepare", "console": console, "disable": not (progress and console.is_terminal)}
-    if workers == 1 or len(cases) < 2:
-        yield from (prepare_case(case, rules, folder) for case in track(cases, **shown))  # type: ignore[arg-type]
-        return
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(cases)), context, _begin_worker)
-    try:
-        waiting = [pool.submit(prepare_case, case, rules, folder) for case in cases]
-        for future in track(waiting, **shown):  # type: ignore[arg-type]
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise FibldmError("a process that read a case was killed, likely for memory", "use fewer --workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """An interruption is for the parent to deal with; a worker ends when the parent does, however that was."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    bar = partial(track, description="prepare", console=console, disable=not (progress and console.is_terminal))
+    calls = [(case, rules, folder) for case in cases]
+    return in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
 
 
 def _record_key(case: Case, rules: Rules, stat: str) -> str:
