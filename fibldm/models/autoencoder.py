@@ -176,7 +176,10 @@ class Autoencoder(nn.Module):
         """
         if self.linear is None:
             raise FibldmError("only an autoencoder with principal_components can be fitted", "set them to true")
-        self.linear.fit((self._to_bands(volume), self._to_cells(valid)) for volume, valid in volumes)
+        bands = self.linear.decode.out_channels
+        scale = torch.ones(1) if self.wavelet is None else self.wavelet.scale
+        cells = ((self._to_bands(volume), self._to_cells(valid)) for volume, valid in volumes)
+        self.linear.fit(cells, scale.repeat(bands // len(scale)))
 
     def _to_cells(self, valid: Tensor) -> Tensor:
         """Which cells count, ``(B, x, y, z)`` booleans: those that more than half of the voxels of count."""

@@ -58,19 +58,22 @@ class PrincipalComponents(nn.Module):
         return cls(len(strides), last.out_channels, int(network.latent_channels))
 
     @torch.no_grad()
-    def fit(self, cells: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def fit(self, cells: Iterable[tuple[Tensor, Tensor]], scale: Tensor) -> None:
         """Take the components of largest variance.
 
         Args:
             cells: pairs of bands ``(B, C, x, y, z)`` and which cells count ``(B, x, y, z)``, booleans.
+            scale: of every band ``(C,)``; divided by it, they are coordinates of an orthonormal basis, in which least
+                is lost of the volume.
 
         Raises:
             FibldmError: fewer cells count than there are bands.
         """
         bands, components = self.decode.out_channels, self.encode.out_channels
+        scale = scale.double().cpu()
         count, total, square = 0, torch.zeros(bands).double(), torch.zeros(bands, bands).double()
         for values, inside in cells:
-            vectors = values.movedim(1, -1)[inside].double().cpu()
+            vectors = values.movedim(1, -1)[inside].double().cpu() / scale
             count, total, square = count + len(vectors), total + vectors.sum(0), square + vectors.T @ vectors
         if count < bands:
             raise FibldmError(
@@ -80,8 +83,8 @@ class PrincipalComponents(nn.Module):
         mean = total / count
         variances, directions = torch.linalg.eigh(square / count - mean.outer(mean))
         kept, deviations = directions.flip(1)[:, :components], variances.flip(0)[:components].clamp_min(1e-12).sqrt()
-        _set(self.encode, (kept / deviations).T, -(kept / deviations).T @ mean)
-        _set(self.decode, kept * deviations, mean)
+        _set(self.encode, (kept / deviations).T / scale, -(kept / deviations).T @ mean)
+        _set(self.decode, kept * deviations * scale[:, None], mean * scale)
 
 
 def _set(layer: Any, weight: Tensor, bias: Tensor) -> None:
