@@ -25,4 +25,5 @@ The network that follows a mask:
 * ``network``: the UNet and all that tells it of mask and covariates, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time
+* ``transfer``: tensors to a device that nothing waits for
 """

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.strides import set_strides, total_stride
+from fibldm.models.transfer import to_device
 from fibldm.models.wavelet import HaarWavelet
 
 _AXES = 3
@@ -275,7 +276,8 @@ def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
     if seeds is None:
         return torch.randn_like(like)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
+    drawn = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
+    return to_device(drawn, like.device).to(like.dtype)
 
 
 def _localise_norms(module: nn.Module) -> None:
