@@ -102,6 +102,7 @@ def _check_devices() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("device", f"torch cannot be imported: {error}", "problem", "install torch anew")
         return
+    yield _check_bfloat16("cpu", "bfloat16")
     if not torch.cuda.is_available():
         yield Finding(
             "CUDA",
@@ -115,6 +116,32 @@ def _check_devices() -> Iterator[Finding]:
         memory = f"{properties.total_memory / GIGABYTE:.1f} GB"
         bfloat16 = "bf16" if properties.major >= 8 else "no bf16"  # native since compute capability 8.0
         yield Finding(f"CUDA {index}", f"{properties.name}, {memory}, {bfloat16}")
+        if properties.major >= 8:
+            yield _check_bfloat16(f"cuda:{index}", f"bfloat16, CUDA {index}")
+
+
+def _check_bfloat16(device: str, name: str) -> Finding:
+    """Whether layers of a few shapes, small ones at the bottom of a network among them, agree with float32."""
+    from torch import nn
+
+    from fibldm.models.precision_check import LayerShape, compare, has_bfloat16_units
+
+    down = nn.Conv3d(32, 32, 3, stride=2, padding=1)
+    shapes: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
+        (nn.Conv3d(32, 32, 3, padding=1), (1, 32, 8, 8, 8)),
+        (down, (1, 32, 8, 8, 4)),
+        (down, (1, 32, 4, 4, 2)),  # to one cell along z: PyTorch issue 169688
+        (down, (1, 32, 4, 4, 1)),
+        (nn.Conv3d(32, 64, 1), (1, 32, 4, 4, 4)),
+        (nn.ConvTranspose3d(32, 32, 2, stride=2), (1, 32, 4, 4, 2)),
+        (nn.Linear(64, 64), (1, 64, 64)),
+    )
+    found = [compare(LayerShape("", layer.to(device), shape)) for layer, shape in shapes]
+    if wrong := [disagreement for disagreement in found if disagreement is not None]:
+        value = f"{len(wrong)} of {len(shapes)} layer shapes differ from float32: {'; '.join(map(str, wrong))}"
+        return Finding(name, value, "note", "training finds such layers and runs them in float32")
+    imitated = "" if device != "cpu" or has_bfloat16_units() else "; this CPU has no units for it and is slow in it"
+    return Finding(name, f"{len(shapes)} layer shapes agree with float32{imitated}")
 
 
 def _check_memory() -> Finding:

@@ -173,6 +173,44 @@ def test_h10_dropping_a_label_leaves_no_trace_of_its_shape(feature: str, detail:
     torch.testing.assert_close(mask.shares(encoded), MaskEncoding(LABELS, 4).encode(labels))
 
 
+def dropped_by_its_formula(mask: MaskEncoding, encoded: Tensor, dropped: Tensor) -> Tensor:
+    """Channel by channel, sample by sample: unknown is whatever the labels that are left do not fill."""
+    made, parts = encoded.clone(), math.prod(mask.parts)
+    for sample in range(len(encoded)):
+        gone = [bool(label) for label in dropped[sample]]
+        gone[0] = any(gone)
+        for part in range(parts):
+            left = torch.ones_like(encoded[sample, 0])
+            for label, is_gone in enumerate(gone):
+                channel = label * parts + part
+                made[sample, channel] = 0 if is_gone else encoded[sample, channel]
+                left = left - made[sample, channel]
+                if is_gone and mask.feature is not None:
+                    made[sample, mask.known_channels + channel] = -1 if mask.feature == "signed_distance" else 0
+            made[sample, len(gone) * parts + part] = left
+    return made
+
+
+@pytest.mark.parametrize("feature", [None, "signed_distance", "contour"])
+@pytest.mark.parametrize(("compression", "detail"), [(4, 1), (4, 2), ((4, 4, 1), 2), (3, 3), (6, 2)], ids=str)
+def test_h10_dropping_labels_is_its_formula(compression: object, detail: int, feature: object) -> None:
+    """Exactly, where fractions are sums of powers of 2, as of 8 voxels; else but for the rounding of sums."""
+    mask = MaskEncoding(LABELS, compression, detail, feature=feature)  # type: ignore[arg-type]
+    size = [2 * factor for factor in mask.factors]
+    drawn = torch.Generator().manual_seed(1)
+    labels = torch.tensor([*LABELS, UNKNOWN_LABEL])[torch.randint(5, (16, 1, *size), generator=drawn)]
+    encoded = mask.encode(labels)
+    dropped = torch.rand(16, len(LABELS), generator=drawn) < 0.3
+    dropped[0], dropped[1] = True, False
+    before = encoded.clone()
+    made, expected = mask.drop_labels(encoded, dropped), dropped_by_its_formula(mask, encoded, dropped)
+    assert torch.equal(encoded, before)
+    exact = compression not in (3, 6)
+    torch.testing.assert_close(made, expected, rtol=0, atol=0 if exact else 1e-6)
+    assert mask.drop_labels_(encoded, dropped) is encoded
+    assert torch.equal(encoded, made)
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [

@@ -25,4 +25,6 @@ The network that follows a mask:
 * ``network``: the UNet and all that tells it of mask and covariates, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time
+* ``precision_check``: layers that bfloat16 gets wrong, and float32 for them
+* ``transfer``: tensors to a device that nothing waits for
 """

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.principal_components import PrincipalComponents
 from fibldm.models.strides import set_strides, total_stride
+from fibldm.models.transfer import to_device
 from fibldm.models.wavelet import HaarWavelet
 
 _AXES = 3
@@ -310,7 +311,8 @@ def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
     if seeds is None:
         return torch.randn_like(like)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
+    drawn = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
+    return to_device(drawn, like.device).to(like.dtype)
 
 
 def _localise_norms(module: nn.Module) -> None:

@@ -135,17 +135,23 @@ class MaskEncoding:
             encoded: mask ``(B, channels, x, y, z)``; not changed.
             dropped: ``(B, L)`` booleans, one per label; the background, which comes first, goes with any of them.
         """
+        return self.drop_labels_(encoded.clone(), dropped)
+
+    def drop_labels_(self, encoded: Tensor, dropped: Tensor) -> Tensor:
+        """`drop_labels`, which changes ``encoded`` itself and gives it back.
+
+        A mask may be the largest tensor of a batch; this takes no second one of its size.
+        """
         away = dropped.clone()
         away[:, 0] = dropped.any(dim=1)
         known = self._known(encoded)
         away = away.view(*away.shape, *[1] * (known.ndim - 2))
-        kept = known[:, :-1] * ~away
-        parts = [torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1).flatten(1, 2)]
+        kept = known[:, :-1].mul_(~away)
+        known[:, -1] = 1 - kept.sum(dim=1)
         if self.feature is not None:
             features = encoded[:, self.known_channels :].unflatten(1, (len(self.labels), -1))
-            nowhere = -1.0 if self.feature == "signed_distance" else 0.0
-            parts.append(torch.where(away, nowhere, features).flatten(1, 2))
-        return torch.cat(parts, dim=1)
+            features.masked_fill_(away, -1.0 if self.feature == "signed_distance" else 0.0)
+        return encoded
 
     def all_but(self, labels: Iterable[int]) -> Tensor:
         """What `drop_labels` takes away to leave some labels only: ``(1, L)`` booleans.

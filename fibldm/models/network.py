@@ -12,6 +12,7 @@ from fibldm.models.autoencoder import single_slice
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
 from fibldm.models.covariates import CovariateEncoding, CovariateTokens
+from fibldm.models.transfer import to_device
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 
@@ -145,7 +146,7 @@ class ConditionedNetwork(nn.Module):
                 raise FibldmError("this network knows no covariates; got some", "leave them out")
             return None
         if covariates is None:
-            covariates = self.covariate_tokens.encoding.null(len(like)).to(like.device)
+            covariates = to_device(self.covariate_tokens.encoding.null(len(like)), like.device)
         context: Tensor = self.covariate_tokens(covariates)
         return context
 

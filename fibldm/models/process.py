@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.schedules import DEFAULT_BETAS, Schedule, betas
+from fibldm.models.transfer import to_device
 
 Target = Literal["epsilon", "sample", "v", "flow"]
 TimeInput = Literal["time", "alpha", "log_snr"]
@@ -56,7 +57,7 @@ class Process(ABC):
         Args:
             z_0: latent, shape (B, C, x, y, z).
             noise: standard normal, same shape.
-            t: times in [0, 1], shape (B,).
+            t: times in [0, 1], shape (B,), there or on the CPU.
         """
         alpha, sigma = self._coefficients(t, z_0)
         return (alpha * z_0 + sigma * noise).to(z_0.dtype)
@@ -96,7 +97,7 @@ class Process(ABC):
             kind: one of ``targets``.
             z_0: latent, shape (B, C, x, y, z).
             noise: the noise of ``diffuse``, same shape.
-            t: times in [0, 1], shape (B,).
+            t: times in [0, 1], shape (B,), there or on the CPU.
 
         Raises:
             FibldmError: the target is unknown or singular on this process.
@@ -175,14 +176,18 @@ class Process(ABC):
                 value = 500 * (1 - log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT) / LOG_SNR_LIMIT)
         return _rounded(value, t)
 
-    @property
+    @cached_property
     def _alpha_at_one(self) -> float:
         return float(self.alpha(torch.ones((), dtype=torch.float64)))
 
     def _coefficients(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``alpha`` and ``sigma`` at ``t`` (B,) on the device of ``z``, shaped to multiply ``z``."""
+        """``alpha`` and ``sigma`` at ``t`` (B,) on the device of ``z``, shaped to multiply ``z``.
+
+        They are computed where ``t`` is: times on the CPU give the same numbers whatever the device of ``z``.
+        """
         shape = (-1,) + (1,) * (z.ndim - 1)
-        return self.alpha(t).to(z.device).reshape(shape), self.sigma(t).to(z.device).reshape(shape)
+        alpha, sigma = (to_device(values, z.device).reshape(shape) for values in (self.alpha(t), self.sigma(t)))
+        return alpha, sigma
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ class VariancePreserving(Process):
         return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-values).cumsum(0) / 2])
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        knots = self._knots.to(t.device)
+        knots = to_device(self._knots, t.device)
         position = (self.steps * t.double()).clamp(0, self.steps)
         left = position.long().clamp(max=self.steps - 1)
         log_alpha = torch.lerp(knots[left], knots[left + 1], position - left)

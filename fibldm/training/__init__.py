@@ -9,7 +9,7 @@
 * ``losses``, ``perceptual``, ``adversarial``: what the stages minimise
 * ``initialise``: weights to begin with, and weights that stay
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
-* ``handlers``, ``checkpoints``: what happens around the steps
+* ``handlers`` (with ``finite``), ``checkpoints``: what happens around the steps
 * ``trace``, ``memory``: what a step needs, without taking it
 * ``watch``: validation, and what small data do: the gap to training, losses by time
 * ``preview`` (with ``pictures``), ``trackers``: pictures, experiment trackers

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.transfer import to_device
 from fibldm.training.distributed import mean_over_ranks
 from fibldm.training.losses import Weighted
 
@@ -247,7 +248,7 @@ def random_slices(size: Sequence[int], seeds: Tensor, count: int) -> list[Tensor
 def take_slices(volume: Tensor, positions: Tensor, axis: int) -> Tensor:
     """Slices ``(B * N, C, ...)`` of volumes ``(B, C, X, Y, Z)`` at ``positions`` ``(B, N)`` along a spatial axis."""
     samples = torch.arange(len(volume), device=volume.device)[:, None]
-    return volume.movedim(2 + axis, 1)[samples, positions.to(volume.device)].flatten(0, 1)
+    return volume.movedim(2 + axis, 1)[samples, to_device(positions, volume.device)].flatten(0, 1)
 
 
 def _judge(network: nn.Module, volume: Tensor, weight: Tensor) -> Judgement:

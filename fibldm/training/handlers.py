@@ -20,14 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fibldm.errors import FibldmError
 from fibldm.files import write_text
 from fibldm.training.distributed import is_first_rank, mean_over_ranks
 from fibldm.training.draws import EpochSampler, key_seed
+from fibldm.training.finite import Finite
 
 _logger = logging.getLogger("fibldm")
-
-_REMEDY = "lower learning_rate or clip_norm; the last checkpoint is as it was"
 
 
 def is_step(engine: Any) -> bool:
@@ -116,7 +114,8 @@ class Schedule:
 class ClipGradient:
     """Scale the gradient of a step down to a norm of at most ``max_norm``; its own is ``engine.state.gradient_norm``.
 
-    The engine has taken the factor of a gradient scaler out of it before.
+    That is a tensor where the network is, as reading its number waits for the device. The engine has taken the factor
+    of a gradient scaler out of the gradient before.
 
     Args:
         network: whose gradient it is.
@@ -125,18 +124,23 @@ class ClipGradient:
 
     def __init__(self, network: nn.Module, max_norm: float) -> None:
         self.network, self.max_norm = network, max_norm
+        self.finite = Finite("the gradient must stay finite; its norm is")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
+        """Clip, before a step.
+
+        Raises:
+            FibldmError: the gradient is not finite; see `Finite` for when that is seen.
+        """
         if not is_step(engine):
             return
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm or math.inf)
-        if math.isfinite(norm):
-            engine.state.gradient_norm = float(norm)
-        elif not _scales(engine):  # a scaler leaves such a step out and lowers its scale
-            raise FibldmError(f"the gradient must stay finite; its norm is {float(norm)} in {_place(engine)}", _REMEDY)
+        engine.state.gradient_norm = norm
+        if not _scales(engine):  # a scaler leaves such a step out and lowers its scale
+            self.finite(engine, norm)
 
 
 def _scales(engine: Any) -> bool:
@@ -147,9 +151,9 @@ def _scales(engine: Any) -> bool:
 class Metrics:
     """One row per epoch in ``metrics.csv``: epoch, iteration, losses, learning rate, gradient's norm, seconds.
 
-    Losses are means over the iterations and ranks. Every part in ``output["losses"]`` has a column ``loss/<name>``,
-    and whatever else a validation measured has one of its name. A resume drops the rows of the epochs that are done
-    again.
+    Losses are means over the iterations and ranks; the gradient's norm is one over the steps, without those that a
+    gradient scaler left out. Every part in ``output["losses"]`` has a column ``loss/<name>``, and whatever else a
+    validation measured has one of its name. A resume drops the rows of the epochs that are done again.
 
     Args:
         file: the CSV file, with the epochs that were done before; the first rank writes it.
@@ -165,8 +169,9 @@ class Metrics:
         self.validation_loss: float | None = None
         self.watched: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
-        self._norms: list[float] = []
+        self._norms: list[Tensor] = []
         self._started = 0.0
+        self._finite = Finite("the training loss must stay finite; it is")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -184,10 +189,7 @@ class Metrics:
 
     def _add(self, engine: Any) -> None:
         (output,) = engine.state.output
-        if not torch.isfinite(output["loss"]).all():
-            raise FibldmError(
-                f"the training loss must stay finite; it is {float(output['loss'])} in {_place(engine)}", _REMEDY
-            )
+        self._finite(engine, output["loss"])
         parts = {f"loss/{name}": value for name, value in output.get("losses", {}).items()}
         for name, value in {"loss": output["loss"], **parts}.items():
             self._losses.setdefault(name, []).append(value.detach())
@@ -203,7 +205,7 @@ class Metrics:
             "validation_loss": "" if self.validation_loss is None else f"{self.validation_loss:.6g}",
             **{name: f"{value:.6g}" for name, value in self.watched.items()},
             "learning_rate": f"{self.optimizer.param_groups[0]['lr']:.4g}",
-            "gradient_norm": f"{sum(self._norms) / len(self._norms):.4g}" if self._norms else "",
+            "gradient_norm": self._norm(),
             "seconds": f"{time.monotonic() - self._started:.2f}",
         }
         self.rows.append(row)
@@ -212,16 +214,15 @@ class Metrics:
             lines = [",".join(names), *(",".join(row.get(name, "") for name in names) for row in self.rows)]
             write_text(self.file, "\n".join(lines) + "\n")
 
+    def _norm(self) -> str:
+        norms = [norm for norm in torch.stack(self._norms).tolist() if math.isfinite(norm)] if self._norms else []
+        return f"{sum(norms) / len(norms):.4g}" if norms else ""
+
     def _names(self) -> list[str]:
         known = dict.fromkeys(name for row in self.rows for name in row)
         place = self.FIELDS.index("validation_loss") + 1
         first = [*self.FIELDS[:place], *(name for name in self.WATCHED if name in known), *self.FIELDS[place:-1]]
         return [*first, *(name for name in known if name not in {*first, self.FIELDS[-1]}), self.FIELDS[-1]]
-
-
-def _place(engine: Any) -> str:
-    within = (engine.state.iteration - 1) % engine.state.epoch_length + 1
-    return f"epoch {engine.state.epoch}, iteration {within} of {engine.state.epoch_length}"
 
 
 class TensorBoard:

@@ -7,6 +7,7 @@ from monai.engines import PrepareBatch
 from torch import Tensor
 
 from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
 
 
@@ -24,5 +25,5 @@ class MaskedVolumePrepareBatch(PrepareBatch):
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Weighted, tuple[Tensor], dict[str, Any]]:
         parts = (batchdata["image"], batchdata["valid"], self.mask.encode(batchdata["label"]))
-        image, valid, mask = (part.to(device, non_blocking=non_blocking, **kwargs) for part in parts)
+        image, valid, mask = (to_device(part, device).to(device, **kwargs) for part in parts)
         return image, Weighted(image, valid), (mask,), {"seeds": batchdata["seed"]}

@@ -9,6 +9,7 @@ from monai.networks.nets.resnet import ResNetFeatures, resnet_params
 from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
 
 
@@ -106,7 +107,7 @@ def _spaced(volume: Tensor, axis: int, count: int) -> Tensor:
     """Evenly spaced slices ``(B * N, C, ...)``, each in the middle of its share of the axis."""
     length = volume.shape[axis]
     chosen = ((torch.arange(min(count, length)) + 0.5) * length / min(count, length)).long()
-    return volume.movedim(axis, 1)[:, chosen.to(volume.device)].flatten(0, 1)
+    return volume.movedim(axis, 1)[:, to_device(chosen, volume.device)].flatten(0, 1)
 
 
 def _unit(features: Tensor) -> Tensor:

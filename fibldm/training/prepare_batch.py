@@ -1,7 +1,7 @@
 """From a collated batch to what the network sees and is asked for: MONAI's `PrepareBatch` seam."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.engines import PrepareBatch
@@ -13,7 +13,9 @@ from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.process import Process, Target
+from fibldm.models.samplers import draw_noise
 from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_snr_weight
+from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
 
 
@@ -23,8 +25,7 @@ class VolumePrepareBatch(PrepareBatch):
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Weighted, tuple[Any, ...], dict[str, Any]]:
-        image = batchdata["image"].to(device, non_blocking=non_blocking, **kwargs)
-        valid = batchdata["valid"].to(device, non_blocking=non_blocking, **kwargs)
+        image, valid = (to_device(batchdata[name], device).to(device, **kwargs) for name in ("image", "valid"))
         return image, Weighted(image, valid), (), {"seeds": batchdata["seed"]}
 
 
@@ -42,17 +43,38 @@ class SegmentationPrepareBatch(PrepareBatch):
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Weighted]:
-        channel = self.channels[batchdata["label"].long()]
+        image, label, valid = (to_device(batchdata[name], device) for name in ("image", "label", "valid"))
+        channel = to_device(self.channels, device)[label.long()]
         known = channel != UNKNOWN_LABEL
-        parts = (batchdata["image"], torch.where(known, channel, 0), known * batchdata["valid"].float())
-        image, value, weight = (part.to(device, non_blocking=non_blocking, **kwargs) for part in parts)
+        parts = (image, torch.where(known, channel, 0), known * valid.float())
+        image, value, weight = (part.to(device, **kwargs) for part in parts)
         return image, Weighted(value, weight)
+
+
+class _Drawn(NamedTuple):
+    """All that is random about a batch, on the CPU.
+
+    Attributes:
+        from_posterior: standard normal, ``(B, C, x, y, z)``; draws the latent.
+        t: times in (0, 1], ``(B,)``.
+        noise: standard normal, ``(B, C, x, y, z)``; is added and predicted.
+        labels: those that become unknown, booleans ``(B, L)``; None where there is no mask.
+        covariates: those that become unknown, booleans ``(B, T)``; None where there are none.
+    """
+
+    from_posterior: Tensor
+    t: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    covariates: Tensor | None
 
 
 class LatentPrepareBatch(PrepareBatch):
     """Stages 2 and 3: draw a latent, a time and one noise per sample; that noise is both added and predicted.
 
-    Each sample draws from a generator of its own, seeded by its draw, so a batch is only a way of grouping.
+    Each sample draws from a generator of its own, seeded by its draw, so a batch is only a way of grouping. That is
+    done on the CPU, as is what depends on the time alone, so the numbers are the same for any device. The rest is
+    computed on the device, which nothing here waits for.
 
     Args:
         process: the diffusion process.
@@ -98,61 +120,90 @@ class LatentPrepareBatch(PrepareBatch):
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Weighted, tuple[Tensor, ...], dict[str, Any]]:
-        posterior = Posterior(batchdata["mean"].float(), batchdata["std"].float())
+        drawn = self._draw(batchdata)
+        mean, std, valid, from_posterior, noise = (
+            to_device(part, device).float()
+            for part in (batchdata["mean"], batchdata["std"], batchdata["valid"], drawn.from_posterior, drawn.noise)
+        )
+        z_0 = Posterior(mean, std).sample(from_posterior)
+        z_t, target = self.process.diffuse(z_0, noise, drawn.t), self.process.target(self.target, z_0, noise, drawn.t)
+        mask = self._mask(batchdata, device)
+        asked = (target, self._weight(valid, mask), *self._factor(drawn.t, z_0))
+        if self.mask is not None and mask is not None and drawn.labels is not None:
+            _drop_labels(self.mask, mask, drawn.labels)  # only now, as the weight is that of all labels
+        given = (to_device(self.process.network_time(drawn.t), device), *([] if mask is None else [mask]))
+        known = self._covariates(batchdata, drawn.covariates, device)
+
+        def as_wanted(part: Tensor) -> Tensor:
+            return part.to(device, **kwargs)
+
+        more = {name: as_wanted(part) for name, part in known.items()}
+        return as_wanted(z_t), Weighted(*map(as_wanted, asked)), tuple(map(as_wanted, given)), more
+
+    def _draw(self, batchdata: dict[str, Tensor]) -> _Drawn:
+        """What each sample draws from its generator, one thing after the other; a new one must be drawn last."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in batchdata["seed"]]
-        z_0 = posterior.sample(self._noise(posterior.mean, generators))
+        from_posterior = draw_noise(batchdata["mean"].shape[1:], generators)
         t = self._times(batchdata["view"], generators)
-        noise = self._noise(z_0, generators)
-        target = (self.process.target(self.target, z_0, noise, t), self._weight(batchdata), *self._factor(t, z_0.ndim))
-        mask, nothing = self._mask(batchdata, generators)
-        inputs = (self.process.diffuse(z_0, noise, t), self.process.network_time(t), *mask)
-        known = self._covariates(batchdata, generators, nothing)
-        moved = [part.to(device, non_blocking=non_blocking, **kwargs) for part in (*target, *inputs, *known)]
-        asked, given = moved[: len(target)], moved[len(target) : len(target) + len(inputs)]
-        more = {"covariates": moved[-1]} if known else {}
-        return given[0], Weighted(*asked), tuple(given[1:]), more
-
-    def _weight(self, batchdata: dict[str, Tensor]) -> Tensor:
-        weight = batchdata["valid"].float()
-        if self.mask is not None and self.label_weights is not None:
-            shares = self.mask.shares(batchdata["mask"].float())
-            weight = weight * torch.einsum("blxyz,l->bxyz", shares, self.label_weights)[:, None]
-        return weight
-
-    def _factor(self, t: Tensor, axes: int) -> list[Tensor]:
-        if self.snr_gamma is None:
-            return []
-        return [min_snr_weight(self.process, self.target, t, self.snr_gamma).view(-1, *[1] * (axes - 1))]
-
-    def _noise(self, like: Tensor, generators: list[torch.Generator]) -> Tensor:
-        return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
+        noise = draw_noise(batchdata["mean"].shape[1:], generators)
+        labels = self._dropped_labels(generators)
+        return _Drawn(from_posterior, t, noise, labels, self._dropped_covariates(batchdata, generators, labels))
 
     def _times(self, views: Tensor, generators: list[torch.Generator]) -> Tensor:
         if isinstance(self.times, GridTimes):
             return torch.cat([self.times.at(int(view)) for view in views])
         return torch.cat([self.times.sample(generator) for generator in generators])
 
-    def _mask(self, batchdata: dict[str, Tensor], generators: list[torch.Generator]) -> tuple[list[Tensor], Tensor]:
-        """The encoded mask, if any, and of which samples nothing of it is known ``(B,)``."""
+    def _dropped_labels(self, generators: list[torch.Generator]) -> Tensor | None:
         if self.mask is None:
-            return [], torch.zeros(len(generators), dtype=torch.bool)
-        fractions = batchdata["mask"].float()
-        chances = torch.stack([torch.rand(len(self.mask.labels) + 1, generator=generator) for generator in generators])
+            return None
+        chances = _chances(len(self.mask.labels) + 1, generators)
         dropped = chances[:, :-1] < self.label_dropout
         dropped[:, 0] = False  # background is no label of its own: it goes with the others
-        dropped |= chances[:, -1:] < self.mask_dropout
-        return [self.mask.drop_labels(fractions, dropped)], dropped.all(dim=1)
+        return dropped | (chances[:, -1:] < self.mask_dropout)
 
-    def _covariates(
-        self, batchdata: dict[str, Tensor], generators: list[torch.Generator], nothing: Tensor
-    ) -> list[Tensor]:
+    def _dropped_covariates(
+        self, batchdata: dict[str, Tensor], generators: list[torch.Generator], labels: Tensor | None
+    ) -> Tensor | None:
         if self.covariates is None:
+            return None
+        dropped = _chances(batchdata["covariates"].shape[1] + 1, generators) < self.covariate_dropout
+        all_of_them = dropped[:, -1:] if labels is None else dropped[:, -1:] | labels.all(dim=1, keepdim=True)
+        return dropped[:, :-1] | all_of_them
+
+    def _mask(self, batchdata: dict[str, Tensor], device: Any) -> Tensor | None:
+        """The encoded mask, as a copy that may be changed; it moves in the half precision in which it is kept."""
+        return None if self.mask is None else to_device(batchdata["mask"], device).to(torch.float32, copy=True)
+
+    def _weight(self, valid: Tensor, mask: Tensor | None) -> Tensor:
+        if self.mask is None or mask is None or self.label_weights is None:
+            return valid
+        shares = self.mask.shares(mask)
+        return valid * torch.einsum("blxyz,l->bxyz", shares, to_device(self.label_weights, valid.device))[:, None]
+
+    def _factor(self, t: Tensor, z_0: Tensor) -> list[Tensor]:
+        if self.snr_gamma is None:
             return []
-        encoded = batchdata["covariates"]
-        # after all other draws, which are then the same as without covariates
-        chances = torch.stack([torch.rand(encoded.shape[1] + 1, generator=generator) for generator in generators])
-        dropped = chances < self.covariate_dropout
-        return [self.covariates.drop(encoded, dropped[:, :-1] | dropped[:, -1:] | nothing[:, None])]
+        factor = to_device(min_snr_weight(self.process, self.target, t, self.snr_gamma), z_0.device)
+        return [factor.view(-1, *[1] * (z_0.ndim - 1))]
+
+    def _covariates(self, batchdata: dict[str, Tensor], dropped: Tensor | None, device: Any) -> dict[str, Tensor]:
+        if self.covariates is None or dropped is None:
+            return {}
+        encoded = to_device(batchdata["covariates"], device)
+        return {"covariates": self.covariates.drop(encoded, to_device(dropped, device))}
+
+
+def _drop_labels(encoding: MaskEncoding, mask: Tensor, dropped: Tensor) -> None:
+    """Take labels out of the samples that lose some; the others cost nothing, as ``dropped`` is on the CPU."""
+    away = to_device(dropped, mask.device)
+    for sample in dropped.any(dim=1).nonzero().flatten().tolist():
+        encoding.drop_labels_(mask[sample : sample + 1], away[sample : sample + 1])
+
+
+def _chances(count: int, generators: list[torch.Generator]) -> Tensor:
+    """Uniform in [0, 1), ``(B, count)``."""
+    return torch.stack([torch.rand(count, generator=generator) for generator in generators])
 
 
 def _weights(by_label: Mapping[int, float], mask: MaskEncoding | None) -> Tensor | None:
