@@ -1,7 +1,8 @@
 """The volumes that are measured: real cases of a work folder and synthetic ones, on the model grid of a run."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ class Evaluated:
     intensity: Intensity
     labels: dict[int, str]
     channels: tuple[str, ...] = ("image",)
+    _recent: "_Recent" = field(default_factory=lambda: _Recent(), compare=False, repr=False)
 
     @classmethod
     def open(cls, run_dir: str | Path, work: str | Path) -> "Evaluated":
@@ -156,12 +158,15 @@ class Evaluated:
         return [_synthetic(file, known) for file in files]
 
     def read(self, case: Case) -> Sample:
-        """A case on the model grid, as training saw it.
+        """A case on the model grid, as training saw it; it is shared with whoever reads it again soon.
 
         Raises:
             FibldmError: a file cannot be read, holds other channels than the run has, or mask and volume do not lie on
                 one grid.
         """
+        return self._recent.get(case, self._read)
+
+    def _read(self, case: Case) -> Sample:
         channels = _read_channels(case.image, len(self.channels))
         image = channels[0]
         grid = self.grid.training_grid(image.grid)
@@ -181,6 +186,28 @@ class Evaluated:
         """SHA-256 of what `read` gives: the files' contents, the grid and the intensity."""
         files = [hash_file(path) for path in (case.image, case.label) if path is not None]
         return hash_value([files, self.grid.spacing, self.grid.size, self.intensity.to_dict()])
+
+
+class _Recent:
+    """The samples that were read last, as many as fit into some memory."""
+
+    def __init__(self, at_most: int = 2**30) -> None:
+        self.at_most, self.held = at_most, 0
+        self.samples: OrderedDict[Case, Sample] = OrderedDict()
+
+    def get(self, case: Case, read: Callable[[Case], Sample]) -> Sample:
+        """A sample that was read before, or is read now."""
+        if case not in self.samples:
+            self.samples[case] = sample = read(case)
+            self.held += _bytes(sample)
+        self.samples.move_to_end(case)
+        while self.held > self.at_most and len(self.samples) > 1:
+            self.held -= _bytes(self.samples.popitem(last=False)[1])
+        return self.samples[case]
+
+
+def _bytes(sample: Sample) -> int:
+    return sample.image.nbytes + sample.labels.nbytes + sample.valid.nbytes
 
 
 @dataclass(frozen=True)

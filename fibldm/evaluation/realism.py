@@ -220,7 +220,7 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
 
 
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
-    """Volumes are read again for every pair: a hundred large ones would not fit into memory."""
+    """Volumes are read for every pair: a hundred large ones would not fit into memory together."""
     bar = _bar(pairs, "realism: MS-SSIM")
     return np.array([_similarity(evaluated.read(cases[i]), evaluated.read(cases[j])) for i, j in bar])
 
