@@ -6,8 +6,9 @@ it stopped; figures, bundle and its verification are made anew.
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.plain_values import settings_of
-from fibldm.runs import STAGES, MadeOtherwise
+from fibldm.runs import STAGES, MadeOtherwise, StageFolder
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
-from fibldm.training.configuration import Configuration, check_grid, read_configuration, stage_configuration
+from fibldm.training.budget import in_minutes
+from fibldm.training.configuration import (
+    Configuration,
+    both_given,
+    check_grid,
+    read_configuration,
+    require_minutes,
+    stage_configuration,
+)
+from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
+from fibldm.training.timing import encoding_seconds
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings
@@ -65,6 +76,8 @@ class Recipe:
         synthesize: fields of `Drawing`.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         segmenter: keys of the configuration of the segmenter that measures.
+        minutes: for all stages of training together, in place of their epochs; None trains all epochs.
+        shares: of the minutes, for each stage that is trained; empty takes the defaults, see `shares_of`.
     """
 
     configs: Sequence[str] = ()
@@ -76,6 +89,8 @@ class Recipe:
     synthesize: Mapping[str, Any] = field(default_factory=dict)
     measure: Sequence[str] = OF_ANY_MASKS
     segmenter: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str | None, *, configs: Sequence[str] = (), overrides: Mapping[str, Any]) -> "Recipe":
@@ -87,7 +102,8 @@ class Recipe:
             overrides: ``step::key`` to value, such as ``diffusion::epochs``.
 
         Raises:
-            FibldmError: there is no such file, or a step is unknown or has another type.
+            FibldmError: there is no such file, a step is unknown or has another type, or there are minutes and an
+                override gives epochs.
         """
         content = dict(read_configuration(file)) if file is not None else {}
         for key, value in overrides.items():
@@ -100,6 +116,10 @@ class Recipe:
             else:
                 content[step] = value
         recipe = settings_of(cls, content, "step of a recipe")
+        require_minutes(recipe.minutes)
+        for name in STAGES:
+            if recipe.minutes is not None and f"{name}::epochs" in overrides:
+                raise both_given(recipe.minutes, f"{overrides[f'{name}::epochs']} of {name}")
         return cls(**{**content, "configs": [*recipe.configs, *configs]})
 
     @property
@@ -133,7 +153,8 @@ class Recipe:
                 own = keys.get("configs", ())
                 if isinstance(own, str) or not all(isinstance(config, str) for config in own or ()):
                     raise FibldmError(f"configs of {name} must be a list of names; got {own!r}", "write it in brackets")
-                overrides = {key: value for key, value in keys.items() if key != "configs"}
+                left_out = {"configs"} if self.minutes is None else {"configs", "epochs"}
+                overrides = {key: value for key, value in keys.items() if key not in left_out}
                 steps.append(TrainingStep(name, (*self.configs, *(own or ())), overrides))
         return steps
 
@@ -152,14 +173,20 @@ class TrainingStep:
     configs: Sequence[str]
     overrides: Mapping[str, Any]
 
-    def run(self, work: Path, run: Path) -> str:
+    def run(self, work: Path, run: Path, *, minutes: float | None = None) -> str:
         """Train the stage, unless that is done; the command that does the same.
+
+        Args:
+            work: folder of ``fibldm prepare``.
+            run: the run folder.
+            minutes: for this stage; None trains all epochs.
 
         Raises:
             FibldmError: the stage is refused.
         """
+        began, given = time.monotonic(), {} if minutes is None else {"minutes": minutes}
         try:
-            self.configuration(work, run).run()
+            replace(self, overrides={**self.overrides, **given}).configuration(work, run).run(began=began)
         except MadeOtherwise as error:
             raise FibldmError(
                 error.message,
@@ -167,13 +194,50 @@ class TrainingStep:
                 "(the old one is kept beside it)",
             ) from error
         verb = "encode" if self.name == "latents" else f"train {self.name}"
-        given = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
+        configs = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
         folders = f"--data {shlex.quote(str(work))} --run {shlex.quote(str(run))}"
-        return f"fibldm {verb} {folders}{given}{as_options(self.overrides)}"
+        limited = "" if minutes is None else f" --minutes {minutes:g}"
+        return f"fibldm {verb} {folders}{configs}{as_options(self.overrides)}{limited}"
 
     def configuration(self, work: Path, run: Path) -> Configuration:
         """The checked configuration of the stage."""
         return stage_configuration(self.name, work=work, run_dir=run, configs=self.configs, overrides=self.overrides)
+
+
+def train_steps(
+    steps: Sequence[TrainingStep],
+    work: Path,
+    run: Path,
+    *,
+    minutes: float | None = None,
+    shares: Mapping[str, float] | None = None,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Train stages one after the other, unless that is done; the commands that do the same.
+
+    Args:
+        steps: in their order.
+        work: folder of ``fibldm prepare``.
+        run: the run folder.
+        minutes: for all of them together, the latents included, and what was used before an interruption; None trains
+            all epochs.
+        shares: of the minutes, see `shares_of`.
+        say: where the headlines go.
+
+    Raises:
+        FibldmError: a stage is refused, or no time is left for it.
+    """
+    if minutes is None:
+        return [_told(step, say, step.name).run(work, run) for step in steps]
+    encoding = _encoding({step.name: step for step in steps}, work, run)
+    total = TotalBudget(run, minutes, shares_of([step.name for step in steps], shares), encoding)
+    commands = []
+    for step in steps:
+        own = None if step.name == "latents" else total.minutes_of(step.name)
+        headline = step.name if own is None else f"{step.name}: {own:.3g} of {in_minutes(minutes)}"
+        commands.append(_told(step, say, headline).run(work, run, minutes=own))
+    say(f"training took {total.seconds / 60:.1f} of {in_minutes(minutes)}")
+    return commands
 
 
 def pipeline(
@@ -211,10 +275,9 @@ def pipeline(
         say(line)
     configurations = {step.name: step.configuration(work, run) for step in steps}
     check_grid(configurations["autoencoder"], configurations["diffusion"])
-    commands = []
-    for step in steps:
-        say(f"2/6 {step.name}")
-        commands.append(step.run(work, run))
+    commands = train_steps(
+        steps, work, run, minutes=recipe.minutes, shares=recipe.shares, say=lambda line: say(f"2/6 {line}")
+    )
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
     _synthesize(run, work, "test", out / "synthetic", drawing)
     say("4/6 evaluate")
@@ -253,6 +316,7 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         if name not in MEASUREMENTS:
             raise unknown_choice("measure", name, MEASUREMENTS)
     configurations = {step.name: step.configuration(work, run) for step in steps}
+    shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
     words = Words.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
@@ -267,6 +331,21 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
             "without a ControlNet, stage 2 must see the mask; its mask_way is null",
             "put mask_concat or mask_spade into its configs",
         )
+
+
+def _told(step: TrainingStep, say: Callable[[str], None], headline: str) -> TrainingStep:
+    say(headline)
+    return step
+
+
+def _encoding(steps: Mapping[str, TrainingStep], work: Path, run: Path) -> float:
+    """The seconds that making the latents is expected to take: as before, or by the first case."""
+    expected = expected_encoding(run)
+    if expected is None and not StageFolder(run, "autoencoder").done():
+        parsers = (steps[name].configuration(work, run).parser() for name in ("autoencoder", "latents"))
+        expected = encoding_seconds(*parsers)
+        note_encoding(run, expected)
+    return expected or 0.0
 
 
 def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) -> None:

@@ -1,4 +1,4 @@
-"""``fibldm plan``: the memory that each stage will need, before it is trained, and settings that fit."""
+"""``fibldm plan``: memory and minutes that each stage will need, before it is trained, and settings that fit."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.training.timing import time_encoding, time_stage
 from fibldm.training.trace import Request, StageMemory, is_trained, trace_stage
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
@@ -18,10 +19,11 @@ DEVICES = ("cpu", "cuda")
 # The rest is for what is not traced: the CUDA context, workspaces, or on a CPU everything else that runs.
 _USABLE = 0.9
 _PATCH_STEP = 16
+_TIMES = ("minutes", "seconds_per_step", "steps", "epochs", "validations", "seconds_per_validation")
 
 
 def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
-    """The memory of every stage and settings that fit.
+    """The memory and the minutes of every stage, and settings that fit.
 
     Args:
         request: what is planned.
@@ -30,7 +32,9 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
     Returns:
         ``device``, ``imitated``, ``memory_gb`` and ``stages``, each with ``peak_gb``, what it consists of, whether it
         ``fits``, and what would: ``largest_batch``, ``largest_batch_checkpointed``, for the autoencoder
-        ``largest_patch``.
+        ``largest_patch``. Where the device is there, and the stage fits into its memory, a stage also has ``minutes``,
+        and what they are made of: ``seconds_per_step``, ``steps`` of an epoch, ``epochs``, ``validations``,
+        ``seconds_per_validation``; and ``encoding_minutes`` are those of the latents. Otherwise these are None.
 
     Raises:
         FibldmError: the device is unknown, or the configuration or the data are refused.
@@ -39,11 +43,14 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
     trained = [stage for stage in TRAINED if is_trained(stage, request)]
+    stages = {stage: _described(stage, request, available) for stage in _shown(trained)}
+    fits_here = all(stage["minutes"] is not None for stage in stages.values())
     return {
         "device": request.device,
         "imitated": request.imitated,
         "memory_gb": available / 1e9,
-        "stages": {stage: _described(stage, request, available) for stage in _shown(trained)},
+        "encoding_minutes": time_encoding(request) / 60 if fits_here else None,
+        "stages": stages,
     }
 
 
@@ -108,7 +115,17 @@ def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
         "largest_batch": largest_batch(stage, request, usable),
         "largest_batch_checkpointed": largest_batch(stage, checkpointed, usable),
         **({"largest_patch": largest_patch(traced, usable)} if stage == "autoencoder" else {}),
+        **_timed(stage, request, traced),
     }
+
+
+def _timed(stage: str, request: Request, traced: StageMemory) -> dict[str, Any]:
+    """The minutes of a stage and what they are made of; None where its steps cannot be tried out here."""
+    if request.imitated or traced.peak > _USABLE * device_memory(request.device):
+        return dict.fromkeys(_TIMES)
+    found = time_stage(stage, request)
+    values = (found.seconds / 60, found.seconds_per_step, found.steps, found.epochs, found.validations)
+    return dict(zip(_TIMES, (*values, found.validation), strict=True))
 
 
 def _shown(stages: Sequence[str]) -> Iterable[str]:

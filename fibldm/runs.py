@@ -1,5 +1,6 @@
 """Run folders: what a stage was made from, whether it is done, and going on where it stopped."""
 
+import csv
 import hashlib
 import json
 from collections.abc import Mapping
@@ -30,12 +31,13 @@ _COMMANDS = {
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
-    "initialize keep_every mlflow num_workers patience preview preview_eta preview_every preview_sampler preview_steps "
-    "restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work "
+    "initialize keep_every minutes mlflow num_workers patience preview preview_eta preview_every preview_sampler "
+    "preview_steps restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
-_CLAIM = ("config.yaml", "inputs.json", "log.txt")
+BUDGET = "budget.json"
+_CLAIM = ("config.yaml", "inputs.json", "log.txt", BUDGET)
 _EVENTS = "events.out.tfevents"  # of TensorBoard
 _TRACKED = ("train_handlers", "val_handlers")  # where it adds handlers, to engines that have none of their own
 
@@ -73,12 +75,13 @@ class StageFolder:
         """Claim the folder for a configuration and what it builds on.
 
         Args:
-            config: the configuration with overrides, as plain values; "epochs", where there is one, is a number.
+            config: the configuration with overrides, as plain values; "epochs" and "minutes", where there are some, are
+                numbers.
             inputs: fingerprints of the data and of the stages before.
             restart: move what was made with another configuration aside instead of refusing.
 
         Returns:
-            "done" if the same was finished for as many epochs, "resume" if it was begun, else "new".
+            "done" if the same was finished for as many epochs or minutes, "resume" if it was begun, else "new".
 
         Raises:
             FibldmError: the folder holds a stage of another configuration or other inputs; names the differences.
@@ -86,17 +89,19 @@ class StageFolder:
         config = json.loads(json.dumps(config, default=str))  # tuples and paths as they are read back
         if self.path.exists() and restart:
             self.path.rename(_free_name(self.path))
-        if (self.path / "inputs.json").exists() and not self._is_untouched():
-            self._refuse_change(read_json(self.path / "inputs.json"), {"config": decisive(config), "inputs": inputs})
-            done = self.done()
-            if done and done["epochs"] >= config.get("epochs", 0):
+        made_from, file = {"config": decisive(config), "inputs": inputs}, self.path / "inputs.json"
+        if file.exists() and not self._is_untouched():
+            self._refuse_change(read_json(file), made_from)
+            if self._has_enough(config):
                 return "done"
             # what goes on is not done: a later stage must not read weights that change
             (self.path / "done.json").unlink(missing_ok=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             return "resume"
+        if file.exists() and read_json(file) != made_from:
+            (self.path / BUDGET).unlink(missing_ok=True)  # the time was another stage's
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_json(self.path / "inputs.json", {"config": decisive(config), "inputs": inputs})
+        write_json(file, made_from)
         return "new"
 
     def finish(self, *, epochs: int, **facts: Any) -> None:
@@ -108,6 +113,14 @@ class StageFolder:
         """The content of ``done.json``, or None while the stage is not finished."""
         file = self.path / "done.json"
         return read_json(file) if file.exists() else None
+
+    def seconds(self) -> float:
+        """What the stage has taken so far: as it was counted, or else that of the epochs in ``metrics.csv``."""
+        budget, metrics = self.path / BUDGET, self.path / "metrics.csv"
+        counted = [content for content in (self.done(), read_json(budget) if budget.exists() else None) if content]
+        rows = csv.DictReader(metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])
+        epochs = sum(float(row["seconds"]) for row in rows)
+        return max(epochs, *(float(content.get("seconds", 0.0)) for content in counted), 0.0)
 
     def require(self) -> dict[str, Any]:
         """The content of ``done.json``.
@@ -178,6 +191,13 @@ class StageFolder:
         except Exception as error:
             raise FibldmError(f"{file} must be a readable checkpoint; {error}", "train this stage again") from error
         return content
+
+    def _has_enough(self, config: Mapping[str, Any]) -> bool:
+        """Whether the stage is done, and for as long as the configuration asks for."""
+        done, epochs, minutes = self.done(), config.get("epochs", 0), config.get("minutes")
+        if done is None or minutes is None or not epochs:
+            return done is not None and done.get("passes", done["epochs"]) >= epochs
+        return done.get("minutes", 0) >= minutes or self.seconds() >= 60 * minutes
 
     def _is_untouched(self) -> bool:
         """Whether the stage was claimed, and then refused before it kept anything."""

@@ -22,6 +22,10 @@ def pipeline(
     overrides: Annotated[
         list[str], typer.Option("--set", help="step::key=value, such as diffusion::epochs=60, on top of the recipe.")
     ] = [],
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Time for all stages of training together; else all epochs are trained."),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
 ) -> dict[str, Any]:
     """Prepare, train all stages, synthesize, measure, export and verify; what was trained and drawn is kept."""
@@ -33,6 +37,7 @@ def pipeline(
     from fibldm.workers import cores
 
     log_to_standard_error()
-    chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides))
+    limit = {} if minutes is None else {"minutes": minutes}
+    chosen = Recipe.read(recipe, configs=config, overrides=parse_overrides(overrides) | limit)
     settings = ExportSettings(license, license_file, half=half, name=out.resolve().name)
     return run_pipeline(source, out, chosen, settings, workers=cores())

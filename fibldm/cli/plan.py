@@ -19,7 +19,7 @@ def plan(
         float | None, typer.Option("--memory", help="GB of the device; this machine's if left out.")
     ] = None,
 ) -> dict[str, Any]:
-    """Say how much memory each stage will need, and which batch would fit, without training anything."""
+    """Say how much memory and time each stage will need, and which batch would fit; only a few steps are tried out."""
     import torch
 
     from fibldm.plan import plan as make_plan
@@ -38,7 +38,20 @@ def plan(
             f"{'fits' if found['fits'] else 'does not fit'}"
         )
         print(f"{'':<12} {_largest(found)}")
+        print(f"{'':<12} {_minutes(found)}")
+    if made["encoding_minutes"] is not None:
+        print(f"{'latents':<12} {made['encoding_minutes']:6.1f} minutes")
     return made
+
+
+def _minutes(found: dict[str, Any]) -> str:
+    if found["minutes"] is None:
+        return "not timed: the steps cannot be tried out on this machine"
+    return (
+        f"{found['minutes']:.1f} minutes: {found['epochs']} epochs of {found['steps']} steps of "
+        f"{found['seconds_per_step']:.2g} s, {found['validations']} validations of "
+        f"{found['seconds_per_validation']:.2g} s"
+    )
 
 
 def _largest(found: dict[str, Any]) -> str:

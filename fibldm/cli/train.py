@@ -1,6 +1,7 @@
 """``fibldm train`` and ``fibldm encode``: thin doors to the stages' configurations."""
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +25,27 @@ def train(
     run: Run,
     config: Configs = [],
     overrides: Overrides = [],
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Time for all of the stage: as many epochs as fit are trained.")
+    ] = None,
     restart: Restart = False,
 ) -> dict[str, Any]:
     """Train one stage; an interrupted one goes on, a finished one is skipped."""
-    return run_stage(stage, data, run, config, overrides, restart)
+    return run_stage(stage, data, run, config, overrides, restart, minutes=minutes)
 
 
 def run_stage(
-    stage: str, data: Path, run: Path, config: list[str], overrides: list[str], restart: bool
+    stage: str,
+    data: Path,
+    run: Path,
+    config: list[str],
+    overrides: list[str],
+    restart: bool,
+    *,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Print the equivalent MONAI command and run it here; of several ranks only the first says what happens."""
+    began = time.monotonic()
     from fibldm.cli.output import log_to_standard_error
     from fibldm.runs import StageFolder
     from fibldm.training.configuration import parse_overrides, stage_configuration
@@ -42,12 +54,13 @@ def run_stage(
     if first:
         log_to_standard_error()
     settings = parse_overrides(overrides) | ({"restart": True} if restart else {})
+    settings |= {} if minutes is None else {"minutes": minutes}
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)
     if first:
         print(f"The same by MONAI alone:\n  {configuration.command}")
         if stage == "autoencoder":
             _warn_of_grid(configuration)
-    configuration.run()
+    configuration.run(began=began)
     done = StageFolder(run, stage).done() is not None
     if first:
         print(f"{stage} is done: {run / stage}" if done else f"{stage} is not done: run the same command again")

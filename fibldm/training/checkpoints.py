@@ -3,8 +3,9 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Checkpoints:
         every: epochs between two checkpoints.
         keep_every: epochs between two whose averaged weights are kept; 0 keeps none.
         metrics: where the validation loss is.
+        optional: the same as ``objects``, of what may have no state; ``last.pt`` need not hold it.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Checkpoints:
         every: int,
         metrics: Metrics,
         keep_every: int = 0,
+        optional: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder, self.objects, self.ema, self.every, self.metrics = Path(folder), objects, ema, every, metrics
-        self.keep_every = keep_every
+        self.keep_every, self.optional = keep_every, optional
         self.best_loss = float("inf")
         self.best: dict[str, Any] | None = None
         self.saved_epoch = 0
@@ -90,6 +93,8 @@ class Checkpoints:
             )
         for name, part in self.objects.items():
             part.load_state_dict(state["objects"][name])
+        for name in self.optional.keys() & state["objects"].keys():
+            self.optional[name].load_state_dict(state["objects"][name])
         self.best, self.best_loss = state["best"], state["best_loss"]
         engine.state.epoch = self.saved_epoch = int(state["epoch"])
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
@@ -106,6 +111,7 @@ class Checkpoints:
         self.saved_epoch = engine.state.epoch
         if is_first_rank():
             objects = {name: part.state_dict() for name, part in self.objects.items()}
+            objects |= {name: kept for name, part in self.optional.items() if (kept := part.state_dict())}
             last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
             self._write({"best.pt": self.best, "last.pt": last} if self.best is not None else {"last.pt": last})
 

@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import inspect
+import math
 import re
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ STAGE_FILES = {
 }
 
 _GRID = {"spacing", "size"}
+_EVALUATED = ("$", "@", "%")
 _COUNTED = ("accumulation_steps", "batch_size", "checkpoint_every", "epochs", "steps", "val_interval", "views")
 
 
@@ -68,14 +71,24 @@ class Configuration:
             parser[key] = value
         return parser
 
-    def run(self) -> None:
+    def run(self, *, began: float | None = None) -> None:
         """Run the configuration in this process.
+
+        Args:
+            began: when that began, in seconds of `time.monotonic`, for ``minutes`` to count from; None is now.
 
         Raises:
             FibldmError: what a part of it refused, without MONAI's wrapping.
         """
+        began = time.monotonic() if began is None else began
+        parser = self.parser()
+        timed = parser.get("minutes") is not None and "epochs" in parser  # latents have none
+        overrides = {**self.overrides, "stage::began": began} if timed else self.overrides
         workflow = ConfigWorkflow(
-            config_file=[str(file) for file in self.files], logging_file=False, workflow_type="train", **self.overrides
+            config_file=[str(file) for file in self.files],
+            logging_file=False,
+            workflow_type="train",
+            **overrides,
         )
         with unwrapped():
             workflow.initialize()
@@ -96,8 +109,8 @@ def stage_configuration(
         overrides: ``key::sub`` to value.
 
     Raises:
-        FibldmError: a file is missing or no YAML mapping, no data configuration is given, a key is unknown, or a number
-            of something is none.
+        FibldmError: a file is missing or no YAML mapping, no data configuration is given, a key is unknown, a number
+            of something is none, or the overrides give epochs and something gives minutes.
     """
     if stage not in STAGE_FILES:
         raise unknown_choice("stage", stage, STAGE_FILES)
@@ -226,13 +239,37 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
     for key in configuration.overrides:
         if not _exists(config, key.split("::")):
             raise _unknown_key(key, "", {*config, *_flat_keys(config)})
-    _check_counts({**config, **configuration.overrides})
+    values = {**config, **configuration.overrides}
+    _check_counts(values)
+    require_minutes(values.get("minutes"))
+    if values.get("minutes") is not None and "epochs" in configuration.overrides:
+        raise both_given(values["minutes"], values["epochs"])
+
+
+def require_minutes(value: Any) -> None:
+    """Refuse a time budget that is none; None, and what is evaluated later, are fine.
+
+    Raises:
+        FibldmError: it is no number above 0.
+    """
+    if value is None or (isinstance(value, str) and value.startswith(_EVALUATED)):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise FibldmError(f"minutes must be a number above 0; got {value!r}", "leave it out to train all epochs")
+
+
+def both_given(minutes: Any, epochs: Any) -> FibldmError:
+    """The error for two lengths of one training."""
+    return FibldmError(
+        f"a training lasts either so many minutes or so many epochs; got minutes {minutes} and epochs {epochs}",
+        "give one of them; epochs of a configuration file give way to minutes by themselves",
+    )
 
 
 def _check_counts(values: Mapping[str, Any]) -> None:
     for name in _COUNTED:
         value = values.get(name, 1)
-        is_reference = isinstance(value, str) and value.startswith(("$", "@", "%"))
+        is_reference = isinstance(value, str) and value.startswith(_EVALUATED)
         least = 0 if name == "epochs" else 1  # networks with nothing to learn have none
         if not is_reference and (not isinstance(value, int) or value < least):
             raise FibldmError(f"{name} must be a whole number of at least {least}; got {value!r}")

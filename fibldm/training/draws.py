@@ -76,22 +76,49 @@ class EpochSampler(Sampler[Draw]):
     def __init__(self, length: int, *, seed: int, views: int = 1, shuffle: bool = True) -> None:
         self.length, self.seed, self.views, self.shuffle = length, seed, views, shuffle
         self.epoch = 0
+        self.draws: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose draws come next."""
         self.epoch = epoch
 
+    def cut(self, draws: int) -> None:
+        """Let an epoch be less than a pass through the data: so many draws of this rank.
+
+        Epochs, from 1, then follow each other through pass after pass, whose orders and seeds are those of whole
+        epochs: every view of every case still comes once a pass, and what an epoch holds depends on its number alone.
+
+        Args:
+            draws: of a rank in an epoch, at least 1; of training only.
+        """
+        self.draws = draws
+
     def __len__(self) -> int:
-        return len(self._of_rank(np.arange(self.length * self.views)))
+        return self._pass_length if self.draws is None else self.draws
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch = self.epoch if self.shuffle else 0
+        if self.draws is None:
+            yield from self._pass(self.epoch if self.shuffle else 0)
+            return
+        passes, skipped = divmod((self.epoch - 1) * self.draws, self._pass_length)
+        left = self.draws
+        while left:
+            passes += 1
+            drawn = list(self._pass(passes, skipped, skipped + left))
+            yield from drawn
+            left, skipped = left - len(drawn), 0
+
+    @property
+    def _pass_length(self) -> int:
+        return len(self._of_rank(np.arange(self.length * self.views)))
+
+    def _pass(self, number: int, first: int = 0, end: int | None = None) -> Iterator[Draw]:
         order = np.arange(self.length * self.views)
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
-        for position in self._of_rank(order):
+            np.random.default_rng([self.seed, number]).shuffle(order)
+        for position in self._of_rank(order)[first:end]:
             index, view = divmod(int(position), self.views)
-            yield Draw(index, view, key_seed(self.seed, epoch, index, view))
+            yield Draw(index, view, key_seed(self.seed, number, index, view))
 
     def _of_rank(self, order: np.ndarray) -> np.ndarray:
         rank, ranks = idist.get_rank(), idist.get_world_size()

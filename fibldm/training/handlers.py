@@ -27,6 +27,8 @@ from fibldm.training.finite import Finite
 
 _logger = logging.getLogger("fibldm")
 
+UNKNOWN = 10**9  # epochs of a training whose length is not chosen yet
+
 
 def is_step(engine: Any) -> bool:
     """Whether the optimizer steps in this iteration, as MONAI's trainer decides it."""
@@ -95,10 +97,20 @@ class Schedule:
     """
 
     def __init__(self, scheduler: LambdaLR) -> None:
-        self.scheduler = scheduler
+        self.scheduler: Any = scheduler
+        self.warmup_steps = getattr(scheduler, "warmup_steps", 0)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, self.place)
+
+    def stretch(self, steps: int) -> None:
+        """Let the schedule end after so many steps, the warm-up after a fifth of them at the latest.
+
+        A schedule without ``t_total`` stays as it is.
+        """
+        if hasattr(self.scheduler, "t_total"):
+            self.scheduler.t_total = steps
+            self.scheduler.warmup_steps = min(self.warmup_steps, steps // 5)
 
     def place(self, engine: Engine) -> None:
         """Set the rate of the next step.
@@ -272,7 +284,7 @@ class ShowProgress:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}{task.fields[of]}"),
             TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
@@ -288,15 +300,17 @@ class ShowProgress:
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._stop)
 
     def _start(self, engine: Engine) -> None:
-        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
-        self.task = self.progress.add_task(self.name, total=total, completed=engine.state.iteration, loss="", speed="")
+        self.task = self.progress.add_task(self.name, loss="", speed="", **self._done(engine))
         self.progress.start()
+
+    def _done(self, engine: Engine) -> dict[str, Any]:
+        epochs, length = engine.state.max_epochs or 0, engine.state.epoch_length or 0
+        total = None if epochs == UNKNOWN else epochs * length
+        return {"completed": engine.state.iteration, "total": total, "of": "" if total is None else f"/{total}"}
 
     def _step(self, engine: Engine) -> None:
         rate = self.progress.tasks[self.task].speed
-        self.progress.update(
-            self.task, completed=engine.state.iteration, speed="" if rate is None else f"{rate:.1f} it/s"
-        )
+        self.progress.update(self.task, speed="" if rate is None else f"{rate:.1f} it/s", **self._done(engine))
 
     def _epoch(self, engine: Engine) -> None:
         row = self.metrics.rows[-1]

@@ -1,10 +1,12 @@
 """Cached latents: written once by the encode stage, read by the stages that train on them."""
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
@@ -18,23 +20,26 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, write_json, write_tensors
-from fibldm.models.autoencoder import FrozenFirstStage, Posterior
+from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.latents import LatentSpace
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
-from fibldm.runs import Progress, StageFolder, load_facts
+from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
 from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
 from fibldm.training.stage import running_parser
 
+Result = TypeVar("Result")
+
 INTERPOLATION = "interpolation.png"
 RESIDUAL_NOISE = "residual_noise.safetensors"
 
 _SPLITS = ("training", "validation")
+_LONG = 3.0  # seconds
 _RECONSTRUCTED = 64  # training cases that tell the residual noise
 _NO_COVARIATES = ("image", "label", "case", "subject")
 
@@ -202,14 +207,51 @@ class EncodeStage:
         if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
             return
-        first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-        cases = [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
-        console = Console(stderr=True)
-        hidden = not (console.is_terminal and shard.is_first)
-        for split, index in track(shard.take(cases), "encode", console=console, disable=hidden):
-            self._encode(split, index, first_stage, autoencoder)
-        if shard.is_first:
-            self._complete(folder, first_stage, autoencoder)
+        with self._counted(folder, shard):
+            first_stage = FrozenFirstStage(stage.trained()).to(self.device)
+            cases = [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
+            console = Console(stderr=True)
+            hidden = not (console.is_terminal and shard.is_first)
+            for split, index in track(shard.take(cases), "encode", console=console, disable=hidden):
+                self._encode(split, index, first_stage, autoencoder)
+            if shard.is_first:
+                self._complete(folder, first_stage, autoencoder)
+
+    def expected_seconds(self, autoencoder: Autoencoder) -> float:
+        """What `run` will take in one process, by its parts for the first case.
+
+        Args:
+            autoencoder: need not be trained yet.
+        """
+        first_stage = FrozenFirstStage(autoencoder).to(self.device)
+        case = self.datalist["training"][0]
+        load, prepared = _timed(lambda: self.preprocessing(case))
+        change, _ = _timed(lambda: self._view(prepared, 0, 1))
+        item = self._view(prepared, 0, 0)
+        image = item["image"][None].float()
+        encode, mean = _timed(lambda: tiled_encode(first_stage, image.to(self.device)).mean.cpu())
+        mask = self._whole_mask(item["label"], first_stage)
+        decode, decoded = _timed(lambda: tiled_decode(first_stage, mean.to(self.device), mask=mask).cpu())
+        compared = (item["image"].float(), decoded[0].float(), item["valid"].float())
+        compare, _ = _timed(lambda: ResidualNoise.fit([compared]))
+        training, validation = (len(self.datalist[split]) for split in _SPLITS)
+        again = 0 if first_stage.is_identity else min(training, _RECONSTRUCTED)
+        return (
+            (training + validation + again) * load
+            + training * (self.views - 1) * change
+            + (training * self.views + validation) * encode
+            + again * (decode + compare)
+        )
+
+    @contextmanager
+    def _counted(self, folder: StageFolder, shard: Shard) -> Iterator[None]:
+        """Note how many seconds passed, and what an interrupted run before took."""
+        before, began = folder.seconds(), time.monotonic()
+        try:
+            yield
+        finally:
+            if shard.is_first:
+                write_json(folder.path / BUDGET, {"seconds": round(before + time.monotonic() - began, 1)})
 
     def _begin(self, folder: StageFolder, config: dict[str, Any], inputs: dict[str, str], shard: Shard) -> Progress:
         if idist.get_world_size() > 1:
@@ -378,6 +420,17 @@ class EncodeStage:
 def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What a datalist says of its cases beside their files and patients, by case and name."""
     return {case["case"]: {name: value for name, value in case.items() if name not in _NO_COVARIATES} for case in cases}
+
+
+def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of a call, and what it gives; of the second one where the first, which is slower, was short."""
+    for _ in range(2):
+        began = time.monotonic()
+        result = function()
+        seconds = time.monotonic() - began
+        if seconds > _LONG:
+            break
+    return seconds, result
 
 
 def _plain(value: Tensor) -> Tensor:

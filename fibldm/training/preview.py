@@ -46,6 +46,9 @@ class Preview:
         every: validations from one picture to the next; 0 draws none. The last validation is drawn in any case.
         interval: epochs from one validation to the next.
 
+    Attributes:
+        early: the first validation is drawn, too.
+
     Raises:
         FibldmError: ``every`` is negative.
     """
@@ -56,19 +59,22 @@ class Preview:
         if every < 0:
             raise FibldmError(f"preview_every must be at least 0 (no pictures); got {every}")
         self.folder = Path(run_dir) / stage / "previews"
-        self.rows, self.spacing, self.epochs = rows, tuple(spacing), every * interval
+        self.rows, self.spacing, self.every, self.interval = rows, tuple(spacing), every, interval
+        self.early = False
         self.writer: Any = None
 
     def attach(self, engine: Engine) -> None:
-        if self.epochs:
+        if self.every:
             engine.add_event_handler(Events.STARTED, self._open)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
             engine.add_event_handler(Events.COMPLETED, lambda: self.writer.close())
 
     def __call__(self, engine: Engine) -> None:
         epoch = engine.state.epoch
-        if epoch % self.epochs and epoch != engine.state.max_epochs:
+        is_due = epoch % (self.every * self.interval) == 0 or epoch == engine.state.max_epochs
+        if not is_due and not (self.early and epoch % self.interval == 0):
             return
+        self.early = False
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             picture = render(self.rows(), self.spacing)

@@ -2,7 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import nn
 from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
+from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
+from fibldm.training.configuration import require_minutes
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
-from fibldm.training.handlers import ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
+from fibldm.training.handlers import UNKNOWN, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
 from fibldm.training.watch import Validation
@@ -35,8 +39,8 @@ class Stage:
     * parts: ``network_def``, ``network``, ``ema``, ``optimizer``, ``lr_scheduler``, ``train::sampler``,
       ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
       ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
-    * lengths: ``epochs``, ``val_interval``, ``checkpoint_every``, ``keep_every``, ``patience``, ``stop_gap``,
-      ``wall_time``
+    * lengths: ``epochs`` or, where given, ``minutes``; ``val_interval``, ``checkpoint_every``, ``keep_every``,
+      ``patience``, ``stop_gap``, ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``;
       ``begin``, where there is one, which is given the network when there are neither such weights nor a checkpoint
@@ -46,13 +50,17 @@ class Stage:
         name: the stage, one of `fibldm.runs.STAGES`.
         inputs: fingerprints of the data and the stages it builds on.
         restart: begin anew although the folder holds another configuration's stage.
+        began: when the command began, in seconds of `time.monotonic`, where there are ``minutes``; None is now.
     """
 
     least_epochs = 1
 
-    def __init__(self, run_dir: str, name: str, *, inputs: dict[str, str], restart: bool = False) -> None:
+    def __init__(
+        self, run_dir: str, name: str, *, inputs: dict[str, str], restart: bool = False, began: float | None = None
+    ) -> None:
         self.folder = StageFolder(Path(run_dir), name)
         self.inputs, self.restart = inputs, restart
+        self.began = time.monotonic() if began is None else began
 
     def run(self) -> None:
         """Train the stage until it is done or its wall time is over, or say that it is done.
@@ -65,6 +73,7 @@ class Stage:
         parser = running_parser()
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
+        config["minutes"] = _minutes(parser)
         if config["epochs"] < self.least_epochs:
             raise FibldmError(
                 f"a stage that is trained needs at least {self.least_epochs} epoch; epochs is {config['epochs']}",
@@ -74,17 +83,15 @@ class Stage:
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
             return
-        if not is_first_rank():
+        with _log_to(self.folder.path / "log.txt"):
             self._train(parser)
-            return
-        log = _log_to(self.folder.path / "log.txt")
-        try:
-            self._train(parser)
-        finally:
-            _logger.removeHandler(log)
-            log.close()
 
     def _train(self, parser: ConfigParser) -> None:
+        budget = TimeBudget(self.folder, _minutes(parser), began=self.began)
+        with budget.counted():
+            self._train_within(budget, parser)
+
+    def _train_within(self, budget: TimeBudget, parser: ConfigParser) -> None:
         torch.manual_seed(int(parser["seed"]))
         get = parser.get_parsed_content
         self._ready(get("network_def"), parser)  # before the optimizer asks which weights are trained
@@ -99,24 +106,27 @@ class Stage:
             every=int(get("checkpoint_every")),
             metrics=metrics,
             keep_every=int(get("keep_every")),
+            optional={"budget": budget},
         )
         schedule, interval = Schedule(get("lr_scheduler")), int(get("val_interval"))
         patience = Patience(checkpoints, patience=int(get("patience")), interval=interval)
         gap_limit = GapLimit(checkpoints, metrics, limit=get("stop_gap"), patience=patience.patience)
         wall_time = WallTime(checkpoints, get("wall_time"))
-        SetEpoch(get("train::sampler"), int(get("seed"))).attach(trainer)
-        for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule):
-            handler.attach(trainer)
         validation = Validation(get("validate::evaluator"), metrics, interval=interval, training=_watched(parser))
-        validation.attach(trainer)
-        metrics.attach(trainer)
+        trackers = get("trackers") if is_first_rank() else []
+        SetEpoch(get("train::sampler"), int(get("seed"))).attach(trainer)
+        budget.govern(
+            trainer, Governed(get("train::sampler"), schedule, validation, checkpoints, (patience, *trackers))
+        )
+        for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule, validation, metrics):
+            handler.attach(trainer)
         if is_first_rank():
-            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *get("trackers")):
+            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *trackers):
                 handler.attach(trainer)
         for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)
-        self._go_on(trainer, checkpoints, (patience, gap_limit))
-        self._end(trainer, wall_time, patience, gap_limit)
+        self._go_on(trainer, checkpoints, budget, (patience, gap_limit))
+        self._end(trainer, wall_time, budget, patience, gap_limit)
 
     def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
         get = parser.get_parsed_content
@@ -139,20 +149,23 @@ class Stage:
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
 
-    def _go_on(self, trainer: Any, checkpoints: Checkpoints, stops: Sequence[Stop]) -> None:
+    def _go_on(self, trainer: Any, checkpoints: Checkpoints, budget: TimeBudget, stops: Sequence[Stop]) -> None:
         epoch = checkpoints.resume(trainer)
+        budget.go_on()
         if epoch:
-            _logger.info("%s: going on after epoch %d of %d", self.folder.name, epoch, trainer.state.max_epochs)
+            _logger.info("%s: going on after epoch %d%s", self.folder.name, epoch, _of(trainer.state.max_epochs))
         if epoch < trainer.state.max_epochs and not any(stop.is_over(epoch) for stop in stops):
             trainer.run()
 
-    def _end(self, trainer: Any, wall_time: WallTime, patience: Patience, gap_limit: GapLimit) -> None:
+    def _end(
+        self, trainer: Any, wall_time: WallTime, budget: TimeBudget, patience: Patience, gap_limit: GapLimit
+    ) -> None:
         epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
         if wall_time.is_over:
             _logger.info(
-                "%s: stopped after epoch %d of %d, as the next one may end after the wall time of %g s; "
+                "%s: stopped after epoch %d%s, as the next one may end after the wall time of %g s; "
                 "run the same command again to go on",
-                *(self.folder.name, epoch, epochs, wall_time.limit),
+                *(self.folder.name, epoch, _of(epochs), wall_time.limit),
             )
             return
         if epoch < epochs:
@@ -160,14 +173,17 @@ class Stage:
             _logger.info("%s: stopped after epoch %d of %d, as %s", self.folder.name, epoch, epochs, reason)
         if is_first_rank():
             best, gaps = self.folder.weights(), gap_limit.gaps(epoch)
+            weights = hash_weights(best["model"])
             self.folder.finish(
                 epochs=epochs,
                 stopped_epoch=epoch,
                 best_epoch=best["epoch"],
                 validation_loss=best["loss"],
                 **({"gap": {"best": gaps.get(best["epoch"]), "last": [*gaps.values()][-1]}} if gaps else {}),
-                weights=hash_weights(best["model"]),
+                weights=weights,
+                **budget.facts(),
             )
+            budget.say_end()
 
 
 def running_parser() -> ConfigParser:
@@ -211,10 +227,29 @@ def _watched(parser: ConfigParser) -> Any:
     return None
 
 
-def _log_to(file: Path) -> logging.Handler:
+def _of(epochs: int) -> str:
+    return "" if epochs == UNKNOWN else f" of {epochs}"
+
+
+def _minutes(parser: ConfigParser) -> float | None:
+    value = parser.get_parsed_content("minutes") if "minutes" in parser else None
+    require_minutes(value)
+    return value
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """What is said inside goes to a file as well, on the first rank."""
+    if not is_first_rank():
+        yield
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
-    return handler
+    try:
+        yield
+    finally:
+        _logger.removeHandler(handler)
+        handler.close()

@@ -25,9 +25,10 @@ from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.volumes.datalist import read_datalist
+from fibldm.volumes.datalist import load_datalist, read_datalist
 
 _RUN = Path("plan")  # a run that is never made
+_SPLITS = ("training", "validation")
 _STEPS = 2
 _MOVED = re.compile(r"\$(@\w+)\.to\(.*\)")
 
@@ -96,21 +97,37 @@ def trace_stage(stage: str, request: Request) -> StageMemory:
     Raises:
         FibldmError: the configuration or the data are refused.
     """
-    parser = _parser(stage, request)
+    parser = stage_parser(stage, request)
     with unwrapped():
-        if stage == "autoencoder":
-            items = {part: _case(parser, part) for part in ("train", "validate")}
-        else:
-            parser["latents"] = _latents(_parser("autoencoder", request), request.work)
-            items = dict.fromkeys(("train", "validate"), _latent(parser))
-        if stage == "controlnet":
-            parser["base"] = _parser("diffusion", request)["network_def"]
-        return _trace(stage, parser, items, request)
+        return _trace(stage, parser, first_items(stage, parser, request), request)
 
 
 def is_trained(stage: str, request: Request) -> bool:
     """Whether the stage has anything to learn; volumes that are their own latents have no autoencoder to train."""
-    return bool(_parser(stage, request).get_parsed_content("epochs"))
+    return bool(stage_parser(stage, request).get_parsed_content("epochs"))
+
+
+def first_items(stage: str, parser: ConfigParser, request: Request) -> dict[str, Any]:
+    """An item of training and one of validation: of the first case, or a latent of the same shapes as it would have.
+
+    Args:
+        stage: of training.
+        parser: of `stage_parser`; gets what earlier stages would make, and the first case as its dataset.
+        request: what is planned.
+    """
+    imagine_earlier(stage, parser, request)
+    if stage == "autoencoder":
+        return {part: _case(parser, part) for part in ("train", "validate")}
+    return dict.fromkeys(("train", "validate"), _latent(parser))
+
+
+def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
+    """Put what earlier stages would make into a configuration: the facts of the latents, and the base network."""
+    if stage != "autoencoder":
+        views = int(stage_parser("latents", request).get_parsed_content("views"))
+        parser["latents"] = _latents(stage_parser("autoencoder", request), request.work, views)
+    if stage == "controlnet":
+        parser["base"] = stage_parser("diffusion", request)["network_def"]
 
 
 def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
@@ -119,7 +136,7 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
     batches = {part: _prepared(parser, part, item, counts[part]) for part, item in items.items()}
     live = LiveBytes()
     with without_values(live), nullcontext() if request.imitated else torch.device(request.device):
-        trainer, evaluator = _engines(parser)
+        trainer, evaluator = engines(parser)
         if request.imitated:
             _norms_in_full_precision(trainer.network)
         resident = live.now
@@ -129,7 +146,7 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
         _train(trainer, _empty(batches["train"]))
         step = live.peak - resident
         live.restart()
-        _validate(evaluator, _empty(batches["validate"]), trainer.loss_function)
+        validate(evaluator, _empty(batches["validate"]), trainer.loss_function)
         inputs = batches["train"][0]
         return StageMemory(
             stage,
@@ -143,7 +160,12 @@ def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: 
         )
 
 
-def _parser(stage: str, request: Request) -> ConfigParser:
+def stage_parser(stage: str, request: Request, *, with_values: bool = False) -> ConfigParser:
+    """The configuration of a stage, for tensors without values unless it is asked for some.
+
+    Raises:
+        FibldmError: the configuration is refused.
+    """
     configs = (*request.configs, *(request.autoencoder_configs if stage == "autoencoder" else ()))
     content = copy.deepcopy(_content(stage, request.work, configs))
     overrides = {**_meant_for(content, request.overrides), "device": "cpu" if request.imitated else request.device}
@@ -153,6 +175,8 @@ def _parser(stage: str, request: Request) -> ConfigParser:
         parser[key] = value
     if request.imitated and parser["precision"] != "float32":
         parser["precision"] = "bfloat16"
+    if with_values:
+        return parser
     for key, value in content.items():
         # made where they belong, as tensors without values cannot be moved
         if moved := _MOVED.fullmatch(str(value)):
@@ -190,8 +214,8 @@ def _case(parser: ConfigParser, part: str) -> Any:
     return parser.get_parsed_content(f"{part}::dataset")[Draw(0, 0, 0)]
 
 
-def _latents(parser: ConfigParser, work: Path) -> Latents:
-    """What the encode stage would write of the latents of an autoencoder."""
+def _latents(parser: ConfigParser, work: Path, views: int) -> Latents:
+    """What the encode stage would write of the latents of an autoencoder, with so many views of a training case."""
     get = parser.get_parsed_content
     network = get("network_def")
     channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
@@ -201,11 +225,16 @@ def _latents(parser: ConfigParser, work: Path) -> Latents:
         "space": space,
         "labels": datalist["labels"],
         "covariates": covariates_by_case(datalist["training"]),
-        "items": {"training": [{"case": case["case"]} for case in datalist["training"]]},
+        "items": {split: _views(work, split, views if split == "training" else 1) for split in _SPLITS},
         "compression": list(network.compression),
         "grid": grid,
     }
     return Latents(_RUN, facts)
+
+
+def _views(work: Path, split: str, views: int) -> list[dict[str, str]]:
+    cases = load_datalist(str(work), split, masks=True)
+    return [{"file": "", "case": case["case"], "subject": str(case["subject"])} for case in cases for _ in range(views)]
 
 
 def _latent(parser: ConfigParser) -> dict[str, Any]:
@@ -240,7 +269,7 @@ def _empty(batch: Any) -> Any:
     return tree_map_only(Tensor, empty, batch)
 
 
-def _engines(parser: ConfigParser) -> tuple[Any, Any]:
+def engines(parser: ConfigParser) -> tuple[Any, Any]:
     """Trainer and evaluator, without data, with all that stands in memory around them."""
     parser["train"]["trainer"]["train_data_loader"] = parser["validate"]["evaluator"]["val_data_loader"] = [
         None
@@ -274,7 +303,8 @@ def _train(trainer: Any, batch: Any) -> None:
 
 
 @torch.no_grad()
-def _validate(evaluator: Any, batch: Any, loss: nn.Module) -> None:
+def validate(evaluator: Any, batch: Any, loss: nn.Module) -> None:
+    """Validate a prepared batch."""
     inputs, target, *more = batch
     evaluator.network.eval()
     loss(evaluator.inferer(inputs, evaluator.network, *(more[0] if more else ())), target)
