@@ -19,6 +19,7 @@ DEVICES = ("cpu", "cuda")
 # The rest is for what is not traced: the CUDA context, workspaces, or on a CPU everything else that runs.
 _USABLE = 0.9
 _PATCH_STEP = 16
+_LARGEST_BATCH = 512  # larger ones are not looked for: tracing takes the longer, and nobody trains so
 _TIMES = ("minutes", "seconds_per_step", "steps", "epochs", "validations", "seconds_per_validation")
 
 
@@ -69,7 +70,7 @@ def device_memory(device: str) -> float:
 
 
 def largest_batch(stage: str, request: Request, usable: float) -> int:
-    """How many cases a batch may hold in ``usable`` bytes; 0: not even one.
+    """How many cases a batch may hold in ``usable`` bytes, at most 512; 0: not even one.
 
     Found by the secant method: above some size a step needs about the same for each case.
 
@@ -80,7 +81,7 @@ def largest_batch(stage: str, request: Request, usable: float) -> int:
     peaks = {size: trace_stage(stage, request.changed(batch_size=size)).peak for size in (less, more)}
     for _ in range(2):
         per_case = max(1.0, (peaks[more] - peaks[less]) / (more - less))
-        size = max(0, int(more + (usable - peaks[more]) / per_case))
+        size = min(_LARGEST_BATCH, max(0, int(more + (usable - peaks[more]) / per_case)))
         if size in (0, more):
             break
         peaks[size] = trace_stage(stage, request.changed(batch_size=size)).peak

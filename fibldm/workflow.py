@@ -16,9 +16,10 @@ from fibldm.evaluation.figures import Match, measure
 from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.evaluation.report import Window, write_report
 from fibldm.files import read_json, write_json
-from fibldm.pipeline import TrainingStep, as_options
-from fibldm.runs import STAGES
+from fibldm.pipeline import TrainingStep, as_options, train_steps
+from fibldm.runs import BUDGET, STAGES
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
+from fibldm.training.inferers import fast_bfloat16
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.phantoms import write_phantoms
 from fibldm.volumes.preparation import prepare
@@ -30,6 +31,11 @@ _logger = logging.getLogger("fibldm")
 _SEEDS_OF_FIRST_MASKS = 2
 _MASKS_WITH_SEEDS = 2
 _PICTURES = 4
+_MINUTES = {True: 5.0, False: 12.0}  # where the device is fast, and where it is not
+_OF_SEGMENTER = 0.1
+_DRAWING = 2.5  # seconds of drawing and measuring for one of making and preparing the phantoms
+_LEAST = 0.5  # minutes of training that show anything
+_SHARES = {"autoencoder": 0.27, "diffusion": 0.6, "controlnet": 0.13}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class DemoSettings:
         subjects: phantom patients; about one in six is scanned twice.
         seed: decides phantoms, split, training and samples.
         configs: what the training stages use beside `data_chest_phantom`.
-        epochs: by stage; the others take what their configuration says.
+        diffusion: what stages 2 and 3 use beside them.
+        minutes: for all of it, what an interrupted run used included; None trains the epochs of the configurations.
         sampling: but for its seed, how volumes are drawn; with guidance, half as many steps are as many network calls.
         segmenter: overrides of the segmenter that measures.
     """
@@ -48,9 +55,23 @@ class DemoSettings:
     subjects: int = 50
     seed: int = 0
     configs: tuple[str, ...] = ("demo",)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"autoencoder": 65, "diffusion": 45, "controlnet": 75})
+    diffusion: tuple[str, ...] = ("mask_concat",)
+    minutes: float | None = None
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(steps=5, guidance=2.0))
     segmenter: Mapping[str, Any] = field(default_factory=lambda: {"steps": 160, "batch_size": 2})
+
+    def steps(self) -> list[TrainingStep]:
+        """The stages that are trained."""
+        own = dict.fromkeys(("diffusion", "controlnet"), self.diffusion)
+        return [
+            TrainingStep(stage, ("data_chest_phantom", *self.configs, *own.get(stage, ())), {"seed": self.seed})
+            for stage in STAGES
+        ]
+
+
+def usual_minutes() -> float:
+    """How long the demo takes by default: less where the device has units for matrices."""
+    return _MINUTES[torch.cuda.is_available() or fast_bfloat16("cpu")]
 
 
 def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -58,11 +79,14 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
 
     Args:
         out: gets ``phantoms``, ``work``, ``runs/demo``, ``synthetic``, ``report.html`` and ``metrics.json``.
-        settings: size and seed.
+        settings: size, seed and time.
         say: where the headlines go.
 
     Returns:
         The content of ``metrics.json``.
+
+    Raises:
+        FibldmError: the minutes do not leave time to train, or a step is refused.
     """
     began = time.monotonic()
     phantoms, work, run, synthetic = out / "phantoms", out / "work", out / "runs" / "demo", out / "synthetic"
@@ -71,9 +95,10 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     say(f"2/6 prepare: checked and split by patient into {work}")
     prepare(phantoms, work, PrepareSettings(seed=settings.seed), workers=cores())
     commands = [f"fibldm prepare {phantoms} --out {work} --seed {settings.seed}"]
-    for stage in STAGES:
-        say(f"3/6 {stage}")
-        commands.append(_train(stage, work, run, settings))
+    minutes = _training_minutes(out, settings, time.monotonic() - began)
+    commands += train_steps(
+        settings.steps(), work, run, minutes=minutes, shares=_SHARES, say=lambda line: say(f"3/6 {line}")
+    )
     say(f"4/6 synthesize: the test patients' masks into {synthetic}")
     sampling = replace(settings.sampling, seed=settings.seed)
     matches = synthesize_test_masks(run, phantoms, work, synthetic, sampling)
@@ -83,10 +108,11 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         f"--guidance {sampling.guidance:g} --allow-extrapolation"
     )
     say("5/6 evaluate")
+    segmenter = {**settings.segmenter, **_segmenter_minutes(settings)}
     sections = evaluate(
-        OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=settings.segmenter, say=say
+        OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
     )
-    changes = as_options(settings.segmenter)
+    changes = as_options(segmenter)
     commands.append(f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic}{changes}")
     say("6/6 report")
     figures = {
@@ -113,10 +139,35 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     return figures
 
 
-def _train(stage: str, work: Path, run: Path, settings: DemoSettings) -> str:
-    epochs = {"epochs": settings.epochs[stage]} if stage in settings.epochs else {}
-    configs = ("data_chest_phantom", *settings.configs)
-    return TrainingStep(stage, configs, {"seed": settings.seed, **epochs}).run(work, run)
+def _training_minutes(out: Path, settings: DemoSettings, seconds: float) -> float | None:
+    """What the minutes of the demo leave for training, as it was decided when it began.
+
+    Args:
+        out: of the demo, gets ``budget.json``.
+        settings: whose minutes they are.
+        seconds: that phantoms and their preparation took, from which follows what comes after training.
+    """
+    if settings.minutes is None:
+        return None
+    file = out / BUDGET
+    noted = read_json(file) if file.exists() else {}
+    if noted.get("minutes") != settings.minutes:
+        before = noted.get("making_seconds", seconds)
+        left = (1 - _OF_SEGMENTER) * settings.minutes - (1 + _DRAWING) * before / 60
+        noted = {"minutes": settings.minutes, "making_seconds": round(before, 1), "training_minutes": round(left, 3)}
+        if left < _LEAST:
+            needed = (_LEAST + (1 + _DRAWING) * before / 60) / (1 - _OF_SEGMENTER)
+            raise FibldmError(
+                f"the demo needs at least {needed:.1f} minutes here, which leaves {_LEAST:g} for training; got "
+                f"{settings.minutes:g}",
+                "give more --minutes; phantoms are kept",
+            )
+        write_json(file, noted)
+    return float(noted["training_minutes"])
+
+
+def _segmenter_minutes(settings: DemoSettings) -> dict[str, float]:
+    return {} if settings.minutes is None else {"minutes": round(_OF_SEGMENTER * settings.minutes, 3)}
 
 
 def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:

@@ -181,7 +181,7 @@ def test_files_and_folders_without_permission() -> None:
 def unprivileged(pairs: list[tuple[Path, Path]]) -> subprocess.CompletedProcess[str]:
     arguments = [str(path) for pair in pairs for path in pair]
     return subprocess.run(
-        [sys.executable, "-c", UNPRIVILEGED, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", UNPRIVILEGED, *arguments], capture_output=True, text=True, timeout=600, check=True
     )
 
 

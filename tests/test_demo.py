@@ -7,9 +7,7 @@ import pytest
 from fibldm.errors import FibldmError
 from fibldm.workflow import DemoSettings, demo
 
-TINY = DemoSettings(
-    subjects=10, configs=("demo", "tiny"), epochs={}, segmenter={"steps": 2, "segmenter_channels": [4, 8, 8]}
-)
+TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), segmenter={"steps": 2, "segmenter_channels": [4, 8, 8]})
 
 
 def figures_of(section):

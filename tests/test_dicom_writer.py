@@ -311,7 +311,7 @@ def test_orthanc_keeps_it_unchanged(written, orthanc):
 
 def _ask(address: str, data: bytes | None = None) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(address, data=data, timeout=20) as answer:
+    with opener.open(address, data=data, timeout=200) as answer:
         content: bytes = answer.read()
     return content
 

@@ -161,7 +161,7 @@ def start(configuration: Configuration, ranks: int) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -174,7 +174,7 @@ def kill_a_rank_when(process: subprocess.Popen[str], file: Path) -> None:
         time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[0]), signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode != 0
 
 

@@ -59,7 +59,10 @@ def test_d4_what_is_kept_is_a_plain_network_with_updates_of_that_rank() -> None:
     assert kept.keys() == before.keys()
     moved = {name: kept[name] - before[name] for name in before if not torch.equal(kept[name], before[name])}
     assert len(moved) > 20 and all(name.endswith(".weight") for name in moved)
-    assert all(torch.linalg.matrix_rank(move.flatten(1), rtol=1e-3) <= 2 for move in moved.values())
+    for name, move in moved.items():
+        # sums and differences of float32 are off by eps of what is summed: the error is a matrix of that norm at most
+        rounding = 2 * torch.finfo(torch.float32).eps * (kept[name].norm() + move.norm())
+        assert torch.linalg.matrix_rank(move.flatten(1), atol=rounding, rtol=0.0) <= 2
     plain.load_state_dict(kept)
     torch.testing.assert_close(apply(plain), apply(adapted))
 

@@ -342,7 +342,7 @@ def test_once_ends_when_nothing_stands_still(
 def test_two_watchers_share_an_inbox(script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer) -> None:
     """Both see every item before either takes one; no item is taken twice."""
     names = [hash_file(write_mask(inbox / f"{last}.nii.gz", last=last))[:16] for last in range(6)]
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=200)
     taken: list[list[dict[str, Any]]] = [[], []]
 
     def run(place: int) -> None:
@@ -354,7 +354,7 @@ def test_two_watchers_share_an_inbox(script: ModuleType, inbox: Path, outbox: Pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=300)
     assert sorted(report["item"] for reports in taken for report in reports) == sorted(names)
     assert all(report["ok"] for reports in taken for report in reports)
     assert sorted(folder.name for folder in (outbox / "done").iterdir()) == sorted(names)
