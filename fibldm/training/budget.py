@@ -315,7 +315,7 @@ class TimeBudget:
         name, step = self.folder.name, f"{self.pace.iteration * self.per_step:.2g} s a step"
         if not first:
             said = "%s: %s; the number of epochs that fits into %s is now %d"
-            _logger.info(said, name, step, in_minutes(self.minutes), self.length.epochs)
+            _logger.debug(said, name, step, in_minutes(self.minutes), self.length.epochs)
             return
         steps, whole = (math.ceil(count / self.per_step) for count in (self.length.iterations, self.whole))
         of = f" of the {whole} of a pass through the data" if self.is_cut else ""
