@@ -373,7 +373,12 @@ def test_discriminators_run_in_the_precision_of_the_training() -> None:
         rival = adversary(slice_weight=0.3, feature_weight=0.2)
         engine = trainer(batches(2), epochs=1, adversary=rival, inferer=AutocastInferer(precision))  # type: ignore[arg-type]
         kinds: set[torch.dtype] = set()
-        rival.discriminators.volume[0].register_forward_hook(lambda *seen, kinds=kinds: kinds.add(seen[-1].dtype))  # type: ignore[index, union-attr]
+
+        def note(layer: nn.Module, _: Any, output: Tensor, kinds: set[torch.dtype] = kinds) -> None:
+            if layer.training:  # which it is not where precisions are compared
+                kinds.add(output.dtype)
+
+        rival.discriminators.volume[0].register_forward_hook(note)  # type: ignore[index, union-attr]
         engine.run()
         assert kinds == {getattr(torch, precision)}
         assert {loss.dtype for loss in engine.state.output[0]["losses"].values()} == {torch.float32}
