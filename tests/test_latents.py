@@ -73,7 +73,8 @@ def test_e10_h7_ranks_that_come_one_after_the_other_write_what_one_process_write
         encode(shared, rank, 3)
     assert not (shared / "latents" / "done.json").exists()  # that is for the first to say
     encode(shared, 0, 3)
-    assert hashes(shared) == hashes(whole)
+    times = {"budget.json"}
+    assert {**hashes(shared), **dict.fromkeys(times)} == {**hashes(whole), **dict.fromkeys(times)}
     assert {"report.json", "interpolation.png", "latents.json"} < hashes(whole).keys()
     encode(shared, 1, 3)  # a rank that starts late finds it done
 
@@ -85,7 +86,7 @@ def test_every_rank_encodes_its_own_cases_only(encode: Callable[..., None], trai
     cases = list(dict.fromkeys(item["case"] for split in ("training", "validation") for item in items[split]))
     with pytest.raises(FibldmError, match="the first that is missing"):
         encode(shared, 0, 2)
-    written = {name.rpartition("_view")[0] for name in hashes(shared)}
+    written = {name.rpartition("_view")[0] for name in hashes(shared) if "_view" in name}
     assert written == set(cases[::2])
 
 
@@ -397,4 +398,4 @@ def test_h14_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
 
     for part, known in zip(scale(cells), (facts["space"]["mean"], facts["space"]["std"]), strict=True):
         torch.testing.assert_close(part, torch.tensor(known, dtype=torch.float64), rtol=1e-6, atol=1e-8)
-    assert (scale(cells)[0] - scale(everything)[0]).abs().max() > 1e-3
+    assert (scale(cells)[0] - scale(everything)[0]).abs().max() > 1e-4  # a hundred times what is tolerated above

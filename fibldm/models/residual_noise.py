@@ -26,6 +26,7 @@ _SLOPES = 7  # each twice as steep as the one before
 _FIRST_SLOPE = 0.01  # per voxel
 _BLOCK = 16
 _FEWEST = 100  # voxels that tell a standard deviation
+_FEWEST_OF_SMALL, _LEVELS_OF_SMALL = 10, 40  # of a small volume fewer do, so that some levels are told
 _QUARTILES_OF_NORMAL = 1.349
 
 
@@ -148,8 +149,9 @@ def _deviations(residual: Tensor, decoded: Tensor, valid: Tensor) -> tuple[Tenso
         level = (by_value * _SLOPES + by_slope)[valid]
         order = level.argsort()
         parts = left[valid][order].split(level.bincount(minlength=_VALUES * _SLOPES).tolist())
+        fewest = min(_FEWEST, max(_FEWEST_OF_SMALL, len(level) // _LEVELS_OF_SMALL))
         for place, part in enumerate(parts):
-            if len(part) >= _FEWEST:
+            if len(part) >= fewest:
                 deviations[channel, place], counts[channel, place] = _deviation(part), len(part)
     shape = (len(residual), _VALUES, _SLOPES)
     return deviations.view(shape), counts.view(shape)
