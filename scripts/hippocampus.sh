@@ -18,4 +18,4 @@ make_environment
     --license CC-BY-SA-4.0 --half
 # what longer training wins and loses
 "$venv/bin/python" "$root/scripts/compare_sampling.py" --run "$1/run" --data "$1/work" --out "$1/curve" \
-    --steps 5 --guidance 1.5 --checkpoint epoch_00{05,10,15,20,25,30,35,40,45}
+    --steps 5 --guidance 1.5 --checkpoint epoch_00{02,04,06,08,10,12}

@@ -8,6 +8,7 @@ Volumes and latents:
 * ``tiling`` (with ``tiles``, ``locality``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
+* ``principal_components``: the best linear autoencoder, where training begins
 * ``latents``: the scale of the latents, the only place where they are scaled
 
 Diffusion:
@@ -22,6 +23,7 @@ The network that follows a mask:
 * ``mask_encoders``: what a network sees of them
 * ``covariates``: age, sex and the like as tokens for cross-attention
 * ``controlnet``: a ControlNet that starts as a copy of its base network
+* ``lean_unet``: MONAI's UNet without its most expensive convolutions
 * ``network``: the UNet and all that tells it of mask and covariates, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time

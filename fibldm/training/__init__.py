@@ -7,7 +7,8 @@
 * ``draws``: randomness keyed by (seed, epoch, case, view)
 * ``prepare_batch``, ``masked_volumes``: from a batch to what the network sees and is asked for
 * ``losses``, ``perceptual``, ``adversarial``: what the stages minimise
-* ``initialise``: weights to begin with, and weights that stay
+* ``initialise``, ``first_guess``: weights to begin with, and weights that stay
+* ``muon``: the optimizer
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers`` (with ``finite``), ``checkpoints``: what happens around the steps
 * ``trace``, ``memory``: what a step needs, without taking it
