@@ -31,9 +31,9 @@ _logger = logging.getLogger("fibldm")
 _SEEDS_OF_FIRST_MASKS = 2
 _MASKS_WITH_SEEDS = 2
 _PICTURES = 4
-_MINUTES = {True: 5.0, False: 12.0}  # where the device is fast, and where it is not
+_MINUTES = {True: 5.0, False: 13.0}  # where the device is fast, and where it is not
 _OF_SEGMENTER = 0.15
-_DRAWING = 3.2  # seconds of drawing and measuring for one of making and preparing the phantoms
+_DRAWING = 6.0  # seconds of starting, drawing and measuring for one of making and preparing the phantoms
 _LEAST = 0.5  # minutes of training that show anything
 _SHARES = {"autoencoder": 0.27, "diffusion": 0.6, "controlnet": 0.13}
 

@@ -11,7 +11,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides phantoms, training and samples.")] = 0,
     minutes: Annotated[
         float | None,
-        typer.Option(help="How long all of it may take; by default 12, or 5 with a GPU or AMX. More is better."),
+        typer.Option(help="How long all of it may take; by default 13, or 5 with a GPU or AMX. More is better."),
     ] = None,
 ) -> dict[str, Any]:
     """Make chest CT phantoms with fibrosis, train all stages, synthesize from unseen masks, and write a report."""
