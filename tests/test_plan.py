@@ -1,6 +1,7 @@
 """The memory plan: its counter against sums by hand, its answers against themselves, and its command."""
 
 import copy
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fibldm.errors import FibldmError
 from fibldm.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
 from fibldm.runs import StageFolder
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
+from fibldm.training.timing import time_stage
 from fibldm.training.trace import Request, trace_stage
 
 FLOAT = 4
@@ -194,6 +196,56 @@ def test_command_says_what_fits(
     assert found["largest_batch"] < found["largest_batch_checkpointed"]
     assert "autoencoder" in said.err and "largest batch" in said.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_minutes_are_those_of_the_steps_that_training_does(request_: Request, stage: str, tiny_run: Path) -> None:
+    """Steps, cases and validations are counted as the run has them that was trained with the same configuration."""
+    found = time_stage(stage, request_.changed(epochs=7, val_interval=3))
+    rows = list(csv.DictReader((tiny_run / stage / "metrics.csv").read_text().splitlines()))
+    assert (found.steps, found.epochs, found.validations) == (int(rows[0]["iteration"]), 7, 3)
+    assert min(found.seconds_per_step, found.validation, found.loading, found.checkpoint) > 0
+    expected = 7 * (found.steps * found.seconds_per_step + found.checkpoint) + 3 * found.validation + found.loading
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_views_and_accumulation_count_in_the_steps(request_: Request) -> None:
+    one = time_stage("diffusion", request_.changed(val_interval=1))
+    four = time_stage("diffusion", request_.changed(views=4, accumulation_steps=2))
+    assert four.steps == pytest.approx(2 * one.steps, abs=1)
+    assert one.validations == one.epochs == 1
+
+
+def test_h11_the_plan_has_minutes_where_the_device_is_there(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """H11."""
+    monkeypatch.setattr("fibldm.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
+    configs = [part for name in request_.configs for part in ("--config", name)]
+    given = ["plan", "--data", str(request_.work), *configs, "--set", "precision=float32", "--json"]
+    assert run([*given, "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    made = json.loads(said.out.splitlines()[-1])
+    found = made["stages"]["diffusion"]
+    assert found["minutes"] > 0 and found["seconds_per_step"] > 0 and made["encoding_minutes"] > 0
+    assert (found["epochs"], found["validations"]) == (1, 1) and found["steps"] >= 1
+    assert "minutes: 1 epochs of" in said.err and "latents" in said.err
+    if not torch.cuda.is_available():
+        assert run([*given, "--device", "cuda", "--memory", "80"]) == 0
+        said = capsys.readouterr()
+        made = json.loads(said.out.splitlines()[-1])
+        assert made["stages"]["diffusion"]["minutes"] is None is made["encoding_minutes"]
+        assert "not timed" in said.err
+
+
+def test_what_does_not_fit_is_not_tried(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fibldm.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.plan.device_memory", lambda _: 1e5)
+    monkeypatch.setattr("fibldm.plan.time_stage", lambda *_: pytest.fail("the machine would swap"))
+    made = plan(request_, memory=1e12)
+    assert made["stages"]["diffusion"]["fits"] and made["stages"]["diffusion"]["minutes"] is None
 
 
 def test_what_a_configuration_refuses_is_one_error(request_: Request) -> None:

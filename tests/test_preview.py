@@ -109,10 +109,14 @@ def test_what_is_no_picture_is_refused() -> None:
 # --- when
 
 
-def drawn(folder: Path, *, epochs: int, every: int, interval: int = 1, after: int = 0) -> list[str]:
+def drawn(
+    folder: Path, *, epochs: int, every: int, interval: int = 1, after: int = 0, early: bool = False
+) -> list[str]:
     rows = [[Panel("", torch.zeros(4, 4, 4), 0)]]
     engine = Engine(lambda engine, batch: None)
-    Preview(folder, "stage", lambda: rows, spacing=[1.0, 1.0, 1.0], every=every, interval=interval).attach(engine)
+    preview = Preview(folder, "stage", lambda: rows, spacing=[1.0, 1.0, 1.0], every=every, interval=interval)
+    preview.early = early
+    preview.attach(engine)
     engine.state.epoch = engine.state.iteration = after
     engine.run([0], max_epochs=epochs)
     return sorted(path.name for path in (folder / "stage").rglob("*.png"))
@@ -127,6 +131,12 @@ def test_e7_pictures_come_with_every_so_many_validations(
 ) -> None:
     files = [f"epoch_{epoch:04d}.png" for epoch in expected]
     assert drawn(tmp_path, epochs=epochs, every=every, interval=interval) == files
+
+
+def test_the_first_validation_can_be_drawn_too(tmp_path: Path) -> None:
+    """By which a time budget knows what pictures take."""
+    files = [f"epoch_{epoch:04d}.png" for epoch in (2, 6, 7)]
+    assert drawn(tmp_path, epochs=7, every=3, interval=2, early=True) == files
 
 
 def test_e7_tensorboard_shows_them_once_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
