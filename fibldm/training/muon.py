@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Jordan et al. 2024: of a x + b x^3 + c x^5, which five times over brings any x in (0, 1] to about 1
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -54,45 +54,56 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if weights and group["weight_decay"]:
+            if not weights:
+                continue
+            if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             (self._step_kernels if group["kernels"] else self._step_others)(weights, group)
         return loss
 
     def _step_kernels(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for weight in weights:
-            alike[len(weight), weight[0].numel()].append(weight)
-        for shape, kernels in alike.items():
-            updates = orthogonal(torch.stack([self._moved(kernel, group["momentum"]).flatten(1) for kernel in kernels]))
+        for weight, moved in zip(weights, self._moved(weights, group["momentum"]), strict=True):
+            alike[len(weight), weight[0].numel()] += [weight, moved]
+        for shape, pairs in alike.items():
+            kernels, moved_kernels = pairs[::2], pairs[1::2]
+            updates = orthogonal(torch.stack([moved.flatten(1) for moved in moved_kernels]))
             length = group["lr"] * _RMS_OF_ADAM * max(shape) ** 0.5
             for kernel, update in zip(kernels, updates, strict=True):
                 kernel.sub_(update.view(kernel.shape), alpha=length)
 
-    def _moved(self, weight: nn.Parameter | Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov's momentum."""
-        gradient, state = weight.grad, self.state[weight]
-        assert gradient is not None  # those without one were left out
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+    def _moved(self, weights: list[Tensor], share: float) -> tuple[Tensor, ...]:
+        """The gradients with Nesterov's momentum."""
+        gradients, (momentum,) = _gradients(weights), self._kept(weights, "momentum")
+        torch._foreach_lerp_(momentum, gradients, 1 - share)
+        return torch._foreach_lerp(gradients, momentum, share)
 
     def _step_others(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
         first, second = group["betas"]
+        gradients, (mean, square) = _gradients(weights), self._kept(weights, "mean", "square")
+        counts = []
         for weight in weights:
-            gradient, state = weight.grad, self.state[weight]
-            assert gradient is not None
-            if not state:
-                state |= {"step": torch.zeros((), device="cpu"), "mean": torch.zeros_like(gradient)}
-                state["square"] = torch.zeros_like(gradient)
-            state["step"] += 1
-            state["mean"].lerp_(gradient, 1 - first)
-            state["square"].lerp_(gradient.square(), 1 - second)
-            count = state["step"].to(weight.device)
-            size = (state["square"] / (1 - second**count)).sqrt_().add_(group["eps"])
-            weight.sub_(state["mean"] / (1 - first**count) / size * group["lr"])
+            counts.append(self.state[weight].get("step", 0) + 1)
+            self.state[weight]["step"] = counts[-1]
+        torch._foreach_lerp_(mean, gradients, 1 - first)
+        torch._foreach_mul_(square, second)
+        torch._foreach_addcmul_(square, gradients, gradients, 1 - second)
+        size = torch._foreach_sqrt(torch._foreach_div(square, [1 - second**count for count in counts]))
+        torch._foreach_add_(size, group["eps"])
+        torch._foreach_addcdiv_(weights, mean, size, [-group["lr"] / (1 - first**count) for count in counts])
+
+    def _kept(self, weights: list[Tensor], *names: str) -> list[list[Tensor]]:
+        """The state of the weights by name, zero at first."""
+        for weight in weights:
+            for name in names:
+                if name not in self.state[weight]:
+                    self.state[weight][name] = torch.zeros_like(weight)
+        return [[self.state[weight][name] for weight in weights] for name in names]
+
+
+def _gradients(weights: list[Tensor]) -> list[Tensor]:
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -107,11 +118,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide.float() / wide.float().norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     gram = wide @ wide.mT
-    one = torch.eye(wide.shape[1], device=wide.device).expand_as(gram)
-    total = one
-    for _ in range(_ITERATIONS):
-        polynomial = _A * one + _B * gram + _C * gram @ gram
-        total = polynomial @ total
+    total = polynomial = _polynomial(gram)
+    for _ in range(_ITERATIONS - 1):
         gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram)
+        total = polynomial @ total
     made = (total @ wide).to(matrices)
     return made if matrices.shape[1] <= matrices.shape[2] else made.mT
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """``a I + b G + c G G``."""
+    made = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+    made.diagonal(dim1=1, dim2=2).add_(_A)
+    return made
