@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 from monai.networks.layers import SkipConnection
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.files import hash_value
 from fibldm.runs import StageFolder, decisive
-from fibldm.training.configuration import Configuration, stage_configuration
+from fibldm.training.configuration import ConfigFiles, Configuration, stage_configuration
 from fibldm.volumes.datalist import read_datalist
 
 
@@ -130,7 +129,7 @@ def _instead(evaluated: Evaluated, cases: Sequence[Case]) -> dict[str, Any]:
 
 def _key(configuration: Configuration, evaluated: Evaluated) -> str:
     """A hash of what decides a segmenter: configuration and data, but not where they lie."""
-    config = ConfigParser.load_config_files([str(file) for file in configuration.files])
+    config = ConfigFiles.load_config_files([str(file) for file in configuration.files])
     places = ("work", "run_dir", "train::dataset::data")
     chosen = {key: value for key, value in configuration.overrides.items() if key not in places}
     return hash_value([decisive(config), decisive(chosen), read_datalist(evaluated.work)["content"]])[:12]

@@ -1,8 +1,10 @@
 """From names and overrides to a checked configuration, and the plain MONAI command that runs the same."""
 
+import copy
 import difflib
 import importlib
 import inspect
+import json
 import math
 import re
 import shlex
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,7 @@ class Configuration:
 
     def parser(self) -> ConfigParser:
         """Files and overrides as one; of a part nothing is made until it is asked for."""
-        parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in self.files]))
+        parser = ConfigParser(ConfigFiles.load_config_files([str(file) for file in self.files]))
         for key, value in self.overrides.items():
             parser[key] = value
         return parser
@@ -206,11 +209,26 @@ def _find(name: str) -> Path:
     return shipped(name)
 
 
+class ConfigFiles(ConfigParser):
+    """MONAI's parser, which reads a file once as long as it stays the same: its YAML reader takes most of the time."""
+
+    @classmethod
+    def load_config_file(cls, filepath: Any, **kwargs: Any) -> dict[str, Any]:
+        stat = Path(filepath).stat()
+        return copy.deepcopy(_loaded(str(filepath), stat.st_mtime_ns, stat.st_size))
+
+
+@cache
+def _loaded(file: str, _mtime: int, _size: int) -> dict[str, Any]:
+    content: dict[str, Any] = ConfigParser.load_config_file(file)
+    return content
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise FibldmError(f"{file} must be YAML; {error}") from error
+        content = ConfigFiles.load_config_file(file)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise FibldmError(f"{file} must be YAML or JSON; {error}") from error
     if not isinstance(content, dict):
         raise FibldmError(f"{file} must hold a mapping of keys to values; it holds {type(content).__name__}")
     return content
@@ -219,7 +237,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
     contents = {file: _read(file) for file in given}
     _refuse_orphans(configuration, contents)
-    config = ConfigParser.load_config_files([str(file) for file in configuration.files])
+    config = ConfigFiles.load_config_files([str(file) for file in configuration.files])
     config |= {key: value for key, value in configuration.overrides.items() if key in _GRID}
     if not config.keys() >= _GRID:
         data = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
@@ -229,7 +247,7 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
         )
     allowed = known | _GRID | set(_references(config))
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
-        before = ConfigParser.load_config_files([str(earlier) for earlier in configuration.files[:position]])
+        before = ConfigFiles.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:
             name, *inside = key.lstrip("+").split("::")
             if name not in allowed:

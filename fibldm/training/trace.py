@@ -20,7 +20,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration, unwrapped
+from fibldm.training.configuration import STAGE_FILES, ConfigFiles, shipped, stage_configuration, unwrapped
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
@@ -188,14 +188,14 @@ def stage_parser(stage: str, request: Request, *, with_values: bool = False) -> 
 @cache
 def _content(stage: str, work: Path, configs: tuple[str, ...]) -> dict[str, Any]:
     files = stage_configuration(stage, work=work, run_dir=_RUN, configs=configs, overrides={}).files
-    content: dict[str, Any] = ConfigParser.load_config_files([str(file) for file in files])
+    content: dict[str, Any] = ConfigFiles.load_config_files([str(file) for file in files])
     return content
 
 
 @cache
 def _shipped_keys() -> frozenset[str]:
     names = set(sum(STAGE_FILES.values(), ()))
-    return frozenset(key for name in names for key in ConfigParser.load_config_file(shipped(name)))
+    return frozenset(key for name in names for key in ConfigFiles.load_config_file(shipped(name)))
 
 
 def _meant_for(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
