@@ -1,7 +1,12 @@
-"""What several test files need: phantoms as a work folder, a run trained with the smallest networks, the real data."""
+"""What several test files need: phantoms as a work folder, a run trained with the smallest networks, the real data.
 
+What takes long to make is made once for all processes that test side by side, and is only read.
+"""
+
+import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 SUBJECTS = 5
 
 TinyStage = Callable[..., Configuration]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,20 +42,41 @@ def quiet_logger() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def phantom_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder of chest phantoms, split by patient."""
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(folder / "source", subjects=SUBJECTS, seed=1, progress=iter)
-    prepare(folder / "source", folder / "work", progress=False)
-    return folder / "work"
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Calls ``make`` with a new folder, in the first process that asks for the name; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = base / name, base / f"{name}.made"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def phantom_work(made_once: MadeOnce) -> Path:
+    """A work folder of chest phantoms, split by patient."""
+
+    def make(folder: Path) -> None:
+        write_phantoms(folder / "source", subjects=SUBJECTS, seed=1, progress=iter)
+        prepare(folder / "source", folder / "work", progress=False)
+
+    return made_once("phantoms", make) / "work"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(made_once: MadeOnce) -> Path:
     """A data configuration with the smallest model grid that the networks allow for whole chests."""
-    file = tmp_path_factory.mktemp("configs") / "data_tiny.yaml"
-    file.write_text(yaml.safe_dump({"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 32]}))
-    return file
+    content = yaml.safe_dump({"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 32]})
+    return made_once("configs", lambda folder: (folder / "data_tiny.yaml").write_text(content)) / "data_tiny.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -65,12 +92,14 @@ def tiny_stage(phantom_work: Path, tiny_data: Path) -> TinyStage:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_stage: TinyStage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_stage: TinyStage, made_once: MadeOnce) -> Path:
     """A run folder with every stage trained for an epoch; read only, as all tests share it."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    for stage in STAGES:
-        tiny_stage(stage, run).run()
-    return run
+
+    def make(folder: Path) -> None:
+        for stage in STAGES:
+            tiny_stage(stage, folder / "tiny").run()
+
+    return made_once("runs", make) / "tiny"
 
 
 @pytest.fixture(scope="session")

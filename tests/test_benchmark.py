@@ -63,7 +63,17 @@ def test_bare_loop_trains_a_copy(benchmark, bench, tmp_path: Path) -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("row", ["load", "encode", "network call", "sample, 10 steps", "decode", "decode, tiled"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "load",
+        "encode",
+        "network call",
+        "sample, 10 steps",
+        "decode",
+        pytest.param("decode, tiled", marks=pytest.mark.slow),
+    ],
+)
 def test_row_has_its_repeats_without_warm_up(benchmark, bench, row: str) -> None:
     measured = benchmark.speed(bench, row)
     assert list(measured) == ["fibldm"]

@@ -16,7 +16,7 @@ from fibldm.plan import TRAINED, device_memory, largest_batch, largest_patch, pl
 from fibldm.runs import StageFolder
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.training.timing import time_stage
-from fibldm.training.trace import Request, trace_stage
+from fibldm.training.trace import Request, StageMemory, trace_stage
 
 FLOAT = 4
 
@@ -24,6 +24,12 @@ FLOAT = 4
 @pytest.fixture(scope="module")
 def request_(phantom_work: Path, tiny_data: Path) -> Request:
     return Request(phantom_work, (str(tiny_data), "tiny"), {"precision": "float32"}, "cpu")
+
+
+@pytest.fixture(scope="module")
+def traced(request_: Request) -> dict[str, StageMemory]:
+    """Every stage as it is configured."""
+    return {stage: trace_stage(stage, request_) for stage in TRAINED}
 
 
 def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
@@ -76,15 +82,15 @@ def test_allocators_hold_more_than_tensors() -> None:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_stage_is_traced_as_it_is_configured(request_: Request, stage: str, tiny_run: Path) -> None:
+def test_stage_is_traced_as_it_is_configured(traced: dict[str, StageMemory], stage: str, tiny_run: Path) -> None:
     """H11, C15: sizes and weights are those of the run that was trained with the same configuration."""
-    traced = trace_stage(stage, request_)
+    found = traced[stage]
     weights = torch.load(tiny_run / stage / "checkpoints" / "best.pt", weights_only=True)["model"]
-    assert traced.parameters == sum(value.numel() for value in weights.values())
-    assert traced.resident >= 2 * traced.parameters * FLOAT
-    assert traced.step > 3 * traced.parameters * FLOAT * (stage != "controlnet")  # most of its weights are frozen
-    assert (traced.batch_size, traced.size) == (2, (16,) * 3 if stage == "autoencoder" else (8,) * 3)
-    assert traced.grid == (32, 32, 32)
+    assert found.parameters == sum(value.numel() for value in weights.values())
+    assert found.resident >= 2 * found.parameters * FLOAT
+    assert found.step > 3 * found.parameters * FLOAT * (stage != "controlnet")  # most of its weights are frozen
+    assert (found.batch_size, found.size) == (2, (16,) * 3 if stage == "autoencoder" else (8,) * 3)
+    assert found.grid == (32, 32, 32)
 
 
 def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Request) -> None:
@@ -111,9 +117,9 @@ def test_settings_go_to_the_stages_that_have_them(request_: Request) -> None:
     assert trace_stage("diffusion", coarser).size == (8, 8, 16)
 
 
-def test_accumulation_costs_little(request_: Request) -> None:
-    plain = trace_stage("autoencoder", request_)
-    assert trace_stage("autoencoder", request_.changed(accumulation_steps=4)).step < 1.3 * plain.step
+def test_accumulation_costs_little(request_: Request, traced: dict[str, StageMemory]) -> None:
+    accumulated = trace_stage("autoencoder", request_.changed(accumulation_steps=4))
+    assert accumulated.step < 1.3 * traced["autoencoder"].step
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")
@@ -152,22 +158,22 @@ def test_largest_batch_fits_and_a_much_larger_one_does_not(request_: Request) ->
     assert peaks[0] <= usable < peaks[1]
 
 
-def test_nothing_fits_into_nothing(request_: Request) -> None:
+def test_nothing_fits_into_nothing(request_: Request, traced: dict[str, StageMemory]) -> None:
     assert largest_batch("autoencoder", request_, 1e4) == 0
-    assert largest_patch(trace_stage("autoencoder", request_), 1e4) == [0, 0, 0]
+    assert largest_patch(traced["autoencoder"], 1e4) == [0, 0, 0]
 
 
-def test_largest_patch_fits_and_stays_within_the_grid(request_: Request) -> None:
-    assert largest_patch(trace_stage("autoencoder", request_), 1e12) == [32, 32, 32]
+def test_largest_patch_fits_and_stays_within_the_grid(request_: Request, traced: dict[str, StageMemory]) -> None:
+    assert largest_patch(traced["autoencoder"], 1e12) == [32, 32, 32]
     edge = largest_patch(trace_stage("autoencoder", request_.changed(batch_size=8)), 3e7)[0]
     assert edge == 16
     assert trace_stage("autoencoder", request_.changed(batch_size=8, patch=[edge] * 3)).peak <= 3e7
 
 
-def test_largest_patch_of_slices_is_a_square(request_: Request) -> None:
-    traced = replace(trace_stage("autoencoder", request_), size=(32, 32, 1), grid=(256, 200, 1), resident=0, step=2**20)
-    assert largest_patch(traced, 4 * 2**20) == [64, 64, 1]
-    assert largest_patch(traced, 1e12) == [192, 192, 1]
+def test_largest_patch_of_slices_is_a_square(traced: dict[str, StageMemory]) -> None:
+    slices = replace(traced["autoencoder"], size=(32, 32, 1), grid=(256, 200, 1), resident=0, step=2**20)
+    assert largest_patch(slices, 4 * 2**20) == [64, 64, 1]
+    assert largest_patch(slices, 1e12) == [192, 192, 1]
 
 
 def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +186,11 @@ def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: 
 
 
 def test_command_says_what_fits(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request_: Request,
+    traced: dict[str, StageMemory],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """H11: one JSON object, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -192,7 +202,7 @@ def test_command_says_what_fits(
     made = json.loads(said.out.splitlines()[-1])
     assert made["ok"] and made["memory_gb"] == 0.05 and list(made["stages"]) == ["autoencoder"]
     found = made["stages"]["autoencoder"]
-    assert found["fits"] and found["peak_gb"] == pytest.approx(trace_stage("autoencoder", request_).peak / 1e9)
+    assert found["fits"] and found["peak_gb"] == pytest.approx(traced["autoencoder"].peak / 1e9)
     assert found["largest_batch"] < found["largest_batch_checkpointed"]
     assert "autoencoder" in said.err and "largest batch" in said.err
     assert not list(tmp_path.iterdir())
