@@ -117,13 +117,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide.float() / wide.float().norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    gram = wide @ wide.mT
+    gram = torch.bmm(wide, wide.mT)
     total = polynomial = _polynomial(gram)
     for _ in range(_ITERATIONS - 1):
-        gram = polynomial @ gram @ polynomial
+        gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
         polynomial = _polynomial(gram)
-        total = polynomial @ total
-    made = (total @ wide).to(matrices)
+        total = torch.bmm(polynomial, total)
+    made = torch.bmm(total, wide).to(matrices)
     return made if matrices.shape[1] <= matrices.shape[2] else made.mT
 
 
