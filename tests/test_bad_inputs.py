@@ -152,6 +152,7 @@ for source, work in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
 """
 
 
+@pytest.mark.slow
 def test_files_and_folders_without_permission() -> None:
     """An unreadable file, label and folder, and a place for the work folder that cannot be written."""
     with tempfile.TemporaryDirectory() as folder:

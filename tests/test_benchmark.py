@@ -125,6 +125,7 @@ def test_peak_memory_is_what_a_block_held_at_most(benchmark) -> None:
     assert peak.bytes["block"] == pytest.approx(96e6, rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_of_a_row_comes_from_a_process_of_its_own(benchmark, bench) -> None:
     megabytes = benchmark.in_fresh_process(benchmark.memory, bench, "decode")
     volume = 4 * np.prod([32, 32, 32]) / 1e6

@@ -46,6 +46,7 @@ def test_a_planted_field_is_taken_away():
     assert ratio.std() / ratio.mean() < 0.02
 
 
+@pytest.mark.slow
 def test_every_channel_has_a_field_of_its_own():
     """B7."""
     image, tissue, field = head()

@@ -598,6 +598,7 @@ def test_minutes_and_epochs_are_one_too_many(tiny_stage: TinyStage, tmp_path: Pa
 # --- a whole stage
 
 
+@pytest.mark.slow
 def test_a_stage_by_the_command_line(
     capsys: pytest.CaptureFixture[str], phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_scan_is_measured_as_training_saw_it(evaluated: Evaluated) -> None:
     assert float(sample.image[1][sample.labels == 1].mean()) < -0.1 < 0.6 < sample.image[0][sample.labels == 1].mean()
 
 
+@pytest.mark.slow
 def test_everything_is_measured_of_two_channels(evaluated: Evaluated, tmp_path: Path) -> None:
     """Scans of the test patients in the place of volumes, and one of a training patient."""
     folder = tmp_path / "synthetic"

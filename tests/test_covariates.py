@@ -328,6 +328,7 @@ def test_c10_with_the_whole_mask_goes_what_is_known() -> None:
     assert torch.equal(~more["covariates"].flatten(1).any(dim=1), nothing)
 
 
+@pytest.mark.slow
 def test_a15_a_network_learns_what_depends_on_covariates() -> None:
     """One channel is the age, one the sex: what is said at pure noise is the mean of such patients."""
     cases = [{"age": float(age), "sex": sex} for age in (20, 35, 50, 65, 80) for sex in "FM"]

@@ -295,6 +295,7 @@ def test_e6_float16_is_refused_on_a_cpu() -> None:
 
 # the noise is drawn outside of the graph, after which torch.compile looks at the gradient of what came before
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
 def test_a_stage_trains_the_same_with_less_memory_and_compiled(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def compare(ct: Path | tuple[Path, ...], derived: Path) -> list[float]:
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["lidc-idri-0001", "lidc-idri-0002", "lungdx-a0001"])
+@pytest.mark.slow
 def test_lungs_of_patients_agree_with_another_derivation(name, data_folder):
     """F6: contrast, emphysema with lungs that touch, and a tumour."""
     folder = data_folder / "lung_ct" / name
@@ -159,6 +160,7 @@ def test_lungs_of_patients_agree_with_another_derivation(name, data_folder):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_lungs_of_a_dicom_series_agree_with_another_derivation(data_folder):
     """F6, H2."""
     folder = data_folder / "dicom" / "lungdx-a0002_B40f_8mm"

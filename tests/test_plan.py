@@ -93,6 +93,7 @@ def test_stage_is_traced_as_it_is_configured(traced: dict[str, StageMemory], sta
     assert found.grid == (32, 32, 32)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Request) -> None:
     """C15."""
     larger = request_.changed(batch_size=32)
@@ -123,6 +124,7 @@ def test_accumulation_costs_little(request_: Request, traced: dict[str, StageMem
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")
+@pytest.mark.slow
 def test_cuda_is_imitated(request_: Request) -> None:
     """On a machine without one: auto means bfloat16 with norms in float32, and blocks are not those of a heap."""
     cuda = Request(request_.work, request_.configs, {}, "cuda")
@@ -150,6 +152,7 @@ def test_plan_is_within_20_percent_of_the_allocator(request_: Request, tiny_run:
     del average
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_a_much_larger_one_does_not(request_: Request) -> None:
     usable = 6e7
     size = largest_batch("autoencoder", request_, usable)
@@ -180,11 +183,13 @@ def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: 
     """Volumes that are their own latents."""
     monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder", "diffusion"))
     monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.plan.device_memory", lambda _: 1e5)  # too little to try a step
     pixels = replace(request_, autoencoder_configs=("autoencoder_identity",))
     made = plan(pixels, memory=1e12)
     assert list(made["stages"]) == ["diffusion"] and made["stages"]["diffusion"]["input_size"] == [32, 32, 32]
 
 
+@pytest.mark.slow
 def test_command_says_what_fits(
     request_: Request,
     traced: dict[str, StageMemory],

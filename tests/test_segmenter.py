@@ -218,6 +218,7 @@ def test_h7_one_that_was_interrupted_goes_on_to_the_same_weights(
     assert "going on after epoch" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_there_to_see(evaluated: Evaluated) -> None:
     """Some thirty steps find the lungs of phantoms, which chance does not."""
     segmenter = train(evaluated, steps=60, batch_size=1, segmenter_channels=[8, 16, 16], learning_rate=1e-2)

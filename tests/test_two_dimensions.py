@@ -233,6 +233,7 @@ def test_pictures_show_the_plane_of_a_slice_only(slice_run: Path) -> None:
         assert picture.width > 3 * picture.height  # one row
 
 
+@pytest.mark.slow
 def test_slices_are_measured(slice_run: Path, slices_work: Path, tmp_path: Path) -> None:
     masks = [entry["label"] for split in SPLITS[1:] for entry in load_datalist(slices_work, split)]
     settings = SamplingSettings(steps=1)
