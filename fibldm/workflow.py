@@ -34,7 +34,7 @@ _PICTURES = 4
 _MINUTES = {True: 5.0, False: 13.0}  # where the device is fast, and where it is not
 _OF_SEGMENTER = 0.15
 _DRAWING = 6.0  # seconds of starting, drawing and measuring for one of making and preparing the phantoms
-_LEAST = 0.5  # minutes of training that show anything
+_LEAST = 2.0  # minutes of training that show anything, and of which each stage has enough for its first steps
 _SHARES = {"autoencoder": 0.27, "diffusion": 0.6, "controlnet": 0.13}
 
 

@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         gradients, (mean, square) = _gradients(weights), self._kept(weights, "mean", "square")
         counts = []
         for weight in weights:
-            counts.append(self.state[weight].get("step", 0) + 1)
+            counts.append(int(self.state[weight].get("step", 0)) + 1)
             self.state[weight]["step"] = counts[-1]
         torch._foreach_lerp_(mean, gradients, 1 - first)
         torch._foreach_mul_(square, second)
