@@ -1,6 +1,7 @@
 """Stages chained: the demo, from phantoms to a report."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ _PICTURES = 4
 _MINUTES = {True: 5.0, False: 13.0}  # where the device is fast, and where it is not
 _OF_SEGMENTER = 0.15
 _DRAWING = 6.0  # seconds of starting, drawing and measuring for one of making and preparing the phantoms
-_LEAST = 2.0  # minutes of training that show anything, and of which each stage has enough for its first steps
+_LEAST = 5.0  # of training for one of making the phantoms: as much as the first steps of every stage take
 _SHARES = {"autoencoder": 0.27, "diffusion": 0.6, "controlnet": 0.13}
 
 
@@ -152,16 +153,17 @@ def _training_minutes(out: Path, settings: DemoSettings, seconds: float) -> floa
     file = out / BUDGET
     noted = read_json(file) if file.exists() else {}
     if noted.get("minutes") != settings.minutes:
-        before = noted.get("making_seconds", seconds)
+        before = noted.get("making_seconds", seconds)  # of what is kept, only the first time tells how long it takes
         left = (1 - _OF_SEGMENTER) * settings.minutes - (1 + _DRAWING) * before / 60
-        noted = {"minutes": settings.minutes, "making_seconds": round(before, 1), "training_minutes": round(left, 3)}
-        if left < _LEAST:
-            needed = (_LEAST + (1 + _DRAWING) * before / 60) / (1 - _OF_SEGMENTER)
+        if left < _LEAST * before / 60:
+            write_json(file, {"making_seconds": round(before, 1)})
+            needed = (1 + _DRAWING + _LEAST) * before / 60 / (1 - _OF_SEGMENTER)
             raise FibldmError(
-                f"the demo needs at least {needed:.1f} minutes here, which leaves {_LEAST:g} for training; got "
-                f"{settings.minutes:g}",
+                f"the demo needs at least {math.ceil(10 * needed) / 10:g} minutes here, to train, draw and measure; "
+                f"got {settings.minutes:g}",
                 "give more --minutes; phantoms are kept",
             )
+        noted = {"minutes": settings.minutes, "making_seconds": round(before, 1), "training_minutes": round(left, 3)}
         write_json(file, noted)
     return float(noted["training_minutes"])
 

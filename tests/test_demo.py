@@ -1,11 +1,12 @@
 """The demo, with networks too small to learn: every step runs, every promised file is there."""
 
 import json
+import re
 
 import pytest
 
 from fibldm.errors import FibldmError
-from fibldm.workflow import DemoSettings, demo
+from fibldm.workflow import DemoSettings, _training_minutes, demo
 
 TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), segmenter={"steps": 2, "segmenter_channels": [4, 8, 8]})
 
@@ -49,3 +50,15 @@ def test_demo_refuses_a_folder_of_other_phantoms(tmp_path):
     (tmp_path / "phantoms" / "dataset.json").write_text('{"name": "mine"}')
     with pytest.raises(FibldmError, match="phantoms"):
         demo(tmp_path, TINY, say=lambda line: None)
+
+
+def test_minutes_that_leave_no_time_to_train_are_refused_and_what_would_do_is_said(tmp_path):
+    """The second time, phantoms are there already, and take no time that anything could be told from."""
+    with pytest.raises(FibldmError, match="needs at least .* minutes here, .* got 1") as refused:
+        _training_minutes(tmp_path, DemoSettings(minutes=1.0), 24.0)
+    least = float(re.search("at least (.*) minutes", refused.value.message)[1])
+    with pytest.raises(FibldmError, match=f"needs at least {least:g} minutes"):
+        _training_minutes(tmp_path, DemoSettings(minutes=least - 0.2), 1.0)
+    training = _training_minutes(tmp_path, DemoSettings(minutes=least), 1.0)
+    assert training == pytest.approx(2.0, abs=0.1)  # five times what the phantoms took
+    assert _training_minutes(tmp_path, DemoSettings(minutes=least), 1.0) == training
