@@ -313,11 +313,18 @@ def test_h13_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -
     assert not isinstance(refused.value, UnfitGrid)
 
 
-@pytest.mark.parametrize(("content", "message"), [("a: [", "must be YAML"), ("- a", "must hold a mapping .* list")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "mine.yaml").write_text(content)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.yaml", "a: [", "must be YAML or JSON"),
+        ("mine.json", "a: 1", "must be YAML or JSON"),
+        ("mine.yaml", "- a", "must hold a mapping .* list"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(FibldmError, match=message):
-        make("autoencoder", DATA[0], str(tmp_path / "mine.yaml"))
+        make("autoencoder", DATA[0], str(tmp_path / name))
 
 
 def test_an_unknown_stage_lists_the_stages() -> None:
