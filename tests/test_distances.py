@@ -20,6 +20,7 @@ from fibldm.evaluation.distances import (
     gaussian_kernel,
     median_bandwidth,
     polynomial_kernel,
+    precision,
     squared_mmd,
 )
 from fibldm.evaluation.radiomics import Radiomics
@@ -116,11 +117,25 @@ def test_frechet_distance_of_a_moved_set_is_the_move_though_members_are_few(rng)
     assert frechet_distance(x, x + 0.5) == pytest.approx(10 * 0.25)
 
 
+def test_precision_is_the_share_within_reach_of_a_real_member():
+    real = np.array([[0.0], [1.0], [2.0], [3.0]])  # each reaches as far as its next neighbour, 1
+    assert precision(np.array([[-1.0], [-1.5], [3.9], [10.0]]), real, neighbours=1) == 0.5
+    reach = np.array([[0.0], [10.0]])  # fewer members than neighbours: each reaches to the other
+    assert precision(np.array([[-9.0], [5.0], [21.0]]), reach, neighbours=3) == pytest.approx(2 / 3)
+
+
+def test_precision_falls_off_the_data_and_recall_with_what_is_left_out(rng):
+    real, narrow = rng.normal(size=(80, 3)), rng.normal(scale=0.2, size=(80, 3))
+    assert precision(real, real) == 1
+    assert precision(narrow, real) > 0.95 and precision(real, narrow) < 0.2
+    assert precision(real + 50, real) == precision(real, real + 50) == 0
+
+
 def test_bandwidth_is_the_median_distance():
     assert median_bandwidth(np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])) == pytest.approx(np.hypot(3, 3))
 
 
-@pytest.mark.parametrize("distance", [lambda x, y: squared_mmd(x, y, polynomial_kernel), frechet_distance])
+@pytest.mark.parametrize("distance", [lambda x, y: squared_mmd(x, y, polynomial_kernel), frechet_distance, precision])
 def test_distances_refuse_what_is_no_pair_of_sets(distance):
     with pytest.raises(FibldmError, match=r"at least two members of each; got 5 and 1; give more patients"):
         distance(np.ones((5, 3)), np.ones((1, 3)))

@@ -103,13 +103,13 @@ def test_volumes_that_follow_their_masks_reach_one_and_shuffled_masks_do_not(
     for name in ("dice", "dice/lung", "dice/lesion"):
         assert (value(section, name), section.figures[name].n) == (1, 3)
         assert value(section, f"{name}/shuffled") < 0.9
-    for measure in ("hd95", "volume_error", "volume_bias"):
+    for measure in ("hd95", "assd", "volume_error", "volume_bias"):
         assert value(section, measure) == 0
     assert value(section, "hd95/lung/shuffled") == pytest.approx(SPACING[1] * (1 + 2 + 3) / 3)  # 0-1, 1-3, 3-0 in y
     assert [case["case"] for case in section.cases] == ["p0_000", "p0_001", "p1_000", "p3_000"]
     assert section.cases[0]["dice/lung"] == 1
     assert section.facts["segmenter"] == Thresholds.fingerprint
-    assert section.facts["units"] == {"hd95": "mm"}
+    assert section.facts["units"] == {"hd95": "mm", "assd": "mm"}
     written = read_json(record(evaluated.folder, "faithfulness", section))["faithfulness"]
     for figure in written["figures"].values():
         assert {"value", "low", "high", "n", "real_vs_real"} <= set(figure)

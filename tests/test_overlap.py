@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from monai.metrics import DiceMetric, compute_hausdorff_distance
+from monai.metrics import DiceMetric, compute_average_surface_distance, compute_hausdorff_distance
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.evaluation.overlap import Overlap, dice, dice_by_label, hd95, measured_labels, named_values, overlaps
+from fibldm.evaluation.overlap import Overlap, assd, dice, dice_by_label, hd95, measured_labels, named_values, overlaps
 
 SHAPE = (24, 18, 14)
 SPACING = (0.7, 1.3, 2.5)
@@ -56,7 +56,9 @@ def test_volume_error_is_relative_to_the_mask_and_keeps_its_sign() -> None:
 
 def test_a_label_that_is_not_found_has_no_overlap_and_the_diagonal_as_distance() -> None:
     diagonal = float(np.sqrt((24 * 0.7) ** 2 + (18 * 1.3) ** 2 + (14 * 2.5) ** 2))
-    assert overlaps(np.zeros(SHAPE, np.uint8), box(), [7], SPACING)[7] == pytest.approx(Overlap(0, diagonal, 1, -1))
+    assert overlaps(np.zeros(SHAPE, np.uint8), box(), [7], SPACING)[7] == pytest.approx(
+        Overlap(0, diagonal, diagonal, 1, -1)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,11 +88,22 @@ def test_distance_is_that_of_monai_and_of_distance_maps(seed: int) -> None:
         assert hd95(wanted == label, found == label, SPACING) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mean_surface_distance_is_that_of_monai(seed: int) -> None:
+    found, wanted = blobs(seed), blobs(seed + 10)
+    hot = [torch.from_numpy(np.stack([labels == label for label in (1, 2)])[None]) for labels in (found, wanted)]
+    monai = compute_average_surface_distance(*hot, include_background=True, symmetric=True, spacing=list(SPACING))[0]
+    for label in (1, 2):
+        for pair in ((found == label, wanted == label), (wanted == label, found == label)):
+            assert assd(*pair, SPACING) == pytest.approx(float(monai[label - 1]), rel=1e-5)
+
+
 def test_unknown_voxels_are_background_on_both_sides() -> None:
     mask = box()
     mask[:, :8] = UNKNOWN_LABEL
     half = overlaps(box(), mask, [7, UNKNOWN_LABEL], SPACING)
-    assert half == {7: Overlap(1, 0, 0, 0)}
+    assert half == {7: Overlap(1, 0, 0, 0, 0)}
     beside = box() + box((14, 5, 3), (8, 3, 5))  # the second box lies where the mask is unknown
     assert overlaps(beside, mask, [7], SPACING) == half
 
@@ -102,11 +115,17 @@ def test_labels_of_fewer_than_ten_voxels_are_not_measured() -> None:
 
 
 def test_values_are_named_by_label_with_their_mean() -> None:
-    values = named_values({4: Overlap(0.5, 2, 0.1, -0.1), 2: Overlap(0.9, 4, 0.3, 0.3)}, {2: "lung", 4: "tumour"})
+    values = named_values({4: Overlap(0.5, 2, 1, 0.1, -0.1), 2: Overlap(0.9, 4, 2, 0.3, 0.3)}, {2: "lung", 4: "tumour"})
     assert values == pytest.approx(
-        {"dice": 0.7, "hd95": 3, "volume_error": 0.2, "volume_bias": 0.1}
-        | {"dice/lung": 0.9, "hd95/lung": 4, "volume_error/lung": 0.3, "volume_bias/lung": 0.3}
-        | {"dice/tumour": 0.5, "hd95/tumour": 2, "volume_error/tumour": 0.1, "volume_bias/tumour": -0.1}
+        {"dice": 0.7, "hd95": 3, "assd": 1.5, "volume_error": 0.2, "volume_bias": 0.1}
+        | {"dice/lung": 0.9, "hd95/lung": 4, "assd/lung": 2, "volume_error/lung": 0.3, "volume_bias/lung": 0.3}
+        | {
+            "dice/tumour": 0.5,
+            "hd95/tumour": 2,
+            "assd/tumour": 1,
+            "volume_error/tumour": 0.1,
+            "volume_bias/tumour": -0.1,
+        }
     )
     assert named_values({}, {2: "lung"}) == {}
 

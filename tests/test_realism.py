@@ -29,6 +29,7 @@ NETWORK_FREE = ("kid/radiomics", "mmd/radiomics")
 EVERY = (*NETWORK_FREE, "kid/segmenter", "mmd/segmenter")
 
 FRECHET = ("frechet/radiomics", "frechet/segmenter")
+SHARES = ("precision/radiomics", "precision/segmenter", "recall/radiomics", "recall/segmenter")
 
 Spoil = Callable[[Sample], Sample]
 
@@ -175,10 +176,12 @@ def test_the_scans_themselves_give_exactly_what_scans_give(best):
 
 
 def test_every_figure_has_its_parts_in_the_order_of_importance(best):
-    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, "spectrum", "ms_ssim"]
+    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, *SHARES, "spectrum", "ms_ssim"]
     for name, figure in best.figures.items():
         assert figure.n == 10
-        if name not in FRECHET:
+        if name in SHARES:
+            assert 0 <= figure.value <= 1
+        elif name not in FRECHET:
             assert figure.low < figure.value < figure.high, name
     for name, features in zip(FRECHET, (27, 8), strict=True):
         assert best.facts["extractors"][name.split("/")[1]]["features"] == features

@@ -181,6 +181,7 @@ def test_a_perfect_autoencoder_loses_nothing(evaluated: Evaluated) -> None:
         assert section.figures[name].real_vs_real is None
         assert {f"{name}/{label}" for label in names} <= set(section.figures)
     assert value(section, "spectrum") == 0
+    assert value(section, "ms_ssim") == pytest.approx(1)
     spectra: dict[str, list[NDArray[np.float64]]] = {}
     for case in evaluated.real():
         spectrum = radial_spectrum(evaluated.read(case).image, evaluated.grid.spacing)
@@ -217,7 +218,7 @@ def test_an_offset_is_told_in_hu_and_padding_does_not_count(evaluated: Evaluated
 
 def test_blur_costs_detail_and_labels(evaluated: Evaluated) -> None:
     sections = [measured(evaluated, lambda image, s=s: ndimage.gaussian_filter(image, s)) for s in (0.4, 1)]  # type: ignore[misc]
-    for name, sign in (("psnr", -1), ("mae", 1), ("spectrum", 1), ("dice_change/right lung", -1)):
+    for name, sign in (("psnr", -1), ("mae", 1), ("ms_ssim", -1), ("spectrum", 1), ("dice_change/right lung", -1)):
         values = [value(section, name) for section in sections]
         assert all(sign * np.diff(values) > 0), (name, values)
 

@@ -30,10 +30,11 @@ class Measured(NamedTuple):
 def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: Segmenter) -> Section:
     """Agreement of the labels found in synthetic volumes with the masks they were made from.
 
-    Figures are ``dice``, ``hd95`` (mm), ``volume_error`` (absolute) and ``volume_bias`` (signed, both relative to the
-    mask): ``<measure>/<label>`` for each label, ``<measure>`` for their mean in each volume, see `overlap.Overlap`.
-    ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks were used where
-    there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no ceiling.
+    Figures are ``dice``, ``hd95`` and ``assd`` (mm), ``volume_error`` (absolute) and ``volume_bias`` (signed, both
+    relative to the mask): ``<measure>/<label>`` for each label, ``<measure>`` for their mean in each volume, see
+    `overlap.Overlap`. ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks
+    were used where there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no
+    ceiling.
 
     A Dice above its ceiling is no success: what is easier to segment than a real scan is simpler than one.
 
@@ -136,7 +137,7 @@ def _facts(
     patients = {case.subject for case in real}
     return {
         "segmenter": segmenter.fingerprint,
-        "units": {"hd95": "mm"},
+        "units": {"hd95": "mm", "assd": "mm"},
         "fewest_voxels": FEWEST_VOXELS,
         "volumes_not_measured": {name: count for name, count in without.items() if count},
         "ceiling": {"patients": len(patients), "same_patients": patients <= {row.case.subject for row in measured}},

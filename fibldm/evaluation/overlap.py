@@ -1,4 +1,4 @@
-"""How well labels that were found agree with a mask: Dice, surface distance and volume.
+"""How well labels that were found agree with a mask: Dice, surface distances and volume.
 
 Arrays are labels ``(X, Y, Z)`` on one grid. Voxels that the mask leaves unknown (255) are background on both sides.
 """
@@ -19,6 +19,7 @@ FEWEST_VOXELS = 10
 
 Labels = NDArray[np.integer]
 Region = NDArray[np.bool_]
+Distances = NDArray[np.float64]
 
 
 class Overlap(NamedTuple):
@@ -28,12 +29,14 @@ class Overlap(NamedTuple):
         dice: in ``[0, 1]``; 0 where the label was not found.
         hd95: 95th percentile of the distance between the surfaces, mm, the larger of both directions; the diagonal of
             the volume where the label was not found.
+        assd: average symmetric surface distance, mm; the diagonal of the volume where the label was not found.
         volume_error: ``|found - wanted| / wanted``.
         volume_bias: ``(found - wanted) / wanted``, at least -1.
     """
 
     dice: float
     hd95: float
+    assd: float
     volume_error: float
     volume_bias: float
 
@@ -53,25 +56,41 @@ def dice(found: Region, wanted: Region) -> float:
 
 
 def hd95(found: Region, wanted: Region, spacing: Sequence[float]) -> float:
-    """95 % Hausdorff distance, mm: the larger of the 95th percentiles of both directed surface distances.
+    """95 % Hausdorff distance, mm: the larger of the 95th percentiles of both directed `surface_distances`.
 
-    Huttenlocher et al. 1993, "Comparing images using the Hausdorff distance", section II; the surface of a region is
-    its voxels that share a face with the outside, which begins at the border of the volume; of
-    a slice, the outline of a region.
+    Huttenlocher et al. 1993, "Comparing images using the Hausdorff distance", section II.
+    """
+    return max(float(np.percentile(directed, 95)) for directed in surface_distances(found, wanted, spacing))
+
+
+def assd(found: Region, wanted: Region, spacing: Sequence[float]) -> float:
+    """Average symmetric surface distance, mm: the mean of the `surface_distances` of both directions together.
+
+    Heimann et al. 2009, "Comparison and evaluation of methods for liver segmentation from CT datasets", section III.C.
+    """
+    return float(np.concatenate(surface_distances(found, wanted, spacing)).mean())
+
+
+def surface_distances(found: Region, wanted: Region, spacing: Sequence[float]) -> tuple[Distances, Distances]:
+    """How far each voxel of one surface is from the closest of the other, mm, in both directions.
+
+    The surface of a region is its voxels that share a face with the outside, which begins at the border of the volume;
+    of a slice, the outline of a region.
 
     Args:
-        found: ``(X, Y, Z)``; if empty, the distance is the diagonal of the volume.
+        found: ``(X, Y, Z)``; if empty, the only distance is the diagonal of the volume.
         wanted: ``(X, Y, Z)``, not empty.
         spacing: mm along each axis.
     """
     if not found.any():
-        return float(np.linalg.norm(np.multiply(found.shape, spacing)))
+        diagonal = np.array([np.linalg.norm(np.multiply(found.shape, spacing))])
+        return diagonal, diagonal
     axes = long_axes(found.shape)
     found, wanted, steps = found.squeeze(), wanted.squeeze(), np.asarray(spacing)[axes]
     around = ndimage.find_objects((found | wanted).astype(np.uint8))[0]
     surfaces = (region[around] & ~ndimage.binary_erosion(region[around]) for region in (found, wanted))
     one, other = (np.argwhere(surface) * steps for surface in surfaces)
-    return max(_directed(one, other), _directed(other, one))
+    return cKDTree(other).query(one)[0], cKDTree(one).query(other)[0]
 
 
 def dice_by_label(predicted: Labels, mask: Labels, labels: Iterable[int]) -> dict[int, float]:
@@ -111,12 +130,8 @@ def named_values(measured: Mapping[int, Overlap], names: Mapping[int, str]) -> d
 
 def _overlap(found: Region, wanted: Region, spacing: Sequence[float]) -> Overlap:
     bias = float(found.sum() / wanted.sum()) - 1
-    return Overlap(dice(found, wanted), hd95(found, wanted, spacing), abs(bias), bias)
-
-
-def _directed(points: NDArray[np.float64], others: NDArray[np.float64]) -> float:
-    """95th percentile of the distances of points to the closest of others; both ``(n, 3)``, mm."""
-    return float(np.percentile(cKDTree(others).query(points)[0], 95))
+    distances = (measure(found, wanted, spacing) for measure in (hd95, assd))
+    return Overlap(dice(found, wanted), *distances, abs(bias), bias)
 
 
 def _known(predicted: Labels, mask: Labels) -> Labels:

@@ -21,13 +21,14 @@ from fibldm.evaluation.distances import (
     gaussian_kernel,
     median_bandwidth,
     polynomial_kernel,
+    precision,
     squared_mmd,
 )
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.record import Section
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
-from fibldm.evaluation.structure import ms_ssim, scale_weights, spread_pairs
+from fibldm.evaluation.structure import channel_similarity, scale_weights, spread_pairs
 from fibldm.files import hash_value
 from fibldm.volumes.writer import volume_stem
 
@@ -77,6 +78,8 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
 
     * ``kid/...``, ``mmd/...``, ``frechet/...``: `squared_mmd` with the polynomial and with the Gaussian kernel, and
       `frechet_distance`, of radiomic features and of the segmenter's, both `standardised`.
+    * ``precision/...``, ``recall/...``: the share of synthetic volumes that lie among real ones, and of real ones that
+      lie among the synthetic, of the same features, see `distances.precision`.
     * ``spectrum``: `spectrum_distance`, dB.
     * ``ms_ssim``: mean MS-SSIM between volumes of different patients; above that of real scans they are too alike.
       What is padded on both sides counts too, in synthetic and real volumes the same.
@@ -165,7 +168,14 @@ def _distances(features: dict[str, Arrays]) -> dict[str, Figure]:
     scaled = {name: standardised(arrays) for name, arrays in features.items()}
     kid = {f"kid/{name}": _compared(_kid, arrays) for name, arrays in scaled.items()}
     mmd = {f"mmd/{name}": _mmd(arrays) for name, arrays in scaled.items()}
-    return {**kid, **mmd, **{f"frechet/{name}": _frechet(arrays) for name, arrays in scaled.items()}}
+    frechet = {f"frechet/{name}": _frechet(arrays) for name, arrays in scaled.items()}
+    among = {f"precision/{name}": _compared(precision, arrays) for name, arrays in scaled.items()}
+    covered = {f"recall/{name}": _compared(_recall, arrays) for name, arrays in scaled.items()}
+    return {**kid, **mmd, **frechet, **among, **covered}
+
+
+def _recall(x: Array, y: Array) -> float:
+    return precision(y, x)
 
 
 def _kid(x: Array, y: Array) -> float:
@@ -222,16 +232,13 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
     """Volumes are read for every pair: a hundred large ones would not fit into memory together."""
     bar = _bar(pairs, "realism: MS-SSIM")
-    return np.array([_similarity(evaluated.read(cases[i]), evaluated.read(cases[j])) for i, j in bar])
+    return np.array(
+        [channel_similarity(evaluated.read(cases[i]).image, evaluated.read(cases[j]).image) for i, j in bar]
+    )
 
 
 def _of_each_channel(compute: Callable[[Sample], Array], sample: Sample) -> Array:
     return np.concatenate([compute(sample._replace(image=channel)) for channel in each_channel(sample.image)])
-
-
-def _similarity(first: Sample, second: Sample) -> float:
-    pairs = zip(each_channel(first.image), each_channel(second.image), strict=True)
-    return float(np.mean([ms_ssim(one, other) for one, other in pairs]))
 
 
 def _who(sets: Sets) -> dict[str, Any]:

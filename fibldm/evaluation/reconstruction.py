@@ -21,6 +21,7 @@ from fibldm.evaluation.record import Section
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import Figure, figure
+from fibldm.evaluation.structure import channel_similarity
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer
@@ -101,13 +102,14 @@ def measure_reconstruction(
     """Real test scans against their reconstructions.
 
     Figures are ``psnr`` (dB), ``ssim`` and ``mae`` (HU for a window, else of the range ``[-1, 1]``), see
-    `image_quality`, over the field of view and per label as ``<figure>/<label>``; ``dice_change`` and
+    `image_quality`, over the field of view and per label as ``<figure>/<label>``; ``ms_ssim`` of the whole volume, see
+    `structure.ms_ssim`; ``dice_change`` and
     ``dice_change/<label>``, the Dice of what a segmenter finds in the reconstruction minus that of the real scan,
     negative where the autoencoder loses what the segmenter goes by; and ``spectrum`` (dB), see `spectrum_distance`,
     whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare a scan with itself,
     which has no counterpart among real scans: their ``real_vs_real`` is None.
 
-    Of several channels, `image_quality` is the mean of them, and the spectra stand one after the other.
+    Of several channels, `image_quality` and MS-SSIM are the mean of them, and the spectra stand one after the other.
 
     The four scans with the largest error are drawn in ``reconstruction.png``.
 
@@ -185,6 +187,7 @@ def _reconstructed(
     labels = measured_labels(sample.labels, names)
     regions = {"": sample.valid} | {f"/{names[label]}": sample.labels == label for label in labels}
     values = _channel_means(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
+    values["ms_ssim"] = channel_similarity(sample.image, made)
     before = dice_by_label(segmentation(evaluated, case, segmenter), sample.labels, labels)
     after = dice_by_label(segmenter.segment(made), sample.labels, labels)
     changes = {f"dice_change/{names[label]}": after[label] - before[label] for label in labels}

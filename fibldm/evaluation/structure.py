@@ -8,6 +8,7 @@ from monai.metrics.regression import compute_ms_ssim
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.evaluation.cases import each_channel
 from fibldm.volumes.grid import long_axes
 
 _KERNEL = 7
@@ -55,6 +56,16 @@ def ms_ssim(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     weights, axes = scale_weights(first.shape), a.ndim - 2
     similarity = compute_ms_ssim(a, b, axes, _DATA_RANGE, kernel_size=_KERNEL, kernel_sigma=_SIGMA, weights=weights)
     return float(similarity)
+
+
+def channel_similarity(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """`ms_ssim` of volumes ``(X, Y, Z)``, or its mean over the channels of ``(C, X, Y, Z)``.
+
+    Raises:
+        FibldmError: the shapes differ, or are too small.
+    """
+    pairs = zip(each_channel(first), each_channel(second), strict=True)
+    return float(np.mean([ms_ssim(one, other) for one, other in pairs]))
 
 
 def spread_pairs(n: int, at_most: int) -> list[tuple[int, int]]:
