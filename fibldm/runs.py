@@ -31,11 +31,14 @@ _COMMANDS = {
 # Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
-    "initialize keep_every minutes mlflow num_workers patience preview preview_eta preview_every preview_sampler "
-    "preview_steps restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work "
+    "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
+    "preview preview_eta preview_every preview_sampler preview_steps restart run run_dir stage stop_gap trackers "
+    "wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
+# Keys that came later, with the values that mean what was done before them.
+_AS_BEFORE = {"latent_draw": "sample"}
 BUDGET = "budget.json"
 _CLAIM = ("config.yaml", "inputs.json", "log.txt", BUDGET)
 _EVENTS = "events.out.tfevents"  # of TensorBoard
@@ -237,7 +240,8 @@ def load_facts(run_dir: str | Path) -> dict[str, Any]:
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration that change what an epoch computes."""
-    return {key: _untracked(value) for key, value in config.items() if key not in _NOT_DECISIVE}
+    kept = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
+    return {key: _untracked(value) for key, value in kept.items() if key not in _AS_BEFORE or _AS_BEFORE[key] != value}
 
 
 def _untracked(value: Any) -> Any:

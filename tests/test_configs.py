@@ -46,6 +46,8 @@ COMBINATIONS = [
     *((stage, DATA[0], (name,)) for stage in STAGE_FILES for name in ("tiny", "demo", "multi_gpu")),
     *((stage, DATA[0], (name,)) for stage in STAGE_FILES if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
+    ("diffusion", DATA[0], ("unet_generative",)),
+    ("controlnet", DATA[0], ("controlnet_generative",)),
     *(
         (stage, DATA[0], (name,))
         for stage in ("diffusion", "controlnet")

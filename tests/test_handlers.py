@@ -23,6 +23,7 @@ from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, WallTim
 from fibldm.training.configuration import Configuration
 from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, is_step, steps_done
 from fibldm.training.precision import ScaledTrainer
+from fibldm.training.step_losses import StepLosses
 
 TinyStage = Callable[..., Configuration]
 
@@ -157,6 +158,31 @@ def test_f1_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path: Pa
     assert float(row["gradient_norm"]) == 10.0
 
 
+def stepped(folder: Path, losses: list[float], *, every: int, accumulation: int = 1, after: int = 0) -> list[list[str]]:
+    """Rows of ``steps.csv`` of two epochs of so many iterations."""
+    engine = engine_of(lambda engine, item: output(losses[item], kl=1.0), accumulation)
+    StepLosses(folder, every).attach(engine)
+    engine.state.max_epochs, engine.state.epoch_length = 2, len(losses)
+    engine.state.epoch, engine.state.iteration = after, after * len(losses)
+    engine.run(range(len(losses)), max_epochs=2)
+    return [line.split(",") for line in (folder / "steps.csv").read_text().splitlines()]
+
+
+def test_a24_losses_of_single_steps_are_kept_if_asked(tmp_path: Path) -> None:
+    """A24: every so many; a step is the mean of its iterations, and a resume does its own again."""
+    rows = stepped(tmp_path, [1.0, 2.0, 3.0], every=2)
+    assert rows == [["step", "loss", "loss/kl"], ["2", "2", "1"], ["4", "1", "1"], ["6", "3", "1"]]
+    again = stepped(tmp_path, [5.0, 5.0, 5.0], every=2, after=1)
+    assert again == [rows[0], rows[1], ["4", "5", "1"], ["6", "5", "1"]]
+    assert list((tmp_path / "steps").glob("events.out.tfevents*"))
+    rows = stepped(tmp_path / "sum", [1.0, 2.0, 6.0], every=1, accumulation=2)
+    assert [row[:2] for row in rows[1:]] == [["1", "1.5"], ["2", "6"], ["3", "1.5"], ["4", "6"]]
+    StepLosses(tmp_path / "none", 0).attach(Engine(lambda engine, item: None))
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(FibldmError, match="log_every must be a whole number of at least 0"):
+            StepLosses(tmp_path, wrong)  # type: ignore[arg-type]
+
+
 # --- guards
 
 
@@ -178,6 +204,41 @@ def test_d19_a_gradient_that_is_not_finite_ends_the_training_before_it_is_used()
     with pytest.raises(FibldmError, match="gradient must stay finite; its norm is (nan|inf) in epoch 1, iteration 1"):
         trainer.run()
     assert torch.isfinite(network.weight).all()
+
+
+# --- what is kept
+
+
+def kept(folder: Path, losses: list[float | None], **settings: int) -> list[str]:
+    """The epochs that are kept of an engine that meets these validation losses."""
+    metrics: Any = SimpleNamespace(validation_loss=None, rows=[])
+    engine = Engine(lambda engine, item: None)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    def measure(engine: Engine) -> None:
+        metrics.validation_loss = losses[engine.state.epoch - 1]
+        told = "" if metrics.validation_loss is None else str(metrics.validation_loss)
+        metrics.rows.append({"epoch": str(engine.state.epoch), "validation_loss": told})
+
+    model = nn.Linear(1, 1)
+    ema = EMA(model, momentum=0.5)
+    Checkpoints(folder, {"network": model}, ema=ema, every=100, metrics=metrics, **settings).attach(engine)
+    engine.run([0], max_epochs=len(losses))
+    return sorted(file.stem for file in folder.glob("epoch_*.pt"))
+
+
+def test_d19_the_best_epochs_are_kept(tmp_path: Path) -> None:
+    """D19: beside those that are kept regularly, and the best of all."""
+    losses = [5.0, 3.0, 4.0, None, 2.0, 6.0, 3.0]
+    assert kept(tmp_path / "one", losses, keep_best=2) == ["epoch_0002", "epoch_0005"]
+    assert kept(tmp_path / "two", losses, keep_best=3) == ["epoch_0002", "epoch_0005", "epoch_0007"]
+    both = kept(tmp_path / "both", losses, keep_best=1, keep_every=3)
+    assert both == ["epoch_0003", "epoch_0005", "epoch_0006"]
+    assert kept(tmp_path / "none", losses) == []
+    content = torch.load(tmp_path / "one" / "epoch_0002.pt", weights_only=True)
+    assert (content["epoch"], content["loss"]) == (2, 3.0)
+    with pytest.raises(FibldmError, match="keep_best must be a whole number of at least 0; got -1"):
+        kept(tmp_path / "wrong", losses, keep_best=-1)
 
 
 # --- stops
@@ -355,6 +416,29 @@ def test_h7_a_stage_of_several_short_runs_ends_as_one_of_a_long_one(tiny_stage: 
         assert f"stopped after epoch {epoch} of 3" in (folder.path / "log.txt").read_text()
     tiny_stage("autoencoder", tmp_path / "parts", **settings).run()
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_d19_d20_a_stage_follows_what_is_asked_of_its_watching(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
+) -> None:
+    """D19, D20: fewer batches of validation, losses by step, and the best epochs; none of it is another training."""
+    for stage in ("autoencoder", "latents"):
+        (tmp_path / stage).symlink_to(tiny_run / stage)
+    settings = {"epochs": 3, "batch_size": 1, "keep_best": 2, "limit_val_batches": 1, "log_every": 1}
+    tiny_stage("diffusion", tmp_path, **settings).run()
+    folder = tmp_path / "diffusion"
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [name for name in rows[0] if name.startswith("validation_loss/")] == ["validation_loss/t0.25"]
+    best = sorted(rows, key=lambda row: float(row["validation_loss"]))[:2]
+    assert {file.stem for file in folder.glob("checkpoints/epoch_*.pt")} == {
+        f"epoch_{int(row['epoch']):04d}" for row in best
+    }
+    steps = list(csv.DictReader((folder / "steps.csv").read_text().splitlines()))
+    assert len(steps) == int(rows[-1]["iteration"])
+    first = [float(row["loss"]) for row in steps[: int(rows[0]["iteration"])]]
+    assert float(rows[0]["loss"]) == pytest.approx(sum(first) / len(first), rel=1e-4)
+    more = {**settings, "keep_best": 0, "limit_val_batches": None, "log_every": 0}
+    tiny_stage("diffusion", tmp_path, **more).run()  # done already, and not refused
 
 
 def test_the_command_line_says_that_a_stage_is_not_done(

@@ -21,6 +21,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
+from fibldm.runs import decisive
 from fibldm.shards import Shard, wait_for
 from fibldm.training.configuration import Configuration
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
@@ -399,3 +400,28 @@ def test_h14_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
     for part, known in zip(scale(cells), (facts["space"]["mean"], facts["space"]["std"]), strict=True):
         torch.testing.assert_close(part, torch.tensor(known, dtype=torch.float64), rtol=1e-6, atol=1e-8)
     assert (scale(cells)[0] - scale(everything)[0]).abs().max() > 1e-4  # a hundred times what is tolerated above
+
+
+# --- means
+
+
+def test_e14_latents_may_be_means(encode: Callable[..., None], trained: Callable[[str], Path], tiny_run: Path) -> None:
+    """E14: what is trained on is the middle of the posterior, every time, and the scale is that of means."""
+    run = trained("means")
+    encode(run, 0, 1, views=1, latent_draw="mean")
+    latents, drawn = Latents.open(run), Latents.open(tiny_run)
+    assert latents.facts["draw"] == "mean" and "draw" not in drawn.facts
+    means = []
+    for one, other in zip(latents.items("training"), drawn.items("training"), strict=True):
+        here, there = load_file(one["file"]), load_file(other["file"])
+        assert torch.equal(here["mean"], there["mean"]) and not here["std"].any() and there["std"].all()
+        inside = here["valid"][0] > 0.5
+        means.append(here["mean"][:, inside])
+    spread = torch.cat(means, dim=1).double().var(dim=1, correction=0).sqrt()
+    torch.testing.assert_close(torch.tensor(latents.space.std, dtype=torch.float64), spread, rtol=1e-5, atol=0)
+    encode(run, 0, 1, views=1, latent_draw="mean")
+    with pytest.raises(FibldmError, match="latent_draw"):
+        encode(run, 0, 1, views=1)
+    with pytest.raises(FibldmError, match="latent_draw must be one of sample, mean; got 'median'"):
+        encode(trained("wrong"), 0, 1, latent_draw="median")
+    assert decisive({"latent_draw": "sample", "views": 1}) == {"views": 1}  # as latents of before it were

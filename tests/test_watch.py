@@ -143,6 +143,17 @@ def test_e16_both_losses_are_taken_after_the_same_epochs() -> None:
     assert gap(0.5, 0.5) == 0 and gap(0.25, 0.5) == -0.5
 
 
+def test_d20_validation_sees_as_many_batches_as_it_may() -> None:
+    """D20: and the training patients as many, so that the gap compares like with like."""
+    evaluators: list[Any] = [SimpleNamespace(state=SimpleNamespace(epoch_length=length)) for length in (7, 2)]
+    metrics: Any = SimpleNamespace()
+    Validation(evaluators[0], metrics, interval=1, training=evaluators[1], batches=3)
+    assert [evaluator.state.epoch_length for evaluator in evaluators] == [3, 2]
+    for wrong in (0, 1.5, True):
+        with pytest.raises(FibldmError, match="limit_val_batches must be a whole number of at least 1"):
+            Validation(evaluators[0], metrics, interval=1, batches=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_d19_a_validation_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
     """D19."""

@@ -10,7 +10,7 @@
 * ``initialise``, ``first_guess``: weights to begin with, and weights that stay
 * ``muon``: the optimizer
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
-* ``handlers`` (with ``finite``), ``checkpoints``: what happens around the steps
+* ``handlers`` (with ``finite``, ``step_losses``), ``checkpoints``: what happens around the steps
 * ``trace``, ``memory``: what a step needs, without taking it
 * ``watch``: validation, and what small data do: the gap to training, losses by time
 * ``preview`` (with ``pictures``), ``trackers``: pictures, experiment trackers

@@ -23,7 +23,8 @@ _logger = logging.getLogger("fibldm")
 class Checkpoints:
     """``last.pt`` with everything to go on exactly, ``best.pt`` with the averaged weights of the lowest loss.
 
-    And ``epoch_0010.pt`` with the averaged weights of an epoch, for those who want to look back.
+    And ``epoch_0010.pt`` with the averaged weights of an epoch, for those who want to look back: of every so many, and
+    of those with the lowest losses.
 
     Every rank reads them, the first rank writes them.
 
@@ -33,6 +34,7 @@ class Checkpoints:
         ema: whose average is the model that counts.
         every: epochs between two checkpoints.
         keep_every: epochs between two whose averaged weights are kept; 0 keeps none.
+        keep_best: how many epochs are kept because of their validation loss; 0 keeps none.
         metrics: where the validation loss is.
         optional: the same as ``objects``, of what may have no state; ``last.pt`` need not hold it.
     """
@@ -46,10 +48,13 @@ class Checkpoints:
         every: int,
         metrics: Metrics,
         keep_every: int = 0,
+        keep_best: int = 0,
         optional: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder, self.objects, self.ema, self.every, self.metrics = Path(folder), objects, ema, every, metrics
-        self.keep_every, self.optional = keep_every, optional
+        if isinstance(keep_best, bool) or not isinstance(keep_best, int) or keep_best < 0:
+            raise FibldmError(f"keep_best must be a whole number of at least 0; got {keep_best!r}", "0 keeps best.pt")
+        self.keep_every, self.keep_best, self.optional = keep_every, keep_best, optional
         self.best_loss = float("inf")
         self.best: dict[str, Any] | None = None
         self.saved_epoch = 0
@@ -63,9 +68,10 @@ class Checkpoints:
         if loss is not None and loss < self.best_loss:
             self.best_loss = loss
             self.best = {"model": self._averaged(), "epoch": engine.state.epoch, "loss": loss}
-        if self.keep_every and engine.state.epoch % self.keep_every == 0 and is_first_rank():
-            kept = {"model": self._averaged(), "epoch": engine.state.epoch, "loss": loss}
-            self._write({f"epoch_{engine.state.epoch:04d}.pt": kept})
+        epoch, kept = engine.state.epoch, self._among_best(engine.state.epoch)
+        if is_first_rank() and (self._is_regular(epoch) or epoch in kept):
+            self._write({_name(epoch): {"model": self._averaged(), "epoch": epoch, "loss": loss}})
+            self._drop(set(self._among_best(epoch - 1)) - set(kept))
         if engine.state.epoch % self.every == 0 or engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
 
@@ -115,6 +121,23 @@ class Checkpoints:
             last = {"epoch": engine.state.epoch, "objects": objects, "best": self.best, "best_loss": self.best_loss}
             self._write({"best.pt": self.best, "last.pt": last} if self.best is not None else {"last.pt": last})
 
+    def _among_best(self, epoch: int) -> list[int]:
+        """The epochs up to one with the lowest losses, by the rows of ``metrics.csv``, so that it needs no state."""
+        if not self.keep_best:
+            return []
+        rows = (
+            (float(row["validation_loss"]), int(row["epoch"])) for row in self.metrics.rows if row["validation_loss"]
+        )
+        return [number for _, number in sorted(row for row in rows if row[1] <= epoch)[: self.keep_best]]
+
+    def _is_regular(self, epoch: int) -> bool:
+        return bool(self.keep_every) and epoch % self.keep_every == 0
+
+    def _drop(self, epochs: set[int]) -> None:
+        for epoch in epochs:
+            if not self._is_regular(epoch):
+                (self.folder / _name(epoch)).unlink(missing_ok=True)
+
     def _averaged(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in merged_state(self.ema.ema_model).items()}
 
@@ -133,6 +156,10 @@ class Checkpoints:
         for pattern in ("checkpoints/tmp*", ".writing-*"):
             for unfinished in self.folder.parent.glob(pattern):
                 unfinished.unlink()
+
+
+def _name(epoch: int) -> str:
+    return f"epoch_{epoch:04d}.pt"
 
 
 class Stop(ABC):

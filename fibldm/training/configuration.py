@@ -138,12 +138,13 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
     """
     first = autoencoder.parser()
     second = (diffusion or Configuration((shipped("train_diffusion"),), {})).parser()
-    if "unet::channels" not in second:
+    channels = next((key for key in ("unet::channels", "unet::num_channels") if key in second), None)
+    if channels is None:
         return  # another kind of network, which may divide otherwise
     with unwrapped():
         compression = first.get_parsed_content("network_def").compression
     size = tuple(first.get_parsed_content("size"))
-    halvings = len(second.get_parsed_content("unet::channels")) - 1
+    halvings = len(second.get_parsed_content(channels)) - 1
     steps = [step * 2**halvings if length > 1 else 1 for length, step in zip(size, compression, strict=True)]
     if any(length % step for length, step in zip(size, steps, strict=True)):
         fitting = tuple(-(-length // step) * step for length, step in zip(size, steps, strict=True))

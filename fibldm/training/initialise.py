@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from fibldm.errors import FibldmError
+from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank, fits, plain_name, require_fits
 from fibldm.training.precision import store_channels_last
@@ -51,7 +52,9 @@ class LoadReport:
         return f"{len(self.loaded)} loaded; {listed}"
 
 
-def initialise(network: nn.Module, source: str | Path, *, strict: bool = True, stage: str = "") -> LoadReport:
+def initialise(
+    network: nn.Module, source: str | Path, *, strict: bool = True, stage: str = "", trust: bool = False
+) -> LoadReport:
     """Begin with the weights of another network; says what was loaded and what was not.
 
     Args:
@@ -60,10 +63,13 @@ def initialise(network: nn.Module, source: str | Path, *, strict: bool = True, s
             ``fibldm export``.
         strict: whether every weight must fit.
         stage: whose weights are meant in a run folder.
+        trust: take a bundle whose files changed since its export.
 
     Raises:
-        FibldmError: the file is missing or holds no weights, nothing fits, or, if ``strict``, something does not.
+        FibldmError: the file is missing or holds no weights, a bundle is not as it was exported, nothing fits, or, if
+            ``strict``, something does not.
     """
+    _check_bundle(Path(source), trust)
     given, wanted = read_weights(Path(source), stage), network.state_dict()
     both = [name for name in wanted if name in given]
     fitting = {name: given[name] for name in both if given[name].shape == wanted[name].shape}
@@ -212,6 +218,17 @@ def _kernels(network: nn.Module) -> Iterator[Tensor]:
     for layer in network.modules():
         if isinstance(layer, nn.Linear | _ConvNd) and not parametrize.is_parametrized(layer, "weight"):
             yield layer.weight
+
+
+def _check_bundle(source: Path, trust: bool) -> None:
+    """Compare a bundle with its manifest, also where one of its files is named."""
+    root = source if source.is_dir() else source.parent.parent
+    if (root / MANIFEST).is_file():
+        try:
+            check_manifest(root, trust=trust)
+        except FibldmError as error:
+            remedy = error.remedy.replace("--trust", "--set init_trust=true")
+            raise FibldmError(f"init_from: {error.message}", remedy) from error
 
 
 def _file_of(source: Path, stage: str) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import ignite.distributed as idist
 import torch
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from fibldm.errors import FibldmError, sentence
+from fibldm.errors import FibldmError, sentence, unknown_choice
 from fibldm.files import hash_file, write_json, write_tensors
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
 from fibldm.models.conditioning import MaskEncoding
@@ -34,6 +34,7 @@ from fibldm.training.latent_report import REMEDY, draw_interpolation, report_lat
 from fibldm.training.stage import running_parser
 
 Result = TypeVar("Result")
+Draw = Literal["sample", "mean"]
 
 INTERPOLATION = "interpolation.png"
 RESIDUAL_NOISE = "residual_noise.safetensors"
@@ -164,6 +165,7 @@ class EncodeStage:
         inputs: fingerprints of the data.
         scale: factor of the latents, such as 0.18215, for weights that were trained so; None fits it to the training
             split.
+        draw: what the later stages train on: "sample" draws from the posterior anew each time, "mean" is its middle.
         seed: of the augmentation.
         device: to encode on.
         restart: begin anew although the folder holds another configuration's latents.
@@ -181,6 +183,7 @@ class EncodeStage:
         facts: dict[str, Any],
         inputs: dict[str, str],
         scale: float | None = None,
+        draw: Draw = "sample",
         seed: int,
         device: torch.device,
         restart: bool = False,
@@ -188,6 +191,9 @@ class EncodeStage:
     ) -> None:
         self.run_dir, self.datalist, self.facts, self.inputs = Path(run_dir), datalist, facts, inputs
         self.preprocessing, self.augmentation, self.views = preprocessing, augmentation, views
+        if draw not in get_args(Draw):
+            raise unknown_choice("latent_draw", draw, get_args(Draw))
+        self.draw = draw
         self.scale, self.seed, self.device, self.restart, self.patience = scale, seed, device, restart, patience
 
     def run(self) -> None:
@@ -280,6 +286,7 @@ class EncodeStage:
                 "compression": first_stage.compression,
                 "space": space.to_dict(),
                 **self.facts,
+                **({"draw": self.draw} if self.draw != "sample" else {}),
                 "residual_noise": self._measure_residual_noise(items["training"], first_stage),
                 **({"covariates": covariates} if any(covariates.values()) else {}),
                 "items": items,
@@ -398,7 +405,10 @@ class EncodeStage:
             )
         tensors = {
             "mean": posterior.mean[0].cpu().contiguous(),
-            "std": posterior.std[0].cpu().contiguous(),
+            # without a deviation every draw is the mean, and the scale is that of means
+            "std": (posterior.std[0] if self.draw == "sample" else torch.zeros_like(posterior.std[0]))
+            .cpu()
+            .contiguous(),
             "labels": item["label"].round().to(torch.uint8).contiguous(),
             "valid": F.avg_pool3d(item["valid"][None].float(), first_stage.compression)[0].contiguous(),
         }

@@ -18,6 +18,8 @@ from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_s
 from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
 
+_ALL = "all"  # covariates together
+
 
 class VolumePrepareBatch(PrepareBatch):
     """Stage 1: the volume is its own target; padding does not count. Each sample's noise has the seed of its draw."""
@@ -87,12 +89,13 @@ class LatentPrepareBatch(PrepareBatch):
             weigh tumours so). A latent cell weighs as the labels that fill it.
         snr_gamma: weigh the error of each sample by its time, see `min_snr_weight`; None weighs all times alike.
         covariates: how covariates are encoded; None trains without any.
-        covariate_dropout: probability of every single covariate to become unknown, and of all together. With the whole
+        covariate_dropout: probability of every single covariate to become unknown, and of all together; or
+            probabilities by name, 0 where one is not named, and under ``all`` that of all together. With the whole
             mask they all are, as guidance asks for nothing.
 
     Raises:
-        FibldmError: the target is not regular on the process, a weight has no label or mask, or ``snr_gamma`` is not
-            positive.
+        FibldmError: the target is not regular on the process, a weight has no label or mask, ``snr_gamma`` is not
+            positive, or a covariate's dropout is no probability or not of a covariate.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class LatentPrepareBatch(PrepareBatch):
         label_weights: Mapping[int, float] | None = None,
         snr_gamma: float | None = None,
         covariates: CovariateEncoding | None = None,
-        covariate_dropout: float = 0.0,
+        covariate_dropout: float | Mapping[str, float] = 0.0,
     ) -> None:
         process.check_target(target)
         if snr_gamma is not None:
@@ -115,7 +118,7 @@ class LatentPrepareBatch(PrepareBatch):
         self.process, self.target, self.times, self.mask = process, target, times, mask
         self.mask_dropout, self.label_dropout = mask_dropout, label_dropout
         self.label_weights, self.snr_gamma = _weights(label_weights or {}, mask), snr_gamma
-        self.covariates, self.covariate_dropout = covariates, covariate_dropout
+        self.covariates, self.covariate_dropout = covariates, _dropouts(covariate_dropout, covariates)
 
     def __call__(
         self, batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -204,6 +207,26 @@ def _drop_labels(encoding: MaskEncoding, mask: Tensor, dropped: Tensor) -> None:
 def _chances(count: int, generators: list[torch.Generator]) -> Tensor:
     """Uniform in [0, 1), ``(B, count)``."""
     return torch.stack([torch.rand(count, generator=generator) for generator in generators])
+
+
+def _dropouts(given: float | Mapping[str, float], covariates: CovariateEncoding | None) -> Tensor:
+    """Probabilities of the covariates in the order of their tokens, and of all together."""
+    names = [] if covariates is None else list(covariates.kinds)
+    by_name = given if isinstance(given, Mapping) else dict.fromkeys([*names, _ALL], given)
+    if isinstance(given, Mapping) and (strange := [name for name in given if name not in (*names, _ALL)]):
+        raise FibldmError(
+            f"covariate_dropout must name covariates ({', '.join(names) or 'there are none'}) or {_ALL}; "
+            f"got {', '.join(map(str, strange))}",
+            "change covariate_dropout, or name them in covariates",
+        )
+    wrong = {name: value for name, value in by_name.items() if not _is_probability(value)}
+    if wrong:
+        raise FibldmError(f"covariate_dropout must be probabilities, 0 to 1; got {wrong}", "0.1 is usual")
+    return torch.tensor([float(by_name.get(name, 0.0)) for name in (*names, _ALL)])
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _weights(by_label: Mapping[int, float], mask: MaskEncoding | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, 
 from fibldm.training.handlers import UNKNOWN, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
+from fibldm.training.step_losses import StepLosses
 from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")
@@ -40,10 +41,11 @@ class Stage:
       ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
       ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
     * lengths: ``epochs`` or, where given, ``minutes``; ``val_interval``, ``checkpoint_every``, ``keep_every``,
-      ``patience``, ``stop_gap``, ``wall_time``
+      ``keep_best``, ``limit_val_batches``, ``log_every``, ``patience``, ``stop_gap``, ``wall_time``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
-    * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``;
-      ``begin``, where there is one, which is given the network when there are neither such weights nor a checkpoint
+    * the beginning: ``init_from``, ``init_strict``, ``init_trust``, ``freeze``, ``lora_rank``, ``lora_weights``,
+      ``lora_full``; ``begin``, where there is one, which is given the network when there are neither such weights nor a
+      checkpoint
 
     Args:
         run_dir: the run folder.
@@ -106,19 +108,26 @@ class Stage:
             every=int(get("checkpoint_every")),
             metrics=metrics,
             keep_every=int(get("keep_every")),
+            keep_best=_later(parser, "keep_best", 0),
             optional={"budget": budget},
         )
         schedule, interval = Schedule(get("lr_scheduler")), int(get("val_interval"))
         patience = Patience(checkpoints, patience=int(get("patience")), interval=interval)
         gap_limit = GapLimit(checkpoints, metrics, limit=get("stop_gap"), patience=patience.patience)
         wall_time = WallTime(checkpoints, get("wall_time"))
-        validation = Validation(get("validate::evaluator"), metrics, interval=interval, training=_watched(parser))
+        batches = _later(parser, "limit_val_batches", None)
+        watched = _watched(parser)
+        validation = Validation(
+            get("validate::evaluator"), metrics, interval=interval, training=watched, batches=batches
+        )
+        steps = StepLosses(self.folder.path, _later(parser, "log_every", 0))
         trackers = get("trackers") if is_first_rank() else []
         SetEpoch(get("train::sampler"), int(get("seed"))).attach(trainer)
         budget.govern(
             trainer, Governed(get("train::sampler"), schedule, validation, checkpoints, (patience, *trackers))
         )
-        for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule, validation, metrics):
+        clip = ClipGradient(get("network"), float(get("clip_norm")))
+        for handler in (clip, ema, schedule, validation, metrics, steps):
             handler.attach(trainer)
         if is_first_rank():
             for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *trackers):
@@ -134,7 +143,9 @@ class Stage:
         if get("lora_rank") and not get("init_from"):
             raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
         if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
-            report = initialise(network, get("init_from"), strict=bool(get("init_strict")), stage=self.folder.name)
+            trust = bool(_later(parser, "init_trust", False))
+            strict, stage = bool(get("init_strict")), self.folder.name
+            report = initialise(network, get("init_from"), strict=strict, stage=stage, trust=trust)
             new = [*report.missing, *(name for name, *_ in report.other_shapes)]
             if get("lora_rank") and (still := [name for name in new if not fits(name, get("lora_full"))]):
                 raise FibldmError(
@@ -225,6 +236,11 @@ def _watched(parser: ConfigParser) -> Any:
             "set watch_training to true, or stop_gap to null",
         )
     return None
+
+
+def _later(parser: ConfigParser, key: str, before: Any) -> Any:
+    """A key that configurations of an earlier version, such as those of bundles, do not have."""
+    return parser.get_parsed_content(key) if key in parser else before
 
 
 def _of(epochs: int) -> str:

@@ -76,7 +76,8 @@ class LossByTime(Metric):
         """The mean loss of each time, by the name of its column."""
         digits = max(2, len(str(self.times.count)))
         names = [f"validation_loss/t{float(self.times.at(index)):.{digits}f}" for index in range(self.times.count)]
-        return dict(zip(names, (self._sums / self._draws).tolist(), strict=True))
+        means = zip(names, self._sums.tolist(), self._draws.tolist(), strict=True)
+        return {name: total / draws for name, total, draws in means if draws}  # of few batches, some have none
 
 
 class Validation:
@@ -87,9 +88,18 @@ class Validation:
         metrics: gets what was measured.
         interval: epochs between two validations.
         training: the same on training patients, whose metric is ``training_loss``; None does not look at them.
+        batches: of each that are seen, the first ones; None sees all.
+
+    Raises:
+        FibldmError: ``batches`` is no whole number of at least 1.
     """
 
-    def __init__(self, evaluator: Any, metrics: Metrics, *, interval: int, training: Any = None) -> None:
+    def __init__(
+        self, evaluator: Any, metrics: Metrics, *, interval: int, training: Any = None, batches: int | None = None
+    ) -> None:
+        for looked in (evaluator, training):
+            if looked is not None and batches is not None:
+                _limit(looked, batches)
         self.evaluator, self.metrics, self.interval, self.training = evaluator, metrics, interval, training
 
     def attach(self, engine: Engine) -> None:
@@ -115,6 +125,14 @@ class Validation:
             measured |= _measure(self.training, epoch, "training_loss")
             measured["gap"] = gap(loss, measured["training_loss"])
         self.metrics.validation_loss, self.metrics.watched = loss, measured
+
+
+def _limit(evaluator: Any, batches: int) -> None:
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise FibldmError(
+            f"limit_val_batches must be a whole number of at least 1; got {batches!r}", "null validates on all batches"
+        )
+    evaluator.state.epoch_length = min(batches, evaluator.state.epoch_length)
 
 
 def gap(validation: float, training: float) -> float:
