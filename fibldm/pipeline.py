@@ -20,6 +20,7 @@ from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.models.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
 from fibldm.runs import STAGES, MadeOtherwise, StageFolder
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
@@ -46,10 +47,12 @@ class Drawing(SamplingSettings):
     Attributes:
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where masks of the dataset lie outside of what its training cases cover.
+        covariates: what is asked of all patients, such as ``{age: 63, sex: F}``; all else is unknown.
     """
 
     batch_size: int = 1
     allow_extrapolation: bool = False
+    covariates: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +278,7 @@ def pipeline(
         say(line)
     configurations = {step.name: step.configuration(work, run) for step in steps}
     check_grid(configurations["autoencoder"], configurations["diffusion"])
+    check_covariates(configurations["diffusion"], work, drawing)
     commands = train_steps(
         steps, work, run, minutes=recipe.minutes, shares=recipe.shares, say=lambda line: say(f"2/6 {line}")
     )
@@ -316,6 +320,13 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         if name not in MEASUREMENTS:
             raise unknown_choice("measure", name, MEASUREMENTS)
     configurations = {step.name: step.configuration(work, run) for step in steps}
+    known = configurations["diffusion"].parser()["covariates"]
+    if isinstance(known, list) and (strange := [name for name in recipe.drawing.covariates if name not in known]):
+        raise FibldmError(
+            f"covariates of synthesize must be those of training ({', '.join(known) or 'none'}); "
+            f"there is no {', '.join(strange)}",
+            "name them in covariates of diffusion, and of controlnet where there is one",
+        )
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
     words = Words.read(out / "bundle" / WORDS)
@@ -331,6 +342,24 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
             "without a ControlNet, stage 2 must see the mask; its mask_way is null",
             "put mask_concat or mask_spade into its configs",
         )
+
+
+def check_covariates(diffusion: Configuration, work: Path, drawing: Drawing) -> None:
+    """Refuse, before hours of training, what of covariates could not be asked after it.
+
+    Args:
+        diffusion: configuration of stage 2.
+        work: the work folder.
+        drawing: asks for covariates.
+
+    Raises:
+        FibldmError: training cases have no such covariate, or none of such a value.
+    """
+    parser = diffusion.parser()
+    names, categories = (parser.get_parsed_content(key) for key in ("covariates", "covariate_categories"))
+    if drawing.covariates:
+        encoding = CovariateEncoding.fit(names, load_datalist(work, "training", masks=True), categories)
+        encoding.check(encoding.read(drawing.covariates), allow=drawing.allow_extrapolation)
 
 
 def _told(step: TrainingStep, say: Callable[[str], None], headline: str) -> TrainingStep:
@@ -359,6 +388,7 @@ def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) 
             settings=drawing.sampling,
             batch_size=drawing.batch_size,
             allow_extrapolation=drawing.allow_extrapolation,
+            covariates=drawing.covariates,
         )
     except VolumeLiesThere as error:
         raise FibldmError(error.message, f"move {out} away and run the same command again; training is kept") from error

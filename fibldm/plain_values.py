@@ -10,6 +10,11 @@ from fibldm.errors import FibldmError, unknown_choice
 Settings = TypeVar("Settings")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words: "1 volume", "2 volumes"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def settings_of(kind: type[Settings], given: Mapping[Any, Any], what: str) -> Settings:
     """Settings of a dataclass; lists become tuples where it wants them.
 

@@ -7,6 +7,10 @@ interval, by renaming it, so that several watchers may share an inbox. Volumes c
 once; the item goes to OUTBOX/done/ITEM, or to OUTBOX/refused/ITEM with the reason in OUTBOX/refused/ITEM.json. What a
 killed watcher had in hand is finished by the next one.
 
+What is known of a patient beside the mask, such as age and sex, may lie in an item that is a folder, as
+``covariates.json``: {"age": 63, "sex": "F"}. It is of all masks of the item, and goes before ``--covariate``. What is
+not given is unknown.
+
 Names of files may tell patients: ITEM is the beginning of a SHA-256 of the content, as are the names of its volumes.
 Exit code 0 after SIGTERM, 130 after SIGINT, 2 where it cannot begin.
 """
@@ -31,13 +35,16 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.synthesize import read_covariates
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
+from fibldm.plain_values import counted
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.dicom.series import find_series
 
 CLAIMED = ".claimed"
+COVARIATES = "covariates.json"
 WORKING = ".working"
 _LOCK = ".lock"
 _DIGITS = 16
@@ -82,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is none")
+    parser.add_argument(
+        "--covariate", action="append", default=[], metavar="NAME=VALUE", help="of all patients; may be repeated"
+    )
     parser.add_argument("--allow-extrapolation", action="store_true", help="also of masks unlike the training data")
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
     parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
@@ -95,7 +105,13 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance, seed=chosen.seed)
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
-    output = Output(synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom)
+    output = Output(
+        synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom, read_covariates(chosen.covariate)
+    )
+    asked = synthesizer.covariates.read(output.covariates)
+    synthesizer.covariates.check(asked, allow=chosen.allow_extrapolation)
+    if not synthesizer.network.sees_mask:
+        raise FibldmError("a watch folder needs a bundle that follows masks; this one was trained without", "another")
     return Watcher(chosen.inbox, chosen.outbox, output, chosen.count)
 
 
@@ -182,6 +198,7 @@ class Watcher:
             "sampling": self.output.settings.to_dict(),
             "allow_extrapolation": self.output.allow_extrapolation,
             "count": self.count,
+            **({"covariates": dict(self.output.covariates)} if self.output.covariates else {}),
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
         request, file = {"request": hash_value(facts), **facts}, self.outbox / "request.json"
@@ -214,7 +231,8 @@ class Watcher:
             hashes = hashes_of(claimed)
             name = name_of(claimed, hashes)
             _check_tries(tries)
-            outputs = self._made(working / name, self.outbox / "synthetic" / name, masks_among(hashes))
+            output = replace(self.output, covariates={**self.output.covariates, **covariates_among(hashes)})
+            outputs = self._made(output, working / name, self.outbox / "synthetic" / name, masks_among(hashes))
         except FibldmError as error:
             if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the item, which stays in hand
                 raise
@@ -224,18 +242,20 @@ class Watcher:
             return self._refused(claimed, name, FibldmError(reason.splitlines()[0], _ASIDE))
         (self.outbox / "refused" / f"{name}.json").unlink(missing_ok=True)
         hand_over(claimed, self.outbox / "done" / name)
-        _logger.info("%s: %d volumes, %.1f s", name, len(outputs), time.monotonic() - began)
+        encoding = self.output.synthesizer.covariates
+        asked = f" ({encoding.told(encoding.read(output.covariates))})" if encoding.kinds else ""
+        _logger.info("%s: %s, %.1f s%s", name, counted(len(outputs), "volume"), time.monotonic() - began, asked)
         return {"ok": True, "item": name, "outputs": [str(path) for path in outputs]}
 
-    def _made(self, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
+    def _made(self, output: Output, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
         """The volumes of an item, all or none; those that lie there are of the same content and options."""
         if not place.exists():
             try:
-                self._write(replace(self.output, folder=staging), masks)
+                self._write(replace(output, folder=staging), masks)
                 publish(staging, place)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        there = replace(self.output, folder=place)
+        there = replace(output, folder=place)
         return [there.path(Path(alias), number) for alias in masks for number in range(self.count)]
 
     def _write(self, output: Output, masks: Mapping[str, Path]) -> None:
@@ -311,6 +331,25 @@ def masks_among(hashes: Mapping[Path, str]) -> dict[str, Path]:
     if not nifti and not dicom:
         raise FibldmError("an item must hold a mask, NIfTI (.nii, .nii.gz) or DICOM segmentation; it does not", _ASIDE)
     return {f"{hashes[file][:_DIGITS]}{suffix}": file for file, suffix in sorted({**nifti, **dicom}.items())}
+
+
+def covariates_among(hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """What the item says of its patient, by name.
+
+    Raises:
+        FibldmError: it says it twice, or it is no JSON of names with texts, numbers or null.
+    """
+    files = [file for file in hashes if file.name == COVARIATES]
+    if not files:
+        return {}
+    try:
+        (content,) = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    except (ValueError, OSError) as error:
+        raise FibldmError(f"an item may hold one {COVARIATES}, which is JSON; it does not", _ASIDE) from error
+    values = content.values() if isinstance(content, dict) else [[]]
+    if any(isinstance(value, bool) or not isinstance(value, str | int | float | None) for value in values):
+        raise FibldmError(f'{COVARIATES} must be such as {{"age": 63, "sex": "F"}}, null is unknown', _ASIDE)
+    return dict(content)
 
 
 @contextmanager

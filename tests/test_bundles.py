@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.reconstruction import Reconstructor
 from fibldm.files import hash_file, read_json, write_json
+from fibldm.manifest import write_manifest
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
@@ -85,6 +87,19 @@ def test_a_bundle_makes_what_its_run_makes(tiny_run: Path, bundle: Path, a_mask:
     assert other.source["bundle"] == "tiny 0.1.0" and other.source["licence"] == "CC0-1.0"
 
 
+def test_c7_sampling_is_chosen_on_the_call(tiny_run: Path, a_mask: Volume) -> None:
+    """C7: by the names of `SamplingSettings`, on top of those that are given as a whole."""
+    made = Synthesizer.from_run(tiny_run)
+    wanted = made(a_mask, settings=SamplingSettings(seed=1, steps=2, guidance=1.5))
+    assert np.array_equal(made(a_mask, seed=1, steps=2, guidance=1.5).volume.array, wanted.volume.array)
+    again = made(a_mask, seed=1, settings=SamplingSettings(steps=2, guidance=1.5))
+    assert again.provenance["sampling"] == wanted.provenance["sampling"]
+    with pytest.raises(FibldmError, match="a setting of sampling must be one of sampler, steps, .*; got 'step'"):
+        made(a_mask, step=2)
+    with pytest.raises(FibldmError, match="steps must be at least 1"):
+        made(a_mask, steps=0)
+
+
 def test_a_bundle_has_the_layout_of_monai_and_no_paths_of_this_machine(bundle: Path, tiny_run: Path) -> None:
     """G8."""
     names = sorted(str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file())
@@ -92,6 +107,7 @@ def test_a_bundle_has_the_layout_of_monai_and_no_paths_of_this_machine(bundle: P
         "LICENSE",
         *(f"configs/{name}.json" for name in ("evaluate", "generator", "inference", "metadata", "train")),
         "docs/README.md",
+        "manifest.json",
         *(f"models/{name}" for name in ("autoencoder.safetensors", "model.pt", "network.safetensors")),
         "models/residual_noise.safetensors",
     ]
@@ -125,6 +141,7 @@ def test_the_words_of_a_person_are_in_the_card(tiny_run: Path, tmp_path: Path) -
         "title": "Lungs that never were",
         "attribution": "Phantoms, made by FibLDM",
         "references": ["Someone 2020"],
+        "tags": ["ct", "lung", "Lung", "medical"],
     }
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "export.yaml").write_text(yaml.safe_dump(words))
@@ -132,6 +149,7 @@ def test_the_words_of_a_person_are_in_the_card(tiny_run: Path, tmp_path: Path) -
     text = (tmp_path / "tiny" / "docs" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "cc-by-sa-4.0" and yaml.safe_load(front)["library_name"] == "monai"
+    assert yaml.safe_load(front)["tags"] == ["medical", "synthetic", "3d", "latent-diffusion", "ct", "lung"]
     for part in (
         "# Lungs that never were",
         "Phantoms, made by FibLDM",
@@ -347,7 +365,9 @@ def test_the_command_takes_a_bundle(
 ) -> None:
     given = ["synthesize", "--masks", mask_file, "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert run([*given, "--bundle", str(bundle), "--bids", "ct", "--json"]) == 0
-    (volume,) = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    said = capsys.readouterr()
+    (volume,) = json.loads(said.out.splitlines()[-1])["outputs"]
+    assert "1 synthetic volume in " in said.err and "(1 network call each)" in said.err
     assert read_json(Path(volume.replace(".nii.gz", ".json")))["source"]["bundle"] == "tiny 0.1.0"
     assert run([*given, "--bundle", str(bundle), "--run", str(tiny_run)]) == 2
     assert "either a run or a bundle must be given" in capsys.readouterr().err
@@ -524,9 +544,10 @@ def test_what_was_tampered_with_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each by its own message and exit code 2, before anything that it holds was run."""
+    """Each by its own message and exit code 2, before anything was run; one who tampers writes the manifest as well."""
     change, message = TAMPERED[name]
     change(copy)
+    write_manifest(copy)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FibldmError, match=message):
         Synthesizer.from_bundle(copy)
@@ -623,6 +644,7 @@ def test_a_check_that_fails_says_why_and_the_others_go_on(copy: Path, tmp_path: 
     network = copy / "models" / "network.safetensors"
     network.write_bytes(network.read_bytes()[:-1])
     (copy / "LICENSE").write_text("none")
+    write_manifest(copy)
     quick = ("layout", "generator", "metadata", "train properties")
     checks = {check.name: check for check in run_checks(copy, tmp_path, [name for name in CHECKS if name in quick])}
     assert [name for name, check in checks.items() if check.ok] == ["metadata", "train properties"]
@@ -687,11 +709,27 @@ def test_the_command_measures_a_bundle(
     bundle: Path, phantom_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """C7: with no run at hand."""
-    given = ["--data", str(phantom_work), "--run", str(tmp_path), "--bundle", str(bundle)]
+    given = ["--data", str(phantom_work), "--out", str(tmp_path), "--bundle", str(bundle)]
     small = ["--set", "steps=2", "--set", "segmenter_channels=[4, 8, 8]"]
     assert run(["evaluate", "reconstruction", *given, *small]) == 0
     assert "reconstruction" in capsys.readouterr().out
     assert read_json(tmp_path / "evaluation" / "metrics.json")["reconstruction"]["figures"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([], r"either a run \(--run\) or a bundle \(--bundle\) must be named; got none of them"),
+        (["--run", "r", "--bundle", "b"], "must be named; got both"),
+        (["--bundle", "b"], "figures of a bundle need a folder; got no --out; give --out with --bundle"),
+        (["--run", "r", "--out", "o"], "figures of a run lie in it; got --out"),
+    ],
+)
+def test_what_is_measured_is_a_run_or_a_bundle(
+    folders: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", "reconstruction", "--data", "w", *folders]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
 def test_a_bundle_is_measured_on_its_data(bundle: Path, tiny_run: Path, phantom_work: Path, tmp_path: Path) -> None:
@@ -716,7 +754,7 @@ def test_figures_of_a_bundle_do_not_go_into_a_run(bundle: Path, tiny_run: Path, 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_bundle_that_comes_along_is_whole(name: str, tmp_path: Path) -> None:
     """G8: its files are those that were exported, and it draws a volume."""
-    quick = ("layout", "generator", "metadata", "train properties", "synthesis")
+    quick = ("manifest", "layout", "generator", "metadata", "train properties", "synthesis")
     checks = list(run_checks(BUNDLES / name, tmp_path, quick))
     assert [check.saw for check in checks if not check.ok] == []
 

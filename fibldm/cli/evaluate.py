@@ -1,98 +1,158 @@
-"""``fibldm evaluate``: how good a run's volumes are, in numbers with their uncertainty."""
+"""``fibldm evaluate``: how good a generator's volumes are, in numbers with their uncertainty."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fibldm.cli.train import Run, Work
+from fibldm.cli.train import Work
 
+Run = Annotated[Path | None, typer.Option("--run", help="Run folder, which gets the figures; or --bundle and --out.")]
 Synthetic = Annotated[Path, typer.Option("--synthetic", help="Folder of `fibldm synthesize`.")]
 Settings = Annotated[
     list[str], typer.Option("--set", help="key::sub=value, changes of the segmenter's configuration (train_segmenter).")
 ]
-Bundle = Annotated[
-    Path | None, typer.Option(help="Measured in place of the run; --run is then a folder for the figures.")
-]
+Bundle = Annotated[Path | None, typer.Option(help="Measured in place of a run; needs --out.")]
+Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: folder for the figures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
+Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: take what changed since its export.")]
 
-evaluate = typer.Typer(no_args_is_help=True, help="Measure a run; figures go to RUN/evaluation/metrics.json.")
+evaluate = typer.Typer(
+    no_args_is_help=True, help="Measure a run or a bundle; figures go to evaluation/metrics.json in its folder."
+)
 
 
 @evaluate.command()
 def faithfulness(
-    data: Work, run: Run, synthetic: Synthetic, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """Do the volumes follow their masks? Dice, HD95 and volume of each label, beside real scans and shuffled masks."""
-    return _measure(["faithfulness"], data, run, synthetic, bundle, settings, device)
+    return _measure(["faithfulness"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
 @evaluate.command()
 def realism(
-    data: Work, run: Run, synthetic: Synthetic, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """Do they look like real ones? KID, MMD, Frechet distance, spectrum and diversity, beside real against real."""
-    return _measure(["realism"], data, run, synthetic, bundle, settings, device)
+    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
 @evaluate.command()
 def reconstruction(
-    data: Work, run: Run, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """What does the autoencoder lose? PSNR, SSIM, error, spectrum and segmentation on the test scans."""
-    return _measure(["reconstruction"], data, run, None, bundle, settings, device)
+    return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust)
 
 
 @evaluate.command()
 def copies(
-    data: Work, run: Run, synthetic: Synthetic, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """Is a volume closer to a training scan than any real test scan is? Names those that are."""
-    return _measure(["copies"], data, run, synthetic, bundle, settings, device)
+    return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
 @evaluate.command()
 def utility(
-    data: Work, run: Run, synthetic: Synthetic, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """Can a segmenter learn from them? Trained on volumes of the training masks alone, measured on real test scans."""
-    return _measure(["utility"], data, run, synthetic, bundle, settings, device)
+    return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
 @evaluate.command("all")
 def everything(
-    data: Work, run: Run, synthetic: Synthetic, bundle: Bundle = None, settings: Settings = [], device: Device = None
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """All of these but utility, which needs volumes of the training masks."""
     from fibldm.evaluation.measurements import OF_ANY_MASKS
 
-    return _measure(list(OF_ANY_MASKS), data, run, synthetic, bundle, settings, device)
+    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust)
 
 
 def _measure(
     names: list[str],
     work: Path,
-    run: Path,
     synthetic: Path | None,
-    bundle: Path | None,
+    folders: tuple[Path | None, Path | None, Path | None],
     settings: list[str],
     device: str | None,
+    trust: bool,
 ) -> dict[str, Any]:
     from fibldm.cli.output import log_to_standard_error
     from fibldm.evaluation.measurements import evaluate as measure
     from fibldm.training.configuration import parse_overrides
 
     log_to_standard_error()
-    changes = parse_overrides(settings)
+    place, changes = _place(*folders), parse_overrides(settings)
     sections = measure(
         names,
-        run_dir=run,
+        run_dir=place,
         work=work,
         synthetic=synthetic,
         segmenter_settings=changes,
         device=device,
-        bundle=bundle,
+        bundle=folders[1],
+        trust=trust,
     )
     figures = {name: section.to_dict()["figures"] for name, section in sections.items()}
-    print(f"recorded in {run / 'evaluation' / 'metrics.json'}")
-    return {"outputs": [str(run / "evaluation" / "metrics.json")], "figures": figures}
+    print(f"recorded in {place / 'evaluation' / 'metrics.json'}")
+    return {"outputs": [str(place / "evaluation" / "metrics.json")], "figures": figures}
+
+
+def _place(run: Path | None, bundle: Path | None, out: Path | None) -> Path:
+    """Where the figures go."""
+    from fibldm.errors import FibldmError
+
+    if (run is None) == (bundle is None):
+        given = "got both" if run else "got none of them"
+        raise FibldmError(f"either a run (--run) or a bundle (--bundle) must be named; {given}", "give one of them")
+    if (bundle is None) != (out is None):
+        said = "figures of a bundle need a folder; got no --out" if bundle else "figures of a run lie in it; got --out"
+        raise FibldmError(said, "give --out with --bundle, and only then")
+    place = run or out
+    assert place is not None
+    return place

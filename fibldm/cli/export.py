@@ -16,12 +16,15 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Keep weights in half precision.")] = False,
     name: Annotated[str | None, typer.Option(help="Of the bundle; by default that of its folder.")] = None,
     version: Annotated[str, typer.Option(help="Of the bundle.")] = "0.1.0",
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="A generator without masks: stage 2 alone, where that knows none.")
+    ] = False,
 ) -> dict[str, Any]:
     """Write a run as a MONAI bundle: weights, configurations, metadata, licence and model card."""
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle
 
-    written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version))
+    written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version, unconditional))
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
     if _plain(written["data_licence"] or "") not in ("", _plain(license)):

@@ -40,13 +40,16 @@ def import_weights(
         float | None, typer.Option(help="By which latents were multiplied; by default as the checkpoint says.")
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run the expressions in definitions of the bundle, as code.")
+        bool,
+        typer.Option("--trust", help="Run expressions of the bundle as code; take one changed since its export."),
     ] = False,
 ) -> dict[str, Any]:
     """Import weights of monai-generative, MONAI's model zoo or MAISI, and compare both networks' outputs."""
+    from fibldm.cli.output import log_to_standard_error
     from fibldm.delivery.import_weights import ImportSettings
     from fibldm.delivery.import_weights import import_weights as run_import
 
+    log_to_standard_error()
     settings = ImportSettings(
         licence=license,
         licence_file=license_file,

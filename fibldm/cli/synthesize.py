@@ -17,7 +17,8 @@ def synthesize(
         Path | None, typer.Option("--bundle", help="Instead of --run: folder or zip of fibldm export.")
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="With --bundle: make whatever classes it names; they run as code.")
+        bool,
+        typer.Option("--trust", help="With --bundle: take what changed since its export, and run any class it names."),
     ] = False,
     masks: Annotated[
         list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
@@ -64,6 +65,10 @@ def synthesize(
         list[str],
         typer.Option(metavar="NAME=VALUE", help="Of the patient, such as age=63; may be repeated. Else unknown."),
     ] = [],
+    unconditional: Annotated[
+        bool,
+        typer.Option("--unconditional", help="Without masks, from a generator that knows some: volumes follow none."),
+    ] = False,
     allow_extrapolation: Annotated[
         bool,
         typer.Option("--allow-extrapolation", help="Go on where masks or covariates lie outside the training data."),
@@ -86,12 +91,18 @@ def synthesize(
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")
     ] = None,
 ) -> dict[str, Any]:
-    """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar."""
+    """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar.
+
+    A generator that was trained without masks takes none: --count volumes are drawn on the model grid.
+    """
+    from fibldm.cli.output import log_to_standard_error
     from fibldm.files import read_json
+    from fibldm.plain_values import counted
     from fibldm.synthesis import SamplingSettings, synthesize_files
     from fibldm.volumes.bids_writer import check_bids, write_bids
     from fibldm.volumes.writer import sidecar
 
+    log_to_standard_error()
     settings = SamplingSettings(
         sampler=sampler,
         steps=steps,
@@ -107,8 +118,10 @@ def synthesize(
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
     _check_options(output_format, {"--template": template, "--label-codes": label_codes}, {"--bids": bids})
+    if not masks and data is None and (bids is not None or output_format == "dicom"):
+        raise _needs_masks("--bids" if bids is not None else "--format dicom")
     if bids is not None:
-        check_bids(bids, modality=_facts(run, bundle)["modality"], skull_stripped=skull_stripped)
+        check_bids(bids, modality=_facts(run, bundle, trust)["modality"], skull_stripped=skull_stripped)
     outputs = synthesize_files(
         run,
         [*masks, *_masks_of(data, split)],
@@ -117,30 +130,40 @@ def synthesize(
         settings=settings,
         batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
-        covariates=_covariates(covariate),
+        covariates=read_covariates(covariate),
         checkpoint=checkpoint,
         strength=strength,
         others=dict(_run_and_strength(text) for text in with_controlnet),
         bundle=bundle,
+        unconditional=unconditional,
         trust=trust,
         device=device,
         dicom=_dicom_output(template, label_codes) if output_format == "dicom" else None,
     )
     if bids is not None:
-        names = {int(value): name for value, name in _facts(run, bundle)["labels"].items() if int(value)}
+        names = {int(value): name for value, name in _facts(run, bundle, trust)["labels"].items() if int(value)}
         write_bids(out / "bids", outputs, suffix=bids, names=names, skull_stripped=skull_stripped)
-    calls = read_json(sidecar(outputs[0]))["network_calls"]
-    print(f"{len(outputs)} synthetic volumes in {out} ({calls} network calls each)")
+    facts = read_json(sidecar(outputs[0]))
+    calls = facts["network_calls"]
+    said = "" if facts.get("follows_mask", True) else ", drawn without masks on the model grid"
+    each = counted(calls, "network call")
+    print(f"{counted(len(outputs), 'synthetic volume')} in {out}{said} ({each} each)")
     return {"outputs": [str(path) for path in outputs], "network_calls": calls}
 
 
-def _facts(run: Path | None, bundle: Path | None) -> Mapping[str, Any]:
+def _needs_masks(option: str) -> Exception:
+    from fibldm.errors import FibldmError
+
+    return FibldmError(f"{option} writes the masks beside the volumes; none were given", "give --masks")
+
+
+def _facts(run: Path | None, bundle: Path | None, trust: bool) -> Mapping[str, Any]:
     from fibldm.runs import load_facts
     from fibldm.synthesis.bundle import open_bundle
 
     if run is not None or bundle is None:
         return load_facts(run or "")
-    with open_bundle(bundle) as opened:
+    with open_bundle(bundle, trust=trust) as opened:
         return opened.facts
 
 
@@ -165,7 +188,12 @@ def _run_and_strength(text: str) -> tuple[Path, float]:
         raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
 
 
-def _covariates(texts: list[str]) -> dict[str, str]:
+def read_covariates(texts: list[str]) -> dict[str, str]:
+    """Values by name of ``NAME=VALUE``.
+
+    Raises:
+        FibldmError: one has another form, or a name comes twice.
+    """
     from fibldm.errors import FibldmError
 
     pairs = [text.partition("=") for text in texts]

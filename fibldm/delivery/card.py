@@ -83,17 +83,31 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     tags = ["medical", "synthetic", "3d", "latent-diffusion", str(facts["modality"]), *words.tags]
-    front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": tags}
+    once = list({tag.lower(): tag for tag in reversed(tags)}.values())[::-1]
+    front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": once}
     return environment.from_string(template).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         facts=facts,
         words=words,
         title=words.title or facts["name"],
+        covariates={name: _range(known) for name, known in facts["covariates"].items()},
+        example=" ".join(f"--covariate {name}={_example(known)}" for name, known in facts["covariates"].items()),
         labels=", ".join(f"{value} {name}" for value, name in facts["labels"].items()),
         megabytes=f"{size / 1e6:.1f}",
         measured=_rows(figures, _SHOWN),
         audit=_rows(figures, {"copies": _AUDIT}),
     )
+
+
+def _range(known: Mapping[str, Any]) -> str:
+    """What may be asked of a covariate, in words."""
+    if "values" in known:
+        return f"one of {', '.join(known['values'])}"
+    return f"a number, {known['low']:g} to {known['high']:g} in training"
+
+
+def _example(known: Mapping[str, Any]) -> str:
+    return str(known["values"][0]) if "values" in known else f"{known['high']:g}"
 
 
 def _rows(figures: Mapping[str, Any], shown: Mapping[str, Sequence[str]]) -> list[tuple[str, str, str]]:

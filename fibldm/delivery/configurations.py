@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from fibldm.delivery.card import Words
+from fibldm.plain_values import counted
 from fibldm.runs import StageFolder
 from fibldm.synthesis.bundle import GENERATOR
 
@@ -16,7 +17,7 @@ _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
 
 
 def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """``inference.json``: volumes from masks."""
+    """``inference.json``: volumes from masks, or from none where the network sees none."""
     channels = len(facts["space"]["mean"])
     return {
         "imports": [
@@ -28,12 +29,14 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "bundle_root": ".",
         "device": _DEVICE,
-        "masks": "masks",
+        "masks": "masks" if facts["sees_mask"] else None,
         "dataset_dir": "@masks",
         "output_dir": "synthetic",
         "count": 1,
         "batch_size": 1,
         "allow_extrapolation": False,
+        "covariates": {},
+        "trust": False,
         "inferer": {
             "_target_": "fibldm.synthesis.SamplingSettings",
             "sampler": "dpmpp_2m",
@@ -57,8 +60,11 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "_target_": "fibldm.models.one_tensor.OneTensorDecoder",
             "autoencoder": "$@synthesizer.first_stage.autoencoder",
         },
-        "synthesizer": "$Synthesizer.from_bundle(@bundle_root, device=@device)",
-        "dataset": {"_target_": "monai.data.Dataset", "data": "$mask_items(find_masks([Path(@masks)]), @count)"},
+        "synthesizer": "$Synthesizer.from_bundle(@bundle_root, trust=@trust, device=@device)",
+        "dataset": {
+            "_target_": "monai.data.Dataset",
+            "data": "$mask_items(find_masks([Path(@masks)]) if @masks else [None], @count)",
+        },
         "evaluator": {
             "_target_": "fibldm.synthesis.evaluator.SynthesisEvaluator",
             "synthesizer": "@synthesizer",
@@ -67,6 +73,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "inferer": "@inferer",
             "batch_size": "@batch_size",
             "allow_extrapolation": "@allow_extrapolation",
+            "covariates": "@covariates",
         },
         "run": ["$@evaluator.run()"],
     }
@@ -75,8 +82,8 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
 def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
     config: dict[str, Any] = yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8"))
-    own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False}
-    begun = {"init_from": "$@bundle_root + '/models/network.safetensors'", "network_def": facts["network"]}
+    own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
+    begun = {"init_from": "@bundle_root", "network_def": facts["network"]}
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
 
 
@@ -89,11 +96,13 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "output_dir": "measured",
         "names": ["faithfulness", "realism", "reconstruction", "copies"],
         "segmenter_settings": {},
+        "trust": False,
         "device": "$'cuda' if __import__('torch').cuda.is_available() else 'cpu'",
         "evaluation": {
             "_target_": "fibldm.evaluation.measurements.evaluate",
             "names": "@names",
             "bundle": "@bundle_root",
+            "trust": "@trust",
             "work": "@work",
             "synthetic": "@synthetic",
             "run_dir": "@output_dir",
@@ -115,19 +124,21 @@ def metadata(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any])
         "numpy_version": version("numpy"),
         "required_packages_version": {"fibldm": facts["fibldm"]} | {name: version(name) for name in _PACKAGES},
         "name": facts["name"],
-        "task": "Synthesis of volumes that follow a mask",
-        "description": words.description or "Latent diffusion that makes synthetic volumes from masks.",
+        "task": "Synthesis of volumes that follow a mask" if facts["sees_mask"] else "Synthesis of volumes",
+        "description": words.description
+        or f"Latent diffusion that makes synthetic volumes{' from masks' * facts['sees_mask']}.",
         "authors": words.authors or "not said",
         "copyright": facts["licence"],
         "data_source": words.attribution or "not said",
         "data_type": "nifti",
-        "image_classes": f"{facts['modality']} in [-1, 1], {len(facts['channels'])} channels",
+        "image_classes": f"{facts['modality']} in [-1, 1], {counted(len(facts['channels']), 'channel')}",
         "label_classes": "; ".join(f"{value}: {name}" for value, name in facts["labels"].items()),
         "pred_classes": "the network's output in the terms of its training target, see generator.json",
         "eval_metrics": _values(figures),
         "intended_use": words.intended_use,
         "references": list(words.references),
         "generator": GENERATOR,
+        "covariates": facts["covariates"],
         "network_data_format": _data_format(facts),
     }
 
@@ -165,4 +176,6 @@ def _tensor(tensor: Mapping[str, Any], names: list[str], value_range: list[float
 def _mask_channels(facts: Mapping[str, Any]) -> int:
     from fibldm.synthesis.definitions import build
 
+    if not facts["sees_mask"]:
+        return 0
     return int(build(facts["mask"], "mask").channels)

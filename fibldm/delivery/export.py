@@ -28,6 +28,7 @@ from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.literals import literal
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json, write_json, write_tensors, write_text
+from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
@@ -47,6 +48,7 @@ class ExportSettings:
         half: keep weights in half precision.
         name: of the bundle; by default that of its folder.
         version: of the bundle.
+        unconditional: stage 2 of a run, which knows no mask, as a generator whose volumes follow none.
     """
 
     licence: str
@@ -54,6 +56,7 @@ class ExportSettings:
     half: bool = False
     name: str | None = None
     version: str = "0.1.0"
+    unconditional: bool = False
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -78,20 +81,25 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         figures = _figures(run)
         write_json(folder / "configs" / "metadata.json", metadata(facts, words, figures))
         write_json(folder / "configs" / "inference.json", inference_configuration(facts))
-        write_json(folder / "configs" / "train.json", train_configuration(generating_stage(run), facts))
+        stage = generating_stage(run, unconditional=settings.unconditional)
+        write_json(folder / "configs" / "train.json", train_configuration(stage, facts))
         write_json(folder / "configs" / "evaluate.json", evaluate_configuration(facts))
         write_text(folder / "docs" / "README.md", card(facts, words, figures, size=_size(folder)))
         written = {"bytes": _size(folder), "half": settings.half, "data_licence": facts["data_licence"]}
-    return {**written, "files": sorted(str(file.relative_to(out)) for part in PARTS for file in _files(out / part))}
+    write_manifest(Path(out))  # last, so that an export that broke off has none, or one that it does not fit
+    return {
+        **written,
+        "files": sorted(str(file.relative_to(out)) for part in (*PARTS, MANIFEST) for file in _files(out / part)),
+    }
 
 
 def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: str) -> dict[str, Any]:
     """Weights and ``generator.json``, whose content is returned."""
-    known, stage = load_facts(run), generating_stage(run)
+    known, stage = load_facts(run), generating_stage(run, unconditional=settings.unconditional)
     networks = {"network": stage, "autoencoder": StageFolder(run, "autoencoder")}
     definitions = {key: _definition(part) for key, part in networks.items()}
     weights: dict[str, Any] = {}
-    fingerprints = {}
+    fingerprints, of_network = {}, {}
     for key, part in networks.items():
         network = part.trained(device="cpu")
         state = _kept(network, half=settings.half)
@@ -102,6 +110,8 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
         fingerprints[key] = hash_weights(_as_read(state, network))
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
+            known_of = network.covariates.facts() if network.covariates is not None else {}
+            of_network = {"sees_mask": network.sees_mask, "covariates": known_of}
     weights["residual_noise"] = _residual_noise(run, folder, known)
     items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
     facts = {
@@ -115,10 +125,13 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
         "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
         **{key: known[key] for key in ("grid", "intensity", "envelope", "labels", "modality", "data")},
         "channels": known.get("channels", ["image"]),
+        **of_network,
+        "mask_dropout": float(stage.component("mask_dropout")),
         "licence": settings.licence,
         "data_licence": known["licence"],
         "split": hash_value(items),
         "weights": weights,
+        "manifest": MANIFEST,
     }
     write_json(folder / GENERATOR, facts)
     return facts

@@ -19,6 +19,7 @@ from fibldm.delivery.foreign_networks import fixed_of, fold, inputs_of, is_maisi
 from fibldm.delivery.licences import licence_notice
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_file, write_json, write_tensors, write_text
+from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import hash_weights
 
@@ -49,7 +50,7 @@ class ImportSettings:
         prediction: what the UNet was trained to say; ``rflow`` is the negative of ``flow``, as MONAI's RFlowScheduler
             has it. None: as its bundle says, or as MAISI's are.
         scale_factor: by which latents were multiplied; None: as the checkpoint says.
-        trust: run the expressions in definitions of a bundle.
+        trust: run the expressions in definitions of a bundle, and take one whose files changed since its export.
     """
 
     licence: str
@@ -93,11 +94,13 @@ def import_weights(source: Path, out: Path, settings: ImportSettings) -> dict[st
         By folder, what ``import.json`` says.
 
     Raises:
-        FibldmError: the licence is not known, the source is refused or holds no such network, something of a network
-            is not known, or it does not say the same afterwards.
+        FibldmError: the licence is not known, the source is refused, is a bundle that changed since its export, or
+            holds no such network, something of a network is not known, or it does not say the same afterwards.
     """
     source, out = Path(source), Path(out)
     notice = licence_notice(settings.licence, settings.licence_file)
+    if (source / MANIFEST).is_file():
+        check_manifest(source, trust=settings.trust)
     parts = _chosen(source, settings)
     said = _said(source, settings)
     imported = [_imported(part, said, settings) for part in parts]

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
+from fibldm.manifest import MANIFEST, check_manifest, differences
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
-from fibldm.synthesis.bundle import inside
+from fibldm.synthesis.bundle import GENERATOR, inside
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels
@@ -54,20 +55,20 @@ class Check:
     saw: str
 
 
-def verify(bundle: Path) -> Iterator[Check]:
+def verify(bundle: Path, *, trust: bool = False) -> Iterator[Check]:
     """All checks, each as soon as it is done, in a process of their own, which starts in an empty folder.
 
+    Args:
+        bundle: its folder, whose configurations are run.
+        trust: do so although it changed since its export.
+
     Raises:
-        FibldmError: there is no such folder, it is no bundle, or the process broke off.
+        FibldmError: there is no such folder, it is no bundle, its files are not those of its manifest, or the process
+            broke off.
     """
-    if not Path(bundle).is_dir():
-        raise FibldmError(f"a bundle must be a folder to be verified; {bundle} is none", "unpack the archive first")
-    if not (Path(bundle) / "configs").is_dir():
-        raise FibldmError(
-            f"what is verified must be a bundle, with a folder configs; {bundle} has none",
-            "make a bundle of a run with fibldm export",
-        )
-    command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve())]
+    require_bundle(bundle)
+    check_manifest(Path(bundle), trust=trust, named=_names_manifest(Path(bundle)))  # before anything of it is run
+    command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve()), str(trust)]
     done = 0
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -81,21 +82,42 @@ def verify(bundle: Path) -> Iterator[Check]:
             raise FibldmError(f"all checks of {bundle} must come to an end; they broke off with {last[0]}")
 
 
+def require_bundle(bundle: Path) -> None:
+    """Refuse what is no folder of a bundle.
+
+    Raises:
+        FibldmError: it is none.
+    """
+    if not Path(bundle).is_dir():
+        raise FibldmError(f"a bundle must be a folder to be verified; {bundle} is none", "unpack the archive first")
+    if not (Path(bundle) / "configs").is_dir():
+        raise FibldmError(
+            f"what is verified must be a bundle, with a folder configs; {bundle} has none",
+            "make a bundle of a run with fibldm export",
+        )
+
+
+def _names_manifest(bundle: Path) -> bool:
+    facts = read_json(bundle / GENERATOR) if (bundle / GENERATOR).is_file() else None
+    return isinstance(facts, dict) and "manifest" in facts
+
+
 def tell() -> None:
     """Print every check as a line of JSON; what `verify` starts."""
-    for check in run_checks(Path(sys.argv[1]), Path.cwd()):
+    for check in run_checks(Path(sys.argv[1]), Path.cwd(), trust=sys.argv[2] == "True"):
         print(json.dumps(asdict(check)), flush=True)
 
 
-def run_checks(bundle: Path, folder: Path, names: Sequence[str] = ()) -> Iterator[Check]:
+def run_checks(bundle: Path, folder: Path, names: Sequence[str] = (), *, trust: bool = False) -> Iterator[Check]:
     """Try things out.
 
     Args:
         bundle: its folder.
         folder: to write in.
         names: of `CHECKS`; none means all.
+        trust: take what changed since the export.
     """
-    trial = Trial(bundle, folder)
+    trial = Trial(bundle, folder, trust)
     for name in names or CHECKS:
         try:
             yield Check(name, True, CHECKS[name](trial))
@@ -111,14 +133,16 @@ class Trial:
     Attributes:
         bundle: its folder.
         folder: to write in.
+        trust: take what changed since the export.
     """
 
     bundle: Path
     folder: Path
+    trust: bool = False
 
     @cached_property
     def synthesizer(self) -> Synthesizer:
-        return Synthesizer.from_bundle(self.bundle)
+        return Synthesizer.from_bundle(self.bundle, trust=self.trust)
 
     @cached_property
     def mask(self) -> Path:
@@ -133,6 +157,16 @@ class Trial:
         file = self.folder / "masks" / "trial.nii.gz"
         write_labels(file, Volume(labels, np.diag([*made.grid.spacing, 1.0])))
         return file
+
+    @property
+    def masks(self) -> list[Path]:
+        """What volumes are tried to be made from: nothing, of a generator without masks."""
+        return [self.mask] if self.synthesizer.network.sees_mask else []
+
+    @property
+    def masks_given(self) -> dict[str, str]:
+        """The same as a key of ``inference.json``."""
+        return {"masks": str(self.mask)} if self.masks else {}
 
     @cached_property
     def networks(self) -> Mapping[str, tuple[nn.Module, Callable[[int], Tensor]]]:
@@ -152,7 +186,7 @@ class Trial:
             size = [cell * step for cell, step in zip(cells(times), factors, strict=True)]
             return torch.rand(1, len(made.channels), *size, generator=torch.Generator().manual_seed(times)) * 2 - 1
 
-        packed = channels + 1 + made.mask.channels
+        packed = channels + 1 + (made.mask.channels if made.network.sees_mask else 0)
         networks: dict[str, tuple[nn.Module, Callable[[int], Tensor]]] = {
             "network": (OneTensorNetwork(made.network, channels), lambda times: latent(packed, times)),
             "encoder": (OneTensorEncoder(autoencoder), volume),
@@ -160,6 +194,17 @@ class Trial:
         if not autoencoder.needs_mask:
             networks["decoder"] = (OneTensorDecoder(autoencoder), lambda times: latent(channels, times))
         return {name: (network.eval(), example) for name, (network, example) in networks.items()}
+
+
+def _manifest(trial: Trial) -> str:
+    """Files changed after the export are refused before this, unless that was lifted."""
+    found = differences(trial.bundle)
+    if found is None:
+        return f"{NOT_TRIED}: there is no {MANIFEST}, so nobody can tell what changed since the export"
+    if found and not trial.trust:
+        raise FibldmError(f"files must be those that were exported; {'; '.join(found)}")
+    digest = hash_file(trial.bundle / MANIFEST)
+    return f"trusted nevertheless: {'; '.join(found)}" if found else f"files as exported, {MANIFEST} is {digest}"
 
 
 def _layout(trial: Trial) -> str:
@@ -192,7 +237,12 @@ def _metadata(trial: Trial) -> str:
 def _inference_properties(trial: Trial) -> str:
     from monai.bundle import create_workflow
 
-    given = {"bundle_root": str(trial.bundle), "masks": str(trial.mask), "output_dir": str(trial.folder / "out")}
+    given: dict[str, Any] = {
+        "bundle_root": str(trial.bundle),
+        **trial.masks_given,
+        "output_dir": str(trial.folder / "out"),
+        "trust": trial.trust,
+    }
     configuration = inside(trial.bundle, "configs/inference.json")
     workflow = create_workflow(config_file=str(configuration), workflow_type="inference", **given)
     if missing := workflow.check_properties():
@@ -233,6 +283,7 @@ def _in_and_out(trial: Trial) -> str:
         config_file=str(trial.bundle / "configs" / "inference.json"),
         device="cpu",
         bundle_root=str(trial.bundle),
+        trust=trial.trust,
     )
     return "one_tensor_network as metadata.json says"
 
@@ -278,15 +329,16 @@ def _compared(trial: Trial, convert: Callable[[nn.Module, Tensor], Any]) -> str:
 def _synthesis(trial: Trial) -> str:
     out = trial.folder / "own"
     (file,) = synthesize_files(
-        *(None, [trial.mask], out),
+        *(None, trial.masks, out),
         count=1,
         settings=_QUICK,
         bundle=trial.bundle,
+        trust=trial.trust,
         allow_extrapolation=True,
         device="cpu",
     )
-    volume, mask = read_volume(file), read_volume(trial.mask)
-    if volume.array.shape[:3] != mask.array.shape or not np.isfinite(volume.array).all():
+    volume = read_volume(file)
+    if volume.array.shape[:3] != tuple(trial.synthesizer.grid.size) or not np.isfinite(volume.array).all():
         raise FibldmError("a volume must be finite and lie on the grid of its mask")
     return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_QUICK.steps} steps"
 
@@ -297,9 +349,10 @@ def _inference(trial: Trial) -> str:
     given = {
         "config_file": trial.bundle / "configs" / "inference.json",
         "bundle_root": trial.bundle,
-        "masks": trial.mask,
         "output_dir": trial.folder / "monai",
+        **trial.masks_given,
         "inferer::steps": _QUICK.steps,
+        "trust": trial.trust,
         "allow_extrapolation": True,
         "device": "cpu",
     }
@@ -316,6 +369,7 @@ def _inference(trial: Trial) -> str:
 
 
 CHECKS: Mapping[str, Callable[[Trial], str]] = {
+    "manifest": _manifest,
     "layout": _layout,
     "generator": _generator,
     "metadata": _metadata,

@@ -91,19 +91,19 @@ class Evaluated:
         return cls._of(load_facts(run_dir), run_dir, work, run_dir=run_dir)
 
     @classmethod
-    def open_bundle(cls, bundle: str | Path, work: str | Path, *, out: str | Path) -> "Evaluated":
+    def open_bundle(cls, bundle: str | Path, work: str | Path, *, out: str | Path, trust: bool = False) -> "Evaluated":
         """A bundle, and the work folder it was trained on; measurements go to ``out/evaluation``.
 
         Raises:
-            FibldmError: it is no bundle of ``fibldm export``, or was trained on the data of another work folder, or
-                ``out`` is a run, whose own figures lie there.
+            FibldmError: it is no bundle of ``fibldm export``, changed since (unless trusted), or was trained on the
+                data of another work folder, or ``out`` is a run, whose own figures lie there.
         """
         if stages := [stage for stage in STAGES if (Path(out) / stage).exists()]:
             raise FibldmError(
                 f"figures of a bundle need a folder of their own; {out} is a run with {', '.join(stages)}",
                 "name another folder",
             )
-        with open_bundle(bundle) as opened:
+        with open_bundle(bundle, trust=trust) as opened:
             return cls._of(opened.facts, bundle, work, run_dir=out)
 
     @classmethod

@@ -29,6 +29,7 @@ class Measurements:
         segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
         device: to compute on; None takes CUDA where there is one.
         bundle: whose autoencoder is measured, in place of that of the run.
+        trust: take a bundle that changed since its export.
     """
 
     evaluated: Evaluated
@@ -36,6 +37,7 @@ class Measurements:
     segmenter_settings: Mapping[str, Any] | None = None
     device: str | None = None
     bundle: Path | None = None
+    trust: bool = False
 
     @cached_property
     def synthetic(self) -> list[Case]:
@@ -50,7 +52,7 @@ class Measurements:
     @cached_property
     def reconstructor(self) -> Reconstructor:
         if self.bundle is not None:
-            return Reconstructor.from_bundle(self.bundle, device=self._device)
+            return Reconstructor.from_bundle(self.bundle, device=self._device, trust=self.trust)
         return Reconstructor.from_run(self.evaluated.run_dir, device=self._device)
 
     def reconstruction(self) -> Section:
@@ -99,6 +101,7 @@ def evaluate(
     segmenter_settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     bundle: str | Path | None = None,
+    trust: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
     """Measure, say and record each in ``RUN/evaluation/metrics.json``.
@@ -111,6 +114,7 @@ def evaluate(
         segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
         device: None takes CUDA where there is one.
         bundle: measured in place of the run, see `Evaluated.open_bundle`.
+        trust: take a bundle that changed since its export.
         say: where the figures go, as text.
 
     Raises:
@@ -120,8 +124,11 @@ def evaluate(
         if name not in MEASUREMENTS:
             raise unknown_choice("measurement", name, MEASUREMENTS)
     folder = Path(synthetic) if synthetic is not None else None
-    evaluated = Evaluated.open_bundle(bundle, work, out=run_dir) if bundle else Evaluated.open(run_dir, work)
-    measurements = Measurements(evaluated, folder, segmenter_settings, device, Path(bundle) if bundle else None)
+    if bundle:
+        evaluated = Evaluated.open_bundle(bundle, work, out=run_dir, trust=trust)
+    else:
+        evaluated = Evaluated.open(run_dir, work)
+    measurements = Measurements(evaluated, folder, segmenter_settings, device, Path(bundle) if bundle else None, trust)
     for name in names:
         if name not in ("reconstruction", "copies"):
             need_masks(measurements.synthetic, name)  # before a segmenter is trained

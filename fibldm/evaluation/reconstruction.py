@@ -66,13 +66,15 @@ class Reconstructor:
         return cls(first_stage, stage.require()["weights"], torch.device(device))
 
     @classmethod
-    def from_bundle(cls, bundle: str | Path, device: str | torch.device = "cpu") -> "Reconstructor":
+    def from_bundle(
+        cls, bundle: str | Path, device: str | torch.device = "cpu", *, trust: bool = False
+    ) -> "Reconstructor":
         """The autoencoder of a bundle.
 
         Raises:
             FibldmError: the bundle is refused.
         """
-        made = Synthesizer.from_bundle(bundle, device=device)
+        made = Synthesizer.from_bundle(bundle, trust=trust, device=device)
         return cls(made.first_stage, made.source["autoencoder"], torch.device(device))
 
     def __call__(self, image: Image) -> Image:

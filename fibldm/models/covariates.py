@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,9 @@ class Numeric:
         inside = self.low <= float(value) <= self.high
         return "" if inside else f"{float(value):g} (training {self.low:g} to {self.high:g})"
 
+    def facts(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high}
+
     def encode(self, value: Value) -> float:
         """In standard deviations from the mean."""
         return (float(value) - self.mean) / self.std
@@ -75,6 +79,9 @@ class Categorical:
     def outside(self, value: Value) -> str:
         """Empty: what can be read was in training."""
         return ""
+
+    def facts(self) -> dict[str, Any]:
+        return {"values": list(self.values)}
 
     def encode(self, value: Value) -> float:
         """The place among `values`."""
@@ -159,6 +166,14 @@ class CovariateEncoding:
                 "give --allow-extrapolation to go on anyway (the sidecar will say so)",
             )
         return findings
+
+    def told(self, values: Mapping[str, Value]) -> str:
+        """What is asked of values, as read, and what is not, such as "age 63, sex unknown"."""
+        return ", ".join(f"{name} {values.get(name, 'unknown')}" for name in self.kinds)
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What may be asked, by name: ``low`` and ``high`` of a number, or the ``values`` of a text."""
+        return {name: kind.facts() for name, kind in self.kinds.items()}
 
     def encode(self, given: Mapping[str, object]) -> Tensor:
         """``(T, 2)``, float32: of each covariate its encoded value, and 1; 0 and 0 where it is unknown.

@@ -39,7 +39,14 @@ class OneTensorNetwork(_OneTensor):
         self.network, self.channels = network, channels
 
     def forward(self, packed: Tensor) -> Tensor:
-        """The network's output ``(B, C, x, y, z)`` of ``(B, C + 1 + M, x, y, z)``: latent, time everywhere, mask."""
+        """The network's output ``(B, C, x, y, z)`` of ``(B, C + 1 + M, x, y, z)``: latent, time everywhere, mask.
+
+        There is no mask where the network sees none.
+        """
+        if not getattr(self.network, "sees_mask", True):
+            z_t, time = torch.split(packed, [self.channels, 1], dim=1)
+            plain: Tensor = self.network(z_t, time.flatten(1)[:, 0])
+            return plain
         z_t, time, mask = torch.split(packed, [self.channels, 1, packed.shape[1] - self.channels - 1], dim=1)
         output: Tensor = self.network(z_t, time.flatten(1)[:, 0], mask)
         return output

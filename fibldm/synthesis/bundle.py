@@ -8,7 +8,7 @@ not read here.
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
+from fibldm.manifest import check_manifest
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.synthesis.definitions import build
 
@@ -45,11 +46,13 @@ class Bundle:
         root: the folder.
         facts: content of ``configs/generator.json``.
         trust: make networks of any class that it names.
+        changed: what is not as its manifest says, and was trusted nevertheless.
     """
 
     root: Path
     facts: Mapping[str, Any]
     trust: bool = False
+    changed: Sequence[str] = ()
 
     def made(self, key: str) -> Any:
         """What a definition of ``generator.json`` describes; see `build`."""
@@ -103,9 +106,13 @@ class Bundle:
 def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Bundle]:
     """A bundle, from its folder or from a zip archive, which is unpacked for as long as the block lasts.
 
+    Args:
+        path: of folder or archive.
+        trust: take what changed since its export, and make networks of any class that it names.
+
     Raises:
-        FibldmError: it is no bundle of FibLDM's own layout, it was written by a newer version, or the archive reaches
-            out of its folder.
+        FibldmError: it is no bundle of FibLDM's own layout, its files are not those of its manifest, it was written by
+            a newer version, or the archive reaches out of its folder.
     """
     path = Path(path)
     if not path.is_dir() and not zipfile.is_zipfile(path):
@@ -147,7 +154,7 @@ def _read(root: Path, trust: bool) -> Bundle:
         raise FibldmError(f"{root / GENERATOR} must have format {FORMAT}; it has {given!r}", "update FibLDM")
     if missing := sorted(KEYS - facts.keys()):
         raise FibldmError(f"{root / GENERATOR} must hold {', '.join(missing)} as well", _ASK)
-    return Bundle(root, facts, trust)
+    return Bundle(root, facts, trust, check_manifest(root, trust=trust, named="manifest" in facts))
 
 
 def _tensors(file: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

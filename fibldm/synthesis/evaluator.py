@@ -1,6 +1,6 @@
 """Synthesis as a MONAI engine, for bundles and workflows that want one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
-from fibldm.synthesis.outputs import Output
+from fibldm.synthesis.outputs import Job, Output
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.synthesis.synthesizer import Synthesizer
 
@@ -18,11 +18,12 @@ class SynthesisEvaluator(Evaluator):
 
     Args:
         synthesizer: makes the volumes.
-        dataset: items with ``mask``, the path of a mask, and ``number``, which of its volumes.
+        dataset: items with ``mask``, the path of a mask or None, and ``number``, which of its volumes.
         output_dir: folder to write to, see `Output`; what lies there already and was made in the same way is kept.
         inferer: how volumes are drawn.
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
+        covariates: what is asked of the patients beside the masks, by name; all else is unknown.
         **options: of MONAI's ``Evaluator``, such as ``val_handlers``.
     """
 
@@ -35,13 +36,14 @@ class SynthesisEvaluator(Evaluator):
         inferer: SamplingSettings,
         batch_size: int = 1,
         allow_extrapolation: bool = False,
+        covariates: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         items = list(dataset)
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
-        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation)
+        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation, covariates=covariates or {})
         # refuse at once what would be refused after the first volumes
         self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))
 
@@ -49,10 +51,10 @@ class SynthesisEvaluator(Evaluator):
         return {"files": [str(file) for file in self.output.write(_jobs(batchdata))]}
 
 
-def _jobs(items: Sequence[dict[str, Any]]) -> list[tuple[Path, int]]:
-    return [(Path(item["mask"]), int(item["number"])) for item in items]
+def _jobs(items: Sequence[dict[str, Any]]) -> list[Job]:
+    return [(item["mask"] and Path(item["mask"]), int(item["number"])) for item in items]
 
 
-def mask_items(masks: Sequence[Path], count: int) -> list[dict[str, Any]]:
-    """``count`` volumes of every mask, as items of a dataset."""
-    return [{"mask": str(mask), "number": number} for mask in masks for number in range(count)]
+def mask_items(masks: Sequence[Path | None], count: int) -> list[dict[str, Any]]:
+    """``count`` volumes of every mask, as items of a dataset; None is no mask."""
+    return [{"mask": mask and str(mask), "number": number} for mask in masks for number in range(count)]

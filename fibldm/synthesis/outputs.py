@@ -1,5 +1,6 @@
 """Mask files in, marked files out; what lies there already and was made in the same way is kept."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json
 from fibldm.shards import Shard
 from fibldm.synthesis.settings import SamplingSettings
-from fibldm.synthesis.synthesizer import Synthesis, Synthesizer, Wanted
+from fibldm.synthesis.synthesizer import UNCONDITIONAL, Synthesis, Synthesizer, Wanted
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import as_labels, find_masks, keep_mask, mask_stem, read_mask
 from fibldm.volumes.writer import sidecar, write_synthetic
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 10  # refused masks in one error
+
+_logger = logging.getLogger("fibldm")
+
+Job = tuple[Path | None, int]
+"""A mask file, and which of its volumes; None is no mask, for a volume that follows none."""
 
 
 class VolumeLiesThere(FibldmError):
@@ -49,8 +55,10 @@ class Output:
     dicom: "DicomOutput | None" = None
     covariates: Mapping[str, object] = field(default_factory=dict)
 
-    def missing(self, jobs: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
+
+        What is asked of covariates is said.
 
         Raises:
             FibldmError: as `write`; of several masks that are refused, all are told.
@@ -74,14 +82,16 @@ class Output:
                 + "".join(f"\n  {line}" for line in shown),
                 "; ".join(remedies),
             )
+        if (encoding := self.synthesizer.covariates).kinds:
+            _logger.info("covariates: %s", encoding.told(encoding.read(self.covariates)))
         return missing
 
-    def write(self, jobs: Sequence[tuple[Path, int]]) -> list[Path]:
+    def write(self, jobs: Sequence[Job]) -> list[Path]:
         """Make and write some volumes together.
 
         Args:
-            jobs: mask files (NIfTI, or DICOM segmentations whose segments have the names of the run's labels), and
-                which volume of each.
+            jobs: mask files (NIfTI, or DICOM segmentations whose segments have the names of the run's labels) or none,
+                and which volume of each.
 
         Returns:
             The files, or the folders of series, in the order of the jobs.
@@ -94,16 +104,16 @@ class Output:
         wanted = [self._wanted(*job) for job in missing]
         made = self.synthesizer.batch(wanted, settings=self.settings, allow_extrapolation=self.allow_extrapolation)
         for job, one, synthesis in zip(missing, wanted, made, strict=True):
-            self._write(*job, one.mask, synthesis)
+            self._write(job, one.mask, synthesis)
         return [self.path(*job) for job in jobs]
 
-    def path(self, mask_file: Path, number: int) -> Path:
+    def path(self, mask_file: Path | None, number: int) -> Path:
         """The volume's file, or the folder of its series."""
-        name = f"{mask_stem(mask_file)}_{number:03d}"
+        name = f"{_stem(mask_file)}_{number:03d}"
         return self.folder / (f"{name}.nii.gz" if self.dicom is None else name)
 
-    def _is_there(self, mask_file: Path, number: int) -> bool:
-        path, name = self.path(mask_file, number), f"{mask_stem(mask_file)}_{number:03d}"
+    def _is_there(self, mask_file: Path | None, number: int) -> bool:
+        path, name = self.path(mask_file, number), f"{_stem(mask_file)}_{number:03d}"
         other = self.folder / (name if self.dicom is None else f"{name}.nii.gz")
         if other.exists():
             raise VolumeLiesThere(f"{other} lies there already, in another format", "choose another --out folder")
@@ -115,22 +125,27 @@ class Output:
                 f"{path} lies there already and was made from another mask, run or settings",
                 "choose another --out folder",
             )
-        if self.dicom is None:
-            self._keep_mask(mask_file, read_mask(mask_file, self.synthesizer.names))
-        else:
+        if self.dicom is not None:
             self.dicom.check_whole(path)
+        elif mask_file is not None:
+            self._keep_mask(mask_file, read_mask(mask_file, self.synthesizer.names))
         return True
 
-    def _wanted(self, mask_file: Path, number: int) -> Wanted:
+    def _wanted(self, mask_file: Path | None, number: int) -> Wanted:
+        if mask_file is None:
+            if self.dicom is not None:
+                raise FibldmError("DICOM is a series with its segmentation; no mask was given", "write NIfTI instead")
+            return Wanted(None, UNCONDITIONAL, number, self.covariates)
         mask = read_mask(mask_file, self.synthesizer.names)
         if self.dicom is not None:
             self.dicom.check(mask.grid, self.synthesizer.names, self.synthesizer.intensity)
         return Wanted(mask, mask_stem(mask_file), number, self.covariates)
 
-    def _write(self, mask_file: Path, number: int, mask: Volume, made: Synthesis) -> None:
-        path, request = self.path(mask_file, number), self._request(mask_file, number)
-        if self.dicom is None:
-            self._keep_mask(mask_file, mask)
+    def _write(self, job: Job, mask: Volume | None, made: Synthesis) -> None:
+        path, request = self.path(*job), self._request(*job)
+        if self.dicom is None or mask is None:
+            if job[0] is not None and mask is not None:
+                self._keep_mask(job[0], mask)
             write_synthetic(path, made.channels, {**request, **made.provenance})
         else:
             self.dicom.write(
@@ -146,19 +161,23 @@ class Output:
     def _keep_mask(self, mask_file: Path, mask: Volume) -> None:
         keep_mask(self.folder / "masks" / f"{mask_stem(mask_file)}.nii.gz", as_labels(mask))
 
-    def _request(self, mask_file: Path, number: int) -> dict[str, Any]:
+    def _request(self, mask_file: Path | None, number: int) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
         decisive = [self.synthesizer.source, self.settings.to_dict(), number]
         if known := self.synthesizer.covariates.read(self.covariates):
             decisive.append(known)
         request = {
-            "mask": mask_file.name,
-            "mask_sha256": hash_file(mask_file),
+            "mask": mask_file and mask_file.name,
+            "mask_sha256": mask_file and hash_file(mask_file),
             "request": hash_value(decisive),
         }
         if self.dicom is not None:
             request["dicom_request"] = self.dicom.fingerprint(self.synthesizer.names)
         return request
+
+
+def _stem(mask_file: Path | None) -> str:
+    return UNCONDITIONAL if mask_file is None else mask_stem(mask_file)
 
 
 def synthesize_files(
@@ -175,11 +194,15 @@ def synthesize_files(
     strength: float = 1.0,
     others: Mapping[str | Path, float] | None = None,
     bundle: str | Path | None = None,
+    unconditional: bool = False,
     trust: bool = False,
     device: str | torch.device | None = None,
     dicom: "DicomOutput | None" = None,
 ) -> list[Path]:
     """Write ``count`` volumes of every mask that ``masks`` names (files and folders), with a progress bar.
+
+    Without masks they follow none, and lie on the model grid: of a generator that was trained so, or of any other where
+    that is asked for.
 
     All masks are looked at before the first volume is made.
 
@@ -199,7 +222,9 @@ def synthesize_files(
         strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
         others: runs with further ControlNets, and their strengths.
         bundle: see `Synthesizer.from_bundle`.
-        trust: make networks of any class that a bundle names.
+        unconditional: draw without masks from a generator that knows masks: by stage 2 where that knows none, else with
+            a mask of which all is unknown.
+        trust: see `Synthesizer.from_bundle`.
         device: None takes CUDA where there is one, for each process its own.
         dicom: writes DICOM instead of NIfTI.
 
@@ -207,22 +232,32 @@ def synthesize_files(
         What this process wrote.
 
     Raises:
-        FibldmError: no mask, one that is refused, as covariates may be, a run that is not finished, or a bundle that
-            is refused; none of both, or both.
+        FibldmError: no mask, or one that is refused, as covariates may be, masks for a generator without any, a run
+            that is not finished, or a bundle that is refused; none of both, or both.
     """
     if batch_size < 1:
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
-    files, shard = find_masks([Path(mask) for mask in masks]), Shard.from_environment()
+    if masks and unconditional:
+        raise FibldmError("volumes follow masks, or they are unconditional; got masks and --unconditional", "give one")
+    files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
+    shard = Shard.from_environment()
     chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     if (run_dir is None) == (bundle is None):
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
+    if not masks and (strength != 1 or others):
+        raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give --masks")
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
-        synthesizer = Synthesizer.from_run(run_dir, **choices, device=chosen)
+        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=chosen)
     elif checkpoint != "best" or strength != 1 or others or bundle is None:
         raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
     else:
         synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
+    if not masks and not unconditional and synthesizer.network.sees_mask:
+        raise FibldmError(
+            "masks must be given to this generator, as its volumes follow them; got none",
+            "give --masks or --data, or --unconditional for volumes that follow no mask",
+        )
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     missing = output.missing(jobs)

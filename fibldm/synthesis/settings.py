@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
@@ -74,6 +74,17 @@ class SamplingSettings:
             raise FibldmError(
                 f"residual_noise must be a number of at least 0; got {self.residual_noise}", "1 is as measured"
             )
+
+    def changed(self, **values: Any) -> "SamplingSettings":
+        """The same with other values by name.
+
+        Raises:
+            FibldmError: there is no such setting, or a value is out of range.
+        """
+        names = [field.name for field in fields(self)]
+        if unknown := [name for name in values if name not in names]:
+            raise unknown_choice("a setting of sampling", unknown[0], names)
+        return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """As sidecars tell them; ``eta`` only where it is given, so that volumes from before it are not made anew."""

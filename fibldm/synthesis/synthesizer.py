@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from nibabel.affines import from_matvec
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,19 +34,25 @@ from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.masks import as_labels
 
+UNCONDITIONAL = "unconditional"
+"""The name of volumes that no mask was given for."""
+
+NOTICE = "synthetic; a mask drawn on a real scan still carries the anatomy of its patient"
+UNCONDITIONAL_NOTICE = "synthetic; drawn without a mask: it follows none, and its place in space says nothing"
+
 
 @dataclass(frozen=True)
 class Wanted:
     """One volume to make.
 
     Attributes:
-        mask: integer labels ``(X, Y, Z)`` in any axis order.
+        mask: integer labels ``(X, Y, Z)`` in any axis order; None asks for nothing: any volume, on the model grid.
         name: of the mask; with the seed and ``number`` it decides the noise.
         number: which of the volumes of this mask.
         covariates: what is asked of the patient beside the mask, by name; all else is unknown.
     """
 
-    mask: Volume
+    mask: Volume | None
     name: str = "mask"
     number: int = 0
     covariates: Mapping[str, object] = field(default_factory=dict)
@@ -104,6 +111,7 @@ class Synthesizer:
         channels: names of the image channels, in order.
         shift: of the times in training, see `fibldm.models.timesteps.shifted`.
         residual_noise: what the decoder leaves out; None where nothing is, or it was not measured.
+        mask_dropout: how often training showed the whole mask as unknown; None where that is not known.
     """
 
     network: ConditionedNetwork
@@ -120,12 +128,14 @@ class Synthesizer:
     channels: tuple[str, ...] = ("image",)
     shift: float = 1.0
     residual_noise: ResidualNoise | None = None
+    mask_dropout: float | None = None
 
     @classmethod
     def from_run(
         cls,
         run_dir: str | Path,
         *,
+        unconditional: bool = False,
         checkpoint: str = "best",
         strength: float = 1.0,
         others: Mapping[str | Path, float] | None = None,
@@ -135,6 +145,7 @@ class Synthesizer:
 
         Args:
             run_dir: the run folder.
+            unconditional: take stage 2 where that knows no mask, for volumes that follow none.
             checkpoint: "best", or one that ``keep_every`` kept in training, such as "epoch_0010".
             strength: of its ControlNet; 1 is as trained, 0 switches it off.
             others: runs whose ControlNets are added, with their strengths; they stand on the same base network.
@@ -148,7 +159,10 @@ class Synthesizer:
         if not Path(run_dir).is_dir():
             raise FibldmError(f"the run must be a folder; {run_dir} is none", "check the path")
         facts = load_facts(run_dir)
-        stage, noise = generating_stage(Path(run_dir)), residual_noise_file(Path(run_dir), facts)
+        stage, noise = (
+            generating_stage(Path(run_dir), unconditional=unconditional),
+            residual_noise_file(Path(run_dir), facts),
+        )
         network = stage.trained(checkpoint, device="cpu")
         weights = hash_weights(network.state_dict())
         if strength != 1 or others:
@@ -162,6 +176,7 @@ class Synthesizer:
             source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
             residual_noise=ResidualNoise.load(noise) if noise is not None else None,
+            mask_dropout=float(stage.component("mask_dropout")),
             **_of_facts(facts),
         )
 
@@ -171,7 +186,8 @@ class Synthesizer:
 
         Args:
             path: its folder, or a zip archive of that.
-            trust: make networks of any class that it names, of which there may be others than FibLDM knows.
+            trust: take what changed since its export, and make networks of any class that it names, of which there may
+                be others than FibLDM knows.
             device: where it works.
 
         Raises:
@@ -182,6 +198,7 @@ class Synthesizer:
             network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
             weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
             facts, source = bundle.facts, {"weights": weights, "autoencoder": fingerprint}
+            source |= {"changed": list(bundle.changed)} if bundle.changed else {}
             try:
                 made = cls(
                     network=cast(ConditionedNetwork, network).to(device),
@@ -192,6 +209,7 @@ class Synthesizer:
                     source={**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
                     shift=float(facts["shift"]),
                     residual_noise=bundle.residual_noise(),
+                    mask_dropout=facts.get("mask_dropout"),
                     **_of_facts(facts),
                 )
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -209,17 +227,23 @@ class Synthesizer:
 
     def __call__(
         self,
-        mask: Volume,
+        mask: Volume | None = None,
         *,
-        name: str = "mask",
+        name: str | None = None,
         number: int = 0,
         covariates: Mapping[str, object] | None = None,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
+        **sampling: Any,
     ) -> Synthesis:
-        """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors."""
+        """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors.
+
+        Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
+        """
+        name = name or (UNCONDITIONAL if mask is None else "mask")
         wanted = [Wanted(mask, name, number, covariates or {})]
-        return self.batch(wanted, settings=settings, allow_extrapolation=allow_extrapolation)[0]
+        chosen = (settings or SamplingSettings()).changed(**sampling)
+        return self.batch(wanted, settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
     def check(self, wanted: Wanted, *, allow_extrapolation: bool = False) -> list[str]:
         """What `batch` would refuse, before anything is made: mask and covariates.
@@ -267,20 +291,45 @@ class Synthesizer:
             raise FibldmError(f"{wanted.name}: {error.message}", error.remedy) from error
 
     def _placed(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
-        source = as_labels(wanted.mask).canonical()
+        if wanted.mask is not None and not self.network.sees_mask:
+            raise FibldmError(
+                "this generator was trained without masks, so that its volumes would not follow one; a mask was given",
+                "ask for volumes without masks, or train with --config mask_concat or a ControlNet",
+            )
+        source = as_labels(wanted.mask or self._unknown()).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
         covariates = self.covariates.read(wanted.covariates)
-        outside = self.envelope.check(source, allow=allow_extrapolation)
+        outside = [] if wanted.mask is None else self.envelope.check(source, allow=allow_extrapolation)
+        outside += self._check_unknown(source, allow=allow_extrapolation)
         outside += self.covariates.check(covariates, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
         return _Placed(wanted, source, grid, covariates, outside)
+
+    def _check_unknown(self, labels: Volume, *, allow: bool) -> list[str]:
+        """A mask that asks for nothing, of a network that never saw one."""
+        if not self.network.sees_mask or self.mask_dropout != 0 or not (labels.array == UNKNOWN_LABEL).all():
+            return []
+        finding = "nothing is asked of the mask (training always showed one, as mask_dropout was 0)"
+        if not allow:
+            raise FibldmError(
+                f"a mask must lie within what the training data covered; {finding}",
+                "train with mask_dropout above 0, or give --allow-extrapolation (the sidecar will say so)",
+            )
+        return [finding]
+
+    def _unknown(self) -> Volume:
+        """A mask of the model grid that asks for nothing."""
+        shift = -(np.array(self.grid.size) - 1) / 2 * self.grid.spacing  # centred, as no patient's place is known
+        affine = from_matvec(np.diag(self.grid.spacing), shift)
+        return Volume(np.full(self.grid.size, UNKNOWN_LABEL, dtype=np.uint8), affine)
 
     def _finish(self, placed: _Placed, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
         """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
         source, grid = placed.source, placed.grid
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
         on_disk = self.intensity.to_disk(np.stack(returned))
-        channels = tuple(turned_like(Volume(part, source.affine), placed.wanted.mask.grid) for part in on_disk)
+        wanted_grid = source.grid if placed.wanted.mask is None else placed.wanted.mask.grid
+        channels = tuple(turned_like(Volume(part, source.affine), wanted_grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
         provenance = {
             "fibldm": fibldm.__version__,
@@ -289,13 +338,14 @@ class Synthesizer:
             "number": placed.wanted.number,
             "sampling": settings.to_dict(),
             "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
+            "follows_mask": placed.wanted.mask is not None,
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
             "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
             "extrapolation": placed.outside,
-            "notice": "synthetic; a mask drawn on a real scan still carries the anatomy of its patient",
+            "notice": NOTICE if placed.wanted.mask is not None else UNCONDITIONAL_NOTICE,
         }
         return Synthesis(channels, provenance)
 
@@ -377,11 +427,29 @@ def residual_noise_file(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
     return file
 
 
-def generating_stage(run_dir: Path) -> StageFolder:
-    """The stage that volumes are drawn with: diffusion where that knows the mask and no ControlNet was begun."""
+def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFolder:
+    """The stage that volumes are drawn with: diffusion where that knows the mask and no ControlNet was begun.
+
+    Args:
+        run_dir: the run folder.
+        unconditional: diffusion where that knows no mask, too.
+
+    Raises:
+        FibldmError: nothing was trained that knows the mask, and that is wanted.
+    """
     base, controlnet = StageFolder(run_dir, "diffusion"), StageFolder(run_dir, "controlnet")
-    alone = not controlnet.path.exists() and base.done() is not None and base.component("mask_way") is not None
-    return base if alone else controlnet
+    if base.done() is None:
+        return base if unconditional else controlnet
+    knows_mask = base.component("mask_way") is not None
+    if unconditional and not knows_mask:
+        return base
+    if controlnet.path.exists() or knows_mask:
+        return controlnet if controlnet.path.exists() else base
+    raise FibldmError(
+        f"stage 'controlnet' of {run_dir} must be finished first; it was never started, and stage 2 knows no masks",
+        "run `fibldm train controlnet`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
+        "`fibldm export --unconditional`",
+    )
 
 
 def _joined(
