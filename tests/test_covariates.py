@@ -13,10 +13,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.cli import run as cli
+from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.models.activation_checkpointing import checkpoint_activations
@@ -26,6 +29,7 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork, joined, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
+from fibldm.pipeline import Drawing, Recipe, check_covariates
 from fibldm.runs import STAGES, StageFolder
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted
 from fibldm.training.configuration import Configuration, stage_configuration
@@ -319,6 +323,25 @@ def test_c10_dropout_makes_single_covariates_or_all_of_them_unknown() -> None:
     assert torch.equal(kept, items[0]["covariates"].expand(9, -1, -1))
 
 
+def test_c5_every_covariate_may_have_a_dropout_of_its_own() -> None:
+    """C5: and all together one; what is not named is dropped with all or the mask only."""
+    items = [item(number, age=47, sex="M", centre="2") for number in range(2000)]
+    by_name = {"age": 0.5, "sex": 0.1, "all": 0.2}
+    kept = prepared(items, covariates=ENCODING, covariate_dropout=by_name)[3]["covariates"]
+    shares = (kept[..., 1] > 0).float().mean(dim=0)
+    torch.testing.assert_close(shares, torch.tensor([0.4, 0.72, 0.8]), atol=0.04, rtol=0)
+    one = prepared(items[:50], covariates=ENCODING, covariate_dropout=0.2)[3]["covariates"]
+    same = dict.fromkeys(("age", "sex", "centre", "all"), 0.2)
+    assert torch.equal(one, prepared(items[:50], covariates=ENCODING, covariate_dropout=same)[3]["covariates"])
+    for wrong, message in (
+        ({"agee": 0.1}, r"must name covariates \(age, sex, centre\) or all; got agee"),
+        ({"age": 1.5}, "must be probabilities, 0 to 1; got {'age': 1.5}"),
+        (-0.1, "must be probabilities"),
+    ):
+        with pytest.raises(FibldmError, match=message):
+            prepared(items[:1], covariates=ENCODING, covariate_dropout=wrong)
+
+
 def test_c10_with_the_whole_mask_goes_what_is_known() -> None:
     """Guidance asks for neither, so training must show both unknown together."""
     items = [item(number, age=47, sex="M") for number in range(400)]
@@ -467,8 +490,9 @@ def synthesizer(tiny_run: Path) -> Synthesizer:
     """That of the tiny run, with a network of random weights that knows covariates."""
     made = Synthesizer.from_run(tiny_run)
     torch.manual_seed(3)
-    unet = DiffusionModelUNet(**numbers(in_channels=made.network.unet.in_channels), out_channels=len(made.space.mean))
-    network = ConditionedNetwork(unet, covariate_tokens=CovariateTokens(ENCODING, WIDTH))
+    channels = len(made.space.mean)
+    unet = DiffusionModelUNet(**numbers(in_channels=channels + made.mask.channels), out_channels=channels)
+    network = ConditionedNetwork(unet, concat=True, covariate_tokens=CovariateTokens(ENCODING, WIDTH))
     return replace(made, network=awake(network))  # type: ignore[arg-type]
 
 
@@ -530,7 +554,8 @@ def test_guidance_goes_from_all_unknown_to_what_is_asked(synthesizer: Synthesize
 
     assert np.array_equal(made(0.0, age=60, sex="F"), made(0.0, sex="M"))
     assert not np.array_equal(made(1.0, age=60, sex="F"), made(1.0, sex="M"))
-    assert np.array_equal(made(1.0), made(0.0))  # this network sees no mask either
+    mask = replace(mask, array=np.full_like(mask.array, UNKNOWN_LABEL))
+    assert np.array_equal(made(1.0), made(0.0))
 
 
 def test_a_run_without_covariates_has_none(
@@ -546,6 +571,84 @@ def test_a_run_without_covariates_has_none(
         assert cli([*command, "--covariate", *wrong]) == 2
         assert "--covariate needs NAME=VALUE, each name once; got" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+# --- the other doors
+
+
+@pytest.fixture
+def bundle(told: Callable[..., Path], tiny_stage: TinyStage, tmp_path: Path) -> Path:
+    """Of a run that sees mask, age and sex."""
+    run_dir = told("run")
+    tiny_stage("diffusion", run_dir, "mask_concat", **COVARIATES).run()
+    export(run_dir, tmp_path / "bundle", ExportSettings("CC0-1.0"))
+    return tmp_path / "bundle"
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
+def test_a15_every_door_takes_covariates(
+    bundle: Path, mask_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A15: card, ``inference.json`` and watch folder, by the same names; what is left out is said to be unknown."""
+    age = Synthesizer.from_bundle(bundle).covariates.kinds["age"]
+    assert isinstance(age, Numeric)
+    card = (bundle / "docs" / "README.md").read_text()
+    assert f"| age | a number, {age.low:g} to {age.high:g} in training |" in card
+    assert "| sex | one of F, M |" in card and f"`--covariate age={age.high:g} --covariate sex=F`" in card
+    assert read_json(bundle / "configs" / "metadata.json")["covariates"]["sex"] == {"values": ["F", "M"]}
+
+    given = {"masks": str(mask_file), "inferer::steps": 1, "allow_extrapolation": True, "device": "cpu"}
+    workflow = create_workflow(
+        config_file=str(bundle / "configs" / "inference.json"),
+        workflow_type="inference",
+        bundle_root=str(bundle),
+        output_dir=str(tmp_path / "monai"),
+        covariates={"age": age.low},
+        **given,
+    )
+    workflow.run()
+    (volume,) = (tmp_path / "monai").glob("*.nii.gz")
+    assert read_json(sidecar(volume))["covariates"] == {"age": age.low, "sex": None}
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import watch_folder
+
+    for name, content in {"one": {"age": age.high}, "two": {"agee": 3}, "three": [1]}.items():
+        (tmp_path / "inbox" / name).mkdir(parents=True)
+        shutil.copy(mask_file, tmp_path / "inbox" / name / "mask.nii.gz")
+        (tmp_path / "inbox" / name / "covariates.json").write_text(json.dumps(content))
+    shutil.copy(mask_file, tmp_path / "inbox" / "four.nii.gz")
+    options = ["--once", "--json", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu"]
+    folders = ["--bundle", str(bundle), "--inbox", str(tmp_path / "inbox"), "--outbox", str(tmp_path / "outbox")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        watch_folder.main([*folders, *options, "--format", "nifti", "--covariate", "sex=F"])
+    said = capsys.readouterr()
+    reports = [json.loads(line) for line in said.out.splitlines()]
+    asked = [read_json(sidecar(Path(report["outputs"][0])))["covariates"] for report in reports if report["ok"]]
+    told = [{"age": age.high, "sex": "F"}, {"age": None, "sex": "F"}]
+    assert sorted(asked, key=str) == sorted(told, key=str)
+    assert f"(age {age.high}, sex F)" in said.err and "(age unknown, sex F)" in said.err
+    refused = " ".join(report["error"]["message"] for report in reports if not report["ok"])
+    assert "there is no agee" in refused and 'covariates.json must be such as {"age": 63' in refused
+    with pytest.raises(SystemExit) as left:
+        watch_folder.main([*folders, *options, "--covariate", "sex=X"])
+    assert left.value.code == 2 and "sex must be one of F, M" in capsys.readouterr().out
+
+
+def test_a15_a_recipe_is_refused_before_training_where_its_covariates_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A15: names by the recipe itself, values by the prepared cases."""
+    recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={"diffusion::covariates": ["age", "sex"]})
+    (step,) = (step for step in recipe.stages() if step.name == "diffusion")
+    monkeypatch.setattr("fibldm.pipeline.load_datalist", lambda *_, **__: CASES)
+    configuration = step.configuration(tmp_path, tmp_path)
+    check_covariates(configuration, tmp_path, Drawing(covariates={"age": 50, "sex": "F"}))
+    check_covariates(configuration, tmp_path, Drawing(covariates={"age": 95}, allow_extrapolation=True))
+    for wrong, message in (({"age": 95}, "age 95 .training 40 to 60"), ({"sex": "f"}, "sex must be one of F, M")):
+        with pytest.raises(FibldmError, match=message):
+            check_covariates(configuration, tmp_path, Drawing(covariates=wrong))
 
 
 # --- all of it

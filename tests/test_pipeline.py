@@ -75,6 +75,8 @@ def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
         ({"synthesize::step": 5}, "option of synthesize must be one of .*got 'step'"),
         ({"synthesize::steps": "abc"}, "option of synthesize steps must be a whole number; got 'abc'"),
         ({"synthesize::steps": 0}, "steps must be at least 1"),
+        ({"synthesize::covariates": {"age": 63}}, r"those of training \(none\); there is no age; name them in cov"),
+        ({"synthesize::covariates": 63}, "option of synthesize covariates must be a mapping"),
         ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
         ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),

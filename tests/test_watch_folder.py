@@ -163,7 +163,7 @@ def test_a_segmentation_becomes_a_series(
     assert hash_file(outbox / "done" / name / "Planted^Paula.dcm") == hash_file(segmentation)
     told = texts_and_names(outbox / "synthetic") + (outbox / "request.json").read_text() + caplog.text
     assert not [word for word in (*PLANTED, "Planted", "Paula") if word in told]
-    assert f"{name}: 1 volumes" in caplog.text
+    assert f"{name}: 1 volume, " in caplog.text
     assert not [item for item in inbox.iterdir() if item.name != ".claimed"]
 
 
