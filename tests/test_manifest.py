@@ -50,7 +50,8 @@ def planted(tmp_path: Path) -> Path:
     shutil.copytree(SHIPPED, root)
     file = root / "configs" / "inference.json"
     content = read_json(file)
-    content["imports"].append(f"$__import__('pathlib').Path({str(tmp_path / 'planted')!r}).touch()")
+    touch = f"__import__('pathlib').Path({str(tmp_path / 'planted')!r}).touch()"
+    content["synthesizer"] = f"$({touch}, {content['synthesizer'][1:]})[1]"
     write_json(file, content)
     return root
 

@@ -86,8 +86,11 @@ def test_a15_a_generator_that_follows_masks_draws_without_only_if_asked(
 ) -> None:
     """A15: by its stage 2 where that knows none; a mask that was never unknown in training is refused."""
     given = {"count": 1, "settings": QUICK, "device": "cpu"}
-    with pytest.raises(FibldmError, match="either a run or a bundle"):
-        synthesize_files(None, [], tmp_path / "out", **given)  # type: ignore[arg-type]
+    with pytest.raises(
+        FibldmError, match="masks must be given to this generator, as its volumes follow them; got none"
+    ):
+        synthesize_files(tiny_run, [], tmp_path / "out", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
     (file,) = synthesize_files(tiny_run, [], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
     assert read_json(sidecar(file))["source"]["weights"] == StageFolder(tiny_run, "diffusion").require()["weights"]
     with pytest.raises(FibldmError, match="got masks and --unconditional"):

@@ -83,8 +83,10 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     tags = ["medical", "synthetic", "3d", "latent-diffusion", str(facts["modality"]), *words.tags]
-    once = list({tag.lower(): tag for tag in reversed(tags)}.values())[::-1]
-    front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": once}
+    once: dict[str, str] = {}
+    for tag in tags:
+        once.setdefault(tag.lower(), tag)
+    front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": list(once.values())}
     return environment.from_string(template).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         facts=facts,

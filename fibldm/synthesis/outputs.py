@@ -180,6 +180,13 @@ def _stem(mask_file: Path | None) -> str:
     return UNCONDITIONAL if mask_file is None else mask_stem(mask_file)
 
 
+def _needs_masks() -> FibldmError:
+    return FibldmError(
+        "masks must be given to this generator, as its volumes follow them; got none",
+        "give --masks or --data, or --unconditional for volumes that follow no mask",
+    )
+
+
 def synthesize_files(
     run_dir: str | Path | None,
     masks: Sequence[str | Path],
@@ -246,6 +253,9 @@ def synthesize_files(
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
     if not masks and (strength != 1 or others):
         raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give --masks")
+    asked = bool(masks) or unconditional
+    if run_dir is not None and not asked and (Path(run_dir) / "controlnet").exists():
+        raise _needs_masks()
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
         synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=chosen)
@@ -253,11 +263,8 @@ def synthesize_files(
         raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
     else:
         synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
-    if not masks and not unconditional and synthesizer.network.sees_mask:
-        raise FibldmError(
-            "masks must be given to this generator, as its volumes follow them; got none",
-            "give --masks or --data, or --unconditional for volumes that follow no mask",
-        )
+    if not asked and synthesizer.network.sees_mask:
+        raise _needs_masks()
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     missing = output.missing(jobs)

@@ -197,7 +197,7 @@ class Synthesizer:
         with open_bundle(path, trust=trust) as bundle:
             network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
             weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
-            facts, source = bundle.facts, {"weights": weights, "autoencoder": fingerprint}
+            facts, source = bundle.facts, dict[str, Any](weights=weights, autoencoder=fingerprint)
             source |= {"changed": list(bundle.changed)} if bundle.changed else {}
             try:
                 made = cls(
