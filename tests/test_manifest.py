@@ -50,8 +50,7 @@ def planted(tmp_path: Path) -> Path:
     shutil.copytree(SHIPPED, root)
     file = root / "configs" / "inference.json"
     content = read_json(file)
-    touch = f"__import__('pathlib').Path({str(tmp_path / 'planted')!r}).touch()"
-    content["synthesizer"] = f"$({touch}, {content['synthesizer'][1:]})[1]"
+    content["count"] = f"$1 + bool(__import__('pathlib').Path({str(tmp_path / 'planted')!r}).touch())"
     write_json(file, content)
     return root
 
