@@ -22,11 +22,15 @@ from dicom_files import (
     write_segmentation,
     write_series,
 )
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.dicom.contours import Contour, filled
 from fibldm.volumes.dicom.masks import on_grid_of, read_segmentation, read_structures, segment_names
 from fibldm.volumes.scan import Scan
 
@@ -402,6 +406,115 @@ def test_keyhole_is_a_hole(tmp_path: Path) -> None:
     found = read_structures(file, NAMES, image_of())
 
     np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+
+
+@pytest.mark.parametrize("wall", [1, 2])
+@pytest.mark.parametrize("decimals", [2, 6])
+def test_the_rim_of_a_hole_belongs_to_the_structure(tmp_path: Path, wall: int, decimals: int) -> None:
+    """Contours as rt-utils traces them around the voxels of a mask: through the centres on both sides of the wall."""
+    outer = [(0, 0), (8, 0), (8, 6), (0, 6)]
+    i, right, bottom = wall - 1, 9 - wall, 7 - wall
+    hole = [(i, i + 1), (i + 1, i), (right - 1, i), (right, i + 1), (right, bottom - 1), (right - 1, bottom)]
+    hole += [(i + 1, bottom), (i, bottom - 1)]
+    drawn = [in_space([(*point, 2) for point in points], AXIAL).round(decimals) for points in (outer, hole)]
+    file = write_structures(tmp_path / "rt.dcm", {"Airway wall": drawn})
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[2] = 1
+    inside[2, wall:-wall, wall:-wall] = 0
+
+    found = read_structures(file, {"Airway wall": 1}, image_of(AXIAL))
+
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=AXIAL)[0])
+
+
+def test_both_sides_of_a_slanting_wall_may_run_along_the_same_centres(tmp_path: Path) -> None:
+    """One in the other sense is the hole; the same one twice is a mistake, wherever it begins."""
+    diamond = [(4, 1), (6, 3), (4, 5), (2, 3)]
+    traced = [in_space([(*point, 2) for point in points]) for points in (diamond, diamond[::-1])]
+    file = write_structures(tmp_path / "rt.dcm", {"Lung": traced})
+    rows, columns = np.indices(SHAPE[1:])
+    inside = np.zeros(SHAPE, np.uint8)
+    inside[2] = abs(rows - 3) + abs(columns - 4) == 2
+
+    found = read_structures(file, NAMES, image_of())
+
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+    for twice in ([diamond, diamond[2:] + diamond[:2]], [BOX[:, :2], BOX[::-1, :2]]):
+        drawn = [in_space([(*point, 2) for point in points]) for points in twice]
+        file = write_structures(tmp_path / "twice.dcm", {"Lung": drawn})
+        with pytest.raises(FibldmError, match="Lung has the same contour twice"):
+            read_structures(file, NAMES, image_of())
+
+
+def test_lines_of_one_voxel_are_kept(tmp_path: Path) -> None:
+    """Traced there and back along the same centres, alone or as a spur of something wider."""
+    line = [(1, 1), (4, 4), (6, 4), (4, 4)]
+    spur = [(0, 5), (1, 5), (1, 6), (3, 6), (1, 6), (0, 6)]
+    file = write_structures(tmp_path / "rt.dcm", {"Vessel": [in_space([(*p, 2) for p in ps]) for ps in (line, spur)]})
+    inside = np.zeros(SHAPE, np.uint8)
+    for row, column in ((1, 1), (2, 2), (3, 3), (4, 4), (4, 5), (4, 6)):
+        inside[2, row, column] = 1
+    inside[2, 5:7, 0:2] = inside[2, 6, 2:4] = 1
+
+    found = read_structures(file, {"Vessel": 1}, image_of())
+
+    np.testing.assert_array_equal(found.array, expected(inside, orientation=OBLIQUE)[0])
+
+
+PLANE = (12, 14)
+
+
+def drawn_inside(polygons: Sequence[Sequence[tuple[float, float]]]) -> NDArray[np.bool_]:
+    """Voxels ``(x, y)`` of one slice of `PLANE` inside of polygons in voxel indices."""
+    contours = [Contour(np.array([(*point, 0.0) for point in points])) for points in polygons]
+    return filled(contours, np.eye(4), (*PLANE, 1), 2, "Lung")[0][..., 0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(bool, PLANE))
+def test_contours_that_touch_are_one(mask: NDArray[np.bool_]) -> None:
+    """Every voxel drawn as a square of its own: squares meet along edges and in corners, and enclose holes."""
+    h = 0.5
+    squares = [[(x - h, y - h), (x + h, y - h), (x + h, y + h), (x - h, y + h)] for x, y in np.argwhere(mask)]
+    assume(squares)
+    np.testing.assert_array_equal(drawn_inside(squares), mask)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sets(st.integers(1, 10), max_size=3), st.sets(st.integers(1, 12), max_size=3), st.lists(st.booleans(), min_size=16)
+)
+def test_rooms_that_share_walls_of_voxels_leave_none_out(across: set[int], along: set[int], kept: list[bool]) -> None:
+    """Rooms whose corners are voxel centres: a voxel on a wall belongs to either side, and to the whole once."""
+    xs, ys = sorted({0, 11, *across}), sorted({0, 13, *along})
+    rooms = [(x, y) for x in zip(xs, xs[1:], strict=False) for y in zip(ys, ys[1:], strict=False)]
+    rooms = [room for room, keep in zip(rooms, kept, strict=False) if keep]
+    assume(rooms)
+    wanted = np.zeros(PLANE, bool)
+    for (left, right), (low, high) in rooms:
+        wanted[left : right + 1, low : high + 1] = True
+    drawn = [[(left, low), (right, low), (right, high), (left, high)] for (left, right), (low, high) in rooms]
+    np.testing.assert_array_equal(drawn_inside(drawn), wanted)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.tuples(*[st.integers(0, 3)] * 4), st.tuples(*[st.integers(0, 2)] * 4), st.booleans(), st.booleans())
+def test_a_hole_keeps_its_rim_however_it_is_drawn(
+    outer: tuple[int, ...], wall: tuple[int, ...], keyhole: bool, same_sense: bool
+) -> None:
+    """As a contour of its own or through a channel without width, which may touch the outer one; centres all along."""
+    (a, b, c, d), (e, f, g, h) = outer, wall
+    left, right, low, high = a, PLANE[0] - 1 - b, c, PLANE[1] - 1 - d
+    hole = (left + e, right - f, low + g, high - h)
+    assume(wall != (0, 0, 0, 0))
+    around = [(left, low), (right, low), (right, high), (left, high)]
+    inner = [(hole[0], hole[2]), (hole[0], hole[3]), (hole[1], hole[3]), (hole[1], hole[2])]
+    inner = [inner[0], *inner[:0:-1]] if same_sense else inner
+    wanted = np.zeros(PLANE, bool)
+    wanted[left : right + 1, low : high + 1] = True
+    wanted[hole[0] + 1 : hole[1], hole[2] + 1 : hole[3]] = False
+    ring = [[*around, around[0], *inner, inner[0]]] if keyhole else [around, inner]
+    np.testing.assert_array_equal(drawn_inside(ring), wanted)
 
 
 def test_ellipsoid_with_a_hole(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def read_structures(
 ) -> Scan:
     """Closed planar contours of an RT structure set as a uint8 label map on the grid of their image.
 
-    A voxel belongs to a structure if its centre lies inside or on it; an inner contour is a hole; nothing is filled in
-    between slices. Points and open contours are left out.
+    A voxel belongs to a structure if its centre lies inside of it or on one of its contours; an inner contour is a hole,
+    contours that touch are one; nothing is filled in between slices. Points and open contours are left out.
 
     Args:
         file: one RT structure set.
