@@ -482,7 +482,9 @@ def test_contours_that_touch_are_one(mask: NDArray[np.bool_]) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.sets(st.integers(1, 10), max_size=3), st.sets(st.integers(1, 12), max_size=3), st.lists(st.booleans(), min_size=16)
+    st.sets(st.integers(1, 10), max_size=3),
+    st.sets(st.integers(1, 12), max_size=3),
+    st.lists(st.booleans(), min_size=16),
 )
 def test_rooms_that_share_walls_of_voxels_leave_none_out(across: set[int], along: set[int], kept: list[bool]) -> None:
     """Rooms whose corners are voxel centres: a voxel on a wall belongs to either side, and to the whole once."""

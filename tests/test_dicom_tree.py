@@ -1,5 +1,7 @@
 """A folder of DICOM studies becomes cases with their masks (FEATURES H2)."""
 
+import gzip
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +9,11 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
-from dicom_files import NAME, PLANTED, example, expected, new_uid, write_scout, write_series
-from pydicom.dataset import Dataset
+from dicom_files import AXIAL, NAME, PLANTED, example, expected, new_uid, write_scout, write_series
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
 from test_dicom_masks import (
     BOX,
     SHAPE,
@@ -21,7 +25,9 @@ from test_dicom_masks import (
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import read_mask, read_scan
+from fibldm.volumes.layouts import LayoutOptions, detect_layout, find_source
 from fibldm.volumes.layouts.dicom_tree import dicom_tree
+from fibldm.volumes.prepare_case import Rules, prepare_case
 from fibldm.volumes.scan import Case, Mask
 
 LABELS = np.zeros(SHAPE, np.uint8)
@@ -73,7 +79,12 @@ def test_studies_become_private_cases(tmp_path: Path) -> None:
     assert three.images == (tuple(sorted(third.glob("0*.dcm"))),)
     assert [case.subject for case in (one, two, three)] == ["ID-1", "ID-2", "ID-2"]
     assert all(case.private and case.path == "" for case in source.cases)
-    assert source.notes == ("1 series are no volumes of CT or MR and were left out", "1 series have no mask")
+    assert source.notes == (
+        "1 series are no volumes of CT or MR and were left out (1 scout)",
+        "1 patients have no series of CT or MR and were left out (study 4 of 4, series 1 of 1)",
+        "1 series have no mask (study 2 of 4, series 1 of 1)",
+        "1 links lead to nothing that is there and were left out (folder 1/1)",
+    )
 
 
 def test_case_reads_as_drawn(tmp_path: Path) -> None:
@@ -112,24 +123,106 @@ def test_mask_without_reference_goes_by_its_place(tmp_path: Path) -> None:
     assert case_of(dicom_tree(tmp_path).cases, "study").masks[0].files == (file,)
 
     add_study(tmp_path / "again", "study", series="again")
-    with pytest.raises(FibldmError, match=r"series \d of 3: the mask refers to no series, and 2 images are in its pl"):
+    refused = (
+        r"series \d of 3: the mask of Lung, Honeycombing in the source itself refers to no series, and 2 images are"
+    )
+    with pytest.raises(FibldmError, match=refused):
         dicom_tree(tmp_path)
 
 
-def test_masks_of_nothing_are_said(tmp_path: Path) -> None:
-    folder = add_study(tmp_path / "ct", "study")
-    gone = add_study(tmp_path / "gone", "gone")
-    segment(gone, folder / "seg.dcm")
-    shutil.rmtree(gone)
+def test_nifti_beside_nothing_is_said(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
     write_nifti(tmp_path / "deep" / "er" / "mask.nii")
 
     source = dicom_tree(tmp_path)
 
     assert source.cases[0].masks == () and source.labels == {}
     assert source.notes == (
-        "1 DICOM masks belong to no series found and were left out",
-        "1 NIfTI files lie beside no series and were left out",
-        "1 series have no mask",
+        "1 NIfTI files lie beside no series and were left out (folder 2/1)",
+        "1 series have no mask (study 1 of 1, series 1 of 1)",
+    )
+
+
+def renewed(dataset: Dataset) -> None:
+    """As dicom-anonymizer and re-exports leave it: what a mask refers to is a series of another name."""
+    if "ReferencedSeriesSequence" in dataset:
+        dataset.ReferencedSeriesSequence[0].SeriesInstanceUID = new_uid("before")
+    else:
+        study = dataset.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
+        study.RTReferencedSeriesSequence[0].SeriesInstanceUID = new_uid("before")
+
+
+def test_masks_whose_series_was_renamed_go_by_their_place(tmp_path: Path) -> None:
+    """Study and frame of reference leave one image, of a segmentation among several that on whose slices it lies."""
+    folder = add_study(tmp_path / "ct", "study")
+    rt = write_structures(tmp_path / "rt.dcm", {"Body": [in_space(BOX)]}, change=renewed)
+    other = add_study(tmp_path / "mr", "another study", modality="MR")
+    write_series(tmp_path / "thin", example((3, 5, 5)), study="another study", series="thin", modality="MR")
+    seg = segment(other, tmp_path / "seg.dcm", change=renewed)
+
+    source = dicom_tree(tmp_path)
+
+    assert case_of(source.cases, "study").masks == (Mask((rt,), names={"Body": 1}),)
+    assert case_of(source.cases, "another study").masks == (Mask((seg,), names={"Lung": 3, "Honeycombing": 2}),)
+    note = "2 DICOM masks name no series that is there, and were taken for the only image in their place (study "
+    assert source.notes[-1].startswith(note) and folder.name not in source.notes[-1]
+
+
+def image_gone(root: Path) -> None:
+    gone = add_study(root / "gone", "gone")
+    segment(gone, root / "seg.dcm")
+    shutil.rmtree(gone)
+
+
+def other_frame(root: Path) -> None:
+    def change(dataset: Dataset) -> None:
+        renewed(dataset)
+        dataset.FrameOfReferenceUID = new_uid("elsewhere")
+
+    segment(root / "ct", root / "seg.dcm", change=change)
+
+
+def two_in_place(root: Path) -> None:
+    add_study(root / "again", "study", series="again")
+    write_structures(root / "rt.dcm", {"Lung": [in_space(BOX)], "Body": [in_space(BOX)]}, change=renewed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            image_gone,
+            "Lung, Honeycombing in the source itself refers to a series that is not there, and its study has no",
+        ),
+        (
+            other_frame,
+            "refers to a series that is not there, and none of the 1 images of its study is in its frame of re",
+        ),
+        (
+            two_in_place,
+            "Lung, Body in the source itself refers to a series that is not there, and 2 images are in",
+        ),
+    ],
+)
+def test_masks_of_no_image_are_refused(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    add_study(tmp_path / "ct", "study")
+    spoil(tmp_path)
+    with pytest.raises(FibldmError, match=rf"study \d of \d, series \d of \d: the mask of .*{message}") as caught:
+        dicom_tree(tmp_path)
+    assert "export masks together with the series they were drawn on" in caught.value.remedy
+
+
+def test_masks_of_what_is_no_volume_of_ct_are_said(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
+    write_series(tmp_path / "pt", example(SHAPE), study="study", series="pt", modality="PT")
+    write_structures(tmp_path / "rt.dcm", {"Lung": [in_space(BOX)]}, series="pt")
+
+    source = dicom_tree(tmp_path)
+
+    assert source.cases[0].masks == ()
+    assert "1 series are no volumes of CT or MR and were left out (1 PT)" in source.notes
+    assert any(
+        "1 DICOM masks belong to series that are no volumes of CT or MR and were left" in n for n in source.notes
     )
 
 
@@ -151,8 +244,8 @@ def test_merged_masks_come_in_order_of_priority(tmp_path: Path) -> None:
 
     source = dicom_tree(tmp_path, ["Lung", "Honeycombing"])
 
-    lung, honey = {"Lung": 1}, {"Honeycombing": 2}
-    assert source.cases[0].masks == (Mask((a,), names=lung), Mask((b,), names=lung), Mask((a,), names=honey))
+    lung, honey = (None, {"Lung": 1}, ("Honeycombing",)), (None, {"Honeycombing": 2}, ("Lung",))
+    assert source.cases[0].masks == (Mask((a,), *lung), Mask((b,), *lung), Mask((a,), *honey))
     assert source.labels == {1: "Lung", 2: "Honeycombing"}
     with pytest.raises(FibldmError, match="--merge-masks asks for Liver; the masks hold Honeycombing, Lung"):
         dicom_tree(tmp_path, ["Lung", "Liver"])
@@ -199,7 +292,7 @@ def test_missing_patients_and_both_modalities_are_said(tmp_path: Path) -> None:
     assert case_of(source.cases, "study").subject == new_uid("study")
     assert source.modality is None
     assert source.notes[1:] == (
-        "1 series state no Patient ID; each of their studies counts as a patient",
+        "1 series state no Patient ID; each of their studies counts as a patient (study 1 of 2, series 1 of 1)",
         "1 CT and 1 MR series are mixed",
     )
 
@@ -271,6 +364,173 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
     two_nifti(tmp_path)
     with pytest.raises(FibldmError, match=r"(?s)2 findings:.*2 NIfTI files.*both were found"):
         dicom_tree(tmp_path)
+
+
+def test_merged_structures_say_once_what_none_of_them_takes(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
+    names = ("Lung", "Tumour", "Couch", "Body")
+    write_structures(tmp_path / "rt.dcm", {name: [in_space(BOX, AXIAL)] for name in names})
+    (case,) = dicom_tree(tmp_path, ["Tumour", "Lung"]).cases
+
+    record = prepare_case(case, Rules("ct", labels=(1, 2), ordered=True), None)
+
+    said = [finding.message for finding in record.findings if "left out" in finding.message]
+    assert said == ["label: left out, as not asked for: Body, Couch"]
+    assert record.facts is not None
+
+
+def test_masks_that_hold_none_of_the_wanted_segments_are_said(tmp_path: Path) -> None:
+    segment(add_study(tmp_path / "one", "one"), tmp_path / "a.dcm", ("Lung",))
+    segment(add_study(tmp_path / "two", "two"), tmp_path / "b.dcm", ("lung",))
+
+    source = dicom_tree(tmp_path, ["Lung"])
+
+    assert [len(case_of(source.cases, name).masks) for name in ("one", "two")] == [1, 0]
+    assert source.notes == ("1 series have masks that hold none of Lung, and count as without a mask; they hold lung",)
+
+
+def bare(folder: Path, implicit: bool) -> None:
+    """Files as a data set alone, without preamble and group 2."""
+    for file in folder.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.file_meta, dataset.preamble = FileMetaDataset(), None
+        dataset.save_as(file, enforce_file_format=False, implicit_vr=implicit, little_endian=True)
+        file.rename(file.with_suffix(""))
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_files_without_a_preamble_are_read(tmp_path: Path, implicit: bool) -> None:
+    """Images and both kinds of masks, as planning systems and old archives write them."""
+    segment(add_study(tmp_path / "ct", "one"), tmp_path / "mask" / "seg.dcm", ("Lung",))
+    add_study(tmp_path / "more", "study", patient="ID-2")
+    write_structures(tmp_path / "mask" / "rt.dcm", {"Body": [in_space(BOX, AXIAL)]})
+    before = [read_scan(case.images[0]).array for case in dicom_tree(tmp_path).cases]
+    masks = [read_mask(case.masks[0], read_scan(case.images[0])).array for case in dicom_tree(tmp_path).cases]
+    for name in ("ct", "more", "mask"):
+        bare(tmp_path / name, implicit)
+
+    source = dicom_tree(tmp_path)
+
+    assert len(source.cases) == 2 and source.notes == ()
+    for case, image, mask in zip(source.cases, before, masks, strict=True):
+        scan = read_scan(case.images[0])
+        np.testing.assert_array_equal(scan.array, image)
+        np.testing.assert_array_equal(read_mask(case.masks[0], scan).array, mask)
+
+
+def test_compressed_voxels_of_an_unknown_syntax_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, example(SHAPE), transfer_syntax=uid.RLELossless)
+    bare(tmp_path, implicit=False)
+    (case,) = dicom_tree(tmp_path).cases
+    with pytest.raises(FibldmError, match="must state how its voxels are compressed; it has no transfer syntax"):
+        read_scan(case.images[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda file: file.write_bytes(b""),
+            r"2 files named as DICOM hold none, in folder 2/1 \(2 are empty, the others",
+        ),
+        (lambda file: file.write_bytes(bytes(9)), r"2 files named as DICOM hold none, in folder 2/1 \(0 are empty"),
+        (
+            lambda file: (Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes())), file.unlink()),
+            r"2 DICOM files are compressed, in folder 2/1; unpack them \(gunzip -r, unzip\)",
+        ),
+    ],
+    ids=["empty", "damaged", "compressed"],
+)
+def test_patients_lost_in_transfer_are_refused(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    add_study(tmp_path / "A", "study")
+    for file in write_series(tmp_path / NAME / "ct", example(SHAPE)[:2]):
+        spoil(file)
+    with pytest.raises(FibldmError, match=message) as caught:
+        dicom_tree(tmp_path)
+    assert NAME not in str(caught.value)
+    shutil.rmtree(tmp_path / "A")
+    assert detect_layout(tmp_path) == "dicom"
+    with pytest.raises(FibldmError, match=rf"(?s)none of 0 series is one.*{message.replace('2/1', '1/1')}"):
+        dicom_tree(tmp_path)
+
+
+def test_what_is_left_out_of_a_tree_is_said(tmp_path: Path) -> None:
+    folder = add_study(tmp_path / "ct", "study")
+    for name in (
+        "b/one.zip",
+        "b/two.tar.gz",
+        "c/mask.nrrd",
+        "c/seg.mha",
+        "d/IM1",
+        "d/e.mr",
+        "ct/.DS_Store",
+        "ct/._1.dcm",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if name.endswith("mr") else b"something else")
+    for name in ("notes.txt", "report.pdf", "b/readme.md"):
+        (tmp_path / name).write_text("no volume")
+
+    assert dicom_tree(tmp_path).notes == (
+        "1 series have no mask (study 1 of 1, series 1 of 1)",
+        "2 archives were left out; unpack them if patients or masks are inside (folder 1)",
+        "2 volumes of other formats than DICOM and NIfTI were left out; masks may be converted to NIfTI (folder 2)",
+        "2 files are empty or have no known ending, hold no DICOM and were left out (folder 4)",
+    )
+    assert folder.name == "ct"
+
+
+def test_links_to_patients_are_followed_once(tmp_path: Path) -> None:
+    """To folders and files, in the tree or elsewhere; loops and what lies around the tree are not."""
+    add_study(tmp_path / "archive" / "one", "one")
+    add_study(tmp_path / "archive" / "two", "two", patient="ID-2")
+    cohort = tmp_path / "cohort"
+    inside = add_study(cohort / "three", "three", patient="ID-3")
+    (cohort / "one").symlink_to("../archive/one")
+    (cohort / "again").symlink_to(cohort / "one")
+    (cohort / "files").mkdir()
+    for file in (tmp_path / "archive" / "two").iterdir():
+        (cohort / "files" / file.name).symlink_to(file)
+    for name, target in (("loop", cohort), ("up", tmp_path), ("self", "self"), ("0001.dcm", inside / "0001.dcm")):
+        (cohort / name).symlink_to(target)
+
+    source = dicom_tree(cohort)
+
+    assert sorted(case.name for case in source.cases) == sorted(
+        new_uid(study, "series") for study in ("one", "two", "three")
+    )
+    assert all(len(case.images[0]) == SHAPE[0] for case in source.cases)
+    assert source.notes[-1] == "1 links lead to nothing that is there and were left out (the source itself)"
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "p").symlink_to(tmp_path / "archive" / "one")
+    assert detect_layout(links) == "dicom" and len(dicom_tree(links).cases) == 1
+
+
+def test_a_folder_of_a_patient_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_study(tmp_path / "ct", "study")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def denied(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(FibldmError, match="must be readable; Permission denied"):
+        find_source(tmp_path, "dicom", options=LayoutOptions())
+
+
+def test_modality_that_no_tag_states_is_that_of_the_object(tmp_path: Path) -> None:
+    def clear(dataset: Dataset, index: int = 0) -> None:
+        complete(dataset, index)
+        dataset.Modality = ""
+
+    write_series(tmp_path / "ct", example(SHAPE), change=clear)
+    write_structures(tmp_path / "rt.dcm", {"Body": [in_space(BOX, AXIAL)]}, change=clear)
+    (case,) = dicom_tree(tmp_path).cases
+    assert case.masks and read_mask(case.masks[0], read_scan(case.images[0])).names == {1: "Body"}
 
 
 @pytest.mark.parametrize("content", [b"", bytes(2000)], ids=["empty", "zeroed"])

@@ -157,6 +157,7 @@ def test_a_test_list_goes_before_the_folder_and_may_be_absent_a2(tmp_path: Path)
     assert found.notes == (
         "images of the test list that do not exist are left out: 1",
         "the list validation of dataset.json is left out: 2 entries",
+        "1 images that dataset.json does not list were left out: imagesTs/b_8.nii.gz",
     )
 
 
@@ -331,6 +332,38 @@ def test_bids_sessions_channels_and_binary_lesions_b5(tmp_path: Path) -> None:
     message = refused(tmp_path, bids_mask="l/*")
     assert "one suffix must be in all 2 sessions" in message
     assert "found FLAIR in 2, T1w in 2, T2w in 2; choose the channels" in message
+
+
+def test_links_and_endings_of_bids_lose_nothing(tmp_path: Path) -> None:
+    """A pipeline under derivatives/ and a patient that are links, and endings in capitals."""
+    store, source = tmp_path / "store", tmp_path / "bids"
+    touch(store, *(f"seg/sub-0{i}/anat/sub-0{i}_dseg.nii.gz" for i in (1, 2, 3, 4)), "sub-02/anat/sub-02_T1w.nii.gz")
+    touch(source, "sub-01/anat/sub-01_T1w.nii.gz", "sub-03/anat/sub-03_T1w.NII.GZ", "sub-04/func/sub-04_bold.nii.gz")
+    (source / "sub-02").symlink_to(store / "sub-02")
+    (source / "derivatives").mkdir()
+    (source / "derivatives" / "seg").symlink_to(store / "seg")
+    (store / "seg" / "loop").symlink_to(source)
+
+    found = find(source)
+
+    assert [(case.subject, len(case.masks)) for case in found.cases] == [("sub-01", 1), ("sub-02", 1), ("sub-03", 1)]
+    assert found.notes == (
+        "1 masks under derivatives/ of no patient and session with images were left out: "
+        "derivatives/seg/sub-04/anat/sub-04_dseg.nii.gz",
+        "1 patients without an image under anat/ were left out: sub-04",
+    )
+
+
+def test_images_that_no_list_and_no_name_takes_are_said(tmp_path: Path) -> None:
+    """Decathlon's list may be shorter than its folder, and folders of organs may hold neither image nor masks."""
+    source = touch(tmp_path / "d", *(f"imagesTr/{n}.nii.gz" for n in "abc"), "labelsTr/a.nii.gz", "imagesTs/d.nii.gz")
+    listed = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    write_json(source / "dataset.json", {"training": [listed], "modality": {"0": "CT"}})
+    said = "2 images that dataset.json does not list were left out: imagesTr/b.nii.gz, imagesTr/c.nii.gz"
+    assert find(source, "decathlon").notes == (said,)
+    organs = touch(tmp_path / "o", "s1/ct.nii.gz", "s1/segmentations/liver.nii.gz", "s2/CT.nii.gz", "s3/volume.nii.gz")
+    said = "2 folders without ct.nii.gz, mri.nii.gz and segmentations/ were left out: s2, s3"
+    assert find(organs, merge_masks=("liver",)).notes == (said,)
 
 
 def test_bids_lists_all_that_is_wrong_b5(tmp_path: Path) -> None:

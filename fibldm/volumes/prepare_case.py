@@ -140,7 +140,9 @@ def prepare_case(case: Case, rules: Rules, folder: Path | None) -> Record:
     findings: list[Finding] = []
 
     def note(level: Level, message: str) -> None:
-        findings.append(Finding(case.name, level, _without_paths(message, case) if case.private else message))
+        finding = Finding(case.name, level, _without_paths(message, case) if case.private else message)
+        if finding not in findings:  # several masks of one file say the same
+            findings.append(finding)
 
     image = _image(case, rules, note)
     label, derived = (None, False) if image is None else _label(case, image, rules, note)

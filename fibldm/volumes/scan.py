@@ -64,11 +64,13 @@ class Mask:
         files: of the mask.
         value: what the voxels of a binary mask become; ``None`` for a label map or a DICOM mask.
         names: of a DICOM mask (segmentation, RT structure set), values by the segments' names; others are left out.
+        elsewhere: of a DICOM mask, segments that other masks of the case take.
     """
 
     files: Files
     value: int | None = None
     names: Mapping[str, int] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

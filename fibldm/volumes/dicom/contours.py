@@ -1,8 +1,9 @@
 """Closed planar contours drawn on the slices of an image: which voxels lie inside.
 
-Voxel indices ``(X, Y, Z)`` of the image's array count voxel centres from 0. A voxel belongs to a structure if its centre
-lies on one of its contours, be it of a hole, or inside of an odd number of them: an inner contour is a hole, and contours
-side by side are one, also where they touch. Contours drawn around the voxels of a mask run through their centres.
+Voxel indices ``(X, Y, Z)`` of the image's array count voxel centres from 0. A voxel belongs to a structure if its
+centre lies on one of its contours, be it of a hole, or inside of an odd number of them: an inner contour is a hole, and
+contours side by side are one, also where they touch. Contours traced around the voxels of a mask run through their
+centres.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.dicom.files import read_file
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -79,6 +80,7 @@ _HEADER = [*PIXELS, *_ONE_OF, *_TOLD_APART_BY, *_GEOMETRY, *_REST, _SHARED, _PER
 _SPLIT = "keep the files of one image series, or split it by the scanner's or archive's export"
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
+_SAME_GRID = 1e-2
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def read_dataset(source: Any, keywords: Iterable[str], *, pixels: bool = False) 
     import pydicom
 
     with pydicom.config.disable_value_validation():
-        dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=list(keywords))
+        dataset = read_file(source, stop_before_pixels=not pixels, specific_tags=list(keywords))
         _parse(dataset.file_meta)
         _parse(dataset)
     return dataset
@@ -191,6 +193,20 @@ def read_frames(files: Sequence[Path]) -> list[Frame]:
             message = f"a DICOM series must be readable; file {number} of {len(files)} is not ({type(error).__name__})"
             raise FibldmError(message, "transfer the series again") from None
     return frames
+
+
+def on_slices_of(mask: Path, image: Sequence[Path]) -> bool:
+    """Whether every frame of a segmentation lies on a slice of a series, pixel on pixel.
+
+    Raises:
+        FibldmError: a file cannot be read.
+    """
+    grids = [[_grid(frame) for frame in read_frames(files)] for files in ((mask,), image)]
+    if not all(grids) or any(grid is None for grid in (*grids[0], *grids[1])):
+        return False
+    frames, slices = (np.array(grid) for grid in grids)
+    off = [np.abs(slices - frame).max(axis=1).min() for frame in frames]
+    return max(off) < _SAME_GRID
 
 
 def mixed(frames: Sequence[Frame]) -> Iterator[Problem]:
@@ -263,6 +279,12 @@ def _kind(frame: Frame) -> tuple[str, ...]:
     values = frame.header.get("FrameType") or frame.header.get("ImageType") or ()
     values = (values,) if isinstance(values, str) else tuple(values)
     return values[2:3] if MODALITIES.get(frame.sop_class) == "CT" else values[2:4]
+
+
+def _grid(frame: Frame) -> list[float] | None:
+    """Rows, columns, spacing, orientation and position."""
+    stated = [frame.numbers(keyword, count) for keyword, count in (("Rows", 1), ("Columns", 1), *_GEOMETRY.items())]
+    return None if None in stated else [value for values in stated if values for value in values]
 
 
 def _lacking(frame: Frame) -> list[str]:

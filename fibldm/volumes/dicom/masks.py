@@ -3,7 +3,7 @@
 What is said of a file holds no patient, date, UID or path.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from fibldm.volumes.dicom.contours import (
     structures_of,
     unclosed,
 )
+from fibldm.volumes.dicom.files import read_file
 from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Scan
@@ -51,7 +52,9 @@ def segment_names(file: Path) -> list[str]:
     return [name for name, items in structures_of(dataset).items() if any(is_closed(item) for item in items)]
 
 
-def read_segmentation(file: Path, names: Mapping[str, int], image: Scan | None = None) -> Scan:
+def read_segmentation(
+    file: Path, names: Mapping[str, int], image: Scan | None = None, *, elsewhere: Collection[str] = ()
+) -> Scan:
     """A DICOM segmentation (binary, fractional or label map) as a uint8 label map in RAS+ order.
 
     A voxel of a fractional segment belongs to it from half of the maximum on. Slices that the file leaves out between
@@ -61,6 +64,7 @@ def read_segmentation(file: Path, names: Mapping[str, int], image: Scan | None =
         file: one segmentation.
         names: label values by the segments' labels; other segments are left out.
         image: what it belongs to; gives the distance of slices that a file may leave open.
+        elsewhere: segments that are read as other masks, of which nothing is said here.
 
     Raises:
         FibldmError: the file is damaged or no segmentation, holds none of the segments or no voxel, its frames are not
@@ -73,24 +77,30 @@ def read_segmentation(file: Path, names: Mapping[str, int], image: Scan | None =
     labels, affine = segmented(dataset, values, segments, image)
     volume = Volume(labels, _TO_RAS @ affine).canonical()
     left_out = sorted({name for name in segments.values() if name not in names})
-    findings = list(_left_out(left_out)) + list(_empty(labels, complete=not left_out))
+    findings = [*_left_out(left_out, elsewhere), *_empty(labels, complete=not left_out)]
     found = {values[number]: segments[number] for number in values}
     return Scan(volume.array, volume.affine, hash_file(file), findings=tuple(findings), names=found)
 
 
 def read_structures(
-    file: Path, names: Mapping[str, int], image: Scan, *, frame_of_reference: str | None = None
+    file: Path,
+    names: Mapping[str, int],
+    image: Scan,
+    *,
+    frame_of_reference: str | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Scan:
     """Closed planar contours of an RT structure set as a uint8 label map on the grid of their image.
 
-    A voxel belongs to a structure if its centre lies inside of it or on one of its contours; an inner contour is a hole,
-    contours that touch are one; nothing is filled in between slices. Points and open contours are left out.
+    A voxel belongs to a structure if its centre lies inside of it or on one of its contours; an inner contour is a
+    hole, contours that touch are one; nothing is filled in between slices. Points and open contours are left out.
 
     Args:
         file: one RT structure set.
         names: label values by the structures' names; others are left out.
         image: what the structures were drawn on.
         frame_of_reference: UID of the image's; ``None`` where it does not state one.
+        elsewhere: structures that are read as other masks, of which nothing is said here.
 
     Raises:
         FibldmError: the file is damaged or no structure set, holds none of the structures or no voxel centre inside of
@@ -103,7 +113,7 @@ def read_structures(
     _check_frame_of_reference(dataset, names, frame_of_reference)
     wanted = {name: items for name, items in structures.items() if name in names}
     drawn = {name: [contour_of(item) for item in items if is_closed(item)] for name, items in wanted.items()}
-    findings = list(_left_out(sorted(structures.keys() - wanted.keys())))
+    findings = list(_left_out(structures.keys() - wanted.keys(), elsewhere))
     findings += [finding for name, items in wanted.items() for finding in unclosed(name, items)]
     labels, remarks = _rasterised(drawn, names, image)
     findings += [*remarks, *_empty(labels, complete=len(wanted) == len(structures))]
@@ -146,7 +156,7 @@ def _read(file: Path, classes: tuple[str, ...]) -> "Dataset":
 
     try:
         with pydicom.config.disable_value_validation():
-            dataset = pydicom.dcmread(file)
+            dataset = read_file(file)
             sop_class = str(dataset.get("SOPClassUID", ""))
             for _ in dataset.iterall():  # elements are parsed at first sight
                 pass
@@ -175,9 +185,9 @@ def _check_found(found: Any, names: Mapping[str, int]) -> None:
         )
 
 
-def _left_out(names: list[str]) -> Iterator[Finding]:
-    if names:
-        yield "warning", f"left out, as not asked for: {', '.join(names)}"
+def _left_out(names: Collection[str], elsewhere: Collection[str]) -> Iterator[Finding]:
+    if others := sorted(set(names).difference(elsewhere)):
+        yield "warning", f"left out, as not asked for: {', '.join(others)}"
 
 
 def _empty(labels: NDArray[np.uint8], *, complete: bool) -> Iterator[Finding]:

@@ -147,8 +147,11 @@ def _decoded(dataset: "Dataset | None", frame: Frame, name: str) -> Array:
     message = f"{name} of a DICOM series must hold all its voxels, as its header says; it does not, or is damaged"
     damaged = FibldmError(message, "transfer the series again")
     syntax = None if dataset is None else dataset.file_meta.get("TransferSyntaxUID")
-    if dataset is None or syntax is None or not dataset.get("PixelData"):
+    if dataset is None or not dataset.get("PixelData"):
         raise damaged
+    if syntax is None:
+        message = f"{name} of a DICOM series must state how its voxels are compressed; it has no transfer syntax"
+        raise FibldmError(message, "export the series again, as DICOM files with a preamble")
     try:
         decoder = get_decoder(str(syntax)) if uid_name(syntax) != "unknown" else None
     except NotImplementedError:

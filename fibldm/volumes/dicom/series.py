@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
+from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_dataset, read_frames, sop_class, uid_name
 from fibldm.volumes.dicom.pixels import read_voxels, unreadable
 from fibldm.volumes.dicom.stack import stacked
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
+MASKS = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "SEG",
+    "1.2.840.10008.5.1.4.1.1.66.7": "SEG",
+    "1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT",
+}
+"""Modality by SOP class, of the classes that hold masks."""
 _FOUND = (
     "SOPClassUID SOPInstanceUID Modality ImageType PatientID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID "
     "ReferencedSeriesSequence ReferencedFrameOfReferenceSequence"
@@ -47,7 +54,7 @@ class Series:
         patient_id: may be empty.
         study_uid: may be empty.
         frame_of_reference: UID of its coordinate system; may be empty.
-        modality: "CT", "MR", "PT", "SEG", "RTSTRUCT", …, as the files say.
+        modality: "CT", "MR", "PT", "SEG", "RTSTRUCT", …, as the files say; where they do not, by their kind of object.
         sop_class: UID of the kind of object.
         files: sorted; without scouts where there are other images.
         localizer: whether it holds scouts only.
@@ -123,9 +130,8 @@ def read_series(files: Sequence[Path]) -> Scan:
 
 def _header(file: Path) -> "Dataset | None":
     """The header of a DICOM file; ``None`` for other files and DICOMDIR."""
-    with file.open("rb") as stream:
-        if stream.read(132)[128:] != b"DICM":
-            return None
+    if not holds_dicom(file):
+        return None
     header = read_dataset(file, _FOUND)
     if not sop_class(header):
         raise ValueError("a DICOM file must say what kind of object it holds")
@@ -133,7 +139,7 @@ def _header(file: Path) -> "Dataset | None":
 
 
 def _key(file: Path, header: "Dataset") -> tuple[str, ...]:
-    uid, modality = _text(header, "SeriesInstanceUID"), _text(header, "Modality")
+    uid, modality = _text(header, "SeriesInstanceUID"), _modality_of(header)
     return (uid or f"{file.parent}", _text(header, "StudyInstanceUID"), modality, "" if uid else sop_class(header))
 
 
@@ -145,7 +151,7 @@ def _series(members: list[tuple[Path, "Dataset"]]) -> Series:
         patient_id=_text(first, "PatientID"),
         study_uid=_text(first, "StudyInstanceUID"),
         frame_of_reference=next(filter(None, _frames_of_reference(first)), ""),
-        modality=_text(first, "Modality"),
+        modality=_modality_of(first),
         sop_class=sop_class(first),
         files=tuple(file for file, _ in kept),
         localizer=is_localizer(first),
@@ -155,6 +161,10 @@ def _series(members: list[tuple[Path, "Dataset"]]) -> Series:
 
 def _text(header: "Dataset", keyword: str) -> str:
     return str(header.get(keyword) or "").strip()
+
+
+def _modality_of(header: "Dataset") -> str:
+    return _text(header, "Modality") or MODALITIES.get(sop_class(header)) or MASKS.get(sop_class(header), "")
 
 
 def _frames_of_reference(header: "Dataset") -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_slices
@@ -91,7 +92,7 @@ def _dicom_mask(mask: Mask, image: Scan) -> Scan:
         raise FibldmError("a DICOM mask must be one file, a segmentation or an RT structure set", "name one of them")
     file = mask.files[0]
     read = read_segmentation if kinds == {"SEG"} else read_structures
-    return on_grid_of(read(file, mask.names, image), image)
+    return on_grid_of(read(file, mask.names, image, elsewhere=mask.elsewhere), image)
 
 
 def _check_readable(file: Path) -> None:
@@ -106,12 +107,7 @@ def _is_dicom(files: Files) -> bool:
     suffixes = {_suffix(file) for file in files}
     if len(files) > 1:
         return suffixes <= {_DICOM, ""}
-    return suffixes == {_DICOM} or (suffixes == {""} and _has_preamble(files[0]))
-
-
-def _has_preamble(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    return suffixes == {_DICOM} or (suffixes == {""} and holds_dicom(files[0]))
 
 
 def _common_suffix(files: Files) -> str:

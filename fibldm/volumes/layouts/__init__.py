@@ -5,13 +5,12 @@
 * ``folders``: images/ and labels/
 * ``tables``: a CSV or TSV manifest
 * ``organs``: a folder a case with binary masks
-* ``dicom_tree``: DICOM studies
+* ``dicom_tree`` (``dicom_links``, ``dicom_files``): DICOM studies
 
-Shared: ``entries`` (a volume file or a folder of slices), ``binary_masks``, ``segments`` (DICOM masks), ``cases`` (the
-check of all cases and the description of the dataset).
+Shared: ``entries`` (a volume file or a folder of slices), ``walk`` (all files below a folder), ``binary_masks``,
+``segments`` (DICOM masks), ``cases`` (the check of all cases and the description of the dataset).
 """
 
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,11 +21,13 @@ from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.bids import bids, is_bids
 from fibldm.volumes.layouts.cases import beside
 from fibldm.volumes.layouts.decathlon import decathlon
+from fibldm.volumes.layouts.dicom_files import is_packed_dicom
 from fibldm.volumes.layouts.entries import SIDECARS, is_dicom, visible
 from fibldm.volumes.layouts.folders import folders
 from fibldm.volumes.layouts.nnunet import is_nnunet, nnunet
 from fibldm.volumes.layouts.organs import is_organs, organs
 from fibldm.volumes.layouts.tables import manifests, table
+from fibldm.volumes.layouts.walk import files_below
 from fibldm.volumes.scan import Case, Source
 
 LAYOUTS = ("auto", "decathlon", "nnunet", "bids", "folders", "csv", "dicom", "organs")
@@ -155,9 +156,9 @@ def _check_options(layout: str, options: LayoutOptions) -> None:
 
 
 def _holds_dicom(source: Path) -> bool:
-    """Whether one of the first files is DICOM; links to folders are not followed, so that a loop of them ends."""
-    files = (Path(folder) / name for folder, _, names in os.walk(source) for name in names)
-    return any(path.is_file() and is_dicom(path) for path in islice(files, _SAMPLED))
+    """Whether one of the first files is DICOM, if need be a compressed one."""
+    files = (path for path in islice(files_below(source), _SAMPLED) if path.is_file())
+    return any(is_packed_dicom(path) or is_dicom(path) for path in files)
 
 
 def _content(source: Path) -> str:

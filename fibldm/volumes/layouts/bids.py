@@ -9,8 +9,8 @@ from typing import Any
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.volumes.layouts.bids_masks import find_masks, is_binary, label_names_of, masks_of
-from fibldm.volumes.layouts.bids_names import NIFTI, ends_with, inherited, suffix
-from fibldm.volumes.layouts.cases import check_cases, describe
+from fibldm.volumes.layouts.bids_names import ends_with, inherited, is_nifti, suffix
+from fibldm.volumes.layouts.cases import check_cases, describe, left_out
 from fibldm.volumes.layouts.entries import case_name, collected, visible
 from fibldm.volumes.layouts.manifest import covariates, read_records
 from fibldm.volumes.scan import Case, Covariate, Mask, Source
@@ -74,8 +74,13 @@ def bids(source: Path, channels: tuple[str, ...], mask_pattern: str | None) -> S
         problems.append(
             f"none of the {len(masks)} masks under derivatives/ belongs to a patient and session with images"
         )
+    else:
+        what = "masks under derivatives/ of no patient and session with images"
+        notes += left_out(what, (file.relative_to(source).as_posix() for file in masks if file not in taken))
     labels = label_names_of(source, taken, problems)
     check_cases(cases, problems, source, "choose images with --channels and masks with --bids-mask")
+    patients = {path.name for path in source.glob("sub-*") if path.is_dir() or path.is_symlink()} | people.keys()
+    notes += left_out("patients without an image under anat/", patients - {session.subject for session in sessions})
     facts = _description(source / "dataset_description.json")
     return describe("bids", source, cases, facts, notes=notes, channels=channels, labels=labels)
 
@@ -85,7 +90,7 @@ def _sessions(source: Path) -> list[Session]:
     sessions = []
     for folder in folders:
         parts = folder.relative_to(source).parts
-        images = tuple(path for path in visible(folder) if path.name.endswith(NIFTI) and suffix(path) not in _NO_IMAGES)
+        images = tuple(path for path in visible(folder) if is_nifti(path) and suffix(path) not in _NO_IMAGES)
         if images:
             sessions.append(Session(parts[0], parts[1] if len(parts) == 3 else None, images))
     if not sessions:

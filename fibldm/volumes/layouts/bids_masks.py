@@ -1,13 +1,13 @@
 """Masks of BIDS: which files under derivatives/ they are, and what their labels are called."""
 
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.layouts.bids_names import NIFTI, entities, entity, inherited, suffix
+from fibldm.volumes.layouts.bids_names import entities, entity, inherited, is_nifti, suffix
 from fibldm.volumes.layouts.manifest import read_records
+from fibldm.volumes.layouts.walk import files_below
 
 FOLDER = "derivatives"
 _LABEL_MAP, _BINARY = "dseg", "mask"
@@ -58,14 +58,8 @@ def label_names_of(source: Path, masks: Sequence[Path], problems: list[str]) -> 
 
 
 def _images_below(root: Path) -> list[Path]:
-    """NIfTI files below ``root``; links to folders are not followed, so that a loop of them ends."""
-    found = [Path(folder) / name for folder, _, names in os.walk(root, onerror=_raise) for name in names]
-    return sorted(path for path in found if path.name.endswith(NIFTI) and not path.name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+    """NIfTI files below ``root``, also where links lead."""
+    return sorted(path for path in files_below(root) if is_nifti(path))
 
 
 def _fits(file: Path, root: Path, pattern: str) -> bool:

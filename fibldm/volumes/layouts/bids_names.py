@@ -9,6 +9,11 @@ from fibldm.volumes.layouts.entries import visible
 NIFTI = (".nii", ".nii.gz")
 
 
+def is_nifti(path: Path) -> bool:
+    """Whether a file that is not hidden is named as NIfTI."""
+    return path.name.lower().endswith(NIFTI) and not path.name.startswith(".")
+
+
 def entities(path: Path) -> set[str]:
     """The entities of a file name, as ``{"sub-01", "run-2"}``."""
     return set(_name(path).split("_")[:-1])

@@ -1,6 +1,6 @@
 """What every layout ends with: all findings of all cases raised at once, and the dataset described."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from fibldm.volumes.layouts.entries import repeated
 from fibldm.volumes.scan import Case, Source
 
 REFERENCE_KEYS = ("description", "reference", "attribution")
+_LISTED = 5
 
 
 def check_cases(cases: Sequence[Case], problems: Sequence[str], source: Path, remedy: str) -> None:
@@ -32,6 +33,13 @@ def check_cases(cases: Sequence[Case], problems: Sequence[str], source: Path, re
             f"{len(found)} findings:{listed}",
             remedy,
         )
+
+
+def left_out(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """A note with count and names of what a layout leaves out; none where that is nothing."""
+    listed = sorted(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return (f"{len(listed)} {what} were left out: {', '.join(listed[:_LISTED])}{more}",) if listed else ()
 
 
 def describe(

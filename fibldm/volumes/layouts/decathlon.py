@@ -1,11 +1,11 @@
 """The Medical Segmentation Decathlon: dataset.json lists images and labels, one file a case (A2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.layouts.cases import check_cases, describe, read_dataset_json
+from fibldm.volumes.layouts.cases import check_cases, describe, left_out, read_dataset_json
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, volume_entries
 from fibldm.volumes.scan import Case, Mask, Source
 
@@ -32,7 +32,7 @@ def decathlon(source: Path) -> Source:
     present = [image for image in unlabelled if (source / image).exists()]
     cases += [_case(source, image, None, problems) for image in present]
     check_cases(cases, problems, source, "give every file of the training list its own name")
-    notes = _notes(facts, absent=len(unlabelled) - len(present))
+    notes = (*_notes(facts, absent=len(unlabelled) - len(present)), *_unlisted(source, cases))
     return describe("decathlon", source, cases, facts, notes=notes)
 
 
@@ -59,6 +59,18 @@ def _unlabelled(source: Path, facts: Mapping[str, Any], problems: list[str]) -> 
         if not isinstance(image, str)
     ]
     return [image for image in images if isinstance(image, str)]
+
+
+def _unlisted(source: Path, cases: Sequence[Case]) -> tuple[str, ...]:
+    """Images beside those that dataset.json lists, and in its test folder."""
+    files = {file.resolve() for case in cases for file in case.files}
+    folders = (source / "imagesTr", source / "imagesTs")
+    names = (f"{f.name}/{path.name}" for f in folders for path in volume_entries(f) if _is_unused(path, files))
+    return left_out("images that dataset.json does not list", names)
+
+
+def _is_unused(path: Path, files: set[Path]) -> bool:
+    return path.resolve() not in files and not any(path.resolve() in file.parents for file in files)
 
 
 def _notes(facts: Mapping[str, Any], *, absent: int) -> tuple[str, ...]:

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, stem
 from fibldm.volumes.scan import Files
 
 SIDECARS = (".json", ".txt", ".md", ".csv", ".tsv")
 _RAW = (".raw", ".zraw", ".raw.gz", ".img")
 _HEADERS = (".mhd", ".nhdr")
-_DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 _FORMATS = ", ".join(SUPPORTED_SUFFIXES)
 
 
@@ -67,19 +68,18 @@ def collected(path: Path, problems: list[str], where: str = "") -> Files:
 
 def shown(path: Path) -> str:
     """``path`` for a message, unless it may be DICOM, whose paths may tell the patient."""
-    named = re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix.lower() not in _DICOM_SUFFIXES
+    named = re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix.lower() not in DICOM_SUFFIXES
     return str(path) if named else "a DICOM file or a folder"
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its suffix or by the mark after its preamble."""
+    """Whether a file is DICOM, by its suffix or by how it begins."""
     name = path.name.lower()
-    if name.endswith(_DICOM_SUFFIXES):
+    if name.endswith(DICOM_SUFFIXES):
         return True
     if name.endswith((*SUPPORTED_SUFFIXES, *SIDECARS)):
         return False
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    return holds_dicom(path)
 
 
 def repeated(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.layouts.binary_masks import binary_masks, check_order
-from fibldm.volumes.layouts.cases import beside, check_cases, describe
+from fibldm.volumes.layouts.cases import beside, check_cases, describe, left_out
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, visible
 from fibldm.volumes.layouts.manifest import covariates, read_records, split_name
 from fibldm.volumes.scan import Case, Covariate, Source
@@ -29,7 +29,8 @@ def organs(source: Path, merge_masks: tuple[str, ...]) -> Source:
         FibldmError: ``merge_masks`` is empty (the names that were found are listed); a case lacks its image or one of
             the masks; or ``meta.csv`` does not fit (all of them listed).
     """
-    folders = [folder for folder in visible(source) if (folder / _MASKS).is_dir() or _images(folder)]
+    within = [path for path in visible(source) if path.is_dir() or not path.exists()]
+    folders = [folder for folder in within if (folder / _MASKS).is_dir() or _images(folder)]
     check_order(merge_masks, (folder / _MASKS for folder in folders))
     problems: list[str] = []
     meta, notes = _read_meta(source / "meta.csv", problems)
@@ -38,6 +39,10 @@ def organs(source: Path, merge_masks: tuple[str, ...]) -> Source:
     if len(modalities) > 1:
         problems.append(f"all cases must be of one modality; found {' and '.join(modalities)}")
     check_cases(cases, problems, source, "give every case its image and all masks, or name fewer in --merge-masks")
+    notes += left_out(
+        "folders without ct.nii.gz, mri.nii.gz and segmentations/",
+        (path.name for path in within if path not in folders),
+    )
     labels = dict(enumerate(merge_masks, start=1))
     return describe("organs", source, cases, {"modality": modalities[0], **beside(source)}, notes=notes, labels=labels)
 
