@@ -27,6 +27,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import read_mask, read_scan
 from fibldm.volumes.layouts import LayoutOptions, detect_layout, find_source
 from fibldm.volumes.layouts.dicom_tree import dicom_tree
+from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_case import Rules, prepare_case
 from fibldm.volumes.scan import Case, Mask
 
@@ -473,11 +474,19 @@ def test_what_is_left_out_of_a_tree_is_said(tmp_path: Path) -> None:
 
     assert dicom_tree(tmp_path).notes == (
         "1 series have no mask (study 1 of 1, series 1 of 1)",
-        "2 archives were left out; unpack them if patients or masks are inside (folder 1)",
+        "2 files are archives and were left out; unpack them if patients or masks are inside (folder 1)",
         "2 volumes of other formats than DICOM and NIfTI were left out; masks may be converted to NIfTI (folder 2)",
         "2 files are empty or have no known ending, hold no DICOM and were left out (folder 4)",
     )
     assert folder.name == "ct"
+
+
+def test_what_was_left_out_is_said_where_patients_lack(tmp_path: Path) -> None:
+    for number in (1, 2):
+        add_study(tmp_path / "source" / f"p{number}", f"study {'x' * number}", patient=f"ID-{number}")
+    (tmp_path / "source" / "p3.zip").write_bytes(b"PK")
+    with pytest.raises(FibldmError, match=r"(?s)at least 3 patients; got 2:.*note: 1 files are archives and were left"):
+        prepare(tmp_path / "source", tmp_path / "work", progress=False)
 
 
 def test_links_to_patients_are_followed_once(tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ def _settle(work: Path, found: Source, plan: Plan, checked: Checked, pseudonyms:
     listed = "".join(f"\n  {f.case:<{width}}  {f.level:<7}  {f.message}" for f in checked.findings)
     if skipping or not checked.bad:
         left = {subject for name, subject in settled.subjects.items() if name not in checked.bad}
+        listed += "".join(f"\n  note: {note}" for note in found.notes)  # what was left out may be the patients lacking
         raise FibldmError(f"{too_few(len(left))}{':' if listed else ''}{listed}", ADD_PATIENTS)
     raise FibldmError(
         f"every case must be sound; {errors} errors and {len(checked.findings) - errors} warnings in "

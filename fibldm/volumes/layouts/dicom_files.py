@@ -75,7 +75,7 @@ def left_out_files(
         and not (_is_beside(file, images) or _is_alone(file, images) or is_packed_dicom(file))
     ]
     found = {
-        "archives were left out; unpack them if patients or masks are inside": [
+        "files are archives and were left out; unpack them if patients or masks are inside": [
             file for file in shown if _ends(file, _ARCHIVES) and not is_nifti(file) and not is_packed_dicom(file)
         ],
         "volumes of other formats than DICOM and NIfTI were left out; masks may be converted to NIfTI": [
