@@ -169,6 +169,24 @@ def test_masks_whose_series_was_renamed_go_by_their_place(tmp_path: Path) -> Non
     assert source.notes[-1].startswith(note) and folder.name not in source.notes[-1]
 
 
+def test_structures_of_several_frames_of_reference_go_to_their_images(tmp_path: Path) -> None:
+    """What was drawn on an MR is not drawn on the CT of the same structure set."""
+
+    def two_frames(dataset: Dataset) -> None:
+        other = Dataset()
+        other.FrameOfReferenceUID = new_uid("mr study", "frame of reference")
+        dataset.ReferencedFrameOfReferenceSequence.insert(0, other)
+        dataset.StructureSetROISequence[1].ReferencedFrameOfReferenceUID = other.FrameOfReferenceUID
+
+    add_study(tmp_path / "ct", "study")
+    drawn = {"Lung": [in_space(BOX)], "Oedema": [in_space(BOX)]}
+    file = write_structures(tmp_path / "rt.dcm", drawn, change=two_frames)
+
+    (case,) = dicom_tree(tmp_path).cases
+
+    assert case.masks == (Mask((file,), names={"Lung": 1}),)
+
+
 def image_gone(root: Path) -> None:
     gone = add_study(root / "gone", "gone")
     segment(gone, root / "seg.dcm")

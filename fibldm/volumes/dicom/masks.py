@@ -40,8 +40,12 @@ _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _COINCIDENT = 0.1
 
 
-def segment_names(file: Path) -> list[str]:
+def segment_names(file: Path, frame_of_reference: str = "") -> list[str]:
     """Names of what a segmentation or RT structure set holds: segments, or structures with a closed planar contour.
+
+    Args:
+        file: one mask.
+        frame_of_reference: UID; structures that state another one are left out. Empty: none are.
 
     Raises:
         FibldmError: the file is neither, is damaged, or a segment has no name.
@@ -49,7 +53,10 @@ def segment_names(file: Path) -> list[str]:
     dataset = _read(file, _SEGMENTATION + _STRUCTURES)
     if dataset.SOPClassUID in _SEGMENTATION:
         return list(dict.fromkeys(segment_labels(dataset).values()))
-    return [name for name, items in structures_of(dataset).items() if any(is_closed(item) for item in items)]
+    structures = structures_of(dataset)
+    foreign = {str(item.ROIName).strip() for item in _elsewhere(dataset, frame_of_reference)}
+    drawn = [name for name, items in structures.items() if any(is_closed(item) for item in items)]
+    return [name for name in drawn if name not in foreign]
 
 
 def read_segmentation(
@@ -199,13 +206,19 @@ def _empty(labels: NDArray[np.uint8], *, complete: bool) -> Iterator[Finding]:
 
 
 def _check_frame_of_reference(dataset: "Dataset", names: Mapping[str, int], expected: str | None) -> None:
-    for item in dataset.StructureSetROISequence if expected else ():
-        stated = item.get("ReferencedFrameOfReferenceUID")
-        if stated and stated != expected and str(item.ROIName).strip() in names:
+    for item in _elsewhere(dataset, expected or ""):
+        if str(item.ROIName).strip() in names:
             raise FibldmError(
                 f"structures must be drawn in the image's frame of reference; {item.ROIName} is in another",
                 "register them to the image first",
             )
+
+
+def _elsewhere(dataset: "Dataset", expected: str) -> Iterator["Dataset"]:
+    """The structures that state another frame of reference."""
+    for item in dataset.get("StructureSetROISequence") or () if expected else ():
+        if item.get("ReferencedFrameOfReferenceUID") not in (None, "", expected):
+            yield item
 
 
 def _rasterised(

@@ -59,6 +59,7 @@ class Series:
         files: sorted; without scouts where there are other images.
         localizer: whether it holds scouts only.
         referenced_series: UIDs of the series that a segmentation or structure set refers to.
+        frames_of_reference: UIDs of all; a structure set may have several.
     """
 
     uid: str
@@ -70,6 +71,7 @@ class Series:
     files: tuple[Path, ...]
     localizer: bool = False
     referenced_series: tuple[str, ...] = ()
+    frames_of_reference: tuple[str, ...] = ()
 
     @property
     def image(self) -> bool:
@@ -151,6 +153,7 @@ def _series(members: list[tuple[Path, "Dataset"]]) -> Series:
         patient_id=_text(first, "PatientID"),
         study_uid=_text(first, "StudyInstanceUID"),
         frame_of_reference=next(filter(None, _frames_of_reference(first)), ""),
+        frames_of_reference=tuple(dict.fromkeys(filter(None, _frames_of_reference(first)))),
         modality=_modality_of(first),
         sop_class=sop_class(first),
         files=tuple(file for file, _ in kept),

@@ -56,7 +56,7 @@ def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Lin
 
     A mask belongs to the series that it refers to. Where none of them is there, as anonymisers renew UIDs, it belongs
     to the only image of its study in its frame of reference, a segmentation also to the only one of these whose slices
-    it lies on.
+    it lies on. Of a structure set with several frames of reference, an image gets the structures in its own.
 
     Args:
         found: all series.
@@ -77,15 +77,21 @@ def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Lin
             belongs = _in_place(mask, images, _titled(mask, names, source), problems)
             placed += [mask] * len(belongs)
         problems += _displaced(mask, belongs)
-        for image in belongs:
-            masks[image.series.uid][mask.series.files[0]] = names
+        several = len(mask.series.frames_of_reference) > 1
+        inside = {
+            image.series.uid: _names(mask, [], image.series.frame_of_reference) if several else names
+            for image in belongs
+        }
+        for uid, held in inside.items():
+            if held or not any(inside.values()):
+                masks[uid][mask.series.files[0]] = held or names
     return Links(masks, placed, elsewhere, problems)
 
 
 def _in_place(mask: Found, images: Sequence[Found], title: str, problems: list[str]) -> list[Found]:
-    place, study = mask.series.frame_of_reference, mask.series.study_uid
+    place, study = mask.series.frames_of_reference, mask.series.study_uid
     near = [image for image in images if study and image.series.study_uid == study]
-    same = [image for image in near if place and image.series.frame_of_reference == place]
+    same = [image for image in near if image.series.frame_of_reference in place]
     if len(same) > 1 and mask.series.modality == "SEG":
         same = [image for image in same if on_slices_of(mask.series.files[0], image.series.files)] or same
     if len(same) == 1:
@@ -110,15 +116,15 @@ def _titled(mask: Found, names: Sequence[str], source: Path) -> str:
 
 
 def _displaced(mask: Found, images: Sequence[Found]) -> Iterator[str]:
-    place = mask.series.frame_of_reference
+    place = mask.series.frames_of_reference
     for image in images:
-        if place and image.series.frame_of_reference not in ("", place):
+        if place and image.series.frame_of_reference not in ("", *place):
             yield f"{mask.where}: the mask is in another frame of reference than its image, {image.where}"
 
 
-def _names(mask: Found, problems: list[str]) -> list[str]:
+def _names(mask: Found, problems: list[str], frame_of_reference: str = "") -> list[str]:
     try:
-        return segment_names(mask.series.files[0])
+        return segment_names(mask.series.files[0], frame_of_reference)
     except FibldmError as error:
         problems.append(f"{mask.where}: {error.message}")
         return []
