@@ -1,5 +1,7 @@
-"""Between torch datasets and work folders: a work folder as a dataset, and any dataset of volumes as a source (D25)."""
+"""Between torch datasets and work folders: a work folder as a dataset, and any dataset of images as a source (D25)."""
 
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from fibldm.errors import FibldmError
+from fibldm.files import write_text
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.intensity import load_intensity
+from fibldm.volumes.torch_items import Keys, Parts, parts_of, volume_of
 from fibldm.volumes.writer import write_nifti
 
 Item = dict[str, Any]
@@ -74,52 +78,77 @@ def write_source(
     image_key: str = "image",
     mask_key: str | None = "mask",
     affine_key: str | None = "affine",
+    class_key: str | None = "class",
     spacing: Sequence[float] | None = None,
 ) -> Path:
-    """Write the volumes of any torch dataset to ``images/`` and ``labels/``, a source of ``fibldm prepare``.
+    """Write the images of any torch dataset to ``images/`` and ``labels/``, a source of ``fibldm prepare``.
+
+    Where items have classes, masks lie in ``masks/`` and a table ``cases.csv`` names the images, masks and classes: the
+    column ``class``, by the names in ``dataset.classes`` where the dataset has them, as those of torchvision do.
 
     Args:
-        dataset: has a length; its items are mappings, or pairs of image and mask. An image is ``(X, Y, Z)`` or
-            ``(C, X, Y, Z)`` along R, A, S, in HU or MR units; a mask ``(X, Y, Z)`` or ``(1, X, Y, Z)``.
+        dataset: has a length; its items are mappings, or pairs of an image and its mask or class. A volume is
+            ``(X, Y, Z)`` or ``(C, X, Y, Z)`` along R, A, S, in HU or the data's own units, its mask ``(X, Y, Z)`` or
+            ``(1, X, Y, Z)``. A slice is a PIL image, ``(1, rows, columns)`` or ``(X, Y, 1)``, and becomes
+            ``(X, Y, 1)``; rows run from front to back, columns from the patient's right to left.
         folder: to write to; made if absent.
         image_key: of the image in a mapping.
         mask_key: of the mask in a mapping; ``None`` or absent from an item: no mask.
         affine_key: of the affine ``(4, 4)`` in a mapping, voxel index to RAS+ mm.
+        class_key: of the class in a mapping, a number or a text; as ``mask_key``.
         spacing: mm along R, A, S where no item states an affine.
 
     Raises:
-        FibldmError: an item has no image, a shape that is no volume, a mask of another size, or neither affine nor
-            spacing.
+        FibldmError: an item has no image, a shape that is neither volume nor slice, a mask of another size, or neither
+            affine nor spacing; or some items have a class and others have none.
     """
-    count = len(dataset)  # type: ignore[arg-type]
+    keys = Keys(image_key, mask_key, affine_key, class_key)
+    count, rows = len(dataset), list[dict[str, Any]]()  # type: ignore[arg-type]
     width = len(str(max(count - 1, 0)))
     for index in range(count):
         name = f"case_{index:0{width}d}.nii.gz"
-        image, mask, affine = _parts(dataset[index], name, image_key, mask_key, affine_key)
-        affine = _affine(affine, spacing, name)
-        voxels = _volume(image, name)
-        write_nifti(Path(folder) / "images" / name, np.moveaxis(voxels, 0, 3) if voxels.ndim == 4 else voxels, affine)
-        if mask is not None:
-            labels = _volume(mask, name)
-            if labels.shape != voxels.shape[-3:]:
-                raise FibldmError(
-                    f"image and mask of item {index} must have one size; image {voxels.shape[-3:]}, mask {labels.shape}"
-                )
-            write_nifti(Path(folder) / "labels" / name, labels, affine)
+        parts = parts_of(dataset[index], keys, name)
+        masks = "labels" if parts.label is None else "masks"
+        masked = _write(Path(folder), name, parts, spacing, masks)
+        files = {"image": f"images/{name}", "label": f"{masks}/{name}" if masked else ""}
+        rows.append({**files, "class": _named(parts.label, dataset)})
+    known = [row["class"] is not None for row in rows]
+    if any(known) and not all(known):
+        raise FibldmError(f"every item must have a class or none; {sum(known)} of {count} have one")
+    if any(known):
+        _write_table(Path(folder) / "cases.csv", rows)
     return Path(folder)
 
 
-def _parts(item: Any, name: str, image_key: str, mask_key: str | None, affine_key: str | None) -> tuple[Any, Any, Any]:
-    if isinstance(item, Mapping):
-        if image_key not in item:
-            raise FibldmError(f"{name}: an item must have the key {image_key!r}; it has {', '.join(map(str, item))}")
-        image = item[image_key]
-        mask = item.get(mask_key) if mask_key is not None else None
-        affine = item.get(affine_key) if affine_key is not None else None
-        return image, mask, getattr(image, "affine", None) if affine is None else affine
-    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-        return item[0], item[1] if len(item) == 2 else None, getattr(item[0], "affine", None)
-    raise FibldmError(f"{name}: an item must be a mapping or a pair of image and mask; got {type(item).__name__}")
+def _write(folder: Path, name: str, parts: Parts, spacing: Sequence[float] | None, masks: str) -> bool:
+    """Write image and mask of an item; whether there is a mask."""
+    placed = parts.affine is not None
+    voxels, affine = volume_of(parts.image, name, placed=placed), _affine(parts.affine, spacing, name)
+    write_nifti(folder / "images" / name, np.moveaxis(voxels, 0, 3) if voxels.ndim == 4 else voxels, affine)
+    if parts.mask is None:
+        return False
+    labels = volume_of(parts.mask, name, placed=placed)
+    if labels.shape != voxels.shape[-3:]:
+        raise FibldmError(f"{name}: image and mask must have one size; image {voxels.shape[-3:]}, mask {labels.shape}")
+    write_nifti(folder / masks / name, labels, affine)
+    return True
+
+
+def _named(label: str | float | None, dataset: Any) -> str | float | None:
+    """A class by its name, where the dataset has names for the numbers."""
+    names = getattr(dataset, "classes", None)
+    if isinstance(label, float) and label.is_integer():
+        return str(names[int(label)]) if names and 0 <= label < len(names) else int(label)
+    return label
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    masked = any(row["label"] for row in rows)
+    writer = csv.DictWriter(text, ["image", *(["label"] if masked else []), "class"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _affine(affine: ArrayLike | None, spacing: Sequence[float] | None, name: str) -> NDArray[np.float64]:
@@ -128,14 +157,3 @@ def _affine(affine: ArrayLike | None, spacing: Sequence[float] | None, name: str
     if spacing is None or len(spacing) != 3:
         raise FibldmError(f"{name}: an affine or three spacings in mm must be known; got {spacing}", "give spacing=...")
     return np.diag([*spacing, 1.0]).astype(np.float64)
-
-
-def _volume(values: Any, name: str) -> NDArray[Any]:
-    array = np.asarray(values)
-    array = array[0] if array.ndim == 4 and len(array) == 1 else array
-    if array.ndim not in (3, 4) or array.dtype.kind not in "biuf":
-        raise FibldmError(
-            f"{name}: a volume must be numbers (X, Y, Z) or (C, X, Y, Z); got {array.dtype} {array.shape}"
-        )
-    narrow = {"b": np.uint8, "i": np.int32, "u": np.int32}  # NIfTI readers are few that take 64 bits
-    return array.astype(narrow.get(array.dtype.kind, np.float32))
