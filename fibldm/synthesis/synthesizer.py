@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,12 @@ from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.interchange import as_volume, to_sitk, to_torchio
 from fibldm.volumes.masks import as_labels
+
+if TYPE_CHECKING:
+    import SimpleITK
+    import torchio
 
 UNCONDITIONAL = "unconditional"
 """The name of volumes that no mask was given for."""
@@ -90,6 +95,18 @@ class Synthesis:
         if len(self.channels) > 1:
             raise FibldmError(f"this volume has {len(self.channels)} channels, not one", "take Synthesis.channels")
         return self.channels[0]
+
+    def to_sitk(self) -> "SimpleITK.Image":
+        """As an image of SimpleITK, of several channels with vector pixels; it has no mark that it is synthetic.
+
+        Raises:
+            FibldmError: the mask's axes were not at right angles.
+        """
+        return to_sitk(self.channels)
+
+    def to_torchio(self) -> "torchio.ScalarImage":
+        """As an image of TorchIO; it has no mark that it is synthetic."""
+        return to_torchio(self.channels)
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,7 @@ class Synthesizer:
 
     def __call__(
         self,
-        mask: Volume | None = None,
+        mask: "Volume | SimpleITK.Image | torchio.LabelMap | torchio.Subject | None" = None,
         *,
         name: str | None = None,
         number: int = 0,
@@ -241,7 +258,7 @@ class Synthesizer:
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
-        wanted = [Wanted(mask, name, number, covariates or {})]
+        wanted = [Wanted(None if mask is None else as_volume(mask), name, number, covariates or {})]
         chosen = (settings or SamplingSettings()).changed(**sampling)
         return self.batch(wanted, settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
