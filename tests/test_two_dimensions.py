@@ -32,7 +32,7 @@ from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.grid import Grid, ModelGrid
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings
-from fibldm.volumes.slices import heights, write_slices
+from fibldm.volumes.slices import heights, relative_position, write_slices
 
 SliceStage = Callable[..., Configuration]
 
@@ -124,6 +124,17 @@ def test_h13_all_slices_of_a_patient_are_in_the_split_of_its_volumes(phantom_wor
         for entry in load_datalist(slices_work, split):
             by_subject[entry["subject"]].add((split, entry["case"][:8]))
     assert all(len(found) == 1 for found in by_subject.values())
+
+
+def test_f3_a_slice_knows_its_place_in_its_volume(phantom_work: Path, slices_work: Path) -> None:
+    counts = {
+        e["case"]: nibabel.load(e["image"]).shape[2] for split in SPLITS for e in load_datalist(phantom_work, split)
+    }
+    for split in SPLITS:
+        for entry in load_datalist(slices_work, split):
+            volume, _, index = entry["case"].rpartition("_z")
+            assert entry["position"] == pytest.approx(int(index) / (counts[volume] - 1), abs=1e-4)
+    assert relative_position(0, 1) == 0.5
 
 
 def test_the_command_cuts_and_says_how_to_go_on(

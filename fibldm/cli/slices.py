@@ -19,7 +19,8 @@ def slices(
 
     count = write_slices(work, out, every=every)
     intensity = load_intensity(work / "intensity.json")
-    window = ["--window", f"{intensity.low:g}", f"{intensity.high:g}"] if intensity.kind == "window" else []
+    ends = [f"{intensity.low:g}", f"{intensity.high:g}"]
+    window = {"window": ["--window", *ends], "range": ["--range", *ends]}.get(intensity.kind, [])
     modality = read_datalist(work)["modality"]
     following = shlex.join(["fibldm", "prepare", str(out), "--out", f"{out}_work", "--modality", modality, *window])
     print(f"{count} slices in {out}; go on with\n  {following}")

@@ -20,6 +20,8 @@ from fibldm.volumes.layouts.cases import REFERENCE_KEYS
 from fibldm.volumes.writer import write_nifti
 
 MANIFEST = "cases.csv"
+POSITION = "position"
+"""The column of a slice's place in its volume, which may be a covariate."""
 
 _FILES = {"image": "slices", "label": "masks"}
 
@@ -28,7 +30,8 @@ def write_slices(work: Path, out: Path, *, every: float) -> int:
     """Write slices of every case as NIfTI of one voxel along Z, where they lie in the patient, and a CSV of them.
 
     A slice keeps the patient, the split and the covariates of its volume, so that none of a patient's slices comes into
-    another split. Cases with a mask are cut where it has labels, the others from end to end.
+    another split, and has its place in the volume as one more, `POSITION`. Cases with a mask are cut where it has
+    labels, the others from end to end.
 
     Args:
         work: folder of ``fibldm prepare``, RAS+.
@@ -71,6 +74,11 @@ def heights(spacing: float, count: int, every: float, label: NDArray[Any] | None
     return sorted({int(index) for index in np.floor(np.arange(start, last + 1e-6, step) + 1e-6)})
 
 
+def relative_position(index: int, count: int) -> float:
+    """Where a slice lies among those of its volume: 0 is the lowest (towards the feet), 1 the highest."""
+    return round(index / (count - 1), 4) if count > 1 else 0.5
+
+
 def _cut(entry: Mapping[str, Any], out: Path, every: float) -> list[dict[str, Any]]:
     """Write the slices of a case; a row of the manifest for each."""
     volumes = {key: nibabel.Nifti1Image.from_filename(entry[key]) for key in _FILES if key in entry}
@@ -88,7 +96,7 @@ def _write(
     for key, volume in volumes.items():
         part = volume.slicer[:, :, index : index + 1]
         write_nifti(out / files[key], np.asarray(part.dataobj), part.affine)
-    return {**entry, **files, "case": case}
+    return {**entry, **files, "case": case, POSITION: relative_position(index, volumes["image"].shape[2])}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
