@@ -137,8 +137,8 @@ def test_units_and_output() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "minmax"}, r"intensity kind must be one of window, percentile; got 'minmax'"),
-        ({}, r"intensity kind must be one of window, percentile; got None"),
+        ({"kind": "minmax"}, r"intensity kind must be one of window, percentile, range; got 'minmax'"),
+        ({}, r"intensity kind must be one of window, percentile, range; got None"),
         ({"kind": "window", "low": -1000}, r"must give numbers for low, high; high came as None"),
         ({"kind": "window", "low": 5, "high": 5}, r"window in HU must be finite and increasing .* got 5 and 5"),
         ({"kind": "window", "low": -1000, "high": 40000}, r"within \[-32768, 32767\]; got -1000 and 40000"),
@@ -195,3 +195,17 @@ def test_percentile_range_takes_tensors_and_arrays() -> None:
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(FibldmError, match="intensity.json must exist"):
         load_intensity(tmp_path / "intensity.json")
+
+
+def test_a_declared_range_is_exact_inside_and_comes_back() -> None:
+    """C21: whatever is neither CT nor MR, of any number of channels."""
+    intensity = Intensity("range", low=-2.5, high=7.5)
+    volume = np.linspace(-2.5, 7.5, 24, dtype=np.float32).reshape(2, 3, 4, 1)
+    tensor = intensity.normalise(volume)
+    assert tensor.min() == -1 and tensor.max() == 1
+    np.testing.assert_allclose(intensity.to_disk(tensor), volume, atol=1e-6)
+    assert intensity.to_disk(tensor).dtype == np.float32
+    assert intensity.normalise(np.array([-9.0, 2.5, 9.0])).tolist() == [-1, 0, 1]
+    assert Intensity.from_dict(intensity.to_dict()) == intensity
+    with pytest.raises(FibldmError, match="a range must be finite and increasing; got 1 and 1"):
+        Intensity("range", low=1, high=1)

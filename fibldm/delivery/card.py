@@ -1,7 +1,7 @@
 """The model card of a bundle: words that a person wrote, and what was measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ _SHOWN = {
     "reconstruction": ("psnr", "ssim", "dice_change"),
     "utility": ("utility", "dice"),
 }
+OTHER = "other"
+"""The modality of microscopy, simulations, shapes: whatever is neither CT nor MR."""
+
+_OTHER_USE = "Research on synthetic images, such as augmentation of training data and tests of software."
+_OTHER_LIMITS = (
+    "Volumes show what the training data show: other instruments, samples and settings are not known to the model."
+)
 _AUDIT = ("nearest_training_similarity", "closer_than_any_real", "named")
 
 
@@ -80,9 +87,12 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
         figures: of ``RUN/evaluation/metrics.json``; empty where nothing was measured.
         size: of the weights in bytes.
     """
+    modality = str(facts["modality"])
+    if modality == OTHER:
+        words = _unmedical(words)
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    tags = ["medical", "synthetic", "3d", "latent-diffusion", str(facts["modality"]), *words.tags]
+    tags = [*([] if modality == OTHER else ["medical", modality]), "synthetic", "3d", "latent-diffusion", *words.tags]
     once: dict[str, str] = {}
     for tag in tags:
         once.setdefault(tag.lower(), tag)
@@ -98,6 +108,8 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
         megabytes=f"{size / 1e6:.1f}",
         measured=_rows(figures, _SHOWN),
         audit=_rows(figures, {"copies": _AUDIT}),
+        units=_units(facts["intensity"]),
+        subject="subject" if modality == OTHER else "patient",
     )
 
 
@@ -110,6 +122,21 @@ def _range(known: Mapping[str, Any]) -> str:
 
 def _example(known: Mapping[str, Any]) -> str:
     return str(known["values"][0]) if "values" in known else f"{known['high']:g}"
+
+
+def _unmedical(words: Words) -> Words:
+    """The words of a bundle that shows no patients, where a person has not said others."""
+    usual, said = Words(), {"intended_use": _OTHER_USE, "limits": _OTHER_LIMITS}
+    return replace(words, **{key: text for key, text in said.items() if getattr(words, key) == getattr(usual, key)})
+
+
+def _units(intensity: Mapping[str, Any]) -> str:
+    """What the voxels of a volume are, in words."""
+    if intensity["kind"] == "range":
+        return f"the units of the training data, from {intensity['low']:g} to {intensity['high']:g} as was declared"
+    if intensity["kind"] == "window":
+        return f"HU, from {intensity['low']:g} to {intensity['high']:g}"
+    return "arbitrary units, as MR has them"
 
 
 def _rows(figures: Mapping[str, Any], shown: Mapping[str, Sequence[str]]) -> list[tuple[str, str, str]]:

@@ -214,9 +214,9 @@ def _inside(sample: Sample, reconstructor: Reconstructor) -> Image:
 
 def _unit(intensity: Intensity) -> tuple[float, str]:
     """What a step of 1 in ``[-1, 1]`` is, and the unit of that."""
-    if intensity.kind == "window":
-        return (intensity.high - intensity.low) / 2, "HU"
-    return 1.0, "of [-1, 1]"
+    if intensity.kind == "percentile":
+        return 1.0, "of [-1, 1]"
+    return (intensity.high - intensity.low) / 2, "HU" if intensity.kind == "window" else "units of the data"
 
 
 def _spectrum_figure(measured: Sequence[Reconstructed]) -> Figure:

@@ -22,7 +22,7 @@ def check_bids(suffix: str, *, modality: str, skull_stripped: bool | None) -> No
 
     Args:
         suffix: one of `SUFFIXES`.
-        modality: "ct" or "mr".
+        modality: "ct" or "mr"; BIDS has no suffix for others.
         skull_stripped: which BIDS asks of MR; ``None`` for CT.
 
     Raises:
@@ -30,7 +30,7 @@ def check_bids(suffix: str, *, modality: str, skull_stripped: bool | None) -> No
     """
     if suffix not in SUFFIXES:
         raise unknown_choice("the BIDS suffix", suffix, SUFFIXES)
-    if (suffix == _CT) != (modality == "ct"):
+    if modality not in ("ct", "mr") or (suffix == _CT) != (modality == "ct"):
         raise FibldmError(f"the BIDS suffix must fit the modality of the run, {modality.upper()}; got {suffix}")
     if (suffix == _CT) != (skull_stripped is None):
         raise FibldmError(

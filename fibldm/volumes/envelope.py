@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.volumes.grid import Volume
 
@@ -48,16 +49,24 @@ class Envelope:
             "RAS", grid.spacing, grid.field_of_view, self.spacing, self.field_of_view, strict=True
         ):
             if step > steps[1] * (1 + _SPACING_MARGIN):
-                findings.append(f"spacing along {axis} {step:.2f} mm (training up to {steps[1]:.2f} mm)")
+                findings.append(f"spacing along {axis} {_shown(step, 2)} mm (training up to {_shown(steps[1], 2)} mm)")
             if not views[0] * (1 - _VIEW_MARGIN) <= view <= views[1] * (1 + _VIEW_MARGIN):
-                findings.append(f"field of view along {axis} {view:.0f} mm (training {views[0]:.0f}-{views[1]:.0f} mm)")
+                trained = f"{_shown(views[0], 0)}-{_shown(views[1], 0)}"
+                findings.append(f"field of view along {axis} {_shown(view, 0)} mm (training {trained} mm)")
         voxel_ml = abs(float(np.linalg.det(labels.affine[:3, :3]))) / 1000
         for label, (low, high) in self.label_volume.items():
             volume = float((labels.array == label).sum()) * voxel_ml
             if label and volume and not low / _VOLUME_FACTOR <= volume <= high * _VOLUME_FACTOR:
-                findings.append(f"label {label} fills {volume:.1f} ml (training {low:.1f}-{high:.1f} ml)")
-        if not labels.array.any():
+                trained = f"{_shown(low, 1)}-{_shown(high, 1)}"
+                findings.append(f"label {label} fills {_shown(volume, 1)} ml (training {trained} ml)")
+        values = set(np.unique(labels.array).tolist())
+        if values == {0}:
             findings.append("no voxel has a label (all are background)")
+        elif values == {0, UNKNOWN_LABEL}:
+            findings.append(
+                f"no voxel has a label, only background and {UNKNOWN_LABEL}, which is unknown (a binary mask holds 0 "
+                "and the value of its label)"
+            )
         return findings
 
     def check(self, labels: Volume, *, allow: bool) -> list[str]:
@@ -73,6 +82,12 @@ class Envelope:
                 "give --allow-extrapolation to go on anyway (the sidecar will say so)",
             )
         return findings
+
+
+def _shown(value: float, decimals: int) -> str:
+    """A number with so many decimals, or three digits where these would say little, as of micrometres."""
+    small = 0 < value < (10 if decimals == 0 else 0.1)
+    return f"{value:.3g}" if small else f"{value:.{decimals}f}"
 
 
 def _per_axis(value: Mapping[str, Any]) -> tuple[Range, Range, Range]:

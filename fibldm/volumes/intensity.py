@@ -14,7 +14,7 @@ from monai.transforms.transform import MapTransform
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import read_json
 
-Kind = Literal["window", "percentile"]
+Kind = Literal["window", "percentile", "range"]
 Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
 Level = float | tuple[float, ...]
 """One number, or one for each channel."""
@@ -22,6 +22,7 @@ Level = float | tuple[float, ...]
 _FIELDS: dict[str, tuple[str, ...]] = {
     "window": ("low", "high"),
     "percentile": ("lower", "upper", "output_low", "output_high"),
+    "range": ("low", "high"),
 }
 _INT16 = np.iinfo(np.int16)
 
@@ -31,11 +32,12 @@ class Intensity:
     """How a volume becomes a tensor in ``[-1, 1]``, and how a synthetic tensor becomes a volume again.
 
     Args:
-        kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside) or ``"percentile"`` (MR: the
+        kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside), ``"percentile"`` (MR: the
             percentiles of each volume on the way in, one recorded range of the training split on the way out, so that
-            no patient's own range is written; each channel has its own).
-        low: lower end of the window in HU, of all channels; ``window`` only.
-        high: upper end of the window in HU, of all channels; ``window`` only.
+            no patient's own range is written; each channel has its own) or ``"range"`` (all else: a range that was
+            declared, exact inside, clipped outside).
+        low: lower end of the window in HU, or of the range, of all channels; not of ``percentile``.
+        high: upper end of the window in HU, or of the range, of all channels; not of ``percentile``.
         lower: percentile that becomes -1, in ``[0, 100]``; ``percentile`` only.
         upper: percentile that becomes 1, in ``[0, 100]``; ``percentile`` only.
         output_low: what -1 becomes on output, in arbitrary units; of several channels, one number for each;
@@ -59,6 +61,8 @@ class Intensity:
             raise unknown_choice("intensity kind", self.kind, _FIELDS)
         if self.kind == "window":
             _check_increasing("window in HU", self.low, self.high, _INT16.min, _INT16.max)
+        elif self.kind == "range":
+            _check_increasing("a range", self.low, self.high)
         else:
             _check_increasing("percentiles", self.lower, self.upper, 0, 100)
             _check_output(self.output_low, self.output_high)
@@ -70,13 +74,13 @@ class Intensity:
 
     @property
     def output_dtype(self) -> np.dtype:
-        """Voxel type of a written volume: int16 for CT, float32 for MR."""
+        """Voxel type of a written volume: int16 for CT, float32 for all else."""
         return np.dtype(np.int16 if self.kind == "window" else np.float32)
 
     @property
     def output_range(self) -> tuple[Level, Level]:
         """What -1 and 1 become on output, in ``units``."""
-        return (self.low, self.high) if self.kind == "window" else (self.output_low, self.output_high)
+        return (self.output_low, self.output_high) if self.kind == "percentile" else (self.low, self.high)
 
     def normalise(self, volume: Volume) -> Volume:
         """One volume as float32 in ``[-1, 1]``, linear inside its range and clipped outside; the input is not changed.
@@ -144,7 +148,7 @@ class Intensity:
 
     def _input_range(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
         """Lower and upper end of the range that becomes ``[-1, 1]``, of a shape that fits beside ``values``."""
-        if self.kind == "window":
+        if self.kind != "percentile":
             return self.low, self.high
         if not isinstance(self.output_low, tuple):
             return percentile_range(values, self.lower, self.upper)
@@ -155,7 +159,7 @@ class Intensity:
 
     def _check_channels(self, values: np.ndarray | torch.Tensor) -> None:
         """A rule for each channel needs just these; one rule for a volume must not be taken of several together."""
-        if self.kind == "window":
+        if self.kind != "percentile":
             return
         channels = len(self.output_low) if isinstance(self.output_low, tuple) else 1
         fits = values.shape[0] == channels if values.ndim == 4 else channels == 1

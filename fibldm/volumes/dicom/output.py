@@ -54,13 +54,14 @@ class DicomOutput:
             intensity: of the volume.
 
         Raises:
-            FibldmError: a label without coded meaning, several channels, sheared axes, or a template that does not fit.
+            FibldmError: neither CT nor MR, a label without coded meaning, several channels, sheared axes, or a
+                template that does not fit.
         """
         self.codes.find(names.values())
-        _value_range(intensity)
+        modality, _ = _modality(intensity), _value_range(intensity)
         in_viewing_order(Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.affine))
         if self.template is not None:
-            self.template.check(_modality(intensity), grid)
+            self.template.check(modality, grid)
 
     def check_whole(self, folder: Path) -> None:
         """See that a series written before is all there, with its mask.
@@ -130,6 +131,10 @@ def _mask_file(folder: Path) -> Path:
 
 
 def _modality(intensity: Intensity) -> Modality:
+    if intensity.kind == "range":
+        raise FibldmError(
+            "DICOM output needs a run of CT or MR; this one is of the modality other", "write NIfTI: leave out --format"
+        )
     return "ct" if intensity.units == "HU" else "mr"
 
 
