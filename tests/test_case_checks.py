@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fibldm.volumes.case_checks import (
+    extent_findings,
     grid_findings,
     image_findings,
     label_counts,
@@ -82,6 +83,67 @@ def test_labels_without_a_name_are_errors_where_names_are_known() -> None:
     assert "they run from 0 to 255" in said(label_findings(np.where(array == 7, 255, array)))[0]
     assert said(label_findings(array * 0)) == ["warning: the label volume is all background"]
     assert label_counts(array) == {1: 30, 7: 30}
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ((0, 255), "they run from 0 to 255: 0, 255 (change them with --remap 255=1)"),
+        ((0, 128, 255), "they run from 0 to 255: 0, 128, 255 (change them with --remap 255=1)"),
+        ((0, 1, 1000, 4000), "they run from 0 to 4000: 0, 1, 1000, 4000 (change them with --remap 1000=2,4000=3)"),
+        ((0, 65535), "they run from 0 to 65535: 0, 65535 (change them with --remap 65535=1)"),
+        ((-1, 0, 255), "they run from -1 to 255: -1, 0, 255"),
+        (range(300), "they run from 0 to 299: 0, 1, 2, 3, 4, ... (300 values)"),
+    ],
+    ids=["png", "three greys", "large numbers", "16 bits", "negative", "an image"],
+)
+def test_labels_that_are_too_large_come_with_the_remap_that_makes_them_small(values, remedy: str) -> None:
+    array = np.resize(np.array(values, np.int32), (10, 10, 10))
+    (found,) = said(label_findings(array))
+    assert found == f"error: labels must be within 0...254 (255 is kept for unknown); {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("spacing", "unit"),
+    [(0.0007, "metres"), (0.00001, "metres"), (700.0, "micrometres"), (20.0, "micrometres")],
+)
+def test_an_extent_that_nothing_scanned_has_is_an_error(spacing: float, unit: str) -> None:
+    for modality in ("ct", "mr"):
+        (found,) = said(extent_findings((512, 512, 60), np.array([spacing] * 3), modality))
+        size = f"{512 * spacing:.3g} x {512 * spacing:.3g} x {60 * spacing:.3g} mm"
+        assert f"the extent is {size}" in found and f"is it in {unit}?" in found and "--spacing" in found
+    assert said(extent_findings((512, 512, 60), np.array([spacing] * 3), "other")) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [
+        ((512, 512, 300), (0.7, 0.7, 1.0)),
+        ((400, 300, 1900), (1, 1, 1)),
+        ((30, 30, 25), (0.1, 0.1, 0.1)),
+        ((35, 51, 35), (1, 1, 1)),
+    ],
+    ids=["chest", "whole body", "organ of a mouse", "hippocampus"],
+)
+def test_extents_of_real_scans_are_none(shape, spacing) -> None:
+    assert said(extent_findings(shape, np.array(spacing), "mr")) == []
+
+
+def test_voxels_outside_of_the_declared_range_are_said() -> None:
+    array = np.linspace(0, 255, 1000).reshape(10, 10, 10)
+    assert said(image_findings(array, "other", SPACING, limits=(0, 255))) == []
+    (few,) = said(image_findings(array, "other", SPACING, limits=(0, 254)))
+    assert few.startswith("warning: voxels outside of --range 0 254 are clipped; 4 of 1000 voxels of image lie outside")
+    (many,) = said(image_findings(array, "other", SPACING, limits=(0, 1)))
+    assert many.startswith("error: voxels must lie within --range 0 1; 996 of 1000")
+
+
+def test_fractions_are_shown() -> None:
+    (found,) = said(label_findings(np.array([[[0, 1, 0.25, 1.00392, np.nan]]])))
+    assert found == (
+        "error: labels must be whole numbers; the label volume has fractions or NaN, such as 0.25, 1.00392, nan (is it "
+        "an image or a probability? bring it to labels, and save it as integers)"
+    )
 
 
 def test_an_image_given_as_labels_is_known_by_its_likeness() -> None:

@@ -59,7 +59,7 @@ def test_the_only_layout_that_fits_is_taken_a2(tmp_path: Path) -> None:
         "csv": make_table,
         "organs": make_organs,
     }
-    assert set(LAYOUTS) == {"auto", "dicom", *made}
+    assert set(LAYOUTS) == {"auto", "dicom", "pack", *made}
     for layout, make in made.items():
         source = make(tmp_path / layout)
         options = {"merge_masks": ("liver",)} if layout == "organs" else {}

@@ -554,7 +554,7 @@ def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (PrepareSettings(), "the modality must be ct or mr; nothing says it; give --modality"),
-        (PrepareSettings(modality="pet"), "modality must be one of ct, mr; got 'pet'"),
+        (PrepareSettings(modality="pet"), "modality must be one of ct, mr, other; got 'pet'"),
         (PrepareSettings(modality="mr", window=(0, 1)), "--window is for CT; the modality is mr"),
         (
             PrepareSettings(modality="ct", window=(100, 100)),

@@ -169,6 +169,29 @@ def test_scaled_and_big_endian_nifti_and_nifti_2(tmp_path):
     assert_same(read_scan((tmp_path / "c.nii.gz",)), array, affine_of())
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "int32"])
+def test_labels_that_nibabel_scaled_are_labels_again(dtype, tmp_path):
+    """A mask saved as floats beside the header of its image is quantised: 1 comes back as 1.0000153."""
+    labels = voxels() % 3
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(dtype)
+    nibabel.save(nibabel.Nifti1Image(labels.astype(float), affine_of(), header), tmp_path / "a.nii")
+    image = read_scan((tmp_path / "a.nii",))
+    assert not np.array_equal(image.array, labels) or dtype == "int32"
+    mask = read_mask(Mask((tmp_path / "a.nii",)), image)
+    np.testing.assert_array_equal(mask.array, labels)
+    assert [level for level, _ in mask.findings] == ([] if np.array_equal(image.array, labels) else ["warning"])
+
+
+@pytest.mark.parametrize("off", [0.002, 0.5])
+def test_real_fractions_stay_what_they_are(off, tmp_path):
+    labels = (voxels() % 3).astype("float32") + np.float32(off)
+    file = write(tmp_path / "a.nii", labels)
+    mask = read_mask(Mask((file,)), read_scan((file,)))
+    assert_same(mask, labels, affine_of())
+    assert mask.findings == ()
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".hdf5", ".mat", ".npz"])
 def test_arrays_are_chosen_by_name_and_indexed_as_x_y_z(suffix, tmp_path):
     """B6, F7."""

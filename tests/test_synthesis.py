@@ -41,7 +41,8 @@ from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.masks import find_masks
+from fibldm.volumes.interchange import to_sitk
+from fibldm.volumes.masks import as_labels, find_masks, read_mask
 from fibldm.volumes.writer import sidecar
 
 LABELS = (0, 1, 2, 5)
@@ -374,13 +375,18 @@ def _changed(value: float, dtype: type = np.float32) -> Volume:
     ("mask", "message"),
     [
         (_changed(3), r"may hold the labels \[0, 1, 2, 5\] or 255 \(unknown\); got also \[3\]"),
-        (_changed(0.5), "a mask must hold whole numbers; is this a label map"),
+        (_changed(0.5), "a mask must hold whole numbers; is this a label map, .* It holds 0.5"),
+        (_changed(1.002), "a mask must hold whole numbers; is this a label map, .* It holds 1.002"),
         (_changed(np.nan), "a mask must hold whole numbers"),
         (_changed(-1), r"must lie in 0..255; got -1..5"),
         (_changed(256, np.int16), r"must lie in 0..255; got 0..256"),
         (body(spacing=(5.0, 5.0, 8.0)), r"spacing along S 8.00 mm \(training up to 6.00 mm\); give --allow-extrapol"),
         (body(spacing=(2.0, 5.0, 5.0)), r"field of view along R 44 mm \(training 80-200 mm\)"),
         (Volume(np.zeros((20, 20, 20), dtype=np.uint8), np.diag([5.0, 5, 5, 1])), "no voxel has a label"),
+        (
+            Volume(np.where(body().array > 0, 255, 0).astype(np.uint8), body().affine),
+            "only background and 255, which is unknown .a binary mask holds 0 and the value of its label",
+        ),
     ],
 )
 def test_masks_that_are_refused(synthesizer, mask, message):
@@ -394,6 +400,32 @@ def test_extrapolation_is_allowed_and_told(synthesizer):
     made = synthesizer(body(spacing=(5.0, 5.0, 8.0)), settings=QUICK, allow_extrapolation=True)
     assert made.provenance["extrapolation"] == ["spacing along S 8.00 mm (training up to 6.00 mm)"]
     assert synthesizer(body(), settings=QUICK).provenance["extrapolation"] == []
+
+
+def test_a_declared_range_comes_back_in_the_volume_c21(synthesizer):
+    made = replace(synthesizer, intensity=Intensity("range", low=0, high=4095))(body(), settings=QUICK)
+    hu = synthesizer(body(), settings=QUICK).volume.array.astype(float)
+    assert made.volume.array.dtype == np.float32 and made.provenance["intensity"]["kind"] == "range"
+    np.testing.assert_allclose(made.volume.array / 4095, (hu + 1000) / 1600, atol=1 / 1600)
+
+
+def test_masks_and_volumes_may_be_those_of_simpleitk_and_torchio(synthesizer):
+    volume = synthesizer(body(), settings=QUICK).volume
+    made = synthesizer(to_sitk([body()]), settings=QUICK)
+    np.testing.assert_allclose(made.volume.array, volume.array, atol=1)  # HU; the affine's last bits differ
+    at = made.to_sitk().TransformIndexToPhysicalPoint((5, 6, 7))
+    np.testing.assert_allclose(np.multiply(at, (-1, -1, 1)), nibabel.affines.apply_affine(body().affine, (5, 6, 7)))
+    np.testing.assert_array_equal(made.to_torchio().data[0].numpy(), made.volume.array)
+
+
+def test_a_mask_that_nibabel_scaled_gives_the_volume_of_its_labels(synthesizer, tmp_path, caplog):
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(body().array.astype(float), body().affine, header), tmp_path / "scaled.nii.gz")
+    mask = _changed(1.0000153)
+    for given, name in ((mask, "a mask"), (read_mask(tmp_path / "scaled.nii.gz", {}), "scaled.nii.gz")):
+        np.testing.assert_array_equal(as_labels(given).array, np.rint(given.array))
+        assert f"labels of {name} are nearly whole" in caplog.text or name == "scaled.nii.gz"
 
 
 def test_whole_numbers_of_any_type_and_unknown_voxels_are_taken(synthesizer):

@@ -11,9 +11,13 @@ def prepare(
     source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
     out: Annotated[Path, typer.Option("--out", help="Work folder to write.")],
     layout: Annotated[str, typer.Option(help="auto, decathlon, nnunet, bids, folders, csv, dicom or organs.")] = "auto",
-    modality: Annotated[str | None, typer.Option(help="ct or mr; by default what the dataset says.")] = None,
+    modality: Annotated[str | None, typer.Option(help="ct, mr or other; by default what the dataset says.")] = None,
     window: Annotated[
         tuple[float, float] | None, typer.Option(help="CT only: HU that become -1 and 1 (default -1000 1000).")
+    ] = None,
+    intensity_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", help="Modality other: values that become -1 and 1, such as 0 255."),
     ] = None,
     labels: Annotated[str | None, typer.Option(help='Names, for example "1=right lung,2=left lung".')] = None,
     remap: Annotated[str | None, typer.Option(help='Label values to change, for example "2=1,4=1".')] = None,
@@ -62,6 +66,7 @@ def prepare(
         layout=layout,
         modality=modality,
         window=window,
+        range=intensity_range,
         labels=parse_label_names(labels) if labels is not None else {},
         remap=parse_remap(remap) if remap is not None else {},
         channels=_names(channels),

@@ -1,6 +1,6 @@
 """What may be wrong with the voxels, the labels and the grids of a case."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.volumes.grid import Array
+from fibldm.volumes.label_values import are_whole, fractions_shown, remap_remedy, shown
 from fibldm.volumes.scan import Level, Scan
 
 AIR = -1024
@@ -30,8 +31,15 @@ LIKELY_IMAGE = 0.8
 ANISOTROPY = 3.0
 """From this ratio of the largest to the smallest spacing on, a case is said to be anisotropic."""
 
+EXTENT_MM = (2.5, 3000.0)
+"""Least and greatest length of the longest side of a CT or MR volume: from a mouse's organ to a whole body. In metres
+a whole body is shorter, and in micrometres a mouse's organ is longer."""
+
 HEAD_MM = ((145, 205), (190, 265), (120, np.inf))
 """Extent along R, A, S of a whole head with its face; a brain alone is smaller, a trunk larger."""
+
+OUTSIDE_RANGE = 0.01
+"""Of the voxels of ``other``, so many may lie outside of the declared range and be clipped."""
 
 COUCH_MM = (150, 60)
 """A couch is at least this wide and at most this high in an axial slice."""
@@ -52,14 +60,21 @@ class Finding:
 Found = Iterator[tuple[Level, str]]
 
 
-def image_findings(array: Array, modality: str, spacing: NDArray[np.float64], name: str = "image") -> Found:
+def image_findings(
+    array: Array,
+    modality: str,
+    spacing: NDArray[np.float64],
+    name: str = "image",
+    limits: tuple[float, float] | None = None,
+) -> Found:
     """What is wrong with one channel.
 
     Args:
         array: voxels ``(X, Y, Z)`` along RAS+; CT in HU.
-        modality: ``ct`` or ``mr``.
+        modality: ``ct``, ``mr`` or ``other``.
         spacing: mm along R, A, S.
         name: of the channel.
+        limits: the declared range of ``other``.
     """
     wrong = 0 if array.dtype.kind in "iu" else array.size - np.count_nonzero(np.isfinite(as_float32(array)))
     if wrong:
@@ -69,7 +84,12 @@ def image_findings(array: Array, modality: str, spacing: NDArray[np.float64], na
     if low == high:
         yield "error", f"{name} must not be constant; every voxel is {low:g}"
         return
-    yield from _ct_findings(array, low, high, spacing) if modality == "ct" else _mr_findings(array, spacing, name)
+    if modality == "ct":
+        yield from _ct_findings(array, low, high, spacing)
+    elif modality == "mr":
+        yield from _mr_findings(array, spacing, name)
+    elif limits is not None:
+        yield from _range_findings(array, low, high, limits, name)
 
 
 def label_findings(array: Array, names: Collection[int] = ()) -> Found:
@@ -79,13 +99,20 @@ def label_findings(array: Array, names: Collection[int] = ()) -> Found:
         array: voxels ``(X, Y, Z)``.
         names: the values that have a name; empty where no name is known.
     """
-    if not np.isfinite(array).all() or (array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))):
-        yield "error", "labels must be whole numbers; the label volume has fractions or NaN"
+    if not are_whole(array):
+        yield (
+            "error",
+            f"labels must be whole numbers; the label volume has fractions or NaN, such as {fractions_shown(array)} "
+            "(is it an image or a probability? bring it to labels, and save it as integers)",
+        )
     elif array.min() < 0 or array.max() >= UNKNOWN_LABEL:
+        values = np.unique(array).tolist()
+        remedy = remap_remedy(values)
         yield (
             "error",
             f"labels must be within 0...{UNKNOWN_LABEL - 1} ({UNKNOWN_LABEL} is kept for unknown); "
-            f"they run from {array.min():g} to {array.max():g}",
+            f"they run from {array.min():g} to {array.max():g}: {shown(values)}"
+            + (f" (change them with {remedy})" if remedy else ""),
         )
     elif not array.any():
         yield "warning", "the label volume is all background"
@@ -129,6 +156,28 @@ def grid_findings(image: Scan, other: Scan, what: str = "label") -> Found:
             "error",
             f"image and {what} must have one affine; they differ by {off:.3g} voxels (at most {GRID_TOLERANCE:g})",
         )
+
+
+def extent_findings(shape: Sequence[int], spacing: NDArray[np.float64], modality: str) -> Found:
+    """Whether a grid is as large as something that is scanned; of other than CT and MR nothing is known.
+
+    Args:
+        shape: voxels along R, A, S.
+        spacing: mm along R, A, S.
+        modality: ``ct``, ``mr`` or ``other``.
+    """
+    extent = np.array(shape) * spacing
+    low, high = EXTENT_MM
+    if modality == "other" or low <= extent.max() <= high:
+        return
+    sizes, steps = (" x ".join(f"{length:.3g}" for length in lengths) for lengths in (extent, spacing))
+    unit = "metres" if extent.max() < low else "micrometres"
+    yield (
+        "error",
+        f"the longest side of a CT or MR volume must be {low:g} to {high:g} mm; the extent is {sizes} mm, with a "
+        f"spacing of {steps} mm (is it in {unit}? write it in mm into the header, or give it with --spacing where the "
+        "format holds none; microscopy and simulations are --modality other)",
+    )
 
 
 def spacing_findings(spacing: NDArray[np.float64]) -> Found:
@@ -183,6 +232,17 @@ def _mr_findings(array: Array, spacing: NDArray[np.float64], name: str) -> Found
             "warning",
             f"{name} shows a whole head: its face is likely recognisable, and synthetic ones may be; deface it first",
         )
+
+
+def _range_findings(array: Array, low: float, high: float, limits: tuple[float, float], name: str) -> Found:
+    outside = np.count_nonzero((array < limits[0]) | (array > limits[1]))
+    if not outside:
+        return
+    came = f"{outside} of {array.size} voxels of {name} lie outside, from {low:g} to {high:g}"
+    if outside > OUTSIDE_RANGE * array.size:
+        yield "error", f"voxels must lie within --range {limits[0]:g} {limits[1]:g}; {came} (give a wider range)"
+    else:
+        yield "warning", f"voxels outside of --range {limits[0]:g} {limits[1]:g} are clipped; {came}"
 
 
 def _couch(array: Array, spacing: NDArray[np.float64]) -> bool:

@@ -1,6 +1,8 @@
 """The masks that volumes are drawn from: found among files and folders, read, and kept beside the volumes."""
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,15 @@ import numpy as np
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.formats.readers import read_scan
+from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
 from fibldm.volumes.grid import Volume
+from fibldm.volumes.label_values import are_whole, fractions_shown, settled
 from fibldm.volumes.writer import volume_stem, write_labels
 
+_logger = logging.getLogger("fibldm")
 _NIFTI = (".nii", ".nii.gz")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _MASKS = (*_NIFTI, ".dcm")
 
 
@@ -58,39 +65,71 @@ def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
     """A mask of either format.
 
     Args:
-        file: NIfTI, or a DICOM segmentation.
-        names: of the run's labels by value; the segments of a DICOM segmentation get the values of their names.
+        file: NIfTI, NRRD, MetaImage, or a DICOM segmentation.
+        names: of the run's labels by value; the segments of a DICOM segmentation, or of one of 3D Slicer (NRRD), get
+            the values of their names.
 
     Raises:
         FibldmError: the file cannot be read, or a segment has no such name.
     """
+    if file.suffix in _ITK:
+        return _itk_mask(file, names)
     if file.suffix != ".dcm":
-        return read_volume(str(file))
+        volume = read_volume(str(file))
+        array, changed = settled(volume.array)
+        if changed:
+            _say_rounded(file.name)
+        return Volume(array, volume.affine)
     from fibldm.volumes.dicom.masks import read_segmentation, segment_names
 
-    strange = sorted(set(segment_names(file)) - set(names.values()))
+    _check_known(file, segment_names(file), names)
+    scan = read_segmentation(file, {name: value for value, name in names.items()})
+    return Volume(scan.array, scan.affine)
+
+
+def _itk_mask(file: Path, names: Mapping[int, str]) -> Volume:
+    scan = read_scan((file,), key="label")
+    if segments := segments_of(file):
+        _check_known(file, [segment.name for segment in segments], names)
+        scan = named_segments(scan, file, {name: value for value, name in names.items()})
+    wrong = [message for level, message in scan.findings if level == "error"]
+    if wrong or scan.array.ndim != 3:
+        raise FibldmError(f"{file}: {'; '.join(wrong) or 'a mask must be one label map'}", "export the file again")
+    return Volume(scan.array, scan.affine)
+
+
+def _check_known(file: Path, segments: list[str], names: Mapping[int, str]) -> None:
+    strange = sorted(set(segments) - set(names.values()))
     if strange:
         raise FibldmError(
             f"every segment of {file.name} must have the name of a label of the run "
             f"({', '.join(names.values()) or 'it has none'}); got also {', '.join(strange)}",
             "rename or delete these segments",
         )
-    scan = read_segmentation(file, {name: value for value, name in names.items()})
-    return Volume(scan.array, scan.affine)
 
 
 def as_labels(mask: Volume) -> Volume:
-    """The mask as uint8.
+    """The mask as uint8; labels that a scale on disk left nearly whole are made whole, with a line in the log.
 
     Raises:
         FibldmError: it holds fractions, or numbers that are no labels.
     """
-    rounded = np.rint(mask.array)
-    if not np.isfinite(mask.array).all() or not np.array_equal(rounded, mask.array):
-        raise FibldmError("a mask must hold whole numbers", "is this a label map, and not an image or a probability?")
-    if rounded.min() < 0 or rounded.max() > UNKNOWN_LABEL:
-        raise FibldmError(f"mask labels must lie in 0..255; got {int(rounded.min())}..{int(rounded.max())}")
-    return Volume(rounded.astype(np.uint8), mask.affine)
+    array, changed = settled(mask.array)
+    if not are_whole(array):
+        raise FibldmError(
+            "a mask must hold whole numbers",
+            f"is this a label map, and not an image or a probability? It holds {fractions_shown(array)}",
+        )
+    if array.min() < 0 or array.max() > UNKNOWN_LABEL:
+        raise FibldmError(f"mask labels must lie in 0..255; got {int(array.min())}..{int(array.max())}")
+    if changed:
+        _say_rounded("a mask")
+    return Volume(array.astype(np.uint8), mask.affine)
+
+
+@cache  # a mask is read more than once
+def _say_rounded(name: str) -> None:
+    _logger.warning("the labels of %s are nearly whole numbers and were rounded; save labels as integers", name)
 
 
 def keep_mask(path: Path, labels: Volume) -> None:

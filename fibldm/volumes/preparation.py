@@ -215,7 +215,7 @@ def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, p
 
 
 def _record_key(case: Case, rules: Rules, stat: str) -> str:
-    return hash_value([__version__, asdict(rules), [asdict(mask) for mask in case.masks], stat])
+    return hash_value([__version__, asdict(rules), [asdict(mask) for mask in case.masks], case.item, stat])
 
 
 def _stored_record(folder: Path, name: str, key: str) -> Record | None:

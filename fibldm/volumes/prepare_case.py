@@ -15,6 +15,7 @@ from fibldm.volumes.case_checks import (
     PERCENTILES,
     Finding,
     as_float32,
+    extent_findings,
     grid_findings,
     image_findings,
     label_counts,
@@ -35,7 +36,8 @@ class Rules:
     """What is decided about the voxels of every case.
 
     Attributes:
-        modality: ``ct`` or ``mr``.
+        modality: ``ct``, ``mr`` or ``other``.
+        limits: what becomes -1 and 1 of ``other``; ``None`` of the others.
         channels: names of the image channels.
         labels: values that have a name; empty where no name is known.
         spacing: mm, for files that state none; ``None`` where all do.
@@ -47,6 +49,7 @@ class Rules:
     """
 
     modality: str
+    limits: tuple[float, float] | None = None
     channels: tuple[str, ...] = ("image",)
     labels: tuple[int, ...] = ()
     spacing: tuple[float, float, float] | None = None
@@ -55,6 +58,11 @@ class Rules:
     resample_masks: bool = False
     derive: str | None = None
     bias_field: bool = False
+
+    @property
+    def scanner(self) -> bool:
+        """Whether files are a scanner's, which are in mm and in grey, or wrong."""
+        return self.modality != "other"
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class CaseFacts:
         shape: voxels.
         spacing: millimetres.
         label_ml: volume of every label that occurs, background left out, in ml; ``None`` without a mask.
-        range: of each channel in its units: the two percentiles for MR, least and greatest HU for CT.
+        range: of each channel in its units: the two percentiles for MR, least and greatest value for others.
         image_sha256: hash of the bytes of each channel's files.
         label_sha256: hash of the bytes of each mask's files.
         image_voxels: hash of the image's voxels as written; equal for equal volumes.
@@ -157,13 +165,13 @@ def prepare_case(case: Case, rules: Rules, folder: Path | None) -> Record:
 
 
 def stored_image(array: Array, modality: str) -> Array:
-    """The voxels of an image as written: CT in int16 with padding as air (float32 if it has fractions), MR in float32.
+    """The voxels of an image as written: CT in int16 with padding as air (float32 if it has fractions), else float32.
 
     Args:
         array: voxels, CT in HU.
-        modality: ``ct`` or ``mr``.
+        modality: ``ct``, ``mr`` or ``other``.
     """
-    if modality == "mr":
+    if modality != "ct":
         return as_float32(array)
     if array.dtype.kind in "iu":
         signed = array.astype(np.int32) if array.dtype.kind == "u" or array.dtype == np.int8 else array
@@ -174,7 +182,8 @@ def stored_image(array: Array, modality: str) -> Array:
 
 
 def _image(case: Case, rules: Rules, note: Note) -> Scan | None:
-    scans = [_read(partial(read_scan, files, spacing=rules.spacing), "image", note) for files in case.images]
+    read = partial(read_scan, spacing=rules.spacing, item=case.item, scanner=rules.scanner)
+    scans = [_read(partial(read, files), "image", note) for files in case.images]
     sound = [scan for scan in scans if scan is not None]
     if len(sound) < len(case.images):
         return None
@@ -194,7 +203,8 @@ def _image(case: Case, rules: Rules, note: Note) -> Scan | None:
         )
         return None
     for name, channel in zip(rules.channels, _channels(image), strict=True):
-        note_all(note, image_findings(channel, rules.modality, image.spacing, name))
+        note_all(note, image_findings(channel, rules.modality, image.spacing, name, rules.limits))
+    note_all(note, extent_findings(image.array.shape[:3], image.spacing, rules.modality))
     stacked = [length > 1 for length in image.array.shape[:3]]
     note_all(note, spacing_findings(image.spacing[stacked]))  # one slice is as thick as it is
     return _corrected(image, note) if rules.bias_field else image
@@ -252,7 +262,7 @@ def _label(case: Case, image: Scan, rules: Rules, note: Note) -> tuple[Scan | No
 
 
 def _label_map(mask: Mask, image: Scan, rules: Rules, note: Note) -> Scan | None:
-    read = _read(partial(read_mask, mask, image, spacing=rules.spacing), "label", note)
+    read = _read(partial(read_mask, mask, image, spacing=rules.spacing, scanner=rules.scanner), "label", note)
     if read is None or read.array.ndim != 3:
         if read is not None:
             note("error", f"label must hold one 3-D volume; its shape is {read.array.shape}")

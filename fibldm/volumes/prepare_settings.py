@@ -1,5 +1,6 @@
 """What a user decides about a preparation, and everything that is settled before a voxel is read (A2, H13)."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -10,11 +11,13 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import SPLITS, find_subjects, split_cases
 from fibldm.volumes.layouts import LayoutOptions
+from fibldm.volumes.layouts.segments import numbered_as_asked
 from fibldm.volumes.lung import LABELS as LUNGS
 from fibldm.volumes.prepare_case import Rules
 from fibldm.volumes.pseudonyms import Pseudonyms
 from fibldm.volumes.scan import ACQUISITION, Case, Covariate, Source
 
+MODALITIES = ("ct", "mr", "other")
 CT_WINDOW = (-1000.0, 1000.0)
 
 _MODALITY_NAMES = {
@@ -36,8 +39,9 @@ class PrepareSettings:
 
     Attributes:
         layout: one of `fibldm.volumes.layouts.LAYOUTS`.
-        modality: ``ct`` or ``mr``; ``None`` takes what the dataset says.
+        modality: ``ct``, ``mr`` or ``other`` (microscopy, simulations, shapes); ``None`` takes what the dataset says.
         window: HU that become -1 and 1, CT only; ``None`` means -1000 and 1000.
+        range: what becomes -1 and 1, in the units of the files; needed for ``other``, and for that only.
         labels: names by label value; they go before those of the dataset.
         remap: label values to change, as read to as written.
         channels: names of the image channels; where files are named by channel (BIDS), those to take.
@@ -57,6 +61,7 @@ class PrepareSettings:
     layout: str = "auto"
     modality: str | None = None
     window: tuple[float, float] | None = None
+    range: tuple[float, float] | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
     remap: Mapping[int, int] = field(default_factory=dict)
     channels: tuple[str, ...] = ()
@@ -98,7 +103,7 @@ class Plan:
 
     @property
     def modality(self) -> str:
-        """``ct`` or ``mr``."""
+        """``ct``, ``mr`` or ``other``."""
         return str(self.settings.modality)
 
     @property
@@ -119,6 +124,7 @@ class Plan:
         settings = self.settings
         return Rules(
             modality=self.modality,
+            limits=settings.range,
             channels=self.source.channels,
             labels=tuple(sorted(self.label_names)),
             spacing=settings.spacing,
@@ -155,7 +161,7 @@ class Plan:
 def make_plan(
     source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms, left_out: Collection[str] = ()
 ) -> Plan:
-    """Settle modality, window, names, patients and split.
+    """Settle modality, window, label values, names, patients and split.
 
     The split is drawn by the patients as the dataset calls them, so that it does not depend on the salt.
 
@@ -168,8 +174,10 @@ def make_plan(
     Raises:
         FibldmError: a setting does not fit the dataset, or no split by patient can be made.
     """
+    source = numbered_as_asked(source, settings.labels)
     modality = _modality(source, settings)
     window = _window(settings, modality)
+    _check_range(settings, modality)
     _check_settings(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
     known, notes = find_subjects(cases, settings.subject_pattern)
@@ -265,7 +273,8 @@ def _tells_patient(name: str, values: Sequence[tuple[str, Covariate]]) -> bool:
 def _window(settings: PrepareSettings, modality: str) -> tuple[float, float] | None:
     if modality != "ct":
         if settings.window is not None:
-            raise FibldmError("--window is for CT; the modality is mr", "leave the window out")
+            remedy = "give --range" if modality == "other" else "leave the window out"
+            raise FibldmError(f"--window is for CT; the modality is {modality}", remedy)
         return None
     low, high = settings.window or CT_WINDOW
     if not -32768 <= low < high <= 32767:
@@ -273,17 +282,32 @@ def _window(settings: PrepareSettings, modality: str) -> tuple[float, float] | N
     return low, high
 
 
+def _check_range(settings: PrepareSettings, modality: str) -> None:
+    if modality != "other":
+        if settings.range is not None:
+            raise FibldmError(f"--range is for --modality other; the modality is {modality}", "leave it out")
+        return
+    if settings.range is None:
+        raise FibldmError(
+            "--modality other needs --range LOW HIGH, what the least and the greatest value of the files mean",
+            "for example --range 0 255 for images of 8 bits",
+        )
+    low, high = settings.range
+    if not -math.inf < low < high < math.inf:
+        raise FibldmError(f"--range must be two increasing numbers; got {low:g} and {high:g}")
+
+
 def _check_settings(settings: PrepareSettings, modality: str, *, masked: int) -> None:
     if settings.derive not in (None, "lung"):
         raise unknown_choice("--derive", settings.derive, ("lung",))
     if settings.derive and modality != "ct":
-        raise FibldmError("--derive lung is for CT; the modality is mr", "leave it out")
+        raise FibldmError(f"--derive lung is for CT; the modality is {modality}", "leave it out")
     if settings.derive and masked:
         raise FibldmError(
             f"--derive lung is for data without masks; {masked} cases have one", "leave it out, or the masks"
         )
     if settings.bias_field and modality != "mr":
-        raise FibldmError("--bias-field is for MR; the modality is ct", "leave it out")
+        raise FibldmError(f"--bias-field is for MR; the modality is {modality}", "leave it out")
     if settings.spacing is not None and not all(length > 0 for length in settings.spacing):
         raise FibldmError(f"--spacing must be three lengths above 0 in mm; got {settings.spacing}")
 
@@ -294,9 +318,12 @@ def _modality(source: Source, settings: PrepareSettings) -> str:
         if said is not None:
             return said
         came = f"the dataset says {source.modality!r}" if source.modality else "nothing says it"
-        raise FibldmError(f"the modality must be ct or mr; {came}", "give --modality ct or --modality mr")
-    if settings.modality not in ("ct", "mr"):
-        raise unknown_choice("modality", settings.modality, ("ct", "mr"))
+        raise FibldmError(
+            f"the modality must be ct or mr; {came}",
+            "give --modality ct or --modality mr, or for microscopy, simulations and the like --modality other",
+        )
+    if settings.modality not in MODALITIES:
+        raise unknown_choice("modality", settings.modality, MODALITIES)
     return settings.modality
 
 

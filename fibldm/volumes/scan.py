@@ -63,14 +63,16 @@ class Mask:
     Attributes:
         files: of the mask.
         value: what the voxels of a binary mask become; ``None`` for a label map or a DICOM mask.
-        names: of a DICOM mask (segmentation, RT structure set), values by the segments' names; others are left out.
+        names: of a mask whose segments have names (DICOM, 3D Slicer's NRRD), values by these; others are left out.
         elsewhere: of a DICOM mask, segments that other masks of the case take.
+        item: which one of a pack; ``None`` of a file that holds one mask.
     """
 
     files: Files
     value: int | None = None
     names: Mapping[str, int] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
+    item: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Case:
         split: ``training``, ``validation`` or ``test``, or ``None`` where the dataset does not say.
         covariates: what else the dataset says; ``None`` for a missing value.
         private: whether name and path may tell the patient (DICOM); they are then written nowhere.
+        item: which image of a pack; ``None`` of a file that holds one case.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Case:
     split: str | None = None
     covariates: Mapping[str, Covariate] = field(default_factory=dict)
     private: bool = False
+    item: str | None = None
 
     @property
     def files(self) -> Files:

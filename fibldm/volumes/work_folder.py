@@ -93,6 +93,9 @@ def _intensity(plan: Plan, facts: Mapping[str, CaseFacts]) -> Intensity:
     if plan.settings.window is not None:
         low, high = plan.settings.window
         return Intensity("window", low=float(low), high=float(high))
+    if plan.settings.range is not None:
+        low, high = plan.settings.range
+        return Intensity("range", low=float(low), high=float(high))
     ranges = [facts[name].range for name, split in plan.splits.items() if split == "training"]
     lows, highs = (tuple(float(value) for value in ends) for ends in np.median(ranges, axis=0).T)
     single = len(plan.source.channels) == 1

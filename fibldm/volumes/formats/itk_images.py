@@ -10,12 +10,13 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Findings, Stored, damaged
+from fibldm.volumes.formats.stored import Findings, Stored, damaged, millimetres
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
@@ -34,8 +35,12 @@ class _Header:
     detached: str | None
 
 
-def read_itk(path: Path) -> Stored:
+def read_itk(path: Path, *, any_unit: bool = False) -> Stored:
     """A MetaImage or NRRD volume; its LPS coordinates become RAS+; pixels of several components are channels.
+
+    Args:
+        path: of the file, or of its detached header.
+        any_unit: whether a file in another unit than mm is brought to mm; otherwise that is one of the findings.
 
     Raises:
         FibldmError: the file is damaged or is neither, its voxels lie in several files or as text, it is in colour, or
@@ -45,6 +50,7 @@ def read_itk(path: Path) -> Stored:
 
     header = _header(path)
     findings = _check(header, path)
+    unit = _unit(header.fields, path, any_unit=any_unit)
     payload = _payload(header, path)
     try:
         image = SimpleITK.ReadImage(str(path))
@@ -58,10 +64,32 @@ def read_itk(path: Path) -> Stored:
     voxels = SimpleITK.GetArrayFromImage(image)
     if len(payload) < voxels.nbytes:
         raise damaged(path, f"its header asks for {voxels.nbytes} bytes of voxels, and it has {len(payload)}")
+    factor, said = millimetres(unit, any_unit=any_unit)
     affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    return Stored(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), _LPS_TO_RAS @ affine, findings)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing() * factor
+    affine[:3, 3] = np.array(image.GetOrigin()) * factor
+    return Stored(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), _LPS_TO_RAS @ affine, (*said, *findings))
+
+
+def nrrd_fields(path: Path) -> Mapping[str, str]:
+    """The fields of a NRRD header by lower-case name, of which SimpleITK interprets few; its voxels are not read.
+
+    None where the file is no NRRD: who reads it says so.
+
+    Raises:
+        FibldmError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            lines = iter(stream.readline, b"")
+            head = b"".join(takewhile(_holds_text, lines))
+    except OSError as error:
+        raise FibldmError(f"a file must be readable; {error.strerror}", "check the path and its permissions") from error
+    return _nrrd_header(head, path).fields if head.startswith(b"NRRD000") else {}
+
+
+def _holds_text(line: bytes) -> bool:
+    return bool(line.strip())
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -124,16 +152,22 @@ def _check(header: _Header, path: Path) -> Findings:
 
 
 def _check_nrrd(fields: Mapping[str, str], path: Path) -> None:
-    space, units = fields.get("space", "lps").lower(), fields.get("space units", "").replace('"', "").split()
+    space = fields.get("space", "lps").lower()
     if space not in _SPACES:
         raise FibldmError(
             f"the space of a NRRD must be one of {', '.join(sorted(_SPACES))}; that of {path.name} is {space}",
             "export it again with anatomical directions",
         )
-    if set(units) - {"mm"}:
-        raise FibldmError(f"the space units must be mm; in {path.name} they are {' '.join(units)}", "export it in mm")
     if "color" in fields.get("kinds", "").lower():
         raise FibldmError(f"voxels must be plain numbers; in {path.name} they are colours", "export grey values")
+
+
+def _unit(fields: Mapping[str, str], path: Path, *, any_unit: bool) -> str:
+    """Of lengths, as the header says; empty where it does not."""
+    units = fields.get("space units", fields.get("distanceunits", "")).replace('"', " ").split()
+    if len(set(units)) > 1 or (set(units) - {"mm", "?"} and not any_unit):
+        raise FibldmError(f"the space units must be mm; in {path.name} they are {' '.join(units)}", "export it in mm")
+    return units[0] if units else ""
 
 
 def _payload(header: _Header, path: Path) -> bytes:

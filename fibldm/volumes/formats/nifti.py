@@ -12,7 +12,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Stored, check_affine, damaged, shear_findings
+from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres, shear_findings
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Level
 
@@ -23,8 +23,12 @@ _GZIP = b"\x1f\x8b"
 _SINGLE_FILE = {540: b"n+2", 348: b"n+1"}
 
 
-def read_nifti(path: Path) -> Stored:
+def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
     """A NIfTI-1 or -2 file, decompressed and checked to its last byte; scaled as its header says.
+
+    Args:
+        path: of the file.
+        any_unit: whether a file in metres or micrometres is brought to mm; otherwise that is one of the findings.
 
     Raises:
         FibldmError: the file is damaged, is no NIfTI, its name does not say whether it is compressed, or its header
@@ -41,9 +45,10 @@ def read_nifti(path: Path) -> Stored:
         array = np.asanyarray(image.dataobj)
     except _UNREADABLE as error:
         raise damaged(path, str(error)) from error
-    affine = np.asarray(image.affine, dtype=np.float64)
+    factor, said = millimetres(image.header.get_xyzt_units()[0], any_unit=any_unit)
+    affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     check_affine(affine, path.name)
-    return Stored(array, affine, tuple(_findings(image)))
+    return Stored(array, affine, (*said, *_findings(image)))
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -116,9 +121,6 @@ def _check_length(image: Any, length: int) -> None:
 
 def _findings(image: nibabel.Nifti1Image) -> Iterator[tuple[Level, str]]:
     header = image.header
-    units = header.get_xyzt_units()[0]
-    if units not in ("mm", "unknown"):
-        yield "error", f"the file must be in mm; its header says {units}"
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         yield "warning", "the header has no orientation (sform and qform codes are 0); left and right are a guess"
     yield from _form_findings(header, (*image.shape, 1)[:3])

@@ -4,7 +4,8 @@ The spacing comes from the user, and so does the promise that the axes are what 
 
 * HDF5, MATLAB and NumPy: index order ``(X, Y, Z)`` or ``(X, Y, Z, C)``, taken as R, A, S, as MATLAB and NumPy index it.
 * PNG: every file an axial slice as radiologists look at it, rows from front to back, columns from the patient's right
-  to left; slices from feet to head in the natural order of their names (``s2`` before ``s10``).
+  to left; slices from feet to head in the natural order of their names (``s2`` before ``s10``). Grey, or in colours:
+  three channels, red, green and blue.
 """
 
 import re
@@ -24,8 +25,14 @@ from fibldm.volumes.scan import Files
 Key = Literal["image", "label"]
 Array = NDArray[Any]
 
+PACK_NAMES: Mapping[Key, tuple[str, ...]] = {
+    "image": ("images", "image", "volumes", "volume"),
+    "label": ("masks", "mask", "labels", "label", "segmentations", "segmentation"),
+}
+"""What arrays of images and masks may be called in a pack."""
+
 _KINDS = "biufcV"
-_GREY = 0
+_GREY, _RGB = 0, 2
 _PNG_END = b"IEND\xaeB`\x82"
 _MATRIX, _COMPRESSED = 14, 15
 _TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, 16, 17, 18}
@@ -59,21 +66,59 @@ def read_array(path: Path, key: Key) -> Array:
     return candidates[others[0]]
 
 
-def read_slices(files: Files) -> Array:
-    """A stack of grey PNG slices as ``(X, Y, Z)`` in R, A, S.
+def read_item(path: Path, key: Key, item: str) -> Array:
+    """One image or mask of an HDF5 pack, in index order ``(X, Y[, Z[, C]])``.
+
+    Args:
+        path: of the pack.
+        key: image or label.
+        item: a group of the pack that holds an array of that name, or the number of the image in its array.
 
     Raises:
-        FibldmError: a file is damaged, is no PNG, or is not grey with 8 or 16 bits; two differ in size or depth, or two
-            names are equal but for leading zeros.
+        FibldmError: the file is damaged, or holds no such image.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            place = file.get(item)
+            found = _array_of(file if place is None else place, key)
+            if found is None:
+                raise FibldmError(f"{path.name} must hold {key} {item}; it does not", "make the pack again")
+            part: Array = _stored(found) if place is not None else _stored(found, int(item))
+            return part
+    except FibldmError:
+        raise
+    except Exception as error:  # as above
+        raise damaged(path, str(error)) from error
+
+
+def _array_of(group: Any, key: Key) -> Any:
+    """The array of images or masks, by the names that packs give it; ``None`` where there is none."""
+    return next((group[name] for name in PACK_NAMES[key] if name in group and _numeric(group[name])), None)
+
+
+def read_slices(files: Files, *, colours: bool = False) -> Array:
+    """A stack of PNG slices as ``(X, Y, Z)`` in R, A, S, of colours as ``(X, Y, Z, 3)``.
+
+    Args:
+        files: in any order.
+        colours: whether RGB with 8 bits is read; else it is refused.
+
+    Raises:
+        FibldmError: a file is damaged, is no PNG, or is not grey with 8 or 16 bits (nor in ``colours``); two differ in
+            size or depth, or two names are equal but for leading zeros.
     """
     ordered = sorted(files, key=_natural)
     if len({tuple(_natural(file)) for file in ordered}) < len(ordered):
         raise FibldmError("names of slices must tell their order; two have equal numbers", "number them uniquely")
-    slices = [_slice(file) for file in ordered]
-    kinds = sorted({f"{array.shape[1]} x {array.shape[0]} {array.dtype}" for array in slices})
+    slices = [_slice(file, colours) for file in ordered]
+    kinds = sorted(
+        {f"{' x '.join(map(str, (*array.shape[1::-1], *array.shape[2:])))} {array.dtype}" for array in slices}
+    )
     if len(kinds) > 1:
         raise FibldmError(f"slices must have one size and depth; {ordered[0].name} ... have {', '.join(kinds)}")
-    return np.stack(slices, axis=-1).transpose(1, 0, 2)[::-1, ::-1]
+    return np.swapaxes(np.stack(slices, axis=2), 0, 1)[::-1, ::-1]
 
 
 def _hdf5(path: Path) -> dict[str, Array]:
@@ -88,10 +133,10 @@ def _numeric(dataset: Any) -> bool:
     return dataset.dtype.kind in _KINDS and dataset.attrs.get("MATLAB_class", b"") != b"char"
 
 
-def _stored(dataset: Any) -> Array:
+def _stored(dataset: Any, index: int | tuple[()] = ()) -> Array:
     if dataset.is_virtual or dataset.external:
         raise ValueError(f"the voxels of {dataset.name} lie in other files")
-    array: Array = dataset[()]
+    array: Array = dataset[index]
     return array
 
 
@@ -148,15 +193,18 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def _slice(path: Path) -> Array:
+def _slice(path: Path, coloured: bool) -> Array:
     from PIL import Image
 
     data = path.read_bytes()
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
         raise FibldmError(f"{path.name} must be PNG, as its name says, and is not", "export it again")
     bits, colours = data[24:26]
-    if colours != _GREY or bits not in (8, 16):
-        raise FibldmError(f"a PNG slice must be grey with 8 or 16 bits; {path.name} is not", "export grey values")
+    if (colours, bits) not in ((_GREY, 8), (_GREY, 16), *([(_RGB, 8)] if coloured else [])):
+        raise FibldmError(
+            f"a PNG slice must be grey with 8 or 16 bits; {path.name} is not",
+            "export grey values (RGB is read with --modality other)",
+        )
     if _PNG_END not in data:
         raise damaged(path, "its last chunk is missing")
     try:

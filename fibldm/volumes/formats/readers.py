@@ -1,6 +1,7 @@
 """One image or mask from its files, whatever the format: the right volume or an error, never a guess."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +10,35 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
-from fibldm.volumes.formats.plain_arrays import Key, read_array, read_slices
+from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
+from fibldm.volumes.formats.segment_nrrd import named_segments
 from fibldm.volumes.formats.stored import Findings, Stored
-from fibldm.volumes.scan import Files, Mask, Scan
+from fibldm.volumes.label_values import settled
+from fibldm.volumes.scan import Files, Level, Mask, Scan
 
 Spacing = tuple[float, float, float]
 
 _NIFTI = (".nii.gz", ".nii")
-_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 _ARRAYS = (".h5", ".hdf5", ".mat", ".npz", ".npy")
 _PNG = ".png"
 _DICOM = ".dcm"
 WITHOUT_GEOMETRY = (*_ARRAYS, _PNG)
+NEARLY: tuple[Level, str] = (
+    "warning",
+    "labels are nearly whole numbers and were rounded: the file was saved with a scale; save labels as integers",
+)
 SUPPORTED_SUFFIXES = (*_NIFTI, *_ITK, *WITHOUT_GEOMETRY, _DICOM)
 
 
-def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image") -> Scan:
+def read_scan(
+    files: Files,
+    *,
+    spacing: Spacing | None = None,
+    key: Key = "image",
+    item: str | None = None,
+    scanner: bool = True,
+) -> Scan:
     """An image or mask in RAS+ order.
 
     Args:
@@ -32,6 +46,9 @@ def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image
         spacing: mm along R, A, S of a format that holds no geometry (HDF5, MATLAB, NumPy, PNG; `plain_arrays` says how
             their axes are taken); ``None`` for the others.
         key: which array of an HDF5, MATLAB or NumPy file.
+        item: which image of an HDF5 pack; ``None`` where a file holds one.
+        scanner: whether other units than mm and colours are refused, as no scanner writes them; else lengths are
+            brought to mm, and colours are three channels.
 
     Raises:
         FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
@@ -47,34 +64,45 @@ def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image
     suffix = _common_suffix(files)
     _check_spacing(suffix, spacing, needed=suffix in WITHOUT_GEOMETRY)
     if suffix in _NIFTI:
-        return read_nifti(files[0]).scan(files[0].name, _sha256(files))
+        return read_nifti(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files))
     if suffix in _ITK:
-        return read_itk(files[0]).scan(files[0].name, _sha256(files_of(files[0])))
-    array = read_slices(files) if suffix == _PNG else read_array(files[0], key)
+        return read_itk(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files_of(files[0])))
     findings: Findings = (("warning", f"orientation is not stated by {suffix} files; left and right are a guess"),)
-    return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, _sha256(files))
+    if item is not None:
+        array = read_item(files[0], key, item)
+        sha256 = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()  # of a pack, each its own part
+    else:
+        array = read_slices(files, colours=not scanner) if suffix == _PNG else read_array(files[0], key)
+        sha256 = _sha256(files)
+    return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, sha256)
 
 
-def read_mask(mask: Mask, image: Scan, *, spacing: Spacing | None = None) -> Scan:
+def read_mask(mask: Mask, image: Scan, *, spacing: Spacing | None = None, scanner: bool = True) -> Scan:
     """A mask as its files hold it, in RAS+ order; `Mask.value` of a binary mask is left to whoever merges them.
 
     Args:
-        mask: its files; with names, a DICOM segmentation or RT structure set.
-        image: what it belongs to; a DICOM mask that covers a part of its grid is padded to all of it.
-        spacing: as in `read_scan`.
+        mask: its files; with names, a DICOM segmentation or RT structure set, or a segmentation of 3D Slicer.
+        image: what it belongs to; a mask with names that covers a part of its grid is padded to all of it.
+        spacing: as in `read_scan`, as is ``scanner``.
+        scanner: see there.
 
     Raises:
         FibldmError: as in `read_scan`, or the mask has several channels.
     """
-    if mask.names:
+    if mask.names and _suffix(mask.files[0]) not in _ITK:
         return _dicom_mask(mask, image)
-    scan = read_scan(mask.files, spacing=spacing, key="label")
+    scan = read_scan(mask.files, spacing=spacing, key="label", item=mask.item, scanner=scanner)
+    if mask.names:
+        from fibldm.volumes.dicom.masks import on_grid_of
+
+        return on_grid_of(named_segments(scan, mask.files[0], mask.names), image)
     if scan.array.ndim != 3:
         raise FibldmError(
             f"a mask must be one label map (X, Y, Z); {mask.files[0].name} has {scan.array.shape[3]} channels",
             "merge them into one label map",
         )
-    return scan
+    array, changed = settled(scan.array)
+    return replace(scan, array=array, findings=(*scan.findings, NEARLY)) if changed else scan
 
 
 def stem(path: Path) -> str:

@@ -14,6 +14,12 @@ from fibldm.volumes.scan import Level, Scan
 
 Findings = tuple[tuple[Level, str], ...]
 
+_MM = {
+    "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "m": 1000.0, "meter": 1000.0, "cm": 10.0,
+    **dict.fromkeys(("um", "\u00b5m", "\u03bcm", "micron", "microns"), 1e-3), "nm": 1e-6,
+}  # fmt: skip
+"""Units of length as headers call them; both signs for micro."""
+
 _SMALLEST_DETERMINANT = 1e-3
 _SHEAR = 0.01
 
@@ -66,6 +72,22 @@ def check_affine(affine: NDArray[np.float64], name: str) -> None:
         f"the affine must be finite and invertible; in {name} it is {np.asarray(affine).tolist()}",
         "export the file again with its spacing and directions",
     )
+
+
+def millimetres(unit: str, *, any_unit: bool) -> tuple[float, Findings]:
+    """How many mm a unit of length has, and what is said of it.
+
+    Args:
+        unit: as a header calls it; empty, "unknown" or "?" is taken for mm.
+        any_unit: whether other units than mm may be brought to mm; they are an error otherwise, as scanners' files are
+            in mm, and a header that says otherwise is as likely wrong.
+    """
+    if unit.lower() in ("", "unknown", "?", "mm"):
+        return 1.0, ()
+    factor = _MM.get(unit.lower())
+    if factor is None or not any_unit:
+        return 1.0, (("error", f"the file must be in mm; its header says {unit}"),)
+    return factor, (("warning", f"lengths in {unit}, as the header says, were brought to mm"),)
 
 
 def damaged(path: Path, why: str) -> FibldmError:

@@ -6,9 +6,10 @@
 * ``tables``: a CSV or TSV manifest
 * ``organs``: a folder a case with binary masks
 * ``dicom_tree`` (``dicom_links``, ``dicom_files``): DICOM studies
+* ``packs``: one HDF5 file with many images
 
 Shared: ``entries`` (a volume file or a folder of slices), ``walk`` (all files below a folder), ``binary_masks``,
-``segments`` (DICOM masks), ``cases`` (the check of all cases and the description of the dataset).
+``segments`` (masks whose segments have names), ``cases`` (the check of all cases and the description of the dataset).
 """
 
 from collections import Counter
@@ -26,11 +27,12 @@ from fibldm.volumes.layouts.entries import SIDECARS, is_dicom, visible
 from fibldm.volumes.layouts.folders import folders
 from fibldm.volumes.layouts.nnunet import is_nnunet, nnunet
 from fibldm.volumes.layouts.organs import is_organs, organs
+from fibldm.volumes.layouts.packs import is_pack, pack
 from fibldm.volumes.layouts.tables import manifests, table
 from fibldm.volumes.layouts.walk import files_below
 from fibldm.volumes.scan import Case, Source
 
-LAYOUTS = ("auto", "decathlon", "nnunet", "bids", "folders", "csv", "dicom", "organs")
+LAYOUTS = ("auto", "decathlon", "nnunet", "bids", "folders", "csv", "dicom", "organs", "pack")
 _LOOKED_FOR = {
     "decathlon": "a dataset.json with a training list",
     "nnunet": "a dataset.json with channel_names, or images called NAME_0000",
@@ -38,6 +40,7 @@ _LOOKED_FOR = {
     "folders": "the folders images/ and labels/",
     "csv": "a CSV or TSV with the columns image and label",
     "organs": "folders with ct.nii.gz or mri.nii.gz and segmentations/",
+    "pack": "one HDF5 file with many images",
     "dicom": "DICOM files",
 }
 _SAMPLED = 200
@@ -104,7 +107,7 @@ def detect_layout(source: Path) -> str:
 
 def _fitting(source: Path) -> dict[str, bool]:
     if source.is_file():
-        return {"csv": True}
+        return {"pack": True} if is_pack(source) else {"csv": True}
     facts = beside(source)
     from_nnunet = bool(facts) and is_nnunet(source, facts)
     return {
@@ -124,9 +127,11 @@ def _read(source: Path, layout: str, options: LayoutOptions) -> Source:
         return dicom_tree(source, options.merge_masks)
     if layout == "bids":
         return bids(source, options.channels, options.bids_mask)
-    if layout in ("csv", "organs"):
-        return (table if layout == "csv" else organs)(source, options.merge_masks)
-    return {"decathlon": decathlon, "nnunet": nnunet, "folders": folders}[layout](source)
+    if layout in ("csv", "organs", "folders"):
+        return {"csv": table, "organs": organs, "folders": folders}[layout](source, options.merge_masks)
+    if layout == "pack":
+        return pack(source)
+    return {"decathlon": decathlon, "nnunet": nnunet}[layout](source)
 
 
 def _with_patients(source: Source) -> Source:
@@ -148,8 +153,8 @@ def _with_patient(case: Case) -> Case:
 
 
 def _check_options(layout: str, options: LayoutOptions) -> None:
-    if options.merge_masks and layout not in ("csv", "dicom", "organs"):
-        message = f"--merge-masks is for the layouts organs, csv and dicom; the layout is {layout}"
+    if options.merge_masks and layout not in ("csv", "dicom", "folders", "organs"):
+        message = f"--merge-masks is for the layouts organs, csv, dicom and folders; the layout is {layout}"
         raise FibldmError(message, "leave it out")
     if options.bids_mask is not None and layout != "bids":
         raise FibldmError(f"--bids-mask is for the layout bids; the layout is {layout}", "leave it out")

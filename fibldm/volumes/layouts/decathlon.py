@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.layouts.cases import check_cases, describe, left_out, read_dataset_json
+from fibldm.volumes.layouts.cases import check_cases, describe, label_names, left_out, read_dataset_json
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, volume_entries
+from fibldm.volumes.layouts.segments import known_segments
 from fibldm.volumes.scan import Case, Mask, Source
 
 
@@ -31,9 +32,10 @@ def decathlon(source: Path) -> Source:
     unlabelled = _unlabelled(source, facts, problems)
     present = [image for image in unlabelled if (source / image).exists()]
     cases += [_case(source, image, None, problems) for image in present]
+    cases, segments = known_segments(cases, label_names(facts.get("labels") or {}), problems)
     check_cases(cases, problems, source, "give every file of the training list its own name")
     notes = (*_notes(facts, absent=len(unlabelled) - len(present)), *_unlisted(source, cases))
-    return describe("decathlon", source, cases, facts, notes=notes)
+    return describe("decathlon", source, cases, facts, notes=notes, labels=segments)
 
 
 def _is_pair(entry: Any) -> bool:

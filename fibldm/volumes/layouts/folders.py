@@ -4,20 +4,21 @@ from collections import defaultdict
 from pathlib import Path
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.layouts.cases import beside, check_cases, describe
+from fibldm.volumes.layouts.cases import beside, check_cases, describe, label_names
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, is_dicom, shown, volume_entries
 from fibldm.volumes.layouts.segments import name_segments
 from fibldm.volumes.scan import Case, Mask, Source
 
 
-def folders(source: Path) -> Source:
+def folders(source: Path, merge_masks: tuple[str, ...] = ()) -> Source:
     """The volumes of images/, each with the one of the same stem in labels/ where there is one.
 
-    A folder inside is a volume as well: the slices of a DICOM series or a PNG stack.
+    A folder inside is a volume as well: the slices of a DICOM series or a PNG stack. Of masks whose segments have
+    names, ``merge_masks`` are taken, the most important first.
 
     Raises:
-        FibldmError: images/ is missing; a label has no image; a stem stands twice; or a file is of no supported format
-            (all of them listed).
+        FibldmError: ``merge_masks`` does not fit; images/ is missing; a label has no image; a stem stands twice; or a
+            file is of no supported format (all of them listed).
     """
     problems: list[str] = []
     images, labels = (_by_stem(source / name, problems) for name in ("images", "labels"))
@@ -29,9 +30,13 @@ def folders(source: Path) -> Source:
         _case(images[name], labels.get(name), problems, f"images/ number {number} by name: ")
         for number, name in enumerate(sorted(images), start=1)
     ]
-    cases, segments = name_segments(cases, problems)
+    facts = beside(source)
+    cases, segments = name_segments(cases, problems, merge_masks, label_names(facts.get("labels") or {}))
+    if merge_masks and segments is None and not problems:
+        message = "--merge-masks is for the layouts organs, csv and dicom; the layout is folders"
+        raise FibldmError(message, "leave it out, or give masks whose segments have names")
     check_cases(cases, problems, source, "an image and its label carry the same name in images/ and labels/")
-    return describe("folders", source, cases, beside(source), labels=segments)
+    return describe("folders", source, cases, facts, labels=segments)
 
 
 def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:

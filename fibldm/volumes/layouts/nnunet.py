@@ -10,6 +10,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.cases import channel_names, check_cases, describe, label_names, read_dataset_json
 from fibldm.volumes.layouts.entries import case_name, collected, entry_key, shown, volume_entries
+from fibldm.volumes.layouts.segments import known_segments
 from fibldm.volumes.scan import Case, Mask, Source
 
 _REMEDY = "give every case NAME the images NAME_0000, NAME_0001, ... and the label NAME"
@@ -44,15 +45,9 @@ def nnunet(source: Path) -> Source:
         _case(name, [files[index] for index in sorted(files)], None, source, problems)
         for name, files in _by_case(source / "imagesTs", ending, len(channels), problems).items()
     ]
-    check_cases([*cases, *unlabelled], problems, source, _REMEDY)
-    return describe(
-        "nnunet",
-        source,
-        [*cases, *unlabelled],
-        facts,
-        channels=channels,
-        labels=labels,
-    )
+    cases, segments = known_segments([*cases, *unlabelled], labels, problems)
+    check_cases(cases, problems, source, _REMEDY)
+    return describe("nnunet", source, cases, facts, channels=channels, labels=labels if segments is None else segments)
 
 
 def _file_ending(facts: Mapping[str, Any]) -> str:

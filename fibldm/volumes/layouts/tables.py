@@ -5,7 +5,7 @@ from pathlib import Path
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 from fibldm.volumes.layouts.binary_masks import binary_masks, check_order
-from fibldm.volumes.layouts.cases import beside, check_cases, describe
+from fibldm.volumes.layouts.cases import beside, check_cases, describe, label_names
 from fibldm.volumes.layouts.entries import case_name, collected, is_dicom, visible
 from fibldm.volumes.layouts.manifest import Row, is_manifest, read_manifest
 from fibldm.volumes.layouts.segments import name_segments
@@ -23,7 +23,8 @@ def table(source: Path, merge_masks: tuple[str, ...]) -> Source:
     """The cases of the manifest ``source``, or of the only one in the folder ``source``.
 
     Paths are relative to the manifest. An image may be a folder with the slices of a DICOM series or a PNG stack; a
-    label may be one too, or a folder of binary masks, of which ``merge_masks`` are taken.
+    label may be one too, or a folder of binary masks; of these, or of the named segments of the labels, ``merge_masks``
+    are taken, the most important first.
 
     Raises:
         FibldmError: there is not one manifest, ``merge_masks`` does not fit, or files or rows are wrong (all listed).
@@ -33,16 +34,18 @@ def table(source: Path, merge_masks: tuple[str, ...]) -> Source:
     folders = [path.parent / row.label for row in manifest.rows if row.label and _is_binary(path.parent / row.label)]
     if folders:
         check_order(merge_masks, folders)
-    elif merge_masks:
-        raise FibldmError("--merge-masks is for folders of binary masks; the manifest has none", "leave it out")
     problems = list(manifest.problems)
     cases = [_case(path.parent, row, merge_masks, problems) for row in manifest.rows]
     labelled = sum(bool(row.label) for row in manifest.rows)
     if folders and len(folders) < labelled:
         problems.append(f"labels must all be folders of binary masks or none; {len(folders)} of {labelled} are")
-    cases, segments = name_segments(cases, problems)
-    check_cases(cases, problems, path, _REMEDY)
     facts = {"name": path.stem, **beside(path.parent)}
+    order, known = () if folders else merge_masks, label_names(facts.get("labels") or {})
+    cases, segments = name_segments(cases, problems, order, known)
+    if order and segments is None and not problems:
+        message = "--merge-masks is for folders of binary masks; the manifest has none"
+        raise FibldmError(message, "leave it out, or give masks whose segments have names")
+    check_cases(cases, problems, path, _REMEDY)
     channels = manifest.channels if len(manifest.channels) > 1 else None
     labels = dict(enumerate(merge_masks, start=1)) if folders else segments
     return describe("csv", path, cases, facts, notes=manifest.notes, channels=channels, labels=labels)
