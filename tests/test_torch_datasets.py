@@ -114,7 +114,7 @@ def test_mnist_becomes_slices_with_the_class_as_a_covariate_d25(tmp_path: Path, 
 def test_slices_with_masks_and_classes_and_without(tmp_path: Path) -> None:
     rows = np.arange(20.0).reshape(1, 4, 5)
     source = write_source([{"image": rows, "mask": rows > 9, "class": "x"}] * 3, tmp_path / "a", spacing=(1, 1, 1))
-    assert (source / "cases.csv").read_text().splitlines()[1] == "images/case_0.nii.gz,masks/case_0.nii.gz,x"
+    assert (source / "cases.csv").read_text().splitlines()[1] == "case_0,images/case_0.nii.gz,masks/case_0.nii.gz,x"
     assert nibabel.load(source / "masks/case_0.nii.gz").shape == (5, 4, 1)
     pairs = write_source([(rows, rows > 9)], tmp_path / "b", spacing=(1, 1, 1))
     assert nibabel.load(pairs / "labels/case_0.nii.gz").shape == (5, 4, 1) and not (pairs / "cases.csv").exists()

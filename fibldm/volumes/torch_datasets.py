@@ -110,7 +110,11 @@ def write_source(
         parts = parts_of(dataset[index], keys, name)
         masks = "labels" if parts.label is None else "masks"
         masked = _write(Path(folder), name, parts, spacing, masks)
-        files = {"image": f"images/{name}", "label": f"{masks}/{name}" if masked else ""}
+        files = {
+            "case": name.removesuffix(".nii.gz"),
+            "image": f"images/{name}",
+            "label": f"{masks}/{name}" if masked else "",
+        }
         rows.append({**files, "class": _named(parts.label, dataset)})
     known = [row["class"] is not None for row in rows]
     if any(known) and not all(known):
@@ -145,7 +149,7 @@ def _named(label: str | float | None, dataset: Any) -> str | float | None:
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     masked = any(row["label"] for row in rows)
-    writer = csv.DictWriter(text, ["image", *(["label"] if masked else []), "class"], extrasaction="ignore")
+    writer = csv.DictWriter(text, ["case", "image", *(["label"] if masked else []), "class"], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +80,13 @@ def nrrd_fields(path: Path) -> Mapping[str, str]:
     """
     try:
         with path.open("rb") as stream:
-            lines = iter(stream.readline, b"")
-            head = b"".join(takewhile(_holds_text, lines))
+            lines: list[bytes] = []
+            while (line := stream.readline()).strip():
+                lines.append(line)
+            head = b"".join(lines)
     except OSError as error:
         raise FibldmError(f"a file must be readable; {error.strerror}", "check the path and its permissions") from error
     return _nrrd_header(head, path).fields if head.startswith(b"NRRD000") else {}
-
-
-def _holds_text(line: bytes) -> bool:
-    return bool(line.strip())
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
