@@ -513,9 +513,7 @@ DICOM = [
     Input(
         "dicom-tree-with-a-lonely-mask",
         studies(series, lambda folder: of_kind(uid.SegmentationStorage, "SEG")(folder / "mask", study="other")),
-        finding="6 DICOM masks belong to no series found and were left out",
-        image=READ,
-        label=None,
+        "a DICOM segmentation must hold at least one segment, and each must have a label",
     ),
 ]
 

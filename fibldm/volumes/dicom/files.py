@@ -43,6 +43,7 @@ def read_file(source: Path | BinaryIO, **options: Any) -> "Dataset":
         InvalidDicomError: it is no DICOM file.
     """
     import pydicom
+    from pydicom.uid import UID
 
     if isinstance(source, Path):
         with source.open("rb") as stream:
@@ -52,7 +53,7 @@ def read_file(source: Path | BinaryIO, **options: Any) -> "Dataset":
     dataset = pydicom.dcmread(source, force=_is_bare(start), **options)
     if "TransferSyntaxUID" not in dataset.file_meta and not _is_compressed(dataset):
         implicit, little = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
+        dataset.file_meta.TransferSyntaxUID = UID(IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN)
     return dataset
 
 

@@ -35,7 +35,7 @@ class Region:
         inside = self.inside[_part(common, self.box)]
         shared = np.count_nonzero(inside & larger.inside[_part(common, larger.box)])
         on = np.count_nonzero(inside & larger.on[_part(common, larger.box)])
-        return 0 < shared < self.size - on
+        return bool(0 < shared < self.size - on)
 
 
 def region(polygon: Array, shape: tuple[int, int]) -> Region:

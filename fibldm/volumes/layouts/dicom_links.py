@@ -72,8 +72,10 @@ def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Lin
         if not belongs and refers & present:
             elsewhere.append(mask)
             continue
-        names = _names(mask, problems)
-        if not belongs:
+        damaged = list[str]()
+        names = _names(mask, damaged)
+        problems += damaged
+        if not belongs and not damaged:
             belongs = _in_place(mask, images, _titled(mask, names, source), problems)
             placed += [mask] * len(belongs)
         problems += _displaced(mask, belongs)

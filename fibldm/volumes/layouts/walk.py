@@ -59,5 +59,5 @@ def _numbers(root: Path, folder: Path) -> tuple[int, ...]:
 
 
 def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
