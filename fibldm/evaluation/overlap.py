@@ -130,8 +130,8 @@ def named_values(measured: Mapping[int, Overlap], names: Mapping[int, str]) -> d
 
 def _overlap(found: Region, wanted: Region, spacing: Sequence[float]) -> Overlap:
     bias = float(found.sum() / wanted.sum()) - 1
-    distances = (measure(found, wanted, spacing) for measure in (hd95, assd))
-    return Overlap(dice(found, wanted), *distances, abs(bias), bias)
+    furthest, average = (measure(found, wanted, spacing) for measure in (hd95, assd))
+    return Overlap(dice(found, wanted), furthest, average, abs(bias), bias)
 
 
 def _known(predicted: Labels, mask: Labels) -> Labels:
