@@ -280,7 +280,7 @@ class Synthesizer:
         source, grid = placed.source, placed.grid
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
         on_disk = self.intensity.to_disk(np.stack(returned))
-        channels = tuple(turned_like(Volume(part, source.affine), placed.wanted.mask.grid) for part in on_disk)
+        channels = tuple(turned_like(replace(source, array=part), placed.wanted.mask.grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
         provenance = {
             "fibldm": fibldm.__version__,

@@ -19,6 +19,8 @@ from fibldm.volumes.formats.stored import Findings, Stored, damaged
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
+_READERS = {True: "MetaImageIO", False: "NrrdImageIO"}
+"""Named, as ITK knows MetaImage by a suffix in small letters only."""
 _DECODERS: Mapping[str, Callable[[bytes], bytes]] = {
     "raw": bytes, "zlib": zlib.decompress, "gzip": gzip.decompress, "gz": gzip.decompress,
     "bzip2": bz2.decompress, "bz2": bz2.decompress,
@@ -47,7 +49,7 @@ def read_itk(path: Path) -> Stored:
     findings = _check(header, path)
     payload = _payload(header, path)
     try:
-        image = SimpleITK.ReadImage(str(path))
+        image = SimpleITK.ReadImage(str(path), imageIO=_READERS["elementdatafile" in header.fields])
     except RuntimeError as error:
         raise damaged(path, "SimpleITK refuses it") from error
     if image.GetDimension() != 3:

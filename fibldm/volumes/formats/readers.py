@@ -1,6 +1,7 @@
 """One image or mask from its files, whatever the format: the right volume or an error, never a guess."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_slices
-from fibldm.volumes.formats.stored import Findings, Stored
+from fibldm.volumes.formats.stored import Findings, Stored, straightened
+from fibldm.volumes.grid import Grid
 from fibldm.volumes.scan import Files, Mask, Scan
 
 Spacing = tuple[float, float, float]
@@ -36,6 +38,13 @@ def read_scan(files: Files, *, spacing: Spacing | None = None, key: Key = "image
         FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
             geometry are not usable; or ``spacing`` is missing, not positive, or given beside a geometry.
     """
+    scan = _as_stored(files, spacing, key)
+    x, y, z = scan.array.shape[:3]
+    affine, found = straightened(Grid((x, y, z), scan.affine))
+    return replace(scan, affine=affine, findings=(*scan.findings, *found))
+
+
+def _as_stored(files: Files, spacing: Spacing | None, key: Key) -> Scan:
     for file in files:
         _check_readable(file)
     if _is_dicom(files):
