@@ -646,6 +646,24 @@ def test_masks_of_every_format_and_case_are_found_and_read_alike(synthesizer, tm
     assert hash_mask(found[3]) != before
 
 
+def test_segments_of_slicer_are_known_by_their_names(synthesizer, tmp_path):
+    """A27: their values differ from file to file; left and right must not be mixed up."""
+    write_mask(tmp_path / "case.nii.gz", body())
+    image = SimpleITK.ReadImage(str(tmp_path / "case.nii.gz"))
+    for number, (value, name) in enumerate({2: "left lung", 1: "right lung", 5: "nodule"}.items()):
+        image.SetMetaData(f"Segment{number}_Name", name)
+        image.SetMetaData(f"Segment{number}_LabelValue", str(value))
+    SimpleITK.WriteImage(image, str(tmp_path / "case.seg.nrrd"))
+    read = read_mask(tmp_path / "case.seg.nrrd", synthesizer.names)
+    np.testing.assert_array_equal(read.array, np.array([0, 2, 1, 0, 0, 5])[body().array])
+    with pytest.raises(FibldmError, match=r"must have the name of a label of the run \(lung\); got also left lung"):
+        read_mask(tmp_path / "case.seg.nrrd", {1: "lung"})
+    image.SetMetaData("Segment2_LabelValue", "7")
+    SimpleITK.WriteImage(image, str(tmp_path / "other.seg.nrrd"))
+    with pytest.raises(FibldmError, match=r"must be a segment with a name; got also \[5\]"):
+        read_mask(tmp_path / "other.seg.nrrd", synthesizer.names)
+
+
 def test_a_mask_a_tenth_of_a_degree_off_right_angles_is_squared_up_and_said(synthesizer, tmp_path, caplog):
     """H5: SimpleITK opens such a mask by its qform alone; it opens what is made of it, too."""
     mask = body()

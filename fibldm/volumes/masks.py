@@ -1,7 +1,7 @@
 """The masks that volumes are drawn from: found among files and folders, read, and kept beside the volumes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
-from fibldm.volumes.formats.itk_images import files_of, read_itk
+from fibldm.volumes.formats.itk_images import files_of, read_itk, segment_names
 from fibldm.volumes.formats.nifti import read_nifti, read_volume
 from fibldm.volumes.formats.readers import stem
 from fibldm.volumes.formats.stored import straightened
@@ -121,7 +121,7 @@ def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
 
     Args:
         file: one that `mask_suffix` knows.
-        names: of the run's labels by value; the segments of a DICOM segmentation get the values of their names.
+        names: of the run's labels by value; named segments, of DICOM or 3D Slicer, get the values of their names.
 
     Raises:
         FibldmError: the file cannot be read, or a segment has no such name.
@@ -134,20 +134,37 @@ def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
     volume, remarks = (read_itk if suffix in _ITK else read_nifti)(file).volume(str(file))
     for remark in remarks:
         _say_once(file.name, remark)
-    return volume
+    segments = segment_names(file) if suffix in _ITK else {}
+    return _by_name(volume, segments, names, file) if segments else volume
 
 
-def _read_segmentation(file: Path, names: Mapping[int, str]) -> Volume:
-    from fibldm.volumes.dicom.masks import read_segmentation, segment_names
+def _by_name(volume: Volume, segments: Mapping[int, str], names: Mapping[int, str], file: Path) -> Volume:
+    _check_names(file, segments.values(), names)
+    nameless = sorted(set(np.unique(volume.array).tolist()) - {0, *segments})
+    if nameless:
+        raise FibldmError(f"every label of {file.name} must be a segment with a name; got also {nameless}")
+    array = np.zeros(volume.array.shape, dtype=np.uint8)
+    values = {name: value for value, name in names.items()}
+    for value, name in segments.items():
+        array[volume.array == value] = values[name]
+    return replace(volume, array=array)
 
-    strange = sorted(set(segment_names(file)) - set(names.values()))
+
+def _check_names(file: Path, found: Iterable[str], names: Mapping[int, str]) -> None:
+    strange = sorted(set(found) - set(names.values()))
     if strange:
         raise FibldmError(
             f"every segment of {file.name} must have the name of a label of the run "
             f"({', '.join(names.values()) or 'it has none'}); got also {', '.join(strange)}",
             "rename or delete these segments",
         )
-    scan = read_segmentation(file, {name: value for value, name in names.items()})
+
+
+def _read_segmentation(file: Path, names: Mapping[int, str]) -> Volume:
+    from fibldm.volumes.dicom import masks
+
+    _check_names(file, masks.segment_names(file), names)
+    scan = masks.read_segmentation(file, {name: value for value, name in names.items()})
     affine, squared = straightened(Volume(scan.array, scan.affine).grid)
     for level, remark in (*scan.findings, *squared):
         if level == "error":

@@ -76,6 +76,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path,) if detached is None else (path, path.parent / detached)
 
 
+def segment_names(path: Path) -> dict[int, str]:
+    """Names by label value that 3D Slicer wrote into the header of a NRRD; the values differ from file to file.
+
+    Raises:
+        FibldmError: it is no MetaImage or NRRD, or names a segment without its value.
+    """
+    fields = _header(path).fields
+    numbers = [key.removesuffix("_name") for key in fields if re.fullmatch(r"segment\d+_name", key)]
+    try:
+        return {int(fields[f"{number}_labelvalue"]): fields[f"{number}_name"] for number in numbers}
+    except (KeyError, ValueError) as error:
+        raise FibldmError(f"every segment of {path.name} must state its label value", "export it again") from error
+
+
 def _header(path: Path) -> _Header:
     data = path.read_bytes()
     if data.startswith(b"NRRD000"):
