@@ -255,7 +255,7 @@ def folder_of_a_link(path: Path) -> None:
     ("bad", "message"),
     [
         (text, "an item must hold a mask: NIfTI, NRRD, MetaImage or DICOM segmentation; it does not"),
-        (damaged, "must be readable"),
+        (damaged, "must be a readable DICOM file"),
         (fractions, "a mask must hold whole numbers"),
         (link, "an item must be a file or a folder of files; it is or holds a link or a device"),
         (folder_of_a_link, "an item must be a file or a folder of files; it is or holds a link or a device"),
