@@ -2,8 +2,8 @@
 
     python scripts/watch_folder.py --bundle BUNDLE --inbox INBOX --outbox OUTBOX
 
-An item is a file (NIfTI mask, DICOM segmentation) or a folder of such. It is taken once it stood still for an
-interval, by renaming it, so that several watchers may share an inbox. Volumes come to OUTBOX/synthetic/ITEM, all at
+An item is a mask (NIfTI, NRRD, MetaImage, DICOM segmentation) or a folder of such. It is taken once it stood still for
+an interval, by renaming it, so that several watchers may share an inbox. Volumes come to OUTBOX/synthetic/ITEM, all at
 once; the item goes to OUTBOX/done/ITEM, or to OUTBOX/refused/ITEM with the reason in OUTBOX/refused/ITEM.json. What a
 killed watcher had in hand is finished by the next one.
 
@@ -41,7 +41,7 @@ from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
 from fibldm.volumes.dicom.output import DicomOutput
-from fibldm.volumes.dicom.series import find_series
+from fibldm.volumes.masks import hash_mask, mask_suffix, parts_of
 
 CLAIMED = ".claimed"
 COVARIATES = "covariates.json"
@@ -50,7 +50,6 @@ _LOCK = ".lock"
 _DIGITS = 16
 _MOST_TRIES = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_NIFTI = (".nii.gz", ".nii")
 _ASIDE = "take it from the folder of refused items, correct it, and put it into the inbox again"
 
 _logger = logging.getLogger("fibldm.watch_folder")
@@ -85,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("dicom", "nifti"), default="dicom")
     parser.add_argument("--template", type=Path, help="DICOM only: series that gives technical tags")
     parser.add_argument("--label-codes", type=Path, help="DICOM only: CSV of coded meanings of labels")
+    parser.add_argument("--patient-position", help="DICOM only: HFS, FFS, ...; by default the template's, or empty")
     parser.add_argument("--count", type=int, default=1, help="volumes of every mask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
-    dicom = DicomOutput.read(chosen.template, chosen.label_codes) if chosen.format == "dicom" else None
+    dicom = None
+    if chosen.format == "dicom":
+        dicom = DicomOutput.read(chosen.template, chosen.label_codes, chosen.patient_position)
     settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance, seed=chosen.seed)
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
@@ -123,8 +125,9 @@ def _check(chosen: argparse.Namespace) -> None:
     if not chosen.interval > 0 or chosen.count < 1:
         given = f"{chosen.interval:g} and {chosen.count}"
         raise FibldmError(f"--interval must be above 0, and --count at least 1; got {given}")
-    if chosen.format == "nifti" and (chosen.template or chosen.label_codes):
-        raise FibldmError("--format nifti takes no --template and no --label-codes", "leave them out")
+    if chosen.format == "nifti" and (chosen.template or chosen.label_codes or chosen.patient_position):
+        wrong = "--template, --label-codes or --patient-position"
+        raise FibldmError(f"--format nifti takes no {wrong}", "leave them out")
 
 
 class Ending:
@@ -171,7 +174,8 @@ class Watcher:
         """Take items until asked to end, or with ``once`` until a look finds nothing to take.
 
         Yields:
-            For every item ``ok`` and its name ``item``, with ``outputs``, or with ``error`` as the command line has it.
+            For every item ``ok`` and its name ``item``, with ``outputs`` and how many files were ``left_out`` as no
+            masks, or with ``error`` as the command line has it.
 
         Raises:
             FibldmError: the outbox holds volumes of other weights or options, labels have no codes for DICOM, or a
@@ -232,7 +236,9 @@ class Watcher:
             name = name_of(claimed, hashes)
             _check_tries(tries)
             output = replace(self.output, covariates={**self.output.covariates, **covariates_among(hashes)})
-            outputs = self._made(output, working / name, self.outbox / "synthetic" / name, masks_among(hashes))
+            masks = masks_among(hashes)
+            left_out = _left_out(hashes, masks)
+            outputs = self._made(output, working / name, self.outbox / "synthetic" / name, masks)
         except FibldmError as error:
             if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the item, which stays in hand
                 raise
@@ -244,8 +250,9 @@ class Watcher:
         hand_over(claimed, self.outbox / "done" / name)
         encoding = self.output.synthesizer.covariates
         asked = f" ({encoding.told(encoding.read(output.covariates))})" if encoding.kinds else ""
-        _logger.info("%s: %s, %.1f s%s", name, counted(len(outputs), "volume"), time.monotonic() - began, asked)
-        return {"ok": True, "item": name, "outputs": [str(path) for path in outputs]}
+        made, other = counted(len(outputs), "volume"), counted(left_out, "file")
+        _logger.info("%s: %s, %s left out as no masks, %.1f s%s", name, made, other, time.monotonic() - began, asked)
+        return {"ok": True, "item": name, "outputs": [str(path) for path in outputs], "left_out": left_out}
 
     def _made(self, output: Output, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
         """The volumes of an item, all or none; those that lie there are of the same content and options."""
@@ -262,8 +269,11 @@ class Watcher:
         """By aliases, so that no name reaches a sidecar or a message."""
         with tempfile.TemporaryDirectory() as folder:
             for name, file in masks.items():
-                alias = Path(folder) / name
+                alias = Path(folder) / Path(name).stem / name
+                alias.parent.mkdir()
                 alias.symlink_to(file.absolute())
+                for part in parts_of(file):
+                    (alias.parent / part.name).symlink_to(part.absolute())
                 for number in range(self.count):
                     output.write([(alias, number)])
 
@@ -319,18 +329,22 @@ def name_of(item: Path, hashes: Mapping[Path, str]) -> str:
 
 
 def masks_among(hashes: Mapping[Path, str]) -> dict[str, Path]:
-    """The masks of an item, by names that tell no patient: NIfTI and DICOM segmentations; all else is left alone.
+    """The masks of an item, by names that tell no patient; all else is left alone.
 
     Raises:
-        FibldmError: there is none, or DICOM that cannot be read.
+        FibldmError: there is none.
     """
-    files = [file for file in hashes if not file.name.startswith(".")]
-    nifti = {file: suffix for file in files for suffix in _NIFTI if file.name.lower().endswith(suffix)}
-    series = find_series(file for file in files if file not in nifti)
-    dicom = {file: ".dcm" for part in series if part.modality == "SEG" for file in part.files}
-    if not nifti and not dicom:
-        raise FibldmError("an item must hold a mask, NIfTI (.nii, .nii.gz) or DICOM segmentation; it does not", _ASIDE)
-    return {f"{hashes[file][:_DIGITS]}{suffix}": file for file, suffix in sorted({**nifti, **dicom}.items())}
+    kinds = {file: mask_suffix(file) for file in sorted(hashes) if not file.name.startswith(".")}
+    masks = {f"{hash_mask(file)[:_DIGITS]}{suffix}": file for file, suffix in kinds.items() if suffix is not None}
+    if not masks:
+        raise FibldmError("an item must hold a mask: NIfTI, NRRD, MetaImage or DICOM segmentation; it does not", _ASIDE)
+    return masks
+
+
+def _left_out(hashes: Mapping[Path, str], masks: Mapping[str, Path]) -> int:
+    """How many files of an item are no masks; copies of one count as it does."""
+    taken = {hashes.get(file) for mask in masks.values() for file in (mask, *parts_of(mask))}
+    return sum(digest not in taken for file, digest in hashes.items() if file.name != COVARIATES)
 
 
 def covariates_among(hashes: Mapping[Path, str]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The BIDS derivative folder: A32, H1."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -58,9 +61,24 @@ def test_dataset_of_mr(tmp_path):
 def test_ct_is_left_out_of_validation(tmp_path):
     """A32: the standard has no CT yet."""
     write_bids(tmp_path / "bids", outputs(tmp_path, None), suffix="ct", names=NAMES)
-    assert (tmp_path / "bids" / ".bidsignore").read_text() == "**/ct/\n"
+    assert (tmp_path / "bids" / ".bidsignore").read_text() == "**/ct\n"
     assert len(list((tmp_path / "bids").glob("sub-*/ct/*_desc-synthetic_ct.nii.gz"))) == 3
     assert "License" not in json.loads((tmp_path / "bids" / "dataset_description.json").read_text())
+
+
+@pytest.mark.parametrize(("suffix", "stripped"), [("ct", None), ("T1w", False), ("FLAIR", True)])
+def test_the_validator_of_bids_finds_no_error(tmp_path, suffix, stripped):
+    """A32: as the community's own program judges it; who the authors are it must be told by the user."""
+    program = shutil.which("bids-validator-deno") or shutil.which(
+        "bids-validator-deno", path=Path(sys.executable).parent
+    )
+    if program is None:
+        pytest.skip("needs bids-validator-deno (pip install bids-validator-deno)")
+    write_bids(tmp_path / "bids", outputs(tmp_path), suffix=suffix, names=NAMES, skull_stripped=stripped)
+    command = [program, str(tmp_path / "bids"), "--format", "json"]
+    judged = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    issues = json.loads(judged.stdout)["issues"]["issues"]
+    assert judged.returncode == 0 and {issue["code"] for issue in issues} == {"TOO_FEW_AUTHORS"}
 
 
 @pytest.mark.parametrize(

@@ -606,6 +606,27 @@ def test_several_channels_are_refused():
         DicomOutput.read().check(image("mr").grid, NAMES, rule)
 
 
+@pytest.mark.parametrize(("stated", "position", "written"), [("", None, ""), ("", "FFP", "FFP"), ("HFS", None, "HFS")])
+def test_patient_position_is_known_or_empty(tmp_path, stated, position, written):
+    """H5: a grid is the same whichever way the patient lay."""
+    template = series("ct", AFFINES["axial"])
+    for item in template:
+        item.PatientPosition = stated
+    write_series(tmp_path / "template", template)
+    dicom = DicomOutput.read(tmp_path / "template", position=position)
+    volume = image("ct", AFFINES["axial"])
+    labels = Volume(np.ones(SHAPE, dtype=np.uint8), volume.affine)
+    given = {"names": NAMES, "intensity": Intensity("window", low=-1000, high=600), "provenance": {}}
+    dicom.write(tmp_path / "a_000", volume, labels, request={"mask_sha256": "a"}, **given)
+    assert {item.PatientPosition or "" for item in read_all(tmp_path / "a_000")} == {written}
+    assert (dicom.fingerprint(NAMES) == replace(dicom, position=None).fingerprint(NAMES)) == (position is None)
+    with pytest.raises(FibldmError, match="--patient-position must be one of HFS, .*; got 'supine'"):
+        DicomOutput.read(position="supine")
+    if stated:
+        with pytest.raises(FibldmError, match="must be that of the template, HFS; got FFS"):
+            DicomOutput.read(tmp_path / "template", position="FFS")
+
+
 def test_sheared_masks_are_refused_before_a_volume_is_made():
     sheared = AFFINES["oblique"] + np.outer(AFFINES["oblique"][:, 0], (0, 0.1, 0, 0))
     with pytest.raises(FibldmError, match="voxel axes at right angles"):

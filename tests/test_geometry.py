@@ -74,7 +74,7 @@ def test_sheared_volumes_are_refused_by_every_way(tmp_path: Path, shear: float) 
     """H2: nothing is straightened by guess."""
     volume = volume_of((10, 20, 30), (1, 2, 3), (5, 6, 7), (1, 1, 1))
     sheared = Volume(volume.array, volume.affine @ nibabel.affines.from_matvec([[1, shear, 0], [0, 1, 0], [0, 0, 1]]))
-    write_nifti(tmp_path / "a.nii.gz", sheared.array, sheared.affine)
+    nibabel.save(nibabel.Nifti1Image(sheared.array, sheared.affine), tmp_path / "a.nii.gz")
     with pytest.raises(FibldmError, match="the axes must be at right angles"):
         read_volume(tmp_path / "a.nii.gz")
     (finding,) = read_scan((tmp_path / "a.nii.gz",)).findings

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 import torch
 import yaml
 from highdicom import get_volume_from_series
@@ -42,7 +44,7 @@ from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.interchange import to_sitk
-from fibldm.volumes.masks import as_labels, find_masks, read_mask
+from fibldm.volumes.masks import as_labels, find_masks, hash_mask, mask_stem, read_mask
 from fibldm.volumes.writer import sidecar
 
 LABELS = (0, 1, 2, 5)
@@ -425,7 +427,7 @@ def test_a_mask_that_nibabel_scaled_gives_the_volume_of_its_labels(synthesizer, 
     mask = _changed(1.0000153)
     for given, name in ((mask, "a mask"), (read_mask(tmp_path / "scaled.nii.gz", {}), "scaled.nii.gz")):
         np.testing.assert_array_equal(as_labels(given).array, np.rint(given.array))
-        assert f"labels of {name} are nearly whole" in caplog.text or name == "scaled.nii.gz"
+        assert f"{name}: labels that are nearly whole numbers were rounded" in caplog.text
 
 
 def test_whole_numbers_of_any_type_and_unknown_voxels_are_taken(synthesizer):
@@ -632,25 +634,116 @@ def test_a_device_that_is_not_there_is_refused(tiny_run, device):
         Synthesizer.from_run(tiny_run, device=device)
 
 
-def test_find_masks(tmp_path):
+def test_find_masks(tmp_path, caplog):
     """A27: files and folders, in order; unfinished files and other files of a folder are passed over."""
     folder = tmp_path / "masks"
     folder.mkdir()
     for name in ("b.nii.gz", "a.nii", ".writing-x.nii.gz", "._b.nii.gz", "notes.txt", "c.nii.bak", "d.dcm"):
         (folder / name).write_bytes(gzip.compress(b""))
+    (folder / "sub").mkdir()
     (tmp_path / "z.nii.gz").touch()
     found = [folder / name for name in ("a.nii", "b.nii.gz", "d.dcm")]
     assert find_masks([tmp_path / "z.nii.gz", folder]) == [tmp_path / "z.nii.gz", *found]
+    assert "masks: 3 left out, as no masks: c.nii.bak, notes.txt, sub; masks are files of NIfTI, NRRD" in caplog.text
+
+
+def test_masks_of_every_format_and_case_are_found_and_read_alike(synthesizer, tmp_path, caplog):
+    """A27: as `prepare` reads them; DICOM that is no segmentation is left out by name."""
+    folder, mask = tmp_path / "masks", body()
+    write_mask(tmp_path / "case.nii.gz", mask)
+    folder.mkdir()
+    image = SimpleITK.ReadImage(str(tmp_path / "case.nii.gz"))
+    for name in ("a.nrrd", "b.mha", "c.nhdr", "d.mhd"):
+        SimpleITK.WriteImage(image, str(folder / name))
+        (folder / name).rename(folder / name.upper())
+    shutil.copy(tmp_path / "case.nii.gz", folder / "E.NII.GZ")
+    made, dicom = tmp_path / "made", DicomOutput.read()
+    synthesize_file(synthesizer, tmp_path / "case.nii.gz", made, number=0, settings=QUICK, dicom=dicom)
+    shutil.copy(made / "masks" / "case_000.dcm", folder / "1.2.840.99")
+    shutil.copy(made / "case_000" / "0001.dcm", folder / "0001.dcm")
+    found = find_masks([folder])
+    assert [mask_stem(file) for file in found] == ["1.2.840.99", "A", "B", "C", "D", "E"]
+    assert "masks: 1 left out, as no masks: 0001.dcm; " in caplog.text
+    for file in found[1:]:
+        read = read_mask(file, synthesizer.names)
+        np.testing.assert_array_equal(read.array, mask.array)
+        np.testing.assert_allclose(read.affine, mask.affine, atol=1e-4)
+    turned = read_mask(found[0], synthesizer.names)
+    np.testing.assert_array_equal(turned.array, mask.canonical().array)
+    path = synthesize_file(synthesizer, found[3], tmp_path / "out", number=0, settings=QUICK)
+    assert path.name == "C_000.nii.gz" and read_volume(path).array.shape == mask.array.shape
+    voxels = folder / "c.raw.gz" if (folder / "c.raw.gz").exists() else folder / "c.raw"
+    before = hash_mask(found[3])
+    voxels.write_bytes(voxels.read_bytes() + b" ")
+    assert hash_mask(found[3]) != before
+
+
+def test_segments_of_slicer_are_known_by_their_names(synthesizer, tmp_path):
+    """A27: their values differ from file to file; left and right must not be mixed up."""
+    write_mask(tmp_path / "case.nii.gz", body())
+    image = SimpleITK.ReadImage(str(tmp_path / "case.nii.gz"))
+    for number, (value, name) in enumerate({2: "left lung", 1: "right lung", 5: "nodule"}.items()):
+        image.SetMetaData(f"Segment{number}_Name", name)
+        image.SetMetaData(f"Segment{number}_LabelValue", str(value))
+    SimpleITK.WriteImage(image, str(tmp_path / "case.seg.nrrd"))
+    read = read_mask(tmp_path / "case.seg.nrrd", synthesizer.names)
+    np.testing.assert_array_equal(read.array, np.array([0, 2, 1, 0, 0, 5])[body().array])
+    with pytest.raises(FibldmError, match=r"must have the name of a label of the run \(lung\); got also left lung"):
+        read_mask(tmp_path / "case.seg.nrrd", {1: "lung"})
+    image.SetMetaData("Segment2_LabelValue", "7")
+    SimpleITK.WriteImage(image, str(tmp_path / "other.seg.nrrd"))
+    with pytest.raises(FibldmError, match=r"must be a segment with a name; got also \[5\]"):
+        read_mask(tmp_path / "other.seg.nrrd", synthesizer.names)
+
+
+def test_a_mask_a_tenth_of_a_degree_off_right_angles_is_squared_up_and_said(synthesizer, tmp_path, caplog):
+    """H5: SimpleITK opens such a mask by its qform alone; it opens what is made of it, too."""
+    mask = body()
+    sheared = mask.affine @ nibabel.affines.from_matvec([[1, np.tan(np.radians(0.1)), 0], [0, 1, 0], [0, 0, 1]])
+    file = nibabel.Nifti1Image(mask.array, sheared)
+    file.set_qform(sheared, 1)
+    nibabel.save(file, tmp_path / "tilted.nii.gz")
+    path = synthesize_file(synthesizer, tmp_path / "tilted.nii.gz", tmp_path / "out", number=0, settings=QUICK)
+    opened = SimpleITK.ReadImage(str(path))
+    kept = SimpleITK.ReadImage(str(tmp_path / "out" / "masks" / "tilted.nii.gz"))
+    assert opened.GetDirection() == kept.GetDirection() and opened.GetSize() == mask.array.shape
+    corners = [(0, 0, 0), *np.diag(np.array(mask.array.shape) - 1), np.array(mask.array.shape) - 1]
+    placed = [np.multiply(opened.TransformIndexToPhysicalPoint([int(i) for i in c]), (-1, -1, 1)) for c in corners]
+    moved = np.linalg.norm(placed - nibabel.affines.apply_affine(sheared, corners), axis=1)
+    assert 0.05 < moved.max() < 0.12  # half of 0.1 degrees over 110 mm
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "tilted.nii.gz: the axes were 0.11 degrees off right angles and were squared up, by 0.078 mm at" in told
+
+
+@pytest.mark.parametrize(("sform", "qform", "kept"), [(4, 4, 4), (2, 1, 2), (0, 5, 5), (1, 1, 1)])
+def test_volumes_keep_the_coordinate_system_of_their_mask_and_nothing_else_of_its_header(
+    synthesizer, tmp_path, sform, qform, kept
+):
+    """H5: MNI stays MNI; what may tell a patient or darken the picture stays behind."""
+    file = nibabel.Nifti1Image(body().array, body().affine)
+    file.header.set_xyzt_units("mm", "sec")
+    file.set_qform(body().affine, 1)
+    file.header["descrip"], file.header["aux_file"], file.header["cal_max"] = b"Planted^Paula", b"Paula", 5
+    file.header["intent_code"], file.header["intent_name"] = 1002, b"Paula"
+    data = bytearray(file.to_bytes())
+    struct.pack_into("<hh", data, 252, qform, sform)
+    (tmp_path / "case.nii").write_bytes(data)
+    path = synthesize_file(synthesizer, tmp_path / "case.nii", tmp_path / "out", number=0, settings=QUICK)
+    for written in (path, tmp_path / "out" / "masks" / "case.nii.gz"):
+        header = nibabel.load(written).header
+        assert (int(header["sform_code"]), int(header["qform_code"])) == (kept, kept)
+        assert header.get_xyzt_units() == ("mm", "unknown") and header["cal_max"] == 0 and header["intent_code"] == 0
+        assert b"Paula" not in gzip.decompress(written.read_bytes())
 
 
 def test_find_masks_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("a.nii", "a.nii.gz", "a.dcm", "scan.mha"):
+    for name in ("a.nii", "a.nii.gz", "a.dcm", "scan.mhx"):
         (tmp_path / name).touch()
     bad = [
         ([tmp_path / "absent"], "masks must exist; .*absent does not"),
-        ([tmp_path / "empty"], r"masks must be NIfTI files \(.nii, .nii.gz\) or DICOM .* \(.dcm\); got none"),
-        ([tmp_path / "scan.mha"], r"masks must be NIfTI files .*; got .*scan.mha"),
+        ([tmp_path / "empty"], r"masks are files of NIfTI, NRRD or MetaImage \(.nii.gz, .*\) or DICOM .*; got none"),
+        ([tmp_path / "scan.mhx"], r"masks are files of NIfTI, .*; got .*scan.mhx"),
         ([tmp_path], "every mask needs a name of its own; given twice: a; rename them"),
     ]
     for sources, message in bad:

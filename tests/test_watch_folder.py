@@ -20,6 +20,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
 
 from fibldm.delivery.export import ExportSettings, export
@@ -150,7 +151,7 @@ def test_a_segmentation_becomes_a_series(
     name = hash_file(segmentation)[:16]
     code, reports = watch()
     series = outbox / "synthetic" / name / f"{name}_000"
-    assert (code, reports) == (0, [{"ok": True, "item": name, "outputs": [str(series)]}])
+    assert (code, reports) == (0, [{"ok": True, "item": name, "outputs": [str(series)], "left_out": 0}])
     slices = [pydicom.dcmread(file) for file in sorted(series.iterdir())]
     read = highdicom.get_volume_from_series(slices)
     turned = Volume(read.array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine).canonical()
@@ -191,7 +192,7 @@ def test_a_folder_is_one_item(watch: Watch, inbox: Path, outbox: Path, study: Pa
     """H2: its segmentations, with or without a suffix, and its NIfTI are masks; the rest of a study is left alone."""
     shutil.copytree(study / "ct", inbox / "exam" / "ct")
     shutil.copy(study / "seg.dcm", inbox / "exam" / "1.2.840.113619")
-    write_mask(inbox / "exam" / "other.nii.gz")
+    write_mask(inbox / "exam" / "other.NII.GZ")
     (inbox / "exam" / ".other.nii.gz").write_text("attributes")
     code, reports = watch("--template", study / "ct")
     assert code == 0 and len(reports) == 1
@@ -199,13 +200,31 @@ def test_a_folder_is_one_item(watch: Watch, inbox: Path, outbox: Path, study: Pa
     assert "the mask must lie on the grid of the template series" in reports[0]["error"]["message"]
     assert (outbox / "refused" / reports[0]["item"] / "exam" / "1.2.840.113619").is_file()
     assert not (outbox / "synthetic").exists()
-    (outbox / "refused" / reports[0]["item"] / "exam" / "other.nii.gz").unlink()
+    (outbox / "refused" / reports[0]["item"] / "exam" / "other.NII.GZ").unlink()
     shutil.move(outbox / "refused" / reports[0]["item"] / "exam", inbox)
     code, reports = watch("--template", study / "ct")
     (series,) = reports[0]["outputs"]
+    assert reports[0]["left_out"] == SHAPE[0] + 1  # the series, and a hidden file
     assert Path(series).name == f"{hash_file(study / 'seg.dcm')[:16]}_000"
     assert pydicom.dcmread(Path(series) / "0001.dcm").KVP == 120
     assert len(list((outbox / "done" / reports[0]["item"] / "exam" / "ct").iterdir())) == SHAPE[0]
+
+
+def test_masks_of_itk_are_taken_with_their_voxels_apart(watch: Watch, inbox: Path, outbox: Path) -> None:
+    """A27: two detached headers alike, whose voxels differ, are two masks."""
+    (inbox / "exam").mkdir()
+    for name, last in (("a", 1), ("b", 2)):
+        image = SimpleITK.ReadImage(str(write_mask(inbox.parent / f"{name}.nii", last=last)))
+        SimpleITK.WriteImage(image, str(inbox / "exam" / f"{name}.mhd"))
+        header = inbox / "exam" / f"{name}.mhd"
+        (inbox / "exam" / name).mkdir()
+        header.write_text(header.read_text().replace(f"{name}.raw", "v.raw"))
+        header.rename(inbox / "exam" / name / "Paula.MHD")
+        (inbox / "exam" / f"{name}.raw").rename(inbox / "exam" / name / "v.raw")
+    code, reports = watch("--format", "nifti")
+    assert code == 0 and reports[0]["ok"] and reports[0]["left_out"] == 0
+    masks = [nibabel.load(file).get_fdata() for file in (outbox / "synthetic").glob("*/masks/*.nii.gz")]
+    assert sorted(mask[0, 0, 0] for mask in masks) == [1, 2] and len(reports[0]["outputs"]) == 2
 
 
 # --- bad items
@@ -235,8 +254,8 @@ def folder_of_a_link(path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (text, "an item must hold a mask, NIfTI (.nii, .nii.gz) or DICOM segmentation; it does not"),
-        (damaged, "must be readable"),
+        (text, "an item must hold a mask: NIfTI, NRRD, MetaImage or DICOM segmentation; it does not"),
+        (damaged, "must be a readable DICOM file"),
         (fractions, "a mask must hold whole numbers"),
         (link, "an item must be a file or a folder of files; it is or holds a link or a device"),
         (folder_of_a_link, "an item must be a file or a folder of files; it is or holds a link or a device"),
@@ -511,7 +530,10 @@ def test_a_signal_ends_the_waiting_at_once(script: ModuleType) -> None:
         (["--outbox", "INBOX/out"], "--outbox must not lie in the inbox"),
         (["--interval", "0"], "--interval must be above 0, and --count at least 1; got 0 and 1"),
         (["--count", "0"], "--interval must be above 0, and --count at least 1; got 0.01 and 0"),
-        (["--format", "nifti", "--template", "x"], "--format nifti takes no --template and no --label-codes"),
+        (
+            ["--format", "nifti", "--template", "x"],
+            "--format nifti takes no --template, --label-codes or --patient-position",
+        ),
         (["--template", "/absent"], "a template must be a folder"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
     ],

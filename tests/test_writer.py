@@ -1,17 +1,22 @@
 """Written volumes: H1 (the mark), H5 (geometry, as two readers see it), A32 (NIfTI with affine)."""
 
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.nifti import read_volume
-from fibldm.volumes.grid import Volume
+from fibldm.volumes.grid import Volume, squared_up
 from fibldm.volumes.writer import sidecar, volume_stem, write_labels, write_synthetic
 
 COS, SIN = np.cos(0.3), np.sin(0.3)
@@ -62,14 +67,50 @@ def test_a_synthetic_volume_says_so_three_times(tmp_path):
     assert "synthetic" in SimpleITK.ReadImage(str(path)).GetMetaData("descrip").lower()
 
 
-def test_a_sheared_affine_has_a_sform_only(tmp_path):
-    """H5: a quaternion cannot hold a tilted gantry, and must not pretend to."""
-    sheared = AFFINES["oblique"].copy()
-    sheared[1, 2] += 0.6
-    write_synthetic(tmp_path / "a_000.nii.gz", volume(sheared), {})
-    image = nibabel.load(tmp_path / "a_000.nii.gz")
-    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (1, 0)
-    np.testing.assert_allclose(image.affine, sheared, atol=1e-4)
+@pytest.mark.parametrize("degrees", [0.01, 0.1, 0.5])
+def test_axes_that_are_not_at_right_angles_are_refused_and_can_be_squared_up(tmp_path, degrees):
+    """H5: ITK opens no such file."""
+    lean = nibabel.affines.from_matvec([[1, 0, np.tan(np.radians(degrees))], [0, 1, 0], [0, 0, 1]])
+    sheared = volume(nibabel.affines.from_matvec(np.diag([2.0, 2.0, 2.0])) @ lean)
+    with pytest.raises(FibldmError, match=rf"right angles to be written; two are {degrees:.2g} degrees off; square"):
+        write_synthetic(tmp_path / "a_000.nii.gz", sheared, {})
+    assert not list(tmp_path.iterdir())
+    straight, moved = squared_up(sheared.grid)
+    write_synthetic(tmp_path / "a_000.nii.gz", replace(sheared, affine=straight.affine), {})
+    SimpleITK.ReadImage(str(tmp_path / "a_000.nii.gz"))
+    np.testing.assert_allclose(straight.spacing, sheared.grid.spacing)
+    np.testing.assert_allclose(straight.centre, sheared.grid.centre)
+    length = np.linalg.norm(np.multiply(np.subtract(sheared.array.shape, 1), sheared.grid.spacing)[[0, 2]]) / 2
+    assert moved == pytest.approx(2 * length * np.sin(np.radians(degrees) / 4), rel=1e-2)
+    turned, _ = squared_up(sheared.canonical().grid)
+    np.testing.assert_allclose(turned.affine, Volume(sheared.array, straight.affine).canonical().affine, atol=1e-9)
+
+
+ANGLES = st.tuples(*[st.one_of(st.floats(-180, 180), st.sampled_from([0.0, 90.0, -180.0, 1e-3, 179.9]))] * 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    angles=ANGLES,
+    spacing=st.tuples(*[st.floats(0.05, 12)] * 3),
+    origin=st.tuples(*[st.floats(-2000, 2000)] * 3),
+    flips=st.tuples(*[st.sampled_from([1, -1])] * 3),
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    space=st.sampled_from([1, 2, 4]),
+)
+def test_whatever_is_written_opens_in_simpleitk_at_the_same_place(angles, spacing, origin, flips, shape, space):
+    """H5: as sform or as qform, which a float32 quaternion near half a turn blurs."""
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    affine = nibabel.affines.from_matvec(turn @ np.diag(np.multiply(spacing, flips)), origin).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.nii"
+        write_synthetic(file, Volume(np.zeros(shape, dtype=np.int8), affine.astype(np.float64), space), {})
+        opened, header = SimpleITK.ReadImage(str(file)), nibabel.load(file).header
+    assert header["sform_code"] == space and opened.GetSize() == shape
+    last = [length - 1 for length in shape]
+    left, back, up = opened.TransformIndexToPhysicalPoint(last)
+    off = nibabel.affines.apply_affine(affine, last) - (-left, -back, up)
+    assert np.abs(np.linalg.solve(affine[:3, :3], off)).max() < 0.02
 
 
 def test_magnetic_resonance_stays_float(tmp_path):

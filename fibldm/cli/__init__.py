@@ -25,6 +25,7 @@ COMMANDS = (
     "train",
     "encode",
     "synthesize",
+    "picture",
     "evaluate",
     "export",
     "verify",

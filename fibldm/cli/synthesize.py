@@ -21,7 +21,8 @@ def synthesize(
         typer.Option("--trust", help="With --bundle: take what changed since its export, and run any class it names."),
     ] = False,
     masks: Annotated[
-        list[Path], typer.Option("--masks", help="Mask (NIfTI, DICOM-SEG) or folder of them; may be repeated.")
+        list[Path],
+        typer.Option("--masks", help="Mask (NIfTI, NRRD, MetaImage, DICOM-SEG) or folder of them; may be repeated."),
     ] = [],
     data: Annotated[
         Path | None,
@@ -80,6 +81,10 @@ def synthesize(
     label_codes: Annotated[
         Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
     ] = None,
+    patient_position: Annotated[
+        str | None,
+        typer.Option(help="DICOM only: HFS, FFS, ..., which no mask tells; by default the template's, or empty."),
+    ] = None,
     bids: Annotated[
         str | None,
         typer.Option(metavar="SUFFIX", help="NIfTI only: also write OUT/bids; T1w, T2w, FLAIR, ..., or ct."),
@@ -117,7 +122,8 @@ def synthesize(
     )
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
-    _check_options(output_format, {"--template": template, "--label-codes": label_codes}, {"--bids": bids})
+    for_dicom = {"--template": template, "--label-codes": label_codes, "--patient-position": patient_position}
+    _check_options(output_format, for_dicom, {"--bids": bids})
     if not masks and data is None and (bids is not None or output_format == "dicom"):
         raise _needs_masks("--bids" if bids is not None else "--format dicom")
     if bids is not None:
@@ -138,7 +144,7 @@ def synthesize(
         unconditional=unconditional,
         trust=trust,
         device=device,
-        dicom=_dicom_output(template, label_codes) if output_format == "dicom" else None,
+        dicom=_dicom_output(template, label_codes, patient_position) if output_format == "dicom" else None,
     )
     if bids is not None:
         names = {int(value): name for value, name in _facts(run, bundle, trust)["labels"].items() if int(value)}
@@ -202,10 +208,10 @@ def read_covariates(texts: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _dicom_output(template: Path | None, label_codes: Path | None) -> "DicomOutput":
+def _dicom_output(template: Path | None, label_codes: Path | None, position: str | None) -> "DicomOutput":
     from fibldm.volumes.dicom.output import DicomOutput
 
-    return DicomOutput.read(template, label_codes)
+    return DicomOutput.read(template, label_codes, position)
 
 
 def _check_options(output_format: str, for_dicom: dict[str, Any], for_nifti: dict[str, Any]) -> None:

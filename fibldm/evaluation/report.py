@@ -63,15 +63,15 @@ def write_report(
         commands: what was run, one line each.
     """
     environment = Environment(loader=PackageLoader("fibldm.evaluation"), autoescape=True)
-    pictures = [(match, _embedded(montage(match, window))) for match in matches]
-    legend = [(name, _colour(int(value))) for value, name in labels.items() if int(value)]
+    pictures = [(match, embedded(montage(match, window))) for match in matches]
+    legend = [(name, label_colour(int(value))) for value, name in labels.items() if int(value)]
     html = environment.get_template("report.html.j2").render(
         version=fibldm.__version__,
         figures=figures,
         pictures=pictures,
         sections=[(name, section, _picture(section, evaluation)) for name, section in sections.items()],
         legend=legend,
-        curves=_embedded(loss_curves(losses)),
+        curves=embedded(loss_curves(losses)),
         commands=commands,
     )
     write_text(path, html)
@@ -82,7 +82,7 @@ def montage(match: Match, window: Window) -> Figure:
     mask, real, synthetic = (
         read_volume(str(file)).canonical() for file in (match.mask, match.real, match.synthetic[0])
     )
-    found = np.argwhere(_drawn(mask.array))
+    found = np.argwhere(drawn_labels(mask.array))
     centre = [int(axis) for axis in (found.mean(axis=0) if len(found) else np.array(mask.array.shape) // 2)]
     if len(found):
         centre[0] = int(np.quantile(found[:, 0], 0.75))  # sagittal through the right lung, not the mediastinum
@@ -117,23 +117,26 @@ def _picture(section: Section, folder: Path) -> str | None:
     return base64.b64encode((folder / name).read_bytes()).decode() if name else None
 
 
-def _colour(label: int) -> str:
+def label_colour(label: int) -> str:
+    """Colour of a label in every picture."""
     return _LABEL_COLOURS[(label - 1) % len(_LABEL_COLOURS)]
 
 
-def _drawn(labels: Array) -> NDArray[np.bool_]:
+def drawn_labels(labels: Array) -> NDArray[np.bool_]:
+    """Where a picture shows a label: neither background nor unknown."""
     return (labels != 0) & (labels != UNKNOWN_LABEL)
 
 
 def _coloured(labels: Array) -> NDArray[np.float64]:
     """RGBA of a slice of labels; background and unknown are clear."""
     picture = np.zeros((*labels.shape, 4))
-    for value in np.unique(labels[_drawn(labels)]):
-        picture[labels == value] = to_rgba(_colour(int(value)), alpha=_OVERLAY_ALPHA)
+    for value in np.unique(labels[drawn_labels(labels)]):
+        picture[labels == value] = to_rgba(label_colour(int(value)), alpha=_OVERLAY_ALPHA)
     return picture
 
 
-def _embedded(figure: Figure) -> str:
+def embedded(figure: Figure) -> str:
+    """A figure as PNG in base64, for an HTML file."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return base64.b64encode(buffer.getvalue()).decode()

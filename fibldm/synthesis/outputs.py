@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value, read_json
+from fibldm.files import hash_value, read_json
 from fibldm.shards import Shard
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.synthesis.synthesizer import UNCONDITIONAL, Synthesis, Synthesizer, Wanted
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.masks import as_labels, find_masks, keep_mask, mask_stem, read_mask
+from fibldm.volumes.masks import as_labels, find_masks, hash_mask, keep_mask, mask_stem, read_mask
 from fibldm.volumes.writer import sidecar, write_synthetic
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Output:
         """Make and write some volumes together.
 
         Args:
-            jobs: mask files (NIfTI, or DICOM segmentations whose segments have the names of the run's labels) or none,
+            jobs: mask files (label maps, or segmentations whose segments have the names of the run's labels) or none,
                 and which volume of each.
 
         Returns:
@@ -168,7 +168,7 @@ class Output:
             decisive.append(known)
         request = {
             "mask": mask_file and mask_file.name,
-            "mask_sha256": mask_file and hash_file(mask_file),
+            "mask_sha256": mask_file and hash_mask(mask_file),
             "request": hash_value(decisive),
         }
         if self.dicom is not None:
@@ -217,7 +217,7 @@ def synthesize_files(
 
     Args:
         run_dir: a finished run, see `Synthesizer.from_run`; None where there is a ``bundle``.
-        masks: NIfTI files and DICOM segmentations, and folders of them.
+        masks: files and folders of them, see `find_masks`.
         out: folder to write to; see `Output`.
         count: volumes per mask.
         settings: how to sample.

@@ -346,7 +346,7 @@ class Synthesizer:
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
         on_disk = self.intensity.to_disk(np.stack(returned))
         wanted_grid = source.grid if placed.wanted.mask is None else placed.wanted.mask.grid
-        channels = tuple(turned_like(Volume(part, source.affine), wanted_grid) for part in on_disk)
+        channels = tuple(turned_like(replace(source, array=part), wanted_grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
         provenance = {
             "fibldm": fibldm.__version__,

@@ -16,6 +16,20 @@ _CT = "ct"
 SUFFIXES = ("T1w", "T2w", "PDw", "T2starw", "FLAIR", "inplaneT1", "inplaneT2", "angio", _CT)
 """How the kind of image may be named."""
 
+_NOTICE = "synthetic; not a patient"
+_SEGMENTATIONS = {
+    "Description": "Label mask that the synthetic volumes beside it were drawn from; labels are named in dseg.tsv",
+    "SpatialReference": "orig",
+}
+_README = f"""# Synthetic volumes by FibLDM {__version__}
+
+No patient was imaged: every volume (`desc-synthetic`) was drawn from the label mask (`dseg`) of its subject by a
+trained generator. A subject is a hash of one mask. A mask that was drawn on a real scan still carries the anatomy of
+its patient.
+
+`dseg.tsv` names the labels. The JSON file beside a volume says which generator, seed and settings gave it.
+"""
+
 
 def check_bids(suffix: str, *, modality: str, skull_stripped: bool | None) -> None:
     """See that volumes can be named and described, before they are made.
@@ -63,11 +77,13 @@ def write_bids(
     write_json(folder / "dataset_description.json", _description(facts))
     rows = [(0, "background"), *sorted(names.items())]
     write_text(folder / "dseg.tsv", "".join(f"{index}\t{name}\n" for index, name in [("index", "name"), *rows]))
+    write_json(folder / "dseg.json", _SEGMENTATIONS)
+    write_text(folder / "README.md", _README)
     if suffix == _CT:
-        write_text(folder / ".bidsignore", "**/ct/\n")
+        write_text(folder / ".bidsignore", "**/ct\n")  # with a slash at its end, validators see the folder itself
     stated = {} if skull_stripped is None else {"SkullStripped": skull_stripped}
     for volume, fact in zip(volumes, facts, strict=True):
-        _write_subject(folder, volume, suffix, {"Description": "synthetic; not a patient", **stated, **fact})
+        _write_subject(folder, volume, suffix, {"Description": _NOTICE, **stated, **fact})
 
 
 def _write_subject(folder: Path, volume: Path, suffix: str, facts: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ voxels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import nibabel
@@ -21,6 +21,13 @@ Array = NDArray[Any]
 Affine = NDArray[np.float64]
 
 SPACING_TOLERANCE = 0.10
+
+RIGHT_ANGLES = 5e-5
+"""Largest cosine between voxel axes that count as perpendicular; ITK opens no NIfTI beyond 1e-4."""
+
+SCANNER = 1
+KNOWN_SPACES = range(1, 6)
+"""NIfTI's codes of what millimetres are measured in: the scanner, another scan, Talairach, MNI, another template."""
 
 _SAME_SPACING = 1e-3
 _COORDINATE_DECIMALS = 6
@@ -55,12 +62,18 @@ class Grid:
 class Volume:
     """Voxels ``(X, Y, Z)`` and the grid they lie on.
 
+    Attributes:
+        array: voxels.
+        affine: ``(4, 4)``, voxel index to RAS+ mm.
+        space: NIfTI's code of what these mm are measured in, see `SCANNER`.
+
     Raises:
         FibldmError: the array is not 3-D.
     """
 
     array: Array
     affine: Affine
+    space: int = SCANNER
 
     def __post_init__(self) -> None:
         if self.array.ndim != 3:
@@ -76,7 +89,7 @@ class Volume:
         """The same volume with its axes in the closest RAS+ order; only flips and permutations."""
         turn = orientations.io_orientation(self.affine)
         array = orientations.apply_orientation(self.array, turn)
-        return Volume(array, self.affine @ orientations.inv_ornt_aff(turn, self.array.shape))
+        return replace(self, array=array, affine=self.affine @ orientations.inv_ornt_aff(turn, self.array.shape))
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,27 @@ def turned_like(volume: Volume, grid: Grid) -> Volume:
     turn = orientations.ornt_transform(
         orientations.io_orientation(volume.affine), orientations.io_orientation(grid.affine)
     )
-    return Volume(orientations.apply_orientation(volume.array, turn), grid.affine)
+    return replace(volume, array=orientations.apply_orientation(volume.array, turn), affine=grid.affine)
+
+
+def shear(affine: Affine) -> float:
+    """The largest cosine between two voxel axes, 0 of axes at right angles."""
+    directions = affine[:3, :3] / nibabel.affines.voxel_sizes(affine)
+    return float(np.abs(directions.T @ directions - np.eye(3)).max())
+
+
+def squared_up(grid: Grid) -> tuple[Grid, float]:
+    """The nearest grid with axes at right angles, of the same spacing and centre, and by how many mm its corners moved.
+
+    What is flipped or permuted comes out as the same flip or permutation of what would come out otherwise.
+    """
+    u, _, v = np.linalg.svd(grid.affine[:3, :3] / np.array(grid.spacing))
+    matrix = u @ v * np.array(grid.spacing)
+    middle = (np.array(grid.shape) - 1) / 2
+    straight = nibabel.affines.from_matvec(matrix, grid.centre - matrix @ middle)
+    corners = np.stack(np.meshgrid(*[(0, length - 1) for length in grid.shape]), axis=-1).reshape(-1, 3)
+    moved = [nibabel.affines.apply_affine(affine, corners) for affine in (grid.affine, straight)]
+    return Grid(grid.shape, straight), float(np.linalg.norm(moved[1] - moved[0], axis=1).max())
 
 
 def _nearest(array: Array, matrix: Affine, shape: tuple[int, int, int], fill: float | Literal["edge"]) -> Array:

@@ -1,7 +1,8 @@
 """The masks that volumes are drawn from: found among files and folders, read, and kept beside the volumes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,35 +10,45 @@ import numpy as np
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.nifti import read_volume
-from fibldm.volumes.formats.readers import read_scan
+from fibldm.files import hash_file, hash_value
+from fibldm.volumes.formats.itk_images import files_of, read_itk
+from fibldm.volumes.formats.nifti import read_nifti, read_volume
+from fibldm.volumes.formats.readers import read_scan, stem
 from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
+from fibldm.volumes.formats.stored import Findings, straightened
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
-from fibldm.volumes.writer import volume_stem, write_labels
+from fibldm.volumes.writer import write_labels
 
 _logger = logging.getLogger("fibldm")
-_NIFTI = (".nii", ".nii.gz")
+_NIFTI = (".nii.gz", ".nii")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-_MASKS = (*_NIFTI, ".dcm")
+_DICOM = ".dcm"
+_SHOWN = 10  # names in one message
+_WHAT = (
+    f"masks are files of NIfTI, NRRD or MetaImage ({', '.join((*_NIFTI, *_ITK))}) or DICOM segmentations "
+    f"({_DICOM}, or without a suffix)"
+)
 
 
 def find_masks(sources: list[Path]) -> list[Path]:
     """The mask files that a list of files and folders names, in order of their names.
 
+    Cases of letters do not matter. What else lies in a folder is left out, and named in the log; files that begin with
+    a dot are not, as they are unfinished or hold the attributes of another file.
+
     Raises:
-        FibldmError: there is none, one is neither NIfTI nor DICOM, or two have the same name.
+        FibldmError: there is none, a file that is named by itself is none, or two have the same name.
     """
     files: list[Path] = []
     for source in sources:
         if not source.exists():
             raise FibldmError(f"masks must exist; {source} does not")
-        files += _files_in(source, _MASKS) if source.is_dir() else [source]
-    wrong = [str(file) for file in files if not file.name.endswith(_MASKS)]
+        files += _masks_in(source) if source.is_dir() else [source]
+    wrong = [str(file) for file in files if mask_suffix(file) is None]
     if wrong or not files:
         raise FibldmError(
-            f"masks must be NIfTI files (.nii, .nii.gz) or DICOM segmentations (.dcm); "
-            f"got {', '.join(wrong) or 'none'}",
+            f"{_WHAT}; got {', '.join(wrong) or 'none'}",
             "name files, or folders that hold them (folders inside of those are not searched)",
         )
     stems = [mask_stem(file) for file in files]
@@ -47,59 +58,98 @@ def find_masks(sources: list[Path]) -> list[Path]:
     return files
 
 
+def mask_suffix(file: Path) -> str | None:
+    """Which format of masks a file has, ``.dcm`` for DICOM under any name; ``None`` where it is no mask.
+
+    A file named as a mask that cannot be read is one, to be refused when it is.
+    """
+    suffix = next((suffix for suffix in (*_NIFTI, *_ITK) if file.name.lower().endswith(suffix)), None)
+    if suffix is not None or (file.suffix and not _has_dicom_name(file)):
+        return suffix
+    from fibldm.volumes.dicom.series import find_series
+
+    try:
+        series = find_series([file])
+    except FibldmError:  # damaged
+        return _DICOM
+    damaged = not series and file.suffix.lower() == _DICOM
+    return _DICOM if damaged or any(part.modality == "SEG" for part in series) else None
+
+
+def parts_of(mask: Path) -> list[Path]:
+    """The further files of a mask whose header lies apart from its voxels (.nhdr, .mhd)."""
+    if mask.suffix.lower() not in (".nhdr", ".mhd"):
+        return []
+    try:
+        return list(files_of(mask)[1:])
+    except (FibldmError, OSError):  # said when it is read
+        return []
+
+
+def hash_mask(mask: Path) -> str:
+    """SHA-256 of the file; of a mask in several files, of all of them."""
+    parts = parts_of(mask)
+    return hash_value([hash_file(file) for file in (mask, *parts)]) if parts else hash_file(mask)
+
+
 def volumes_in(folder: Path) -> list[Path]:
     """NIfTI files, but none that begins with a dot: those are unfinished, or hold the attributes of another file."""
-    return _files_in(folder, _NIFTI)
+    return sorted(file for file in folder.glob("[!.]*") if file.name.endswith(_NIFTI))
 
 
-def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in folder.glob("[!.]*") if file.name.endswith(suffixes))
+def _has_dicom_name(file: Path) -> bool:
+    """``.dcm``, or a suffix of digits only: many archives name files by their UIDs."""
+    return file.suffix.lower() == _DICOM or file.suffix[1:].isdigit()
+
+
+def _masks_in(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("[!.]*"))
+    masks = [file for file in found if file.is_file() and mask_suffix(file) is not None]
+    taken = {*masks, *(part for mask in masks for part in parts_of(mask))}
+    left_out = [file.name for file in found if file not in taken]
+    if left_out:
+        shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
+        _logger.warning("%s: %d left out, as no masks: %s; %s", folder, len(left_out), shown, _WHAT)
+    return masks
 
 
 def mask_stem(file: Path) -> str:
     """The file name without the suffixes that masks may have."""
-    return volume_stem(file).removesuffix(".dcm")
+    return stem(file)
 
 
 def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
-    """A mask of either format.
+    """A mask of any format, in the axis order of its file (RAS+ of named segments); remarks on it go to the log.
 
     Args:
-        file: NIfTI, NRRD, MetaImage, or a DICOM segmentation.
-        names: of the run's labels by value; the segments of a DICOM segmentation, or of one of 3D Slicer (NRRD), get
-            the values of their names.
+        file: one that `mask_suffix` knows.
+        names: of the run's labels by value; named segments, of DICOM or 3D Slicer, get the values of their names.
 
     Raises:
         FibldmError: the file cannot be read, or a segment has no such name.
     """
-    if file.suffix in _ITK:
-        return _itk_mask(file, names)
-    if file.suffix != ".dcm":
-        volume = read_volume(str(file))
-        array, changed = settled(volume.array)
-        if changed:
-            _say_rounded(file.name)
-        return Volume(array, volume.affine)
-    from fibldm.volumes.dicom.masks import read_segmentation, segment_names
+    if not file.is_file():
+        raise FibldmError(f"{file} must exist and be a file", "check the path")
+    suffix = mask_suffix(file)
+    if suffix == _DICOM:
+        return _read_segmentation(file, names)
+    if suffix in _ITK and (segments := segments_of(file)):
+        return _read_named_segments(file, [segment.name for segment in segments], names)
+    volume, remarks = (read_itk if suffix in _ITK else read_nifti)(file).volume(str(file))
+    for remark in remarks:
+        _say_once(file.name, remark)
+    return _settled(volume, file.name)
 
-    _check_known(file, segment_names(file), names)
-    scan = read_segmentation(file, {name: value for value, name in names.items()})
+
+def _read_named_segments(file: Path, found: Iterable[str], names: Mapping[int, str]) -> Volume:
+    _check_names(file, found, names)
+    scan = named_segments(read_scan((file,), key="label"), file, {name: value for value, name in names.items()})
+    _say_findings(file, scan.findings)
     return Volume(scan.array, scan.affine)
 
 
-def _itk_mask(file: Path, names: Mapping[int, str]) -> Volume:
-    scan = read_scan((file,), key="label")
-    if segments := segments_of(file):
-        _check_known(file, [segment.name for segment in segments], names)
-        scan = named_segments(scan, file, {name: value for value, name in names.items()})
-    wrong = [message for level, message in scan.findings if level == "error"]
-    if wrong or scan.array.ndim != 3:
-        raise FibldmError(f"{file}: {'; '.join(wrong) or 'a mask must be one label map'}", "export the file again")
-    return Volume(scan.array, scan.affine)
-
-
-def _check_known(file: Path, segments: list[str], names: Mapping[int, str]) -> None:
-    strange = sorted(set(segments) - set(names.values()))
+def _check_names(file: Path, found: Iterable[str], names: Mapping[int, str]) -> None:
+    strange = sorted(set(found) - set(names.values()))
     if strange:
         raise FibldmError(
             f"every segment of {file.name} must have the name of a label of the run "
@@ -108,28 +158,50 @@ def _check_known(file: Path, segments: list[str], names: Mapping[int, str]) -> N
         )
 
 
+def _read_segmentation(file: Path, names: Mapping[int, str]) -> Volume:
+    from fibldm.volumes.dicom import masks
+
+    _check_names(file, masks.segment_names(file), names)
+    scan = masks.read_segmentation(file, {name: value for value, name in names.items()})
+    affine, squared = straightened(Volume(scan.array, scan.affine).grid)
+    _say_findings(file, (*scan.findings, *squared))
+    return Volume(scan.array, affine)
+
+
+def _say_findings(file: Path, findings: Findings) -> None:
+    for level, remark in findings:
+        if level == "error":
+            raise FibldmError(f"{file.name}: {remark}", "export the file again")
+        _say_once(file.name, remark)
+
+
+@cache  # a mask is read more than once
+def _say_once(name: str, remark: str) -> None:
+    _logger.warning("%s: %s", name, remark)
+
+
 def as_labels(mask: Volume) -> Volume:
-    """The mask as uint8; labels that a scale on disk left nearly whole are made whole, with a line in the log.
+    """The mask as uint8.
 
     Raises:
         FibldmError: it holds fractions, or numbers that are no labels.
     """
-    array, changed = settled(mask.array)
-    if not are_whole(array):
+    mask = _settled(mask, "a mask")
+    if not are_whole(mask.array):
         raise FibldmError(
             "a mask must hold whole numbers",
-            f"is this a label map, and not an image or a probability? It holds {fractions_shown(array)}",
+            f"is this a label map, and not an image or a probability? It holds {fractions_shown(mask.array)}",
         )
-    if array.min() < 0 or array.max() > UNKNOWN_LABEL:
-        raise FibldmError(f"mask labels must lie in 0..255; got {int(array.min())}..{int(array.max())}")
+    if mask.array.min() < 0 or mask.array.max() > UNKNOWN_LABEL:
+        raise FibldmError(f"mask labels must lie in 0..255; got {int(mask.array.min())}..{int(mask.array.max())}")
+    return replace(mask, array=mask.array.astype(np.uint8))
+
+
+def _settled(mask: Volume, name: str) -> Volume:
+    array, changed = settled(mask.array)
     if changed:
-        _say_rounded("a mask")
-    return Volume(array.astype(np.uint8), mask.affine)
-
-
-@cache  # a mask is read more than once
-def _say_rounded(name: str) -> None:
-    _logger.warning("the labels of %s are nearly whole numbers and were rounded; save labels as integers", name)
+        _say_once(name, "labels that are nearly whole numbers were rounded; save labels as integers")
+    return replace(mask, array=array)
 
 
 def keep_mask(path: Path, labels: Volume) -> None:

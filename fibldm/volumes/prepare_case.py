@@ -158,9 +158,9 @@ def prepare_case(case: Case, rules: Rules, folder: Path | None) -> Record:
         return Record(tuple(findings), None)
     stored = stored_image(image.array, rules.modality)
     if folder is not None:
-        write_nifti(folder / f"images/{case.name}.nii.gz", stored, image.affine)
+        write_nifti(folder / f"images/{case.name}.nii.gz", stored, image.affine, space=image.space)
         if label is not None:
-            write_nifti(folder / f"labels/{case.name}.nii.gz", label.array, image.affine)
+            write_nifti(folder / f"labels/{case.name}.nii.gz", label.array, image.affine, space=image.space)
     return Record(tuple(findings), _facts(image, stored, label, rules.modality, derived))
 
 
@@ -217,7 +217,7 @@ def _joined(scans: Sequence[Scan]) -> Scan:
     facts = {key: value for scan in reversed(scans) for key, value in scan.facts.items()}
     array = np.concatenate([scan.array.reshape(*scan.array.shape[:3], -1) for scan in scans], axis=3)
     array = array[..., 0] if array.shape[3] == 1 else array
-    return Scan(array, scans[0].affine, "+".join(scan.sha256 for scan in scans), facts)
+    return replace(scans[0], array=array, sha256="+".join(scan.sha256 for scan in scans), facts=facts, findings=())
 
 
 def _channel_count(image: Scan) -> int:

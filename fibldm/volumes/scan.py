@@ -9,6 +9,8 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
+from fibldm.volumes.grid import SCANNER
+
 Level = Literal["error", "warning"]
 Covariate = str | float | None
 Files = tuple[Path, ...]
@@ -40,6 +42,7 @@ class Scan:
         findings: what is wrong but does not keep it from being read, for the report.
         names: of a mask, label names by value, where the file says them.
         modality: "CT", "MR" or "PT" where the files state it, else empty.
+        space: NIfTI's code of what the affine is measured in, see `fibldm.volumes.grid.SCANNER`.
     """
 
     array: NDArray[Any]
@@ -49,6 +52,7 @@ class Scan:
     findings: tuple[tuple[Level, str], ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     modality: str = ""
+    space: int = SCANNER
 
     @property
     def spacing(self) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import write_json, write_text
 from fibldm.volumes.datalist import SPLITS, read_datalist
+from fibldm.volumes.grid import SCANNER
 from fibldm.volumes.layouts.cases import REFERENCE_KEYS
 from fibldm.volumes.writer import write_nifti
 
@@ -95,7 +96,8 @@ def _write(
     files = {key: f"{_FILES[key]}/{case}.nii.gz" for key in volumes}
     for key, volume in volumes.items():
         part = volume.slicer[:, :, index : index + 1]
-        write_nifti(out / files[key], np.asarray(part.dataobj), part.affine)
+        space = int(part.header["sform_code"]) or SCANNER
+        write_nifti(out / files[key], np.asarray(part.dataobj), part.affine, space=space)
     return {**entry, **files, "case": case, POSITION: relative_position(index, volumes["image"].shape[2])}
 
 

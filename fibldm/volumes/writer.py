@@ -9,12 +9,13 @@ import nibabel
 import numpy as np
 from nibabel.nifti1 import Nifti1Extension
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import atomic_path, write_json
-from fibldm.volumes.grid import Affine, Array, Volume
+from fibldm.volumes.grid import KNOWN_SPACES, RIGHT_ANGLES, SCANNER, Affine, Array, Volume, shear
 
 _COMMENT = 6
-_SCANNER = 1
+_SAME_PLACE = 0.01
+"""By how many voxels sform and qform may differ; some programs take the one, some the other."""
 
 
 def write_synthetic(path: Path, volume: Volume | Sequence[Volume], provenance: dict[str, Any]) -> None:
@@ -30,14 +31,15 @@ def write_synthetic(path: Path, volume: Volume | Sequence[Volume], provenance: d
         provenance: JSON-able; ``synthetic: true`` is added, whatever it says itself.
 
     Raises:
-        FibldmError: the volume holds a value that is not finite, or cannot be written.
+        FibldmError: the volume holds a value that is not finite, its axes are not at right angles, or it cannot be
+            written.
     """
     channels = [volume] if isinstance(volume, Volume) else volume
     array = channels[0].array if len(channels) == 1 else np.stack([channel.array for channel in channels], axis=-1)
     if not np.isfinite(array).all():
         raise FibldmError(f"a synthetic volume must be finite; {path.name} is not", "train the run longer")
     facts = {"synthetic": True} | provenance | {"synthetic": True}
-    image = nifti(array, channels[0].affine, "SYNTHETIC by FibLDM, not a patient")
+    image = nifti(array, channels[0].affine, "SYNTHETIC by FibLDM, not a patient", channels[0].space)
     image.header.extensions.append(Nifti1Extension(_COMMENT, json.dumps(facts).encode()))
     with atomic_path(path) as temporary:
         nibabel.save(image, temporary)
@@ -48,31 +50,56 @@ def write_labels(path: Path, labels: Volume) -> None:
     """Write a label volume as NIfTI on its own grid.
 
     Raises:
-        FibldmError: the file cannot be written.
+        FibldmError: its axes are not at right angles, or the file cannot be written.
     """
-    write_nifti(path, labels.array, labels.affine, "label map")
+    write_nifti(path, labels.array, labels.affine, "label map", labels.space)
 
 
-def write_nifti(path: Path, array: Array, affine: Affine, description: str = "") -> None:
+def write_nifti(path: Path, array: Array, affine: Affine, description: str = "", space: int = SCANNER) -> None:
     """Write voxels ``(X, Y, Z)`` or ``(X, Y, Z, C)`` as `nifti` makes them.
 
     Raises:
-        FibldmError: the file cannot be written.
+        FibldmError: as `nifti`, or the file cannot be written.
     """
+    image = nifti(array, affine, description, space)
     with atomic_path(path) as temporary:
-        nibabel.save(nifti(array, affine, description), temporary)
+        nibabel.save(image, temporary)
 
 
-def nifti(array: Array, affine: Affine, description: str = "") -> nibabel.Nifti1Image:
-    """A NIfTI image in millimetres with equal sform and qform (a sheared affine has no qform)."""
+def nifti(array: Array, affine: Affine, description: str = "", space: int = SCANNER) -> nibabel.Nifti1Image:
+    """A NIfTI image in millimetres that nibabel and ITK place alike: by an sform, and a qform where that is as exact.
+
+    Args:
+        array: ``(X, Y, Z)`` or ``(X, Y, Z, C)``.
+        affine: ``(4, 4)``, voxel index to RAS+ mm.
+        description: at most 79 bytes.
+        space: NIfTI's code of what the mm are measured in.
+
+    Raises:
+        FibldmError: the axes are not at right angles, which ITK would refuse to open, or the code is unknown.
+    """
+    if (cosine := shear(affine)) > RIGHT_ANGLES:
+        raise FibldmError(
+            f"a volume must have voxel axes at right angles to be written; two are "
+            f"{np.degrees(np.arcsin(min(cosine, 1))):.2g} degrees off",
+            "square its grid up with fibldm.volumes.grid.squared_up, or resample it",
+        )
+    if space not in KNOWN_SPACES:
+        raise unknown_choice("the code of a coordinate system", space, KNOWN_SPACES)
     image = nibabel.Nifti1Image(array, affine)
-    image.set_sform(affine, code=_SCANNER)
-    image.set_qform(affine, code=_SCANNER)
-    if not np.allclose(image.get_qform(), affine, atol=1e-4):
+    image.set_sform(affine, code=space)
+    image.set_qform(affine, code=space)
+    if _apart(affine, image.get_qform(), array.shape[:3]) > _SAME_PLACE:  # near half a turn, a quaternion is coarse
         image.set_qform(None, code=0)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()[:79]
     return image
+
+
+def _apart(affine: Affine, other: Affine, shape: tuple[int, ...]) -> float:
+    """How far two affines place the voxel farthest from the first one apart, in voxels."""
+    off = np.abs(np.linalg.solve(affine, other) - np.eye(4))[:3]
+    return float((off[:, :3] @ shape + off[:, 3]).max())
 
 
 def sidecar(path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fibldm import __version__
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
@@ -18,6 +18,9 @@ from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar
 
+PATIENT_POSITIONS = ("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL")
+"""Head or feet first; supine, prone, or lying on the right or left side (decubitus)."""
+
 
 @dataclass(frozen=True)
 class DicomOutput:
@@ -26,24 +29,44 @@ class DicomOutput:
     Attributes:
         codes: coded meanings of labels.
         template: gives technical tags, or ``None``.
+        position: Patient Position, how a patient would lie in the scanner; no grid tells it. ``None`` takes that of the
+            template, or leaves it empty.
+
+    Raises:
+        FibldmError: an unknown position, or another one than the template's.
     """
 
     codes: LabelCodes
     template: Template | None = None
+    position: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.position is None:
+            return
+        if self.position not in PATIENT_POSITIONS:
+            raise unknown_choice("--patient-position", self.position, PATIENT_POSITIONS)
+        stated = self.template.tags.get("PatientPosition") if self.template is not None else None
+        if stated not in (None, "", self.position):
+            raise FibldmError(
+                f"--patient-position must be that of the template, {stated}; got {self.position}", "leave it out"
+            )
 
     @classmethod
-    def read(cls, template: Path | None = None, label_codes: Path | None = None) -> "DicomOutput":
+    def read(
+        cls, template: Path | None = None, label_codes: Path | None = None, position: str | None = None
+    ) -> "DicomOutput":
         """From the folder of a template series and a table of label codes; ``None`` does without.
 
         Raises:
-            FibldmError: the series or the table is refused, see `read_template` and `load_label_codes`.
+            FibldmError: the series, the table or the position is refused, see `read_template`, `load_label_codes`.
         """
-        return cls(load_label_codes(label_codes), read_template(template) if template is not None else None)
+        return cls(load_label_codes(label_codes), read_template(template) if template is not None else None, position)
 
     def fingerprint(self, names: Mapping[int, str]) -> str:
-        """SHA-256 of what decides the files besides the volume: the template's tags and the labels' codes."""
+        """SHA-256 of what decides the files besides the volume: the template's tags, the labels' codes, position."""
         tags = self.template.tags.to_json_dict() if self.template is not None else None
-        return hash_value([tags, sorted(names.items()), repr(self.codes.find(names.values()))])
+        decisive = [tags, sorted(names.items()), repr(self.codes.find(names.values()))]
+        return hash_value([*decisive, self.position] if self.position else decisive)
 
     def check(self, grid: Grid, names: Mapping[int, str], intensity: Intensity) -> None:
         """See that a volume can be written, before it is made.
@@ -109,6 +132,8 @@ class DicomOutput:
         series = make_series(
             volume, modality=modality, value_range=value_range, identity=identity, template=self.template
         )
+        for item in series if self.position else ():
+            item.PatientPosition = self.position
         write_segmentation(
             _mask_file(folder),
             labels,

@@ -19,6 +19,8 @@ from fibldm.volumes.formats.stored import Findings, Stored, damaged, millimetres
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
+_READERS = {True: "MetaImageIO", False: "NrrdImageIO"}
+"""Named, as ITK knows MetaImage by a suffix in small letters only."""
 _DECODERS: Mapping[str, Callable[[bytes], bytes]] = {
     "raw": bytes, "zlib": zlib.decompress, "gzip": gzip.decompress, "gz": gzip.decompress,
     "bzip2": bz2.decompress, "bz2": bz2.decompress,
@@ -52,7 +54,7 @@ def read_itk(path: Path, *, any_unit: bool = False) -> Stored:
     unit = _unit(header.fields, path, any_unit=any_unit)
     payload = _payload(header, path)
     try:
-        image = SimpleITK.ReadImage(str(path))
+        image = SimpleITK.ReadImage(str(path), imageIO=_READERS["elementdatafile" in header.fields])
     except RuntimeError as error:
         raise damaged(path, "SimpleITK refuses it") from error
     if image.GetDimension() != 3:

@@ -12,8 +12,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres, shear_findings
-from fibldm.volumes.grid import Volume
+from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres
+from fibldm.volumes.grid import SCANNER, Volume
 from fibldm.volumes.scan import Level
 
 _UNREADABLE = (
@@ -48,27 +48,19 @@ def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
     factor, said = millimetres(image.header.get_xyzt_units()[0], any_unit=any_unit)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     check_affine(affine, path.name)
-    return Stored(array, affine, (*said, *_findings(image)))
+    return Stored(array, affine, (*said, *_findings(image)), _space(image.header))
 
 
 def read_volume(path: str | Path) -> Volume:
     """One 3-D volume in the axis order of its file, integers as integers.
 
     Raises:
-        FibldmError: the file is missing, `read_nifti` refuses it, or it is not 3-D, not in mm, or its axes are not at
-            right angles or have two directions that disagree.
+        FibldmError: the file is missing, `read_nifti` or `Stored.volume` refuses it.
     """
     file = Path(path)
     if not file.is_file():
         raise FibldmError(f"{path} must exist and be a file", "check the path")
-    stored = read_nifti(file)
-    wrong = [text for level, text in (*stored.findings, *shear_findings(stored.affine)) if level == "error"]
-    array = stored.array[..., 0] if stored.array.shape[3:] == (1,) else stored.array
-    if array.ndim != 3 or not array.size or array.dtype.kind not in "iuf":
-        wrong.append(f"it must hold one 3-D volume of plain numbers; it holds {array.dtype} of shape {array.shape}")
-    if wrong:
-        raise FibldmError(f"{path}: {'; '.join(wrong)}", "export the file again")
-    return Volume(array, stored.affine)
+    return read_nifti(file).volume(str(path))[0]
 
 
 def _check_name(name: str, data: bytes) -> None:
@@ -117,6 +109,11 @@ def _check_length(image: Any, length: int) -> None:
     needed = image.dataobj.offset + voxels
     if length < needed:
         raise ValueError(f"its header asks for {needed} bytes, and it has {length}")
+
+
+def _space(header: Any) -> int:
+    """The code of the transform that nibabel takes; a file without one is taken as the scanner's."""
+    return int(header["sform_code"]) or int(header["qform_code"]) or SCANNER
 
 
 def _findings(image: nibabel.Nifti1Image) -> Iterator[tuple[Level, str]]:

@@ -12,7 +12,8 @@ from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
 from fibldm.volumes.formats.segment_nrrd import named_segments
-from fibldm.volumes.formats.stored import Findings, Stored
+from fibldm.volumes.formats.stored import Findings, Stored, straightened
+from fibldm.volumes.grid import Grid
 from fibldm.volumes.label_values import settled
 from fibldm.volumes.scan import Files, Level, Mask, Scan
 
@@ -54,6 +55,13 @@ def read_scan(
         FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
             geometry are not usable; or ``spacing`` is missing, not positive, or given beside a geometry.
     """
+    scan = _as_stored(files, spacing, key, item, scanner)
+    x, y, z = scan.array.shape[:3]
+    affine, found = straightened(Grid((x, y, z), scan.affine))
+    return replace(scan, affine=affine, findings=(*scan.findings, *found))
+
+
+def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
     for file in files:
         _check_readable(file)
     if _is_dicom(files):

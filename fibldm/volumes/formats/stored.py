@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.grid import RIGHT_ANGLES, SCANNER, Grid, Volume, shear, squared_up
 from fibldm.volumes.scan import Level, Scan
 
 Findings = tuple[tuple[Level, str], ...]
@@ -32,11 +32,13 @@ class Stored:
         array: ``(X, Y)``, ``(X, Y, Z)``, ``(X, Y, Z, C)`` or ``(X, Y, Z, 1, C)``.
         affine: ``(4, 4)``, voxel index (of the centre) to RAS+ mm.
         findings: what is wrong but does not keep it from being read.
+        space: NIfTI's code of what the affine is measured in.
     """
 
     array: NDArray[Any]
     affine: NDArray[np.float64]
     findings: Findings = ()
+    space: int = SCANNER
 
     def scan(self, name: str, sha256: str) -> Scan:
         """The same voxels at the same places with their axes in the closest RAS+ order.
@@ -54,7 +56,28 @@ class Stored:
         turn = orientations.io_orientation(self.affine)
         turned = orientations.apply_orientation(array, turn)
         affine = self.affine @ orientations.inv_ornt_aff(turn, array.shape[:3])
-        return Scan(turned, affine, sha256, findings=(*self.findings, *shear_findings(affine)))
+        return Scan(turned, affine, sha256, findings=self.findings, space=self.space)
+
+    def volume(self, name: str) -> tuple[Volume, list[str]]:
+        """The only volume of the file in the file's axis order, and what there is to say of it.
+
+        Args:
+            name: of the file, for messages.
+
+        Raises:
+            FibldmError: it is not 3-D, not in mm, or its axes are not at right angles or have two directions that
+                disagree.
+        """
+        array = self.array[..., 0] if self.array.shape[3:] == (1,) else self.array
+        three = (*array.shape, 1, 1, 1)[:3]
+        affine, squared = straightened(Grid(three, self.affine))
+        found = (*self.findings, *squared)
+        wrong = [text for level, text in found if level == "error"]
+        if array.ndim != 3 or not array.size or array.dtype.kind not in "iuf":
+            wrong.append(f"it must hold one 3-D volume of plain numbers; it holds {array.dtype} of shape {array.shape}")
+        if wrong:
+            raise FibldmError(f"{name}: {'; '.join(wrong)}", "export the file again")
+        return Volume(array, affine, self.space), [text for _, text in found]
 
 
 def check_affine(affine: NDArray[np.float64], name: str) -> None:
@@ -121,10 +144,19 @@ def _sized(array: NDArray[Any], name: str) -> NDArray[Any]:
     return volume
 
 
-def shear_findings(affine: NDArray[np.float64]) -> Findings:
-    """Whether the axes of a grid are far from right angles."""
-    directions = affine[:3, :3] / nibabel.affines.voxel_sizes(affine)
-    shear = np.abs(directions.T @ directions - np.eye(3)).max()
-    if shear <= _SHEAR:
-        return ()
-    return (("error", f"the axes must be at right angles; their cosine is {shear:.3f}, as with a tilted gantry"),)
+def straightened(grid: Grid) -> tuple[NDArray[np.float64], Findings]:
+    """The affine of a grid with its axes at right angles, and what was done to that end.
+
+    Many programs, ITK's among them, open no file with other axes. A small shear is squared up, and said; a larger one
+    is an error.
+    """
+    cosine = shear(grid.affine)
+    if cosine <= RIGHT_ANGLES:
+        return grid.affine, ()
+    if cosine > _SHEAR:
+        lines = f"the axes must be at right angles; their cosine is {cosine:.3f}, as with a tilted gantry"
+        return grid.affine, (("error", lines),)
+    straight, moved = squared_up(grid)
+    off = np.degrees(np.arcsin(cosine))
+    lines = f"the axes were {off:.2g} degrees off right angles and were squared up, by {moved:.2g} mm at the corners"
+    return straight.affine, (("warning", lines),)

@@ -1,0 +1,31 @@
+"""``fibldm picture``: volumes with the outlines of their masks, in one PNG or HTML file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def picture(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of fibldm synthesize, a work folder, or images/ with labels/.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write, .html or .png.")],
+    split: Annotated[
+        str | None, typer.Option(help="Of a work folder: training, validation or test; by default all.")
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Values shown black and white; by default the run's, or percentiles."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="How many volumes are shown.")] = 24,
+) -> dict[str, Any]:
+    """Draw three planes of each volume with the outlines of its mask; one file, to be opened without a network."""
+    from fibldm.evaluation.gallery import volumes_of, write_gallery
+
+    volumes, names = volumes_of(source, split)
+    left_out = max(0, len(volumes) - most)
+    write_gallery(out, volumes[:most], names=names, window=window, left_out=left_out)
+    more = f"; {left_out} more are not shown (--most)" if left_out else ""
+    print(f"{min(most, len(volumes))} volumes in {out}{more}")
+    return {"outputs": [str(out)], "volumes": min(most, len(volumes)), "left_out": left_out}
