@@ -197,12 +197,15 @@ class EncodeStage:
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
-                of other inputs, or another process broke off.
+                of other inputs, another process broke off, or one that is none of those that share the work is at it.
         """
-        shard = Shard.from_environment()
+        shard, folder = Shard.from_environment(), StageFolder(self.run_dir, "latents")
+        with folder.alone(shard.suffix):
+            self._run(folder, shard)
+
+    def _run(self, folder: StageFolder, shard: Shard) -> None:
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
-        folder = StageFolder(self.run_dir, "latents")
         config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
         if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
             _logger.info("latents: done already (%s), nothing to encode", folder.path)

@@ -4,7 +4,7 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,15 @@ class Stage:
         """Train the stage until it is done or its wall time is over, or say that it is done.
 
         Raises:
-            FibldmError: the folder holds a stage of another configuration, an option cannot be followed, the loss is
-                not finite, or a checkpoint cannot be written.
+            FibldmError: the folder holds a stage of another configuration, another process trains it, an option cannot
+                be followed, the loss is not finite, or a checkpoint cannot be written.
         """
         require_joined()
+        with ExitStack() as locks:
+            on_first_rank(lambda: locks.enter_context(self.folder.alone()))
+            self._run()
+
+    def _run(self) -> None:
         parser = running_parser()
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
