@@ -3,7 +3,7 @@
 import inspect
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,24 @@ class Stage:
         inputs: fingerprints of the data and the stages it builds on.
         restart: begin anew although the folder holds another configuration's stage.
         began: when the command began, in seconds of `time.monotonic`, where there are ``minutes``; None is now.
+        check: refuses what must not be trained on, before anything is written; None has nothing to say.
     """
 
     least_epochs = 1
 
     def __init__(
-        self, run_dir: str, name: str, *, inputs: dict[str, str], restart: bool = False, began: float | None = None
+        self,
+        run_dir: str,
+        name: str,
+        *,
+        inputs: dict[str, str],
+        restart: bool = False,
+        began: float | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.folder = StageFolder(Path(run_dir), name)
         self.inputs, self.restart = inputs, restart
-        self.began = time.monotonic() if began is None else began
+        self.began, self.check = time.monotonic() if began is None else began, check
 
     def run(self) -> None:
         """Train the stage until it is done or its wall time is over, or say that it is done.
@@ -84,6 +92,8 @@ class Stage:
                 f"a stage that is trained needs at least {self.least_epochs} epoch; epochs is {config['epochs']}",
                 "give more; an autoencoder that is to stay as it is takes --config autoencoder_as_given",
             )
+        if self.check is not None and (self.restart or self.folder.done() is None):
+            on_first_rank(self.check)
         state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
