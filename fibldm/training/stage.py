@@ -23,6 +23,7 @@ from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, 
 from fibldm.training.handlers import UNKNOWN, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
+from fibldm.training.profiler import Profiler
 from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")
@@ -40,7 +41,7 @@ class Stage:
       ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
       ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
     * lengths: ``epochs`` or, where given, ``minutes``; ``val_interval``, ``checkpoint_every``, ``keep_every``,
-      ``patience``, ``stop_gap``, ``wall_time``
+      ``patience``, ``stop_gap``, ``wall_time``, ``profile``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``;
       ``begin``, where there is one, which is given the network when there are neither such weights nor a checkpoint
@@ -136,7 +137,8 @@ class Stage:
         for handler in (ClipGradient(get("network"), float(get("clip_norm"))), ema, schedule, validation, metrics):
             handler.attach(trainer)
         if is_first_rank():
-            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *trackers):
+            profilers = [Profiler(self.folder.path, get("profile"))] if "profile" in parser and get("profile") else []
+            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *profilers, *trackers):
                 handler.attach(trainer)
         for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)
