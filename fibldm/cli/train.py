@@ -86,7 +86,7 @@ def _train_rank(configuration: "Configuration", began: float, quiet: bool) -> No
     from fibldm.cli.output import log_to_standard_error
 
     if quiet:
-        sys.stdout = sys.stderr
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also for those who hold the stream already
     if os.environ["RANK"] == "0":
         log_to_standard_error()
     configuration.run(began=began)

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -33,7 +34,7 @@ class Coverage:
         grid: the model grid.
         cases: training cases whose labels were counted.
         volumes: share of their field of view.
-        labels: share of every label's volume that its nearest voxels on the grid make up, by value.
+        labels: share of every label's volume, by value; 0 also where no voxel of the grid has the label.
         names: of the labels, by value.
     """
 
@@ -153,25 +154,37 @@ class _Case:
         """Volume of the field of view, mm³."""
         return math.prod(self.source.field_of_view)
 
-    @property
-    def inside(self) -> float:
-        """Volume of it that lies on the grid, mm³; the axes of both are the same."""
+    @cached_property
+    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Where the grid begins and ends, in voxels of the case from edge to edge; the axes of both are the same."""
         to_source = np.linalg.inv(self.source.affine) @ self.target.affine
         corners = np.array([[-0.5] * 3, np.array(self.target.shape) - 0.5])
-        low, high = np.sort(nibabel.affines.apply_affine(to_source, corners), axis=0)
-        lengths = np.minimum(high, np.array(self.source.shape) - 0.5) - np.maximum(low, -0.5)
-        return float(np.prod(np.maximum(lengths, 0) * self.source.spacing))
+        low, high = np.round(np.sort(nibabel.affines.apply_affine(to_source, corners), axis=0) + 0.5, 6)
+        return np.maximum(low, 0), np.minimum(high, self.source.shape)
+
+    @property
+    def inside(self) -> float:
+        """Volume of it that lies on the grid, mm³."""
+        low, high = self.ends
+        return float(np.prod(np.maximum(high - low, 0) * self.source.spacing))
 
     def left(self) -> dict[int, float]:
-        """What of the labels is left on the grid, ml."""
+        """What of the labels lies on the grid, ml; 0 where none of the grid's voxels has the label."""
         as_it_is = np.allclose(self.source.spacing, self.target.spacing)
         if not self.volumes or (as_it_is and math.isclose(self.inside, self.extent, rel_tol=1e-6)):
             return dict(self.volumes)
         image = nibabel.Nifti1Image.from_filename(self.entry["label"])
         label = Volume(np.asanyarray(image.dataobj), image.affine).canonical()
         moved = resample(label, self.target, kind="label", fill=UNKNOWN_LABEL).array
-        counts = np.bincount(moved.astype(np.uint8).ravel(), minlength=UNKNOWN_LABEL + 1)
-        return {value: float(counts[value]) * math.prod(self.target.spacing) / 1000 for value in self.volumes}
+        seen = set(np.unique(moved).tolist())
+        x, y, z = (slice(math.ceil(low - 0.5), math.ceil(high - 0.5)) for low, high in zip(*self.ends, strict=True))
+        counts = sum((_counts(part) for part in label.array[x, y, z]), start=_counts(label.array[:0]))
+        voxel = math.prod(self.source.spacing) / 1000
+        return {value: float(counts[value]) * voxel if value in seen else 0.0 for value in self.volumes}
+
+
+def _counts(labels: NDArray[Any]) -> NDArray[np.int_]:
+    return np.bincount(labels.astype(np.uint8).ravel(), minlength=UNKNOWN_LABEL + 1)
 
 
 def _searched(value: int, cases: Sequence[_Case]) -> tuple[float, float]:
