@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.training.timing import time_encoding, time_stage
-from fibldm.training.trace import Request, StageMemory, is_trained, trace_stage
+from fibldm.training.timing import count, time_encoding, time_stage
+from fibldm.training.trace import Request, StageMemory, is_trained, stage_parser, trace_stage
+from fibldm.volumes.coverage import Coverage, measure_coverage
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
 DEVICES = ("cpu", "cuda")
@@ -19,7 +20,7 @@ DEVICES = ("cpu", "cuda")
 # The rest is for what is not traced: the CUDA context, workspaces, or on a CPU everything else that runs.
 _USABLE = 0.9
 _PATCH_STEP = 16
-_LARGEST_BATCH = 512  # larger ones are not looked for: tracing takes the longer, and nobody trains so
+LARGEST_BATCH = 512  # larger ones are not looked for: tracing takes the longer, and nobody trains so
 _TIMES = ("minutes", "seconds_per_step", "steps", "epochs", "validations", "seconds_per_validation")
 
 
@@ -32,10 +33,12 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
 
     Returns:
         ``device``, ``imitated``, ``memory_gb`` and ``stages``, each with ``peak_gb``, what it consists of, whether it
-        ``fits``, and what would: ``largest_batch``, ``largest_batch_checkpointed``, for the autoencoder
-        ``largest_patch``. Where the device is there, and the stage fits into its memory, a stage also has ``minutes``,
-        and what they are made of: ``seconds_per_step``, ``steps`` of an epoch, ``epochs``, ``validations``,
-        ``seconds_per_validation``; and ``encoding_minutes`` are those of the latents. Otherwise these are None.
+        ``fits``, and what would: ``largest_batch`` (of at most 512, and of at most what an epoch draws: all views and
+        patches of all patients), ``largest_batch_checkpointed``, for the autoencoder ``largest_patch``. Where the
+        device is there, and the stage fits into its memory, a stage also has ``minutes``, and what they are made of:
+        ``seconds_per_step``, ``steps`` of an epoch, ``epochs``, ``validations``, ``seconds_per_validation``; and
+        ``encoding_minutes`` are those of the latents. Otherwise these are None. ``grid`` is what the model grid holds
+        of the volumes and of every label.
 
     Raises:
         FibldmError: the device is unknown, or the configuration or the data are refused.
@@ -43,6 +46,7 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
     if request.device not in DEVICES:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
+    grid = _coverage(request)
     trained = [stage for stage in TRAINED if is_trained(stage, request)]
     stages = {stage: _described(stage, request, available) for stage in _shown(trained)}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
@@ -50,9 +54,14 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         "device": request.device,
         "imitated": request.imitated,
         "memory_gb": available / 1e9,
+        "grid": {**grid.to_dict(), "sentence": grid.sentence(), "lost": grid.lost},
         "encoding_minutes": time_encoding(request) / 60 if fits_here else None,
         "stages": stages,
     }
+
+
+def _coverage(request: Request) -> Coverage:
+    return measure_coverage(request.work, stage_parser("autoencoder", request).get_parsed_content("grid"))
 
 
 def device_memory(device: str) -> float:
@@ -69,19 +78,28 @@ def device_memory(device: str) -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def largest_batch(stage: str, request: Request, usable: float) -> int:
-    """How many cases a batch may hold in ``usable`` bytes, at most 512; 0: not even one.
+def largest_batch(stage: str, request: Request, usable: float, most: int = LARGEST_BATCH) -> int:
+    """How many cases a batch may hold in ``usable`` bytes; 0: not even one.
 
     Found by the secant method: above some size a step needs about the same for each case.
+
+    Args:
+        stage: of training.
+        request: what is planned.
+        usable: bytes.
+        most: larger ones are not looked for.
 
     Raises:
         FibldmError: as `trace_stage`.
     """
-    less, more = 32, 64
-    peaks = {size: trace_stage(stage, request.changed(batch_size=size)).peak for size in (less, more)}
+    less, more = (32, 64) if most > 64 else ((most + 1) // 2, most)
+    peaks = {more: trace_stage(stage, request.changed(batch_size=more)).peak}
+    if less == more or (more == most and peaks[more] <= usable):
+        return more if peaks[more] <= usable else 0
+    peaks[less] = trace_stage(stage, request.changed(batch_size=less)).peak
     for _ in range(2):
         per_case = max(1.0, (peaks[more] - peaks[less]) / (more - less))
-        size = min(_LARGEST_BATCH, max(0, int(more + (usable - peaks[more]) / per_case)))
+        size = min(most, max(0, int(more + (usable - peaks[more]) / per_case)))
         if size in (0, more):
             break
         peaks[size] = trace_stage(stage, request.changed(batch_size=size)).peak
@@ -104,6 +122,7 @@ def largest_patch(traced: StageMemory, usable: float) -> list[int]:
 def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
     traced, usable = trace_stage(stage, request), _USABLE * memory
     checkpointed = request.changed(activation_checkpointing=True)
+    most = min(LARGEST_BATCH, count(stage, request)["draws"])
     return {
         "batch_size": traced.batch_size,
         "input_size": list(traced.size),
@@ -113,8 +132,8 @@ def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
         "step_gb": traced.step / 1e9,
         "validation_gb": traced.validation / 1e9,
         "fits": traced.peak <= usable,
-        "largest_batch": largest_batch(stage, request, usable),
-        "largest_batch_checkpointed": largest_batch(stage, checkpointed, usable),
+        "largest_batch": largest_batch(stage, request, usable, most),
+        "largest_batch_checkpointed": largest_batch(stage, checkpointed, usable, most),
         **({"largest_patch": largest_patch(traced, usable)} if stage == "autoencoder" else {}),
         **_timed(stage, request, traced),
     }

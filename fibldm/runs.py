@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import yaml
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
+from fibldm.locks import alone
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -32,8 +34,8 @@ _COMMANDS = {
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
-    "preview preview_eta preview_every preview_sampler preview_steps restart run run_dir stage stop_gap trackers "
-    "wall_time wandb watch watch_training work "
+    "preview preview_eta preview_every preview_sampler preview_steps profile restart run run_dir stage stop_gap "
+    "trackers wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
@@ -73,6 +75,18 @@ class StageFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def alone(self, part: str = "") -> AbstractContextManager[None]:
+        """Keep other processes from writing the stage while a block runs.
+
+        Args:
+            part: which one of several that share the stage; each part is for one process.
+
+        Raises:
+            FibldmError: another process writes it; says which one.
+        """
+        file = Path(self.run_dir) / f".{self.name.replace('/', '-')}{part}.lock"
+        return alone(file, f"{self.path}{part}", "wait until that has ended, or use another run folder")
 
     def begin(self, config: dict[str, Any], inputs: dict[str, str], *, restart: bool = False) -> Progress:
         """Claim the folder for a configuration and what it builds on.

@@ -61,6 +61,11 @@ class Shard:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def suffix(self) -> str:
+        """What tells the files of this process from those of the others; nothing for the first."""
+        return "" if self.is_first else f".part-{self.rank}"
+
     def take(self, parts: Sequence[Part]) -> list[Part]:
         """The parts of this process, in their order."""
         return list(parts[self.rank :: self.ranks])

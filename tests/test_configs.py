@@ -36,10 +36,11 @@ from fibldm.training.muon import Muon
 ROOT = Path(__file__).parents[1]
 TinyStage = Callable[..., Configuration]
 
-ALONE = ("inference", "evaluate")  # configurations that are run by themselves
+ALONE = ("inference", "evaluate", "load_dicom")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
 AUTOENCODERS = sorted(path.stem for path in configs_folder().glob("autoencoder_*.yaml"))
 MASKS = sorted(path.stem for path in configs_folder().glob("mask_*.yaml"))
+SIZES = ("unet_s", "unet_m", "unet_l")
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
     *((stage, data, ()) for stage in STAGE_FILES for data in DATA),
@@ -51,7 +52,7 @@ COMBINATIONS = [
     *(
         (stage, DATA[0], (name,))
         for stage in ("diffusion", "controlnet")
-        for name in (*MASKS, "learned_variance", "covariates")
+        for name in (*MASKS, *SIZES, "learned_variance", "covariates")
     ),
 ]
 
@@ -166,6 +167,17 @@ def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None
     option = re.search(r"Override: --([\w:]+) ", text)
     assert option is not None
     assert option.group(1) in ConfigParser(ConfigParser.load_config_files(files(stage, DATA[0])))
+
+
+def test_c8_presets_of_three_sizes_have_the_parameters_that_the_docs_say(tiny_run: Path, tiny_data: Path) -> None:
+    """C8: docs/training.md lists them, in millions, with the mask as a further input."""
+    told = re.findall(r"`(unet_[sml])` \| .* \| ([\d.]+) \|", (ROOT / "docs" / "training.md").read_text())
+    assert [name for name, _ in told] == list(SIZES)
+    for name, millions in told:
+        parser = make("diffusion", str(tiny_data), name, run_dir=str(tiny_run), mask_way="concat").parser()
+        with torch.device("meta"):
+            network = parser.get_parsed_content("unet")
+        assert sum(weight.numel() for weight in network.parameters()) / 1e6 == pytest.approx(float(millions), rel=0.02)
 
 
 def test_no_file_that_the_readme_names_is_missing() -> None:

@@ -1,5 +1,6 @@
 """Several ranks train as one process does: the same draws, batches, steps and files (E5, B19, H7)."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import ignite.distributed as idist
 import pytest
 import torch
 
+from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
 from fibldm.training import distributed
@@ -27,6 +29,7 @@ from fibldm.training.distributed import (
     require_joined,
 )
 from fibldm.training.draws import EpochSampler
+from fibldm.training.launch import check_devices
 
 TinyStage = Callable[..., Configuration]
 
@@ -129,6 +132,54 @@ def test_a_refusal_of_the_first_rank_is_that_of_all(monkeypatch: pytest.MonkeyPa
     with pytest.raises(FibldmError, match="the folder must be empty; empty it"):
         on_first_rank(lambda: pytest.fail("only the first rank acts"))
     assert on_first_rank(lambda: 8) == 7
+
+
+# --- started by --devices
+
+
+def test_b1_devices_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(2)
+    check_devices(8, "cpu")
+    with pytest.raises(FibldmError, match="at most the number of CUDA devices; got 3, there are 2"):
+        check_devices(3)
+    with pytest.raises(FibldmError, match="a CUDA device of its own; device is 'cuda:1'"):
+        check_devices(2, "cuda:1")
+    with pytest.raises(FibldmError, match="--devices must be at least 1; got 0"):
+        check_devices(0)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(FibldmError, match="started by torchrun or the like.*multi_gpu"):
+        check_devices(2)
+
+
+def test_b1_the_command_of_several_devices_is_that_of_torchrun(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    configuration = tiny_stage("diffusion", tmp_path, "multi_gpu")
+    begin = "torchrun --standalone --nproc-per-node 4 -m monai.bundle run --config_file "
+    assert configuration.command_of(4) == configuration.command.replace(
+        "python -m monai.bundle run --config_file ", begin
+    )
+
+
+@pytest.mark.slow
+def test_b1_devices_train_as_torchrun_does_and_say_once_what_is_refused(
+    latents: Path, phantom_work: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """B1: two processes on a CPU; a batch that cannot be shared is refused by both, and told by one."""
+    run = Path(shutil.copytree(latents, tmp_path / "run"))
+    given = ["train", "diffusion", "--data", str(phantom_work), "--run", str(run), "--config", str(tiny_data)]
+    given += ["--config", "tiny", "--set", "views=4", "--set", "device=cpu", "--devices", "2", "--json"]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    assert cli([*given, "--set", "batch_size=3"]) == 2
+    said = capfd.readouterr()
+    assert said.err.count("batch_size is that of all ranks together") == 1
+    assert json.loads(said.out)["error"]["message"].endswith("got 3 for 2 ranks")
+    assert cli([*given, "--set", "batch_size=4"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["done"] is True and "torchrun --standalone --nproc-per-node 2" in said.err
+    assert StageFolder(run, "diffusion").require()["stopped_epoch"] == 1
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 # --- by torchrun

@@ -25,7 +25,7 @@ from fibldm.runs import decisive
 from fibldm.shards import Shard, wait_for
 from fibldm.training.configuration import Configuration
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
-from fibldm.training.latents import EncodeStage, Latents
+from fibldm.training.latents import EncodeStage, Latents, LoadLatent
 
 TinyStage = Callable[..., Configuration]
 GRID = {"spacing": [1, 1, 1]}
@@ -94,6 +94,29 @@ def test_every_rank_encodes_its_own_cases_only(encode: Callable[..., None], trai
 def test_a_rank_does_not_begin_before_the_first(encode: Callable[..., None], trained: Callable[[str], Path]) -> None:
     with pytest.raises(FibldmError, match=r"1 files must come .* the first that is missing is .*inputs\.json"):
         encode(trained("run"), 1, 2)
+
+
+def test_latents_that_are_gone_or_damaged_are_told_and_made_again(
+    encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Deleted for space, or left out or cut off by a copy; what is built on the others still fits."""
+    run = trained("run")
+    encode(run, 0, 1)
+    before, files = hashes(run), sorted((run / "latents" / "training").iterdir())
+    cut_off = files[1].read_bytes()[:-100]
+    files[1].write_bytes(cut_off)
+    latents = Latents.open(run)
+    with pytest.raises(FibldmError, match=f"{files[1]} must be a cached latent; .*; run `fibldm encode`"):
+        LoadLatent(latents, latents.mask(2))(latents.items("training")[1])
+    files[0].unlink()
+    with pytest.raises(FibldmError, match=f"1 of {len(latents.items('training')) + 1} cached latents are gone, the fi"):
+        Latents.open(run)
+    with caplog.at_level(logging.INFO, "fibldm"):
+        encode(run, 0, 1)
+    assert "made 2 files again that were gone or damaged" in caplog.text
+    assert hashes(run) == before
+    encode(run, 0, 1)
+    assert "done already" in caplog.text
 
 
 def test_only_one_process_begins_anew(encode: Callable[..., None], trained: Callable[[str], Path]) -> None:

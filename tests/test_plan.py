@@ -15,7 +15,7 @@ from fibldm.errors import FibldmError
 from fibldm.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
 from fibldm.runs import StageFolder
 from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.training.timing import time_stage
+from fibldm.training.timing import count, time_stage
 from fibldm.training.trace import Request, StageMemory, trace_stage
 
 FLOAT = 4
@@ -159,6 +159,28 @@ def test_largest_batch_fits_and_a_much_larger_one_does_not(request_: Request) ->
     assert size > 2
     peaks = [trace_stage("autoencoder", request_.changed(batch_size=n)).peak for n in (size, int(1.15 * size) + 1)]
     assert peaks[0] <= usable < peaks[1]
+
+
+def test_the_largest_batch_is_no_larger_than_what_an_epoch_draws(
+    request_: Request, traced: dict[str, StageMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by one trace where all of it fits; four training cases of one patch, and of two views."""
+    tried: list[int] = []
+
+    def trace(stage: str, request: Request) -> StageMemory:
+        tried.append(int(request.overrides["batch_size"]))
+        return replace(traced[stage], resident=0, validation=0, step=1000 * tried[-1])
+
+    monkeypatch.setattr("fibldm.plan.trace_stage", trace)
+    draws = [count("autoencoder", request_)["draws"], count("diffusion", request_.changed(views=2))["draws"]]
+    assert draws == [4, 8]
+    assert largest_batch("autoencoder", request_, 1e9, draws[0]) == 4 and tried == [4]
+    assert largest_batch("autoencoder", request_, 2500.0, 3) == 2
+    assert (
+        largest_batch("autoencoder", request_, 1500.0, 1) == 1 and largest_batch("diffusion", request_, 500.0, 1) == 0
+    )
+    assert largest_batch("diffusion", request_, 1e9) == 512
+    assert largest_batch("diffusion", request_, 100_500.0) == 100
 
 
 def test_nothing_fits_into_nothing(request_: Request, traced: dict[str, StageMemory]) -> None:

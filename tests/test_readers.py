@@ -19,6 +19,7 @@ import SimpleITK
 from dicom_files import AXIAL, example, expected, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.bundle import ConfigParser
 from monai.transforms import LoadImaged
 from nibabel import orientations
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fibldm.errors import FibldmError
+from fibldm.training.configuration import shipped
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_mask, read_scan, stem
 from fibldm.volumes.scan import Mask, Scan
 
@@ -269,6 +271,23 @@ def test_monai_loads_what_it_cannot_read_itself(suffix, tmp_path):
         item = LoadImaged("image", reader=reader, ensure_channel_first=True)({"image": file})
         np.testing.assert_array_equal(item["image"].numpy(), np.moveaxis(scan.array, 3, 0))
         np.testing.assert_allclose(item["image"].affine, scan.affine)
+
+
+def test_the_example_configuration_loads_a_dicom_series_through_monai(tmp_path):
+    """By MONAI's parser, as its header says; resampled by MONAI's own transform."""
+    import fibldm.volumes.formats.monai_reader  # noqa: F401  registers the reader
+
+    spacing, array = (1.0, 2.0, 3.0), example((8, 12, 10))
+    write_series(tmp_path / "series", array, spacing=spacing)
+    voxels, affine = expected(array, spacing=spacing)
+    parser = ConfigParser(ConfigParser.load_config_file(str(shipped("load_dicom"))))
+    parser.update({"series": str(tmp_path / "series"), "spacing": nibabel.affines.voxel_sizes(affine).tolist()})
+    image = parser.get_parsed_content("loaded")["image"]
+    np.testing.assert_allclose(image[0].numpy(), voxels, atol=1e-2)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+    parser["spacing"] = [4.0, 4.0, 4.0]
+    coarser = parser.get_parsed_content("loaded")["image"]
+    np.testing.assert_allclose(nibabel.affines.voxel_sizes(np.asarray(coarser.affine)), 4.0)
 
 
 # What is wrong with a header, but keeps nothing from being read

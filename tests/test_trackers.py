@@ -1,7 +1,9 @@
 """MLflow and Weights & Biases as stubs: what they are told, that they stay local, and what a resume does (B25, D5)."""
 
 import csv
+import gzip
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from fibldm.errors import FibldmError
 from fibldm.training.configuration import Configuration, shipped
+from fibldm.training.profiler import Profiler
 from fibldm.training.trackers import MLflow, Tracker, WandB, settings
 
 TinyStage = Callable[..., Configuration]
@@ -99,6 +102,9 @@ class Client:
         for param in params:
             assert run["params"].setdefault(param.key, param.value) == param.value  # as MLflow insists
         run["metrics"] += metrics
+
+    def log_artifact(self, run_id: str, local_path: str, artifact_path: str) -> None:
+        self.store["runs"][run_id].setdefault("pictures", []).append((Path(local_path).name, artifact_path))
 
     def set_terminated(self, run_id: str) -> None:
         self.store["runs"][run_id]["status"] = "FINISHED"
@@ -192,6 +198,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     wandb: Any = ModuleType("wandb")
     wandb.init = init
+    wandb.Image = lambda path: f"picture {Path(path).name}"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return begun
@@ -230,6 +237,22 @@ def test_the_mode_of_wandb_may_come_from_the_environment(
 # --- both
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_d5_pictures_are_shown_only_if_asked(
+    run_dir: Path, stores: dict[str, Any], runs: list[Run], asked: bool
+) -> None:
+    """D5: a preview shows scans of validation patients; the first epoch has none."""
+    (run_dir / "autoencoder" / "previews").mkdir()
+    (run_dir / "autoencoder" / "previews" / "epoch_0002.png").touch()
+    train(WandB(run_dir, "autoencoder", pictures=asked))
+    train(MLflow(run_dir, "autoencoder", pictures=asked))
+    (store,) = stores.values()
+    (run,) = store["runs"].values()
+    shown = [row for row in runs[0].logged if "preview" in row]
+    assert shown == ([{"epoch": 2, "preview": "picture epoch_0002.png"}] if asked else [])
+    assert run.get("pictures", []) == ([("epoch_0002.png", "previews")] if asked else [])
+
+
 def test_trackers_are_told_numbers_and_no_path(run_dir: Path) -> None:
     assert settings(run_dir / "autoencoder" / "config.yaml") == NUMBERS
 
@@ -257,10 +280,11 @@ def test_both_may_be_asked_for_at_once() -> None:
         assert hasattr(importlib.import_module(module), kind)
 
 
-def test_b25_a_stage_trains_with_both(
+def test_b25_d19_a_stage_trains_with_both_and_a_profile(
     tiny_stage: TinyStage, tmp_path: Path, stores: dict[str, Any], runs: list[Run]
 ) -> None:
-    configuration = tiny_stage("segmenter", tmp_path, **{"train::dataset::progress": False, "batch_size": 1})
+    settings = {"train::dataset::progress": False, "batch_size": 1, "epochs": 2, "profile": 1}
+    configuration = tiny_stage("segmenter", tmp_path, **settings)
     files = (*configuration.files, shipped("mlflow"), shipped("wandb"))
     Configuration(files, configuration.overrides).run()
     losses = [float(line.split(",")[2]) for line in (tmp_path / "segmenter/metrics.csv").read_text().splitlines()[1:]]
@@ -269,6 +293,24 @@ def test_b25_a_stage_trains_with_both(
     assert [value for name, value, _ in run["metrics"] if name == "loss"] == losses
     assert [row["loss"] for row in runs[0].logged] == losses
     assert run["params"]["batch_size"] == "1"
+    profile = tmp_path / "segmenter" / "profile"
+    assert "aten::convolution" in (profile / "operators.txt").read_text()
+    events = json.loads(gzip.decompress((profile / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert any(event["name"].startswith("aten::") for event in events)
+
+
+@pytest.mark.parametrize("wrong", [True, -1, "5"])
+def test_d19_a_profile_is_of_a_number_of_iterations(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(FibldmError, match="profile must be a number of iterations, 0 for none"):
+        Profiler(tmp_path, wrong)
+
+
+def test_d19_a_training_too_short_for_a_profile_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(lambda engine, batch: None)
+    Profiler(tmp_path, 5).attach(engine)
+    engine.run([0, 1])
+    assert "it takes more than 3 iterations; there were fewer" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 class Listener:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fibldm.cli.train import Configs, Overrides, Restart, Run, Work, run_stage
+from fibldm.cli.train import Configs, Devices, Overrides, Restart, Run, Work, run_stage
 
 
 def encode(
@@ -10,7 +10,8 @@ def encode(
     run: Run,
     config: Configs = [],
     overrides: Overrides = [],
+    devices: Devices = 1,
     restart: Restart = False,
 ) -> dict[str, Any]:
     """Cache the latents of the training and validation cases; what is there is kept."""
-    return run_stage("latents", data, run, config, overrides, restart)
+    return run_stage("latents", data, run, config, overrides, restart, devices=devices)

@@ -30,6 +30,9 @@ def plan(
     request = Request(data, tuple(config), parse_overrides(overrides), device, tuple(autoencoder_config))
     made = make_plan(request, memory=None if memory is None else memory * 1e9)
     print(f"{device}, {made['memory_gb']:.1f} GB{' (imitated on a CPU)' if made['imitated'] else ''}")
+    print(f"{made['grid']['sentence'][:1].upper()}{made['grid']['sentence'][1:]}")
+    if made["grid"]["lost"]:
+        print(f"warning: training will refuse this grid, as nothing is left of {', '.join(made['grid']['lost'])}")
     for stage, found in made["stages"].items():
         size = " x ".join(str(axis) for axis in found["input_size"])
         parts = ", ".join(f"{part} {found[f'{part}_gb']:.2f}" for part in ("resident", "step", "validation"))

@@ -1,6 +1,7 @@
 """``fibldm train`` and ``fibldm encode``: thin doors to the stages' configurations."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +11,17 @@ import typer
 if TYPE_CHECKING:
     from fibldm.training.configuration import Configuration
 
+_TOGETHER = "multi_gpu"
+
 Work = Annotated[Path, typer.Option("--data", help="Work folder of `fibldm prepare`.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder; each stage has a folder in it.")]
 Configs = Annotated[
     list[str], typer.Option("--config", help="Path, or name of a shipped configuration; may be repeated.")
 ]
 Overrides = Annotated[list[str], typer.Option("--set", help="key::sub=value, on top of the configurations.")]
+Devices = Annotated[
+    int, typer.Option("--devices", help="Processes that share the work, each with a GPU; on a CPU with a part of it.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; what was there is kept beside it.")]
 
 
@@ -28,10 +34,11 @@ def train(
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="Time for all of the stage: as many epochs as fit are trained.")
     ] = None,
+    devices: Devices = 1,
     restart: Restart = False,
 ) -> dict[str, Any]:
     """Train one stage; an interrupted one goes on, a finished one is skipped."""
-    return run_stage(stage, data, run, config, overrides, restart, minutes=minutes)
+    return run_stage(stage, data, run, config, overrides, restart, minutes=minutes, devices=devices)
 
 
 def run_stage(
@@ -43,28 +50,46 @@ def run_stage(
     restart: bool,
     *,
     minutes: float | None = None,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Print the equivalent MONAI command and run it here; of several ranks only the first says what happens."""
     began = time.monotonic()
     from fibldm.cli.output import log_to_standard_error
     from fibldm.runs import StageFolder
     from fibldm.training.configuration import parse_overrides, stage_configuration
+    from fibldm.training.launch import check_devices, run_together
 
     first = os.environ.get("RANK", "0") == "0"
     if first:
         log_to_standard_error()
     settings = parse_overrides(overrides) | ({"restart": True} if restart else {})
     settings |= {} if minutes is None else {"minutes": minutes}
+    check_devices(devices, settings.get("device"))
+    config = [*config, _TOGETHER] if devices > 1 and _TOGETHER not in config else config
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)
     if first:
-        print(f"The same by MONAI alone:\n  {configuration.command}")
+        print(f"The same by MONAI alone:\n  {configuration.command_of(devices)}")
         if stage == "autoencoder":
             _warn_of_grid(configuration)
-    configuration.run(began=began)
+    if devices > 1:
+        run_together(_train_rank, (configuration, began, sys.stdout is sys.stderr), devices)
+    else:
+        configuration.run(began=began)
     done = StageFolder(run, stage).done() is not None
     if first:
         print(f"{stage} is done: {run / stage}" if done else f"{stage} is not done: run the same command again")
     return {"outputs": [str(run / stage)], "done": done}
+
+
+def _train_rank(configuration: "Configuration", began: float, quiet: bool) -> None:
+    """One of several processes; ``quiet`` keeps standard output for what --json shows."""
+    from fibldm.cli.output import log_to_standard_error
+
+    if quiet:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also for those who hold the stream already
+    if os.environ["RANK"] == "0":
+        log_to_standard_error()
+    configuration.run(began=began)
 
 
 def _warn_of_grid(configuration: "Configuration") -> None:

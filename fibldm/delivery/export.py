@@ -28,6 +28,7 @@ from fibldm.delivery.licences import licence_notice
 from fibldm.delivery.literals import literal
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json, write_json, write_tensors, write_text
+from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
@@ -71,11 +72,13 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         ``bytes`` of the weights, ``half``, ``data_licence`` as the dataset says it, and ``files``.
 
     Raises:
-        FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described.
+        FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described, or
+            another process writes the bundle.
     """
     words = Words.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
-    with _writing(Path(out)) as folder:
+    remedy = "wait until that has ended, or choose another --out"
+    with alone(beside(out), str(out), remedy), _writing(Path(out)) as folder:
         facts = _write_generator(run, folder, settings, out.name)
         write_text(folder / "LICENSE", notice)
         figures = _figures(run)

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 from fibldm import __version__
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json, write_json
+from fibldm.locks import alone
 
 SHUFFLED = "/shuffled"
+
+_PATIENCE = 60.0  # seconds; writing takes less than one
 
 
 class Row(NamedTuple):
@@ -90,6 +93,7 @@ def record(folder: Path, name: str, section: Section) -> Path:
         FibldmError: the file there is no JSON, or cannot be written.
     """
     path = folder / "metrics.json"
-    content: dict[str, Any] = read_json(path) if path.exists() else {}
-    write_json(path, content | {"fibldm": __version__, name: section.to_dict()})
+    with alone(folder / ".metrics.lock", str(path), "measure again", patience=_PATIENCE):
+        content: dict[str, Any] = read_json(path) if path.exists() else {}
+        write_json(path, content | {"fibldm": __version__, name: section.to_dict()})
     return path

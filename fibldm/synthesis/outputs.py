@@ -12,6 +12,7 @@ from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json
+from fibldm.locks import alone
 from fibldm.shards import Shard
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.synthesis.synthesizer import UNCONDITIONAL, Synthesis, Synthesizer, Wanted
@@ -240,7 +241,8 @@ def synthesize_files(
 
     Raises:
         FibldmError: no mask, or one that is refused, as covariates may be, masks for a generator without any, a run
-            that is not finished, or a bundle that is refused; none of both, or both.
+            that is not finished, or a bundle that is refused; none of both, or both; or another process writes to
+            ``out``.
     """
     if batch_size < 1:
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
@@ -267,10 +269,12 @@ def synthesize_files(
         raise _needs_masks()
     output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
-    missing = output.missing(jobs)
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal and shard.is_first)
-    for batch in track(batches, "synthesize", console=console, disable=hidden):
-        output.write(batch)
+    remedy = "wait until that has ended, choose another --out, or let them share the work by RANK and WORLD_SIZE"
+    with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):
+        missing = output.missing(jobs)
+        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        console = Console(stderr=True)
+        hidden = not (console.is_terminal and shard.is_first)
+        for batch in track(batches, "synthesize", console=console, disable=hidden):
+            output.write(batch)
     return [output.path(*job) for job in jobs]

@@ -63,9 +63,14 @@ class Configuration:
     @property
     def command(self) -> str:
         """The same through MONAI alone."""
+        return self.command_of(1)
+
+    def command_of(self, devices: int) -> str:
+        """The same through MONAI alone, by so many processes."""
+        python = "python" if devices == 1 else f"torchrun --standalone --nproc-per-node {devices}"
         listed = ",".join(f"'{_shown(file)}'" for file in self.files)
         arguments = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in self.overrides.items())
-        return f'python -m monai.bundle run --config_file "[{listed}]" {arguments}'.rstrip()
+        return f'{python} -m monai.bundle run --config_file "[{listed}]" {arguments}'.rstrip()
 
     def parser(self) -> ConfigParser:
         """Files and overrides as one; of a part nothing is made until it is asked for."""

@@ -37,7 +37,7 @@ def join_ranks(device: torch.device | str) -> None:
     if "RANK" not in os.environ:
         raise FibldmError(
             "configuration multi_gpu needs the ranks that torchrun starts; RANK is not set",
-            "start it by `torchrun --nproc-per-node N --no-python -- fibldm train ...`, or leave multi_gpu out",
+            "give --devices N to `fibldm train`, or start it by torchrun, or leave multi_gpu out",
         )
     idist.initialize("nccl" if torch.device(device).type == "cuda" else "gloo")
 

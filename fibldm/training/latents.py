@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Transform
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,9 +64,16 @@ class Latents:
         """Open the latents of a run.
 
         Raises:
-            FibldmError: they are not finished, or another autoencoder made them.
+            FibldmError: they are not finished, another autoencoder made them, or files of them are gone.
         """
-        return cls(Path(run_dir), load_facts(run_dir))
+        latents = cls(Path(run_dir), load_facts(run_dir))
+        files = [Path(item["file"]) for split in _SPLITS for item in latents.items(split)]
+        if gone := [file for file in files if not file.exists()]:
+            raise FibldmError(
+                f"{len(gone)} of {len(files)} cached latents are gone, the first is {gone[0]}",
+                "run `fibldm encode`, which makes those that are missing",
+            )
+        return latents
 
     @property
     def channels(self) -> int:
@@ -131,11 +138,16 @@ class LoadLatent(Transform):
         covariates also ``covariates`` ``(T, 2)``; a category that no training case has is unknown.
 
         Raises:
-            FibldmError: another autoencoder made this latent.
+            FibldmError: another autoencoder made this latent, or its file is gone or damaged.
         """
-        with safe_open(item["file"], framework="pt") as content:
-            self.space.check_autoencoder(content.metadata()["autoencoder"], item["file"])
-            tensors = {name: content.get_tensor(name) for name in content.keys()}
+        try:
+            with safe_open(item["file"], framework="pt") as content:
+                self.space.check_autoencoder(content.metadata()["autoencoder"], item["file"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}
+        except (OSError, SafetensorError) as error:
+            raise FibldmError(
+                f"{item['file']} must be a cached latent; {error}", "run `fibldm encode`, which makes it again"
+            ) from error
         posterior = Posterior(tensors["mean"][None], tensors["std"][None])
         mean, std = self.space.normalise_posterior(posterior)
         mask = self.mask.encode(tensors["labels"][None])
@@ -149,7 +161,8 @@ class EncodeStage:
     """Encode every training and validation case once, with a few augmented views of the training cases.
 
     A view is made as the plain case is, then augmented together with its mask by transforms seeded by
-    (seed, case, view). Views that lie there already are kept, so an interrupted run goes on.
+    (seed, case, view). Views that lie there already are kept, so an interrupted run goes on; of a finished one, those
+    that are gone or damaged are made again.
 
     Several processes share the cases (`Shard`); it is enough that they see the same folder. The first waits for the
     files of all and writes ``latents.json``, which is the same for any number of processes.
@@ -170,6 +183,7 @@ class EncodeStage:
         device: to encode on.
         restart: begin anew although the folder holds another configuration's latents.
         patience: seconds that a process waits for another without a sign of it.
+        check: refuses what must not be trained on, before anything is written; None has nothing to say.
     """
 
     def __init__(
@@ -188,6 +202,7 @@ class EncodeStage:
         device: torch.device,
         restart: bool = False,
         patience: float = 3600.0,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.run_dir, self.datalist, self.facts, self.inputs = Path(run_dir), datalist, facts, inputs
         self.preprocessing, self.augmentation, self.views = preprocessing, augmentation, views
@@ -195,6 +210,7 @@ class EncodeStage:
             raise unknown_choice("latent_draw", draw, get_args(Draw))
         self.draw = draw
         self.scale, self.seed, self.device, self.restart, self.patience = scale, seed, device, restart, patience
+        self.check = check
 
     def run(self) -> None:
         """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
@@ -203,25 +219,47 @@ class EncodeStage:
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
-                of other inputs, or another process broke off.
+                of other inputs, another process broke off, or one that is none of those that share the work is at it.
         """
-        shard = Shard.from_environment()
+        shard, folder = Shard.from_environment(), StageFolder(self.run_dir, "latents")
+        with folder.alone(shard.suffix):
+            self._run(folder, shard)
+
+    def _run(self, folder: StageFolder, shard: Shard) -> None:
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
-        folder = StageFolder(self.run_dir, "latents")
         config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
+        if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
+            self.check()
         if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
-            _logger.info("latents: done already (%s), nothing to encode", folder.path)
+            self._restore(folder, stage, shard)
             return
         with self._counted(folder, shard):
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-            cases = [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
-            console = Console(stderr=True)
-            hidden = not (console.is_terminal and shard.is_first)
-            for split, index in track(shard.take(cases), "encode", console=console, disable=hidden):
-                self._encode(split, index, first_stage, autoencoder)
+            self._encode_all(shard.take(self._cases()), first_stage, autoencoder, shown=shard.is_first)
             if shard.is_first:
                 self._complete(folder, first_stage, autoencoder)
+
+    def _cases(self) -> list[tuple[str, int]]:
+        return [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
+
+    def _encode_all(
+        self, cases: Sequence[tuple[str, int]], first_stage: FrozenFirstStage, autoencoder: str, *, shown: bool
+    ) -> None:
+        console = Console(stderr=True)
+        for split, index in track(cases, "encode", console=console, disable=not (console.is_terminal and shown)):
+            self._encode(split, index, first_stage, autoencoder)
+
+    def _restore(self, folder: StageFolder, stage: StageFolder, shard: Shard) -> None:
+        """Make the files again that a finished stage has lost; what later stages were told of them stays."""
+        lost = [case for case in shard.take(self._cases()) if self._missing(*case)]
+        if not lost:
+            _logger.info("latents: done already (%s), nothing to encode", folder.path)
+            return
+        count = sum(len(self._missing(*case)) for case in lost)
+        first_stage = FrozenFirstStage(stage.trained()).to(self.device)
+        self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
+        _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
 
     def expected_seconds(self, autoencoder: Autoencoder) -> float:
         """What `run` will take in one process, by its parts for the first case.
@@ -380,11 +418,14 @@ class EncodeStage:
         ]
 
     def _encode(self, split: str, index: int, first_stage: FrozenFirstStage, autoencoder: str) -> None:
-        names = self._names(split, index)
-        missing = [view for view, name in enumerate(names) if not (self._folder / name).exists()]
+        names, missing = self._names(split, index), self._missing(split, index)
         prepared = self.preprocessing(self.datalist[split][index]) if missing else {}
         for view in missing:
             self._write(self._view(prepared, index, view), self._folder / names[view], first_stage, autoencoder)
+
+    def _missing(self, split: str, index: int) -> list[int]:
+        """Views of a case whose files are not there, or not whole."""
+        return [view for view, name in enumerate(self._names(split, index)) if not _is_whole(self._folder / name)]
 
     @property
     def _folder(self) -> Path:
@@ -441,6 +482,14 @@ def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
         if seconds > _LONG:
             break
     return seconds, result
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):  # which compares the length of the file with what its header says
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -91,6 +91,11 @@ def render(rows: Sequence[Sequence[Panel]], spacing: Sequence[float]) -> NDArray
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def preview_file(stage: Path, epoch: int) -> Path:
+    """Where the preview of an epoch lies in the folder of a stage."""
+    return stage / "previews" / f"epoch_{epoch:04d}.png"
+
+
 def write_picture(file: Path, picture: NDArray[np.uint8]) -> None:
     """Write a picture ``(height, width, 3)`` as PNG, whole or not at all.
 

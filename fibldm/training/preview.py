@@ -26,7 +26,7 @@ from fibldm.models.timesteps import sampling_times
 from fibldm.runs import StageFolder
 from fibldm.training.draws import Draw, KeyedDataset, key_seed
 from fibldm.training.latents import Latents
-from fibldm.training.pictures import PLANES, Panel, compared, render, write_picture
+from fibldm.training.pictures import PLANES, Panel, compared, preview_file, render, write_picture
 from fibldm.training.prepare_batch import LatentPrepareBatch
 
 Rows = Callable[[], Sequence[Sequence[Panel]]]
@@ -78,7 +78,7 @@ class Preview:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             picture = render(self.rows(), self.spacing)
-        write_picture(self.folder / f"epoch_{epoch:04d}.png", picture)
+        write_picture(preview_file(self.folder.parent, epoch), picture)
         self.writer.add_image("preview", picture, epoch, dataformats="HWC")
         self.writer.flush()
 

@@ -3,8 +3,8 @@
 import inspect
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, 
 from fibldm.training.handlers import UNKNOWN, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
+from fibldm.training.profiler import Profiler
 from fibldm.training.step_losses import StepLosses
 from fibldm.training.watch import Validation
 
@@ -41,7 +42,7 @@ class Stage:
       ``train::trainer``, ``validate::evaluator``; ``watch::evaluator``, where there is one and ``watch_training``;
       ``state``, a mapping of whatever else a resume must restore; ``trackers``, a list of more handlers
     * lengths: ``epochs`` or, where given, ``minutes``; ``val_interval``, ``checkpoint_every``, ``keep_every``,
-      ``keep_best``, ``limit_val_batches``, ``log_every``, ``patience``, ``stop_gap``, ``wall_time``
+      ``keep_best``, ``limit_val_batches``, ``log_every``, ``patience``, ``stop_gap``, ``wall_time``, ``profile``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``init_trust``, ``freeze``, ``lora_rank``, ``lora_weights``,
       ``lora_full``; ``begin``, where there is one, which is given the network when there are neither such weights nor a
@@ -53,25 +54,38 @@ class Stage:
         inputs: fingerprints of the data and the stages it builds on.
         restart: begin anew although the folder holds another configuration's stage.
         began: when the command began, in seconds of `time.monotonic`, where there are ``minutes``; None is now.
+        check: refuses what must not be trained on, before anything is written; None has nothing to say.
     """
 
     least_epochs = 1
 
     def __init__(
-        self, run_dir: str, name: str, *, inputs: dict[str, str], restart: bool = False, began: float | None = None
+        self,
+        run_dir: str,
+        name: str,
+        *,
+        inputs: dict[str, str],
+        restart: bool = False,
+        began: float | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.folder = StageFolder(Path(run_dir), name)
         self.inputs, self.restart = inputs, restart
-        self.began = time.monotonic() if began is None else began
+        self.began, self.check = time.monotonic() if began is None else began, check
 
     def run(self) -> None:
         """Train the stage until it is done or its wall time is over, or say that it is done.
 
         Raises:
-            FibldmError: the folder holds a stage of another configuration, an option cannot be followed, the loss is
-                not finite, or a checkpoint cannot be written.
+            FibldmError: the folder holds a stage of another configuration, another process trains it, an option cannot
+                be followed, the loss is not finite, or a checkpoint cannot be written.
         """
         require_joined()
+        with ExitStack() as locks:
+            on_first_rank(lambda: locks.enter_context(self.folder.alone()))
+            self._run()
+
+    def _run(self) -> None:
         parser = running_parser()
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
@@ -81,6 +95,8 @@ class Stage:
                 f"a stage that is trained needs at least {self.least_epochs} epoch; epochs is {config['epochs']}",
                 "give more; an autoencoder that is to stay as it is takes --config autoencoder_as_given",
             )
+        if self.check is not None and (self.restart or self.folder.done() is None):
+            on_first_rank(self.check)
         state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
         if state == "done":
             _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
@@ -130,7 +146,8 @@ class Stage:
         for handler in (clip, ema, schedule, validation, metrics, steps):
             handler.attach(trainer)
         if is_first_rank():
-            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *trackers):
+            profilers = [Profiler(self.folder.path, get("profile"))] if "profile" in parser and get("profile") else []
+            for handler in (TensorBoard(metrics), ShowProgress(self.folder.name, metrics), *profilers, *trackers):
                 handler.attach(trainer)
         for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)

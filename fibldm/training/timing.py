@@ -62,7 +62,7 @@ def time_stage(stage: str, request: Request) -> StageTime:
         FibldmError: the configuration or the data are refused.
     """
     with unwrapped():
-        counts = _counts(stage, request)
+        counts = count(stage, request)
         parser = stage_parser(stage, request, with_values=True)
         began = time.monotonic()
         items = first_items(stage, parser, request)
@@ -111,8 +111,17 @@ def time_encoding(request: Request) -> float:
     return encoding_seconds(*parsers)
 
 
+def count(stage: str, request: Request) -> dict[str, int]:
+    """Draws and steps of an epoch, batches of a validation, and cases in memory; nothing is loaded.
+
+    Raises:
+        FibldmError: the configuration or the data are refused.
+    """
+    with unwrapped():
+        return _counts(stage, request)
+
+
 def _counts(stage: str, request: Request) -> dict[str, int]:
-    """Steps of an epoch, batches of a validation, and cases in memory; nothing is loaded."""
     parser = stage_parser(stage, request, with_values=True)
     imagine_earlier(stage, parser, request)
     get = parser.get_parsed_content
@@ -125,7 +134,7 @@ def _counts(stage: str, request: Request) -> dict[str, int]:
         drawn = cases[part] * _views(parser, f"{part}::dataloader::sampler")
         validation += math.ceil(drawn / int(get(f"{part}::dataloader::batch_size")))
     steps = math.ceil(batches / int(get("accumulation_steps")))
-    return {"steps": steps, "validation_batches": validation, "cases": sum(cases.values())}
+    return {"draws": draws, "steps": steps, "validation_batches": validation, "cases": sum(cases.values())}
 
 
 def _views(parser: ConfigParser, sampler: str) -> int:

@@ -1,6 +1,7 @@
 """Experiment trackers that show the rows of ``metrics.csv``: MLflow and Weights & Biases, both local unless asked.
 
-They get losses, rates, times, and the numbers of the configuration; no path, no name of a case or patient, no picture.
+They get losses, rates, times, and the numbers of the configuration; no path, no name of a case or patient. Pictures
+they get only if asked: a preview shows scans of validation patients.
 A stage that goes on goes on in the same run of the tracker.
 """
 
@@ -18,6 +19,7 @@ from ignite.engine import Engine, Events
 
 from fibldm.errors import FibldmError
 from fibldm.files import write_text
+from fibldm.training.pictures import preview_file
 
 Mode = Literal["offline", "online", "disabled"]
 
@@ -28,10 +30,11 @@ class Tracker(ABC):
     Args:
         run_dir: the run folder.
         stage: name of the stage.
+        pictures: show the previews of the stage, too.
     """
 
-    def __init__(self, run_dir: str | Path, stage: str) -> None:
-        self.run_dir, self.stage = Path(run_dir), stage
+    def __init__(self, run_dir: str | Path, stage: str, *, pictures: bool = False) -> None:
+        self.run_dir, self.stage, self.pictures = Path(run_dir), stage, pictures
         self.folder = self.run_dir / stage
 
     def attach(self, engine: Engine) -> None:
@@ -48,6 +51,10 @@ class Tracker(ABC):
         """Show the numbers of an epoch."""
 
     @abstractmethod
+    def show(self, picture: Path, epoch: int) -> None:
+        """Show the preview of an epoch."""
+
+    @abstractmethod
     def close(self) -> None:
         """The stage is trained."""
 
@@ -56,6 +63,9 @@ class Tracker(ABC):
             last = list(csv.DictReader(stream))[-1]
         values = {name: float(value) for name, value in last.items() if value and name != "epoch"}
         self.log(values, engine.state.epoch)
+        picture = preview_file(self.folder, engine.state.epoch)
+        if self.pictures and picture.exists():
+            self.show(picture, engine.state.epoch)
 
 
 class MLflow(Tracker):
@@ -66,15 +76,22 @@ class MLflow(Tracker):
         stage: name of the stage, and of the run in MLflow.
         experiment: name of the experiment in MLflow.
         tracking_uri: of a database or server; None: ``MLFLOW_TRACKING_URI``, or else the file in the run folder.
+        pictures: keep the previews, too, among the artifacts.
 
     Raises:
         FibldmError: MLflow is not installed.
     """
 
     def __init__(
-        self, run_dir: str | Path, stage: str, *, experiment: str = "fibldm", tracking_uri: str | None = None
+        self,
+        run_dir: str | Path,
+        stage: str,
+        *,
+        experiment: str = "fibldm",
+        tracking_uri: str | None = None,
+        pictures: bool = False,
     ) -> None:
-        super().__init__(run_dir, stage)
+        super().__init__(run_dir, stage, pictures=pictures)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when MLflow is imported
         self.mlflow = _package("mlflow")
         self.experiment = experiment
@@ -98,6 +115,9 @@ class MLflow(Tracker):
         metrics = [self.mlflow.entities.Metric(name, value, now, epoch) for name, value in values.items()]
         self.client.log_batch(self.run, metrics=metrics)
 
+    def show(self, picture: Path, epoch: int) -> None:
+        self.client.log_artifact(self.run, str(picture), "previews")
+
     def close(self) -> None:
         self.client.set_terminated(self.run)
 
@@ -118,13 +138,22 @@ class WandB(Tracker):
         stage: name of the stage, and of the run in W&B.
         project: name of the project in W&B.
         mode: None: ``WANDB_MODE``, or else "offline".
+        pictures: show the previews, too.
 
     Raises:
         FibldmError: wandb is not installed.
     """
 
-    def __init__(self, run_dir: str | Path, stage: str, *, project: str = "fibldm", mode: Mode | None = None) -> None:
-        super().__init__(run_dir, stage)
+    def __init__(
+        self,
+        run_dir: str | Path,
+        stage: str,
+        *,
+        project: str = "fibldm",
+        mode: Mode | None = None,
+        pictures: bool = False,
+    ) -> None:
+        super().__init__(run_dir, stage, pictures=pictures)
         self.wandb = _package("wandb")
         self.project = project
         self.mode = mode or os.environ.get("WANDB_MODE", "offline")
@@ -151,6 +180,9 @@ class WandB(Tracker):
 
     def log(self, values: dict[str, float], epoch: int) -> None:
         self.run.log({"epoch": epoch, **values})
+
+    def show(self, picture: Path, epoch: int) -> None:
+        self.run.log({"epoch": epoch, "preview": self.wandb.Image(str(picture))})
 
     def close(self) -> None:
         self.run.finish()

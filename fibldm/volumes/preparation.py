@@ -18,6 +18,7 @@ from rich.progress import track
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
+from fibldm.locks import alone, beside
 from fibldm.volumes.case_checks import Finding
 from fibldm.volumes.datalist import ADD_PATIENTS, too_few
 from fibldm.volumes.layouts import find_source
@@ -89,13 +90,28 @@ def prepare(
 
     Raises:
         FibldmError: a setting does not fit, the layout or split cannot be made, a case has an error (all findings are
-            listed, and recorded in ``report.json``), or ``work`` holds something else.
+            listed, and recorded in ``report.json``), ``work`` holds something else, or another process writes it.
     """
     source, work, settings = Path(source), Path(work), settings or PrepareSettings()
     if workers < 1:
         raise FibldmError(f"--workers must be at least 1; got {workers}")
-    earlier = _earlier_report(source, work)
+    _refuse_overlap(source, work)
     found = find_source(source, settings.layout, options=settings.layout_options)
+    with alone(beside(work), str(work), "wait until that has ended, or choose another --out"):
+        return _prepare(work, found, settings, restart=restart, workers=workers, keep_salt=keep_salt, progress=progress)
+
+
+def _prepare(
+    work: Path,
+    found: Source,
+    settings: PrepareSettings,
+    *,
+    restart: bool,
+    workers: int,
+    keep_salt: bool,
+    progress: bool,
+) -> Report:
+    earlier = _earlier_report(work)
     pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
     plan = make_plan(found, settings, pseudonyms, earlier["left_out"] if earlier is not None and not restart else ())
     if earlier is not None and not restart:
@@ -110,14 +126,17 @@ def prepare(
     return Report(work, plan.counts, checked.findings, checked.notes, left_out)
 
 
-def _earlier_report(source: Path, work: Path) -> dict[str, Any] | None:
-    """The report of a finished preparation in ``work``; ``None`` where nothing but a failed one may lie there."""
+def _refuse_overlap(source: Path, work: Path) -> None:
     folder, target = source.resolve(), work.resolve()
     if target == folder or target in folder.parents or folder in target.parents[1:]:
         message = f"--out must not be the source, a folder around it, or one among its data; got {work}"
         raise FibldmError(message, "choose another folder")
     if work.exists() and not work.is_dir():
         raise FibldmError(f"--out must be a folder; {work} is a file", "choose another folder")
+
+
+def _earlier_report(work: Path) -> dict[str, Any] | None:
+    """The report of a finished preparation in ``work``; ``None`` where nothing but a failed one may lie there."""
     report = read_json(work / "report.json") if (work / "report.json").exists() else {"ok": False, "settings_hash": ""}
     ours = isinstance(report, dict) and "settings_hash" in report
     complete = ours and (bool(report.get("ok")) or half_moved(work))

@@ -15,6 +15,7 @@ from rich.progress import track
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import write_json, write_text
+from fibldm.locks import alone, beside
 from fibldm.volumes.datalist import SPLITS, read_datalist
 from fibldm.volumes.grid import SCANNER
 from fibldm.volumes.layouts.cases import REFERENCE_KEYS
@@ -43,10 +44,16 @@ def write_slices(work: Path, out: Path, *, every: float) -> int:
         The number of slices.
 
     Raises:
-        FibldmError: ``every`` is not above 0, ``work`` is no work folder, ``out`` is not empty, or cannot be written.
+        FibldmError: ``every`` is not above 0, ``work`` is no work folder, ``out`` is not empty, cannot be written or is
+            written by another process.
     """
     if not every > 0:
         raise FibldmError(f"--every must be a length above 0 in mm; got {every:g}")
+    with alone(beside(out), str(out), "wait until that has ended, or choose another --out"):
+        return _write_all(work, out, every)
+
+
+def _write_all(work: Path, out: Path, every: float) -> int:
     if out.exists() and any(out.iterdir()):
         raise FibldmError(f"--out must be empty or absent; {out} is not", "choose another folder")
     datalist, console = read_datalist(work), Console(stderr=True)
