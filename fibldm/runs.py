@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +14,7 @@ import yaml
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
+from fibldm.verbatim import verbatim
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -104,6 +107,22 @@ class StageFolder:
         write_json(file, made_from)
         return "new"
 
+    @contextmanager
+    def kept_until_begun(self, restart: bool) -> Iterator[None]:
+        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything.
+
+        Args:
+            restart: whether `begin`, which is called inside, moves it aside.
+        """
+        aside = _free_name(self.path) if restart and self.path.exists() else None
+        try:
+            yield
+        except BaseException:
+            if aside is not None and aside.exists() and self._is_untouched():
+                shutil.rmtree(self.path, ignore_errors=True)
+                aside.rename(self.path)
+            raise
+
     def finish(self, *, epochs: int, **facts: Any) -> None:
         """Mark the stage as done with the fingerprint of what it was made from."""
         made_from = read_json(self.path / "inputs.json")
@@ -146,7 +165,7 @@ class StageFolder:
         from monai.bundle import ConfigParser
 
         config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        return ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
+        return ConfigParser({**config, "run_dir": verbatim(str(self.run_dir)), **overrides})
 
     def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
         """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.

@@ -204,9 +204,13 @@ class EncodeStage:
         autoencoder = stage.require()["weights"]
         folder = StageFolder(self.run_dir, "latents")
         config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
-        if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
-            _logger.info("latents: done already (%s), nothing to encode", folder.path)
-            return
+        with folder.kept_until_begun(self.restart and shard.is_first):
+            if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
+                _logger.info("latents: done already (%s), nothing to encode", folder.path)
+                return
+            self._encode_all(folder, stage, autoencoder, shard)
+
+    def _encode_all(self, folder: StageFolder, stage: StageFolder, autoencoder: str, shard: Shard) -> None:
         with self._counted(folder, shard):
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
             cases = [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
