@@ -35,7 +35,7 @@ _COMMANDS = {
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "initialize keep_every minutes mlflow num_workers patience preview preview_eta preview_every preview_sampler "
-    "preview_steps restart run run_dir stage stop_gap trackers wall_time wandb watch watch_training work "
+    "preview_steps restart run run_dir stage stop_gap trackers training wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )

@@ -69,13 +69,14 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "allow_extrapolation": "@allow_extrapolation",
         },
         "run": ["$@evaluator.run()"],
+        "inference": "@run",
     }
 
 
 def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
     config: dict[str, Any] = yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8"))
-    own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False}
+    own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "training": "@run"}
     begun = {"init_from": "$@bundle_root + '/models/network.safetensors'", "network_def": facts["network"]}
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
 
@@ -101,6 +102,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "device": "@device",
         },
         "run": ["@evaluation"],
+        "evaluate": "@run",
     }
 
 
