@@ -271,7 +271,7 @@ def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     for key in classes_first:
         *path, name = key.split("::")
         if not _exists(config, [*path, name]):
-            raise _unknown_key(key, "", {*config, *_flat_keys(config)})
+            raise _unknown_key(key, "", {*config, *_flat_keys(config), *_arguments_at(config, path)})
         place: Any = config
         for part in path:
             place = place[int(part) if isinstance(place, list) else part]
@@ -309,6 +309,14 @@ def _exists(config: Any, path: Sequence[str]) -> bool:
         else:
             return isinstance(config, dict) and depth == len(path) - 1 and name in _parameters(config)
     return True
+
+
+def _arguments_at(config: Any, path: Sequence[str]) -> set[str]:
+    """What the class at a place takes, as keys."""
+    for part in path:
+        config = config.get(part) if isinstance(config, dict) else None
+    names = _parameters(config) if isinstance(config, dict) else set()
+    return {"::".join([*path, name]) for name in names}
 
 
 def _parameters(config: Mapping[str, Any]) -> set[str]:
