@@ -1,6 +1,7 @@
 """What goes wrong inside of a configuration is told by its cause: which part, which file, how much memory."""
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,6 @@ def test_files_of_the_work_folder_that_are_gone_are_named_before_anything_is_rea
     for name in ("images/c4.nii.gz", "labels/c.nii.gz"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    with pytest.raises(
-        FibldmError, match="images/c0.nii.gz, .*images/c1.nii.gz, .*c2.nii.gz and 1 more is not; put it"
-    ):
+    with pytest.raises(FibldmError, match="images/c0.nii.gz, .*images/c1.nii.gz, .*c2.nii.gz and 1 more is not;"):
         load_datalist(tmp_path, "training")
     assert len(read_datalist(tmp_path)["training"]) == 5
