@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fibldm.errors import FibldmError
@@ -84,7 +85,7 @@ def _rules() -> dict[str, tuple[str, Callable[[Any], bool]]]:
             lambda value: _are_three(value, lambda part: _is_whole(part, 1)),
         )
     for key, least in _WHOLE.items():
-        rules[key] = (f"a whole number of at least {least}", lambda value, least=least: _is_whole(value, least))
+        rules[key] = (f"a whole number of at least {least}", partial(_is_whole, least=least))
     for key in _NOT_NEGATIVE:
         rules[key] = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
     for key in _SHARES:
