@@ -12,6 +12,10 @@ Legend, used by every docstring and comment of the package:
 * Label 255 in a label volume means *unknown*: nothing is asked for there.
 """
 
+from fibldm.surroundings import settle
+
+settle()
+
 __version__ = "0.1.0"
 
 UNKNOWN_LABEL = 255

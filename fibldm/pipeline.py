@@ -30,11 +30,11 @@ from fibldm.training.configuration import (
     both_given,
     check_grid,
     read_configuration,
-    require_minutes,
     stage_configuration,
 )
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.training.timing import encoding_seconds
+from fibldm.training.values import require_minutes
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.preparation import prepare
 from fibldm.volumes.prepare_settings import PrepareSettings

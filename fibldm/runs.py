@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ import yaml
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone
+from fibldm.verbatim import verbatim
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -35,7 +37,7 @@ _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
     "preview preview_eta preview_every preview_sampler preview_steps profile restart run run_dir stage stop_gap "
-    "trackers wall_time wandb watch watch_training work "
+    "trackers training wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
@@ -121,6 +123,22 @@ class StageFolder:
         write_json(file, made_from)
         return "new"
 
+    @contextmanager
+    def kept_until_begun(self, restart: bool) -> Iterator[None]:
+        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything.
+
+        Args:
+            restart: whether `begin`, which is called inside, moves it aside.
+        """
+        aside = _free_name(self.path) if restart and self.path.exists() else None
+        try:
+            yield
+        except BaseException:
+            if aside is not None and aside.exists() and self._is_untouched():
+                shutil.rmtree(self.path, ignore_errors=True)
+                aside.rename(self.path)
+            raise
+
     def finish(self, *, epochs: int, **facts: Any) -> None:
         """Mark the stage as done with the fingerprint of what it was made from."""
         made_from = read_json(self.path / "inputs.json")
@@ -163,7 +181,7 @@ class StageFolder:
         from monai.bundle import ConfigParser
 
         config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        return ConfigParser({**config, "run_dir": str(self.run_dir), **overrides})
+        return ConfigParser({**config, "run_dir": verbatim(str(self.run_dir)), **overrides})
 
     def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
         """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.

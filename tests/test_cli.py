@@ -153,3 +153,65 @@ def test_doctor_looks_for_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (finding,) = [finding for finding in fibldm.doctor.diagnose() if finding.name == "FIBLDM_DATA"]
     assert finding.level == level
     assert str(tmp_path) in finding.value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--spacing", "20,30,40"],
+        ["--spacing", "20", "30", "40"],
+        ["--spacing=20,30,40"],
+        ["--spacing", "20, 30, 40"],
+        ["--spacing", "20,", "30,", "40"],
+        ["--spacing", "20 30 40"],
+        ["--spacing", "[20, 30, 40]"],
+    ],
+)
+def test_several_numbers_come_with_commas_or_spaces(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
+    asked = []
+    monkeypatch.setattr("fibldm.volumes.phantoms.write_phantoms", lambda out, **options: asked.append(options) or [])
+    assert run(["phantoms", *given, "--out", "never", "--seed", "3"]) == 0
+    assert (asked[0]["spacing"], asked[0]["seed"]) == ((20.0, 30.0, 40.0), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["phantoms", "--out", "x", "--spacing", "1,2"],
+            "--spacing needs 3 numbers, such as 1,2,3 or 1 2 3; got '1,2'",
+        ),
+        (["prepare", "x", "--out", "y", "--window", "-5,0,5"], "--window needs 2 numbers"),
+        (["prepare", "x", "--out", "y", "--window", "low,high"], "valid number"),
+        (["phantoms", "--out", "x", "--spacing"], "requires 3 arguments"),
+    ],
+)
+def test_another_count_of_numbers_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_window_that_begins_below_zero_comes_with_a_comma(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def prepare(source: Path, out: Path, settings: object, **_: object) -> None:
+        asked.append((settings.window, settings.spacing))  # type: ignore[attr-defined]
+        raise FibldmError("seen")
+
+    monkeypatch.setattr("fibldm.volumes.preparation.prepare", prepare)
+    for window in (["--window", "-1000,300"], ["--window", "-1000", "300"], ["--window=-1000,300"]):
+        assert run(["prepare", "x", "--out", "y", *window, "--spacing", "1,1,2.5"]) == 2
+    assert asked == [((-1000.0, 300.0), (1.0, 1.0, 2.5))] * 3
+
+
+def test_memory_that_is_not_enough_is_told_by_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 2.00 GiB for an array")
+
+    monkeypatch.setattr("fibldm.volumes.phantoms.write_phantoms", write)
+    assert run(["phantoms", "--out", "never"]) == 2
+    assert "must be enough; 2.15 GB more was asked for" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from monai.utils import optional_import
 from fibldm import __version__
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.runs import StageFolder
+from fibldm.runs import STAGES, StageFolder
 from fibldm.training.configuration import (
     STAGE_FILES,
     ConfigFiles,
@@ -58,7 +59,7 @@ COMBINATIONS = [
 
 
 def files(stage: str, data: str, *extra: str) -> list[str]:
-    return [str(shipped(name)) for name in ("common", data, *STAGE_FILES[stage], *extra)]
+    return [str(shipped(name)) for name in ("common", *STAGE_FILES[stage], data, *extra)]
 
 
 def components(value: Any) -> Iterator[dict[str, Any]]:
@@ -151,6 +152,54 @@ def test_the_training_configurations_have_the_properties_of_a_bundle(
     assert workflow.version == __version__
 
 
+def header_arguments(name: str) -> list[str]:
+    """The MONAI command that the header of a configuration says."""
+    header = re.match(r"(#.*\n)+", shipped(name).read_text())
+    assert header is not None
+    text = re.sub(r"\\?\n#\s*", " ", header.group())
+    return shlex.split(text[re.search(r"python -m|torchrun", text).start() : re.search("Override|or: ", text).start()])
+
+
+@pytest.mark.parametrize("stage", STAGE_FILES)
+def test_a_stage_is_the_same_by_monai_and_by_fibldm(stage: str, tmp_path: Path) -> None:
+    """The user's own values win by both: those of a data configuration that a stage file has, too."""
+    listed = [str(ROOT / file) for file in yaml.safe_load(header_arguments(STAGE_FILES[stage][-1])[5])]
+    by_monai = ConfigWorkflow(listed, workflow_type="train", work="w", run_dir="r").parser
+    ours = make(stage, "data_chest_phantom")
+    assert {**by_monai.get(), "_meta_": None} == {**ours.parser().get(), "_meta_": None}
+    if stage == "controlnet":
+        assert by_monai["label_weights"] == {3: 2, 4: 4, 5: 4, 6: 4}
+
+
+NAMED = sorted(path.stem for path in configs_folder().glob("*.yaml") if "--config_file" in path.read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name not in ALONE])
+def test_the_files_of_every_documented_command_are_in_the_order_of_fibldm(name: str) -> None:
+    arguments = header_arguments(name)
+    listed = [Path(file).stem for file in yaml.safe_load(arguments[arguments.index("--config_file") + 1])]
+    data = next(position for position, file in enumerate(listed) if file.startswith("data_"))
+    assert tuple(listed[1:data]) in STAGE_FILES.values()
+    assert listed[0] == "common"
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("training", ("common", "train_autoencoder", "data_chest_phantom")),
+        ("inference", ("inference",)),
+        ("evaluate", ("evaluate",)),
+    ],
+)
+def test_monais_names_of_what_runs_run_it_once(
+    capsys: pytest.CaptureFixture[str], name: str, files: tuple[str, ...]
+) -> None:
+    workflow = ConfigWorkflow([str(shipped(file)) for file in files], run_id=name, workflow_type=None)
+    workflow.parser["run"] = ["$print('ran')"]
+    workflow.run()
+    assert capsys.readouterr().out == "ran\n"
+
+
 @pytest.mark.parametrize("stage", STAGE_FILES)
 def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None:
     name = STAGE_FILES[stage][-1]
@@ -213,6 +262,41 @@ def test_a13_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -
         make("autoencoder", **{key: 1})
     if key != "views":  # a key of another stage is no key of this one
         assert raised.value.remedy == f"did you mean '{nearest}'?"
+
+
+@pytest.mark.parametrize("classes_first", [True, False])
+def test_overrides_are_checked_against_each_other(classes_first: bool) -> None:
+    """As docs/diffusion.md has it: another process, and what only that takes."""
+    given = {
+        "process::_target_": "fibldm.models.process.VariancePreserving",
+        "process::schedule": "cosine",
+        "times::times::_target_": "fibldm.models.timesteps.LogitNormalTimes",
+        "times::times::mean": 0.5,
+        "target": "v",
+    }
+    items = list(given.items())
+    made = make("diffusion", DATA[0], **dict(items if classes_first else items[::-1]))
+    assert made.parser().get_parsed_content("process").schedule == "cosine"
+    with pytest.raises(FibldmError, match="key 'process::shedule' is not known") as raised:
+        make("diffusion", DATA[0], **{"process::_target_": given["process::_target_"], "process::shedule": "cosine"})
+    assert raised.value.remedy == "did you mean 'process::schedule'?"
+    with pytest.raises(FibldmError, match="key 'process::schedule' is not known"):
+        make("diffusion", DATA[0], **{"process::schedule": "cosine"})
+
+
+def test_overrides_of_a_class_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(FibldmError, match="_target_ must name a class .* can be imported; .*'Proces'"):
+        make(
+            "diffusion", DATA[0], **{"process::_target_": "fibldm.models.process.Proces", "process::schedule": "cosine"}
+        )
+
+
+@pytest.mark.parametrize("spacing", [[0, 2, 2], [-2, 2, 2], [2, 2, float("nan")]])
+def test_a_grid_that_is_none_is_refused_before_anything_is_made(tmp_path: Path, spacing: list[float]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"spacing": spacing, "size": [32, 32, 32]}))
+    with pytest.raises(FibldmError, match="spacing must be three numbers above 0"):
+        make("autoencoder", str(file))
 
 
 @pytest.mark.parametrize("key", ["epochs", "optimizer::betas", "preprocessing::0::keys", "train::dataset::progress"])
@@ -422,19 +506,42 @@ def test_the_command_line_trains_and_says_how_monai_would(
     assert "warning: for stage 2, size (36, 32, 32) of the model grid must be divisible by (16, 16, 16)" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["outputs"] == [str(tmp_path / "run" / "autoencoder")]
     assert "python -m monai.bundle run --config_file" in printed.err
+    assert not any(word in printed.err for word in ("Logging file", "Not all config files", "nvImageCodec"))
+    kept = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    channels = ["--set", "network_def::network::in_channels=7"]  # found by the first step
+    assert run(["train", "autoencoder", *places, *chosen, *channels, "--restart"]) == 2
+    assert "in_channels of a network must be the number of channels that it gets, 8; it is 7" in capsys.readouterr().err
+    assert {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == kept
+
+
+@pytest.mark.parametrize(("change", "key"), [("spacing=2,2,2", "spacing"), ("autoencoder_channels=[7]", "network_def")])
+def test_a_wrong_value_leaves_nothing_behind_but_its_key(
+    capsys: pytest.CaptureFixture[str], phantom_work: Path, tiny_data: Path, tmp_path: Path, change: str, key: str
+) -> None:
+    chosen = ["--config", str(tiny_data), "--config", "tiny", "--set", change]
+    assert run(["train", "autoencoder", "--data", str(phantom_work), "--run", str(tmp_path / "run"), *chosen]) == 2
+    told = capsys.readouterr().err.split("fibldm: ")[1]
+    assert key in told and "Failed to" not in told
 
 
 @pytest.mark.slow
-def test_d9_the_plain_monai_command_trains_the_same(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
-    configuration = tiny_stage("autoencoder", tmp_path / "run", patch=[16, 16, 16])
-    listed = ",".join(f"'{file}'" for file in configuration.files)
+@pytest.mark.parametrize("stage", ["autoencoder", "controlnet"])
+def test_d9_the_plain_monai_command_trains_the_same(
+    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, stage: str
+) -> None:
+    """With the name of what runs that MONAI's cards have, and the labels' weights of the user's own file."""
+    run_dir, given = tmp_path / "run #1", {"patch": [16, 16, 16]} if stage == "autoencoder" else {}
+    for earlier in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(tiny_run / earlier, run_dir / earlier)
+    configuration = tiny_stage(stage, run_dir, **given)
     arguments = shlex.split(configuration.command)
     assert arguments[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
-    resolved = [str((Path.cwd() / file).resolve()) for file in yaml.safe_load(arguments[5])]
-    assert resolved == yaml.safe_load(f"[{listed}]")
+    resolved = [(Path.cwd() / file).resolve() for file in yaml.safe_load(arguments[5])]
+    assert resolved == [*configuration.files]
     code = "import torch, runpy; torch.set_num_threads(1); runpy.run_module('monai.bundle', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, *arguments[3:]], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, "run", "training", *arguments[4:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = StageFolder(tmp_path / "run", "autoencoder").weights("last")["objects"]["network"]
-    ours = StageFolder(tiny_run, "autoencoder").weights("last")["objects"]["network"]
+    theirs = StageFolder(run_dir, stage).weights("last")["objects"]["network"]
+    ours = StageFolder(tiny_run, stage).weights("last")["objects"]["network"]
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)

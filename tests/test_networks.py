@@ -118,6 +118,16 @@ def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
     assert float(gradient.abs().sum()) > 0
 
 
+def test_a_base_network_of_another_number_of_channels_says_how_many_it_must_take() -> None:
+    network = ConditionedNetwork(unet(channels=7))
+    with pytest.raises(FibldmError, match="must take 2 channels, the 2 of the latent; its in_channels is 7") as raised:
+        network(normal(1, 2, 4, 4, 4), torch.zeros(1))
+    assert "unet::in_channels" in raised.value.remedy
+    network = ConditionedNetwork(unet(channels=7), concat=True)
+    with pytest.raises(FibldmError, match="must take 6 channels, the 2 of the latent and the 4 of the mask; .* is 7"):
+        network(normal(1, 2, 4, 4, 4), torch.zeros(1), normal(1, 4, 4, 4, 4))
+
+
 def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
     network = ConditionedNetwork(unet())
     assert network.multiple == 2

@@ -88,6 +88,25 @@ def test_h7_many_changes_are_counted(tmp_path: Path) -> None:
         begin(tmp_path, **{f"key{number}": number for number in range(8)})
 
 
+def test_restart_puts_back_what_was_there_where_nothing_new_was_kept(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "autoencoder")
+    begin(tmp_path)
+    stage.checkpoints.mkdir()
+    (stage.checkpoints / "last.pt").write_text("old")
+    with pytest.raises(KeyError), stage.kept_until_begun(True):
+        assert stage.begin({"epochs": 5}, {}, restart=True) == "new"
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
+    assert (stage.checkpoints / "last.pt").read_text() == "old"
+    with pytest.raises(KeyError), stage.kept_until_begun(True):
+        begin(tmp_path, restart=True, learning_rate=0.5)
+        stage.checkpoints.mkdir()
+        (stage.checkpoints / "last.pt").write_text("new")
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder", "autoencoder.replaced-1"]
+    assert (stage.checkpoints / "last.pt").read_text() == "new"
+
+
 def test_restart_keeps_what_was_there_beside_it(tmp_path: Path) -> None:
     for attempt in range(3):
         assert begin(tmp_path, restart=True, learning_rate=float(attempt)) == "new"

@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from fibldm import __version__
+from fibldm.cli.numbers import NumbersCommand
 from fibldm.cli.output import emit_error, emit_result, standard_output_for_json
 from fibldm.errors import FibldmError
+from fibldm.out_of_memory import out_of_memory
 
 # In the order of the help text; a new command is one more name.
 COMMANDS = (
@@ -70,7 +72,7 @@ def _register(name: str) -> None:
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=name, epilog=EPILOG)
     else:
-        app.command(name, epilog=EPILOG)(command)
+        app.command(name, cls=NumbersCommand, epilog=EPILOG)(command)
 
 
 for _name in COMMANDS:
@@ -104,6 +106,9 @@ def _report(error: BaseException, as_json: bool) -> int:
         case KeyboardInterrupt() | typer.Abort():
             emit_error("interrupted", "run the same command again to go on", as_json)
             return 130
+    if (told := out_of_memory(error)) is not None:
+        emit_error(told.message, told.remedy, as_json)
+        return 2
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     emit_error(f"unexpected error: {reason}", "run again with --debug to see the traceback", as_json)
     return 1

@@ -86,10 +86,11 @@ def _arguments(texts: list[str]) -> dict[str, Any]:
 
 
 def _fixed(texts: list[str]) -> dict[str, list[float]]:
+    from fibldm.cli.numbers import split_numbers
     from fibldm.errors import FibldmError
 
     pairs = [text.partition("=") for text in texts]
     try:
-        return {name: [float(number) for number in numbers.split(",")] for name, _, numbers in pairs}
+        return {name: [float(number) for number in split_numbers(numbers)] for name, _, numbers in pairs}
     except ValueError as error:
         raise FibldmError(f"--fix needs NAME=NUMBERS, such as class=1; got {', '.join(texts)}") from error

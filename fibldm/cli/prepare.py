@@ -13,7 +13,8 @@ def prepare(
     layout: Annotated[str, typer.Option(help="auto, decathlon, nnunet, bids, folders, csv, dicom or organs.")] = "auto",
     modality: Annotated[str | None, typer.Option(help="ct, mr or other; by default what the dataset says.")] = None,
     window: Annotated[
-        tuple[float, float] | None, typer.Option(help="CT only: HU that become -1 and 1 (default -1000 1000).")
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW,HIGH", help="CT only: HU that become -1 and 1 (default -1000 1000)."),
     ] = None,
     intensity_range: Annotated[
         tuple[float, float] | None,
@@ -29,7 +30,8 @@ def prepare(
     ] = None,
     bids_mask: Annotated[str | None, typer.Option(help="Pattern of the mask files of a BIDS dataset.")] = None,
     spacing: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="mm, for formats that state none (PNG, HDF5, .mat).")
+        tuple[float, float, float] | None,
+        typer.Option(metavar="X,Y,Z", help="mm, for formats that state none (PNG, HDF5, .mat)."),
     ] = None,
     resample_masks: Annotated[
         bool, typer.Option("--resample-masks", help="Bring masks on another grid to their image's.")

@@ -43,7 +43,7 @@ def synthesize(
     ] = 0.0,
     guidance_interval: Annotated[
         tuple[float, float],
-        typer.Option(metavar="LOW HIGH", help="Guide between these times only, 0 data, 1 noise; cheaper."),
+        typer.Option(metavar="LOW,HIGH", help="Guide between these times only, 0 data, 1 noise; cheaper."),
     ] = (0.0, 1.0),
     shift: Annotated[
         float | None, typer.Option(help="Above 1: more steps at high noise; by default that of training.")

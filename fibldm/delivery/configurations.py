@@ -76,6 +76,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "covariates": "@covariates",
         },
         "run": ["$@evaluator.run()"],
+        "inference": "@run",
     }
 
 
@@ -83,7 +84,7 @@ def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[st
     """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
     config: dict[str, Any] = yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8"))
     own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
-    begun = {"init_from": "@bundle_root", "network_def": facts["network"]}
+    begun = {"init_from": "@bundle_root", "network_def": facts["network"], "training": "@run"}
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
 
 
@@ -110,6 +111,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "device": "@device",
         },
         "run": ["@evaluation"],
+        "evaluate": "@run",
     }
 
 

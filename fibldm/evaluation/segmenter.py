@@ -15,6 +15,7 @@ from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.files import hash_value
 from fibldm.runs import StageFolder, decisive
 from fibldm.training.configuration import ConfigFiles, Configuration, stage_configuration
+from fibldm.verbatim import verbatim
 from fibldm.volumes.datalist import read_datalist
 
 
@@ -103,7 +104,7 @@ def trained_segmenter(
         "size": list(evaluated.grid.size),
         "intensity": {
             "_target_": "fibldm.volumes.intensity.Intensity.from_dict",
-            "values": evaluated.intensity.to_dict(),
+            "values": verbatim(evaluated.intensity.to_dict()),
         },
         "labels": sorted(evaluated.labels),
         **({} if cases is None else _instead(evaluated, cases)),
@@ -122,7 +123,7 @@ def trained_segmenter(
 
 def _instead(evaluated: Evaluated, cases: Sequence[Case]) -> dict[str, Any]:
     """Overrides that train on other cases, known by their content."""
-    items = [{"image": str(case.image), "label": str(case.label), "case": case.name} for case in cases]
+    items = verbatim([{"image": str(case.image), "label": str(case.label), "case": case.name} for case in cases])
     content = hash_value([evaluated.key(case) for case in cases])
     return {"train::dataset::data": items, "stage::inputs::data": content}
 

@@ -124,7 +124,8 @@ class ConditionedNetwork(nn.Module):
 
         Raises:
             FibldmError: an axis of the latent is not divisible by `multiple`, a 2-D network gets more than one slice,
-                the base network itself needs a mask and gets none, or it knows no covariates and gets some.
+                the base network itself needs a mask and gets none, was built for another number of channels, or knows
+                no covariates and gets some.
         """
         flat = self.unet.conv_in.spatial_dims == 2 and z_t.ndim == 5
         z_t = single_slice(z_t) if flat else z_t
@@ -133,6 +134,7 @@ class ConditionedNetwork(nn.Module):
             raise FibldmError("this base network needs the mask; got none", "give MaskEncoding.null to ask for nothing")
         shown = _shown(self.mask_encoder, mask, like=z_t) if self.concat or self.spade else None
         x = torch.cat([z_t, shown], dim=1) if self.concat and shown is not None else z_t
+        self._check_channels(z_t.shape[1], x.shape[1])
         context = self._context(covariates, like=z_t)
         residuals = {} if mask is None or not self.controls else self._residuals(x, timesteps, mask, context)
         seen = {"context": context, "seg": shown if self.spade else None}
@@ -163,6 +165,15 @@ class ConditionedNetwork(nn.Module):
             down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
             middle = middle + of_middle
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def _check_channels(self, latent: int, given: int) -> None:
+        if self.unet.in_channels != given:
+            mask = f" and the {given - latent} of the mask" if given > latent else ""
+            raise FibldmError(
+                f"the base network must take {given} channels, the {latent} of the latent{mask}; its in_channels is "
+                f"{self.unet.in_channels}",
+                "leave unet::in_channels as it is",
+            )
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         if any(length % self.multiple for length in size):

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import inspect
 import json
-import math
+import logging
 import re
 import shlex
 import time
@@ -21,6 +21,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 import fibldm
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.training.causes import unwrapped
+from fibldm.training.values import check_values, require_minutes
+from fibldm.verbatim import as_argument, verbatim
 
 STAGE_FILES = {
     "autoencoder": ("train_autoencoder",),
@@ -31,8 +34,6 @@ STAGE_FILES = {
 }
 
 _GRID = {"spacing", "size"}
-_EVALUATED = ("$", "@", "%")
-_COUNTED = ("accumulation_steps", "batch_size", "checkpoint_every", "epochs", "steps", "val_interval", "views")
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,9 +69,10 @@ class Configuration:
     def command_of(self, devices: int) -> str:
         """The same through MONAI alone, by so many processes."""
         python = "python" if devices == 1 else f"torchrun --standalone --nproc-per-node {devices}"
-        listed = ",".join(f"'{_shown(file)}'" for file in self.files)
-        arguments = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in self.overrides.items())
-        return f'{python} -m monai.bundle run --config_file "[{listed}]" {arguments}'.rstrip()
+        listed = "[" + ",".join(repr(str(_shown(file))) for file in self.files) + "]"
+        quoted = shlex.quote(listed) if re.search(r'[\\"$`!]', listed) else f'"{listed}"'
+        arguments = " ".join(f"--{key} {shlex.quote(as_argument(value))}" for key, value in self.overrides.items())
+        return f"{python} -m monai.bundle run --config_file {quoted} {arguments}".rstrip()
 
     def parser(self) -> ConfigParser:
         """Files and overrides as one; of a part nothing is made until it is asked for."""
@@ -92,12 +94,13 @@ class Configuration:
         parser = self.parser()
         timed = parser.get("minutes") is not None and "epochs" in parser  # latents have none
         overrides = {**self.overrides, "stage::began": began} if timed else self.overrides
-        workflow = ConfigWorkflow(
-            config_file=[str(file) for file in self.files],
-            logging_file=False,
-            workflow_type="train",
-            **overrides,
-        )
+        with _without_warnings_of_files():
+            workflow = ConfigWorkflow(
+                config_file=[str(file) for file in self.files],
+                logging_file=False,
+                workflow_type="train",
+                **overrides,
+            )
         with unwrapped():
             workflow.initialize()
             workflow.run()
@@ -125,7 +128,8 @@ def stage_configuration(
     base = [shipped(name) for name in ("common", *STAGE_FILES[stage])]
     given = [_find(name) for name in configs]
     known = {key for name in ("common", *sum(STAGE_FILES.values(), ())) for key in _read(shipped(name))}
-    configuration = Configuration((*base, *given), {"work": str(work), "run_dir": str(run_dir), **overrides})
+    folders = {"work": verbatim(str(work)), "run_dir": verbatim(str(run_dir))}
+    configuration = Configuration((*base, *given), {**folders, **overrides})
     _check(configuration, given, known)
     return configuration
 
@@ -260,26 +264,24 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
                 raise _unknown_key(key, f" in {file}", allowed)
             if inside and not _exists(before, [name, *inside]):
                 raise _unknown_key(key, f" in {file}", set(_flat_keys(before)))
-    for key in configuration.overrides:
-        if not _exists(config, key.split("::")):
-            raise _unknown_key(key, "", {*config, *_flat_keys(config)})
-    values = {**config, **configuration.overrides}
-    _check_counts(values)
-    require_minutes(values.get("minutes"))
-    if values.get("minutes") is not None and "epochs" in configuration.overrides:
-        raise both_given(values["minutes"], values["epochs"])
+    _override(config, configuration.overrides)
+    check_values(config)
+    require_minutes(config.get("minutes"))
+    if config.get("minutes") is not None and "epochs" in configuration.overrides:
+        raise both_given(config["minutes"], config["epochs"])
 
 
-def require_minutes(value: Any) -> None:
-    """Refuse a time budget that is none; None, and what is evaluated later, are fine.
-
-    Raises:
-        FibldmError: it is no number above 0.
-    """
-    if value is None or (isinstance(value, str) and value.startswith(_EVALUATED)):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise FibldmError(f"minutes must be a number above 0; got {value!r}", "leave it out to train all epochs")
+def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Change what the files say; a key may be one that another override brings, such as an argument of a new class."""
+    classes_first = sorted(overrides, key=lambda key: not key.endswith("::_target_"))
+    for key in classes_first:
+        *path, name = key.split("::")
+        if not _exists(config, [*path, name]):
+            raise _unknown_key(key, "", {*config, *_flat_keys(config), *_arguments_at(config, path)})
+        place: Any = config
+        for part in path:
+            place = place[int(part) if isinstance(place, list) else part]
+        place[int(name) if isinstance(place, list) else name] = overrides[key]
 
 
 def both_given(minutes: Any, epochs: Any) -> FibldmError:
@@ -288,15 +290,6 @@ def both_given(minutes: Any, epochs: Any) -> FibldmError:
         f"a training lasts either so many minutes or so many epochs; got minutes {minutes} and epochs {epochs}",
         "give one of them; epochs of a configuration file give way to minutes by themselves",
     )
-
-
-def _check_counts(values: Mapping[str, Any]) -> None:
-    for name in _COUNTED:
-        value = values.get(name, 1)
-        is_reference = isinstance(value, str) and value.startswith(_EVALUATED)
-        least = 0 if name == "epochs" else 1  # networks with nothing to learn have none
-        if not is_reference and (not isinstance(value, int) or value < least):
-            raise FibldmError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
 def _refuse_orphans(configuration: Configuration, given: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -324,12 +317,23 @@ def _exists(config: Any, path: Sequence[str]) -> bool:
     return True
 
 
+def _arguments_at(config: Any, path: Sequence[str]) -> set[str]:
+    """What the class at a place takes, as keys."""
+    for part in path:
+        config = config.get(part) if isinstance(config, dict) else None
+    names = _parameters(config) if isinstance(config, dict) else set()
+    return {"::".join([*path, name]) for name in names}
+
+
 def _parameters(config: Mapping[str, Any]) -> set[str]:
-    target = config.get("_target_", "")
-    module, _, name = str(target).rpartition(".")
-    if not module:
+    target = str(config.get("_target_", ""))
+    module, _, name = target.rpartition(".")
+    if not module or module.startswith(("$", "@", "%")):
         return set()
-    return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    try:
+        return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError) as error:
+        raise FibldmError(f"_target_ must name a class or function that can be imported; {error}") from error
 
 
 def _references(config: Any) -> Iterator[str]:
@@ -349,22 +353,23 @@ def _unknown_key(key: str, where: str, known: set[str]) -> FibldmError:
     return FibldmError(f"configuration key {key!r}{where} is not known", f"did you mean {nearest[0]!r}?")
 
 
+@contextmanager
+def _without_warnings_of_files() -> Iterator[None]:
+    """MONAI warns that there is no file for logging, and that files lie in several folders; both are meant so."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("Logging file is set to False", "Not all config files are in"))
+
+    logger = logging.getLogger("monai.bundle.workflows")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def _shown(file: Path) -> Path:
     try:
         return file.resolve().relative_to(Path.cwd())
     except ValueError:
         return file
-
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """What a part of a configuration refused, of which MONAI makes a RuntimeError of its own, as it was."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, FibldmError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None

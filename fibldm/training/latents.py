@@ -229,11 +229,15 @@ class EncodeStage:
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
         config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
-        if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
-            self.check()
-        if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
-            self._restore(folder, stage, shard)
-            return
+        with folder.kept_until_begun(self.restart and shard.is_first):
+            if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
+                self.check()
+            if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
+                self._restore(folder, stage, shard)
+                return
+            self._make(folder, stage, autoencoder, shard)
+
+    def _make(self, folder: StageFolder, stage: StageFolder, autoencoder: str, shard: Shard) -> None:
         with self._counted(folder, shard):
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
             self._encode_all(shard.take(self._cases()), first_stage, autoencoder, shown=shard.is_first)

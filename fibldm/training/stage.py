@@ -18,13 +18,13 @@ from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
-from fibldm.training.configuration import require_minutes
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
 from fibldm.training.handlers import UNKNOWN, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
 from fibldm.training.profiler import Profiler
 from fibldm.training.step_losses import StepLosses
+from fibldm.training.values import require_minutes
 from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")
@@ -97,12 +97,13 @@ class Stage:
             )
         if self.check is not None and (self.restart or self.folder.done() is None):
             on_first_rank(self.check)
-        state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
-        if state == "done":
-            _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
-            return
-        with _log_to(self.folder.path / "log.txt"):
-            self._train(parser)
+        with self.folder.kept_until_begun(self.restart and is_first_rank()):
+            state = on_first_rank(lambda: self.folder.begin(config, self.inputs, restart=self.restart))
+            if state == "done":
+                _logger.info("%s: done already (%s), nothing to train", self.folder.name, self.folder.path)
+                return
+            with _log_to(self.folder.path / "log.txt"):
+                self._train(parser)
 
     def _train(self, parser: ConfigParser) -> None:
         budget = TimeBudget(self.folder, _minutes(parser), began=self.began)

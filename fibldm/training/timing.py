@@ -12,7 +12,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.data import list_data_collate
 
-from fibldm.training.configuration import unwrapped
+from fibldm.training.causes import unwrapped
 from fibldm.training.draws import Draw
 from fibldm.training.handlers import ClipGradient
 from fibldm.training.trace import Request, engines, first_items, imagine_earlier, stage_parser, validate

@@ -20,7 +20,8 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fibldm.training.configuration import STAGE_FILES, ConfigFiles, shipped, stage_configuration, unwrapped
+from fibldm.training.causes import unwrapped
+from fibldm.training.configuration import STAGE_FILES, ConfigFiles, shipped, stage_configuration
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case

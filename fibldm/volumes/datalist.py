@@ -14,6 +14,8 @@ from fibldm.volumes.scan import Case
 SPLITS = ("training", "validation", "test")
 ADD_PATIENTS = "add patients, or tell the patients apart with a subject column or --subject-pattern"
 
+_FILES = ("image", "label")
+_SHOWN = 3
 _BIDS_SUBJECT = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 
 
@@ -26,8 +28,21 @@ def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[
         masks: only the cases that have a mask, of which there must be one.
 
     Raises:
-        FibldmError: unknown split, the folder holds no datalist, or ``masks`` and no case of the split has one.
+        FibldmError: unknown split, the folder holds no datalist, a file of a case is gone, or ``masks`` and no case of
+            the split has one.
     """
+    cases = _cases(work, split, masks=masks)
+    gone = [case[key] for case in cases for key in _FILES if key in case and not Path(case[key]).is_file()]
+    if gone:
+        more = f" and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
+        raise FibldmError(
+            f"every file of {work} must be there; {', '.join(gone[:_SHOWN])}{more} is not",
+            "put it back, or make the work folder anew by fibldm prepare --restart",
+        )
+    return cases
+
+
+def _cases(work: Path | str, split: str, *, masks: bool = False) -> list[dict[str, Any]]:
     if split not in SPLITS:
         raise unknown_choice("split", split, SPLITS)
     root = Path(work).resolve()
@@ -38,12 +53,11 @@ def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[
             f"this step needs {split} cases with a mask; none of the {len(entries)} in {work} has one",
             "add masks and run fibldm prepare again; only fibldm train autoencoder goes without",
         )
-    files = ("image", "label")
-    return [entry | {key: str(root / entry[key]) for key in files if key in entry} for entry in chosen]
+    return [entry | {key: str(root / entry[key]) for key in _FILES if key in entry} for entry in chosen]
 
 
 def read_datalist(work: Path | str) -> dict[str, Any]:
-    """The whole of ``datalist.json``, the cases of every split as `load_datalist` gives them.
+    """The whole of ``datalist.json``, the cases of every split with absolute paths; files may be gone.
 
     ``channels`` names the image channels in order; a folder written before there could be several has one.
 
@@ -51,7 +65,7 @@ def read_datalist(work: Path | str) -> dict[str, Any]:
         FibldmError: the folder holds no datalist.
     """
     content: dict[str, Any] = read_json(Path(work) / "datalist.json")
-    return {"channels": ["image"]} | content | {split: load_datalist(work, split) for split in SPLITS}
+    return {"channels": ["image"]} | content | {split: _cases(work, split) for split in SPLITS}
 
 
 def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[dict[str, str], list[str]]:
