@@ -77,10 +77,17 @@ def _acquired(file: Path, what: str, remedy: str, patience: float) -> int | None
     until = time.monotonic() + patience
     while True:
         handle, supported = _opened(file)
-        if handle is None or (supported is not None and _is_ours_now(file, handle, supported=supported)):
-            return handle
-        holder = _holder(file)
-        os.close(handle)
+        if handle is None:
+            return None
+        try:
+            if supported is not None and _is_ours_now(file, handle, supported=supported):
+                return handle
+            holder = _holder(file)
+        except OSError as error:
+            raise FibldmError(f"cannot write {file}: {error.strerror}", "check the free disk space") from error
+        finally:
+            if handle not in _held:
+                os.close(handle)
         if time.monotonic() >= until:
             raise FibldmError(f"{what} must be written by one process at a time; {_named(holder)}", remedy)
         time.sleep(0.1)

@@ -75,17 +75,32 @@ def write_work(work: Path) -> Path:
     labels = {"0": "background", "1": "brain", "2": "lesion"}
     write_json(work / "datalist.json", {**facts, "labels": labels, "envelope": envelope, "content": "c" * 64, **splits})
     output = {"output_low": [-1.0, -100.0], "output_high": [11.0, 1200.0]}
+    cases = {
+        entry["case"]: {"label_volume_ml": volumes_ml(work / entry["label"])}
+        for part in splits.values()
+        for entry in part
+    }
+    write_json(work / "report.json", {"cases": cases})
     write_json(work / "intensity.json", {"kind": "percentile", "lower": 0.5, "upper": 99.5, **output})
     return work
+
+
+def volumes_ml(label: Path) -> dict[str, float]:
+    image = nibabel.Nifti1Image.from_filename(label)
+    values, counts = np.unique(np.asarray(image.dataobj), return_counts=True)
+    voxel = float(abs(np.linalg.det(image.affine[:3, :3]))) / 1000
+    return {str(int(value)): count * voxel for value, count in zip(values, counts.tolist(), strict=True)}
 
 
 def without_masks(work: Path, copy: Path, *splits: str, but: int = 0) -> Path:
     """A copy of a work folder in which all but the first few cases of some splits have no mask."""
     shutil.copytree(work, copy)
-    content = read_json(copy / "datalist.json")
+    content, report = read_json(copy / "datalist.json"), read_json(copy / "report.json")
     for split in splits:
         for entry in content[split][but:]:
             (copy / entry.pop("label")).unlink()
+            report["cases"][entry["case"]]["label_volume_ml"] = None
+    write_json(copy / "report.json", report)
     write_json(copy / "datalist.json", content)
     return copy
 

@@ -18,7 +18,10 @@ PACKAGE = Path(fibldm.__file__).parent
 
 # A room is a folder or a module of the package; those of one level never import each other.
 LEVELS: tuple[dict[str, set[str]], ...] = (
-    {"ground": {"fibldm", "errors", "files", "locks", "manifest", "plain_values", "runs", "shards", "workers"}},
+    {
+        "ground": {"fibldm", "errors", "files", "locks", "manifest", "plain_values", "runs", "shards", "workers"}
+        | {"out_of_memory", "surroundings", "verbatim"}
+    },
     {"models": {"models"}, "volumes": {"volumes"}},
     {"training": {"training"}, "synthesis": {"synthesis"}},
     {"delivery": {"delivery"}, "evaluation": {"evaluation"}},

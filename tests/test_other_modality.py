@@ -130,7 +130,15 @@ def test_micrometres_are_told_apart_in_messages() -> None:
 def facts(modality: str, intensity: Intensity) -> dict[str, Any]:
     grid = {"size": [8, 8, 8], "spacing": [1, 1, 1]}
     said = dict.fromkeys(("licence", "data_licence", "name", "fibldm"), "x") | {"split": "s" * 64, "data": "d" * 64}
-    return {**said, "modality": modality, "intensity": intensity.to_dict(), "labels": {"1": "cell"}, "grid": grid}
+    return {
+        **said,
+        "modality": modality,
+        "intensity": intensity.to_dict(),
+        "labels": {"1": "cell"},
+        "grid": grid,
+        "sees_mask": True,
+        "covariates": {},
+    }
 
 
 def test_the_card_speaks_of_no_patients_where_there_are_none_c21() -> None:

@@ -692,7 +692,7 @@ def test_segments_of_slicer_are_known_by_their_names(synthesizer, tmp_path):
         read_mask(tmp_path / "case.seg.nrrd", {1: "lung"})
     image.SetMetaData("Segment2_LabelValue", "7")
     SimpleITK.WriteImage(image, str(tmp_path / "other.seg.nrrd"))
-    with pytest.raises(FibldmError, match=r"must be a segment with a name; got also \[5\]"):
+    with pytest.raises(FibldmError, match=r"in other.seg.nrrd 5 has no name"):
         read_mask(tmp_path / "other.seg.nrrd", synthesizer.names)
 
 

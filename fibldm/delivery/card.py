@@ -92,7 +92,8 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
         words = _unmedical(words)
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    tags = [*([] if modality == OTHER else ["medical", modality]), "synthetic", "3d", "latent-diffusion", *words.tags]
+    medical, kind = ([], []) if modality == OTHER else (["medical"], [modality])
+    tags = [*medical, "synthetic", "3d", "latent-diffusion", *kind, *words.tags]
     once: dict[str, str] = {}
     for tag in tags:
         once.setdefault(tag.lower(), tag)

@@ -16,7 +16,7 @@ from fibldm.volumes.formats.nifti import read_nifti, read_volume
 from fibldm.volumes.formats.readers import read_scan, stem
 from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
 from fibldm.volumes.formats.stored import Findings, straightened
-from fibldm.volumes.grid import Volume
+from fibldm.volumes.grid import Grid, Volume, turned_like
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
 from fibldm.volumes.writer import write_labels
 
@@ -119,7 +119,7 @@ def mask_stem(file: Path) -> str:
 
 
 def read_mask(file: Path, names: Mapping[int, str]) -> Volume:
-    """A mask of any format, in the axis order of its file (RAS+ of named segments); remarks on it go to the log.
+    """A mask of any format, in the axis order of its file (RAS+ of DICOM); remarks on it go to the log.
 
     Args:
         file: one that `mask_suffix` knows.
@@ -145,7 +145,10 @@ def _read_named_segments(file: Path, found: Iterable[str], names: Mapping[int, s
     _check_names(file, found, names)
     scan = named_segments(read_scan((file,), key="label"), file, {name: value for value, name in names.items()})
     _say_findings(file, scan.findings)
-    return Volume(scan.array, scan.affine)
+    stored = read_itk(file)
+    x, y, z = stored.array.shape[:3]
+    own = Grid((x, y, z), straightened(Grid((x, y, z), stored.affine))[0])
+    return turned_like(Volume(scan.array, scan.affine), own)
 
 
 def _check_names(file: Path, found: Iterable[str], names: Mapping[int, str]) -> None:

@@ -1,8 +1,9 @@
 """Segmentations of 3D Slicer (``.seg.nrrd``): segments are known by name, their values differ from file to file.
 
 The header says of segment N its name (``SegmentN_Name``), the value of its voxels (``SegmentN_LabelValue``) and the
-layer that holds it (``SegmentN_Layer``); segments of different layers may overlap. Older files have a layer for each
-segment, with the value 1. See "Segmentation NRRD file format" in Slicer's manual.
+layer that holds it (``SegmentN_Layer``); segments of different layers may overlap. Older files do not name layers:
+with a fourth axis they have one for each segment, with the value 1. See "Segmentation NRRD file format" in Slicer's
+manual.
 """
 
 import re
@@ -46,7 +47,7 @@ def segments_of(path: Path) -> tuple[Segment, ...]:
         return ()
     fields = nrrd_fields(path)
     numbers = sorted(int(match[1]) for match in map(_NAME.fullmatch, fields) if match)
-    layered = any(f"segment{number}_layer" in fields for number in numbers)
+    layered = fields.get("dimension") == "3" or any(f"segment{number}_layer" in fields for number in numbers)
     segments = tuple(_segment(fields, number, place, layered, path) for place, number in enumerate(numbers))
     named: dict[tuple[int, int], str] = {}
     for segment in segments:
