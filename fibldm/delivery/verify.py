@@ -27,6 +27,7 @@ from fibldm.manifest import MANIFEST, check_manifest, differences
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, inside
+from fibldm.verbatim import as_argument, verbatim
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels
@@ -237,12 +238,14 @@ def _metadata(trial: Trial) -> str:
 def _inference_properties(trial: Trial) -> str:
     from monai.bundle import create_workflow
 
-    given: dict[str, Any] = {
-        "bundle_root": str(trial.bundle),
-        **trial.masks_given,
-        "output_dir": str(trial.folder / "out"),
-        "trust": trial.trust,
-    }
+    given: dict[str, Any] = verbatim(
+        {
+            "bundle_root": str(trial.bundle),
+            **trial.masks_given,
+            "output_dir": str(trial.folder / "out"),
+            "trust": trial.trust,
+        }
+    )
     configuration = inside(trial.bundle, "configs/inference.json")
     workflow = create_workflow(config_file=str(configuration), workflow_type="inference", **given)
     if missing := workflow.check_properties():
@@ -282,7 +285,7 @@ def _in_and_out(trial: Trial) -> str:
         meta_file=str(trial.bundle / "configs" / "metadata.json"),
         config_file=str(trial.bundle / "configs" / "inference.json"),
         device="cpu",
-        bundle_root=str(trial.bundle),
+        bundle_root=verbatim(str(trial.bundle)),
         trust=trial.trust,
     )
     return "one_tensor_network as metadata.json says"
@@ -347,17 +350,17 @@ def _inference(trial: Trial) -> str:
     """By MONAI, in another process; equal to FibLDM's own."""
     command = [sys.executable, "-m", "monai.bundle", "run"]
     given = {
-        "config_file": trial.bundle / "configs" / "inference.json",
-        "bundle_root": trial.bundle,
-        "output_dir": trial.folder / "monai",
+        "bundle_root": str(trial.bundle),
+        "output_dir": str(trial.folder / "monai"),
         **trial.masks_given,
         "inferer::steps": _QUICK.steps,
         "trust": trial.trust,
         "allow_extrapolation": True,
         "device": "cpu",
     }
-    options = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    told = subprocess.run([*command, *options], cwd=trial.folder, capture_output=True, text=True)
+    options = [part for name, value in given.items() for part in (f"--{name}", as_argument(verbatim(value)))]
+    file = str(trial.bundle / "configs" / "inference.json")
+    told = subprocess.run([*command, "--config_file", file, *options], cwd=trial.folder, capture_output=True, text=True)
     if told.returncode:
         raise FibldmError(f"monai.bundle run ended with {told.returncode}: {told.stderr.strip().splitlines()[-1:]}")
     own, by_monai = (next((trial.folder / name).glob("*.nii.gz")) for name in ("own", "monai"))
