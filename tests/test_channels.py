@@ -11,7 +11,9 @@ import torch
 import yaml
 from monai.transforms import LoadImaged
 from numpy.typing import NDArray
+from safetensors import safe_open
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, each_channel
 from fibldm.evaluation.copies import TrainingDetails, detail_of
@@ -20,6 +22,7 @@ from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
+from fibldm.synthesis import Synthesizer
 from fibldm.training.configuration import Configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.intensity import NormaliseIntensityd
@@ -117,8 +120,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     data = tmp_path_factory.mktemp("configs") / "data.yaml"
     data.write_text(yaml.safe_dump({"spacing": [4.0, 4.0, 4.0], "size": [32, 32, 32]}))
 
-    def configuration(name: str, work: Path, run: Path) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32"}
+    def configuration(name: str, work: Path, run: Path, **more: object) -> Configuration:
+        settings = {"device": "cpu", "precision": "float32", **more}
         return stage_configuration(name, work=work, run_dir=run, configs=[str(data), "tiny"], overrides=settings)
 
     return configuration
@@ -266,12 +269,27 @@ def test_without_any_mask_only_the_autoencoder_trains(
     work: Path, run: Path, stage: Stage, tmp_path: Path, split: str, count: int
 ) -> None:
     bare = without_masks(work, tmp_path / "work", split)
-    message = rf"this step needs {split} cases with a mask; none of the {count} in {bare} has one; add masks and run"
+    message = rf"needs {split} cases with a mask; none of the {count} in {bare} has one; .* masks_only=false"
     shutil.copytree(run / "autoencoder", tmp_path / "run" / "autoencoder")
     for name in ("latents", "segmenter"):
         with pytest.raises(FibldmError, match=message):
             stage(name, bare, tmp_path / "run").run()
     assert not (tmp_path / "run" / "latents").exists()
+
+
+def test_without_masks_all_stages_of_an_unconditional_generator_train(
+    work: Path, run: Path, stage: Stage, tmp_path: Path
+) -> None:
+    bare, folder = without_masks(work, tmp_path / "work", "training", "validation", but=0), tmp_path / "run"
+    shutil.copytree(run / "autoencoder", folder / "autoencoder")
+    stage("latents", bare, folder, masks_only=False).run()
+    latents = read_json(folder / "latents" / "latents.json")
+    with safe_open(folder / "latents" / latents["items"]["training"][0]["file"], framework="np") as content:
+        assert set(np.unique(content.get_tensor("labels"))) == {UNKNOWN_LABEL}
+    stage("diffusion", bare, folder).run()
+    made = Synthesizer.from_run(folder, unconditional=True)(seed=1, steps=1)
+    assert [volume.array.shape for volume in made.channels] == [(32, 32, 32)] * 2
+    assert all(np.isfinite(volume.array).all() for volume in made.channels)
 
 
 def test_scans_without_masks_are_not_measured(work: Path, run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError, sentence, unknown_choice
 from fibldm.files import hash_file, write_json, write_tensors
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
@@ -169,8 +170,8 @@ class EncodeStage:
 
     Args:
         run_dir: the run folder.
-        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``label``, ``case``, ``subject``;
-            whatever else they hold are covariates.
+        datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``case``, ``subject`` and, but for
+            cases of which nothing is known, ``label``; whatever else they hold are covariates.
         preprocessing: to the model grid: ``image``, ``label`` and ``valid``.
         augmentation: random, on the three together.
         views: of every training case, the plain one included.
@@ -273,7 +274,7 @@ class EncodeStage:
         """
         first_stage = FrozenFirstStage(autoencoder).to(self.device)
         case = self.datalist["training"][0]
-        load, prepared = _timed(lambda: self.preprocessing(case))
+        load, prepared = _timed(lambda: self._prepared(case))
         change, _ = _timed(lambda: self._view(prepared, 0, 1))
         item = self._view(prepared, 0, 0)
         image = item["image"][None].float()
@@ -362,7 +363,7 @@ class EncodeStage:
         self, case: dict[str, Any], item: dict[str, str], first_stage: FrozenFirstStage
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A training case, what the decoder makes of the middle of its posterior, and which voxels count."""
-        prepared = self.preprocessing(case)
+        prepared = self._prepared(case)
         image, label, valid = (_plain(prepared[key]) for key in ("image", "label", "valid"))
         (posterior,) = self._posteriors([item])
         mask = self._whole_mask(label, first_stage)
@@ -393,7 +394,7 @@ class EncodeStage:
             _logger.info("latents: no %s, it takes two patients", INTERPOLATION)
             return
         pair = (first, others[0])
-        prepared = [self.preprocessing(case) for case, _ in pair]
+        prepared = [self._prepared(case) for case, _ in pair]
         one, two = (_plain(item["image"]).float() for item in prepared)
         mean_one, mean_two = (part.mean[0].to(self.device) for part in self._posteriors([item for _, item in pair]))
         mask_one, mask_two = (self._whole_mask(_plain(item["label"]), first_stage) for item in prepared)
@@ -423,9 +424,16 @@ class EncodeStage:
 
     def _encode(self, split: str, index: int, first_stage: FrozenFirstStage, autoencoder: str) -> None:
         names, missing = self._names(split, index), self._missing(split, index)
-        prepared = self.preprocessing(self.datalist[split][index]) if missing else {}
+        prepared = self._prepared(self.datalist[split][index]) if missing else {}
         for view in missing:
             self._write(self._view(prepared, index, view), self._folder / names[view], first_stage, autoencoder)
+
+    def _prepared(self, case: Mapping[str, Any]) -> dict[Hashable, Any]:
+        """A case on the model grid; where it has no mask, all of it is unknown."""
+        item = dict(self.preprocessing(case))
+        if "label" not in item:
+            item["label"] = torch.full_like(item["valid"], UNKNOWN_LABEL)
+        return item
 
     def _missing(self, split: str, index: int) -> list[int]:
         """Views of a case whose files are not there, or not whole."""

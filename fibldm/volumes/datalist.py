@@ -51,7 +51,8 @@ def _cases(work: Path | str, split: str, *, masks: bool = False) -> list[dict[st
     if entries and not chosen:
         raise FibldmError(
             f"this step needs {split} cases with a mask; none of the {len(entries)} in {work} has one",
-            "add masks and run fibldm prepare again; only fibldm train autoencoder goes without",
+            "add masks and run fibldm prepare again; without them go fibldm train autoencoder, and fibldm encode with "
+            "--set masks_only=false, for volumes that follow no mask",
         )
     return [entry | {key: str(root / entry[key]) for key in _FILES if key in entry} for entry in chosen]
 
