@@ -33,6 +33,7 @@ NOT_RUN = {
     "./scripts/test.sh": "is what runs this",
     "python scripts/benchmark.py": "takes minutes",
     "fibldm pipeline $FIBLDM_DATA": "takes an hour; it is a proof with recorded results",
+    "fibldm verify bundles/mine": "takes a minute, and the README's is run",
     "sbatch": "needs a cluster",
     "srun": "needs a cluster",
     "RANK=": "needs a cluster",
@@ -48,7 +49,7 @@ NOT_RUN = {
 }
 
 # Blocks that take more than a minute on two cores; they run where FIBLDM_LONG is set.
-LONG = ("phantoms_fine", "hippocampus_mri --out", "lung_ct.csv")
+LONG = ("phantoms_fine", "fibldm plan", "hippocampus_mri --out", "lung_ct.csv")
 
 # Runs that pages suppose: which earlier run each is like, and the stages that it lacks.
 LIKE = {

@@ -224,7 +224,7 @@ def test_command_says_what_fits(
     monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder",))
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--device", "cpu", "--memory", "0.05", "--json"]
-    assert run([*given, "--set", "precision=float32"]) == 0
+    assert run([*given, "--set", "precision=float32", "--set", "patches_per_case=200"]) == 0
     said = capsys.readouterr()
     made = json.loads(said.out.splitlines()[-1])
     assert made["ok"] and made["memory_gb"] == 0.05 and list(made["stages"]) == ["autoencoder"]
