@@ -42,7 +42,7 @@ _NOT_DECISIVE = frozenset(
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
 # Keys that came later, with the values that mean what was done before them.
-_AS_BEFORE = {"latent_draw": "sample"}
+_AS_BEFORE = {"latent_draw": "sample", "masks_only": True}
 BUDGET = "budget.json"
 _CLAIM = ("config.yaml", "inputs.json", "log.txt", BUDGET)
 _EVENTS = "events.out.tfevents"  # of TensorBoard

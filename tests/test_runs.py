@@ -72,6 +72,19 @@ def test_h7_another_device_is_no_other_configuration(tmp_path: Path) -> None:
     assert begin(tmp_path, device="cuda", num_workers=4, work="elsewhere", checkpoint_every=7) == "resume"
 
 
+@pytest.mark.parametrize(
+    ("key", "as_before", "other"), [("latent_draw", "sample", "mean"), ("masks_only", True, False)]
+)
+def test_h7_a_run_of_before_a_key_goes_on_with_what_was_done_then(
+    tmp_path: Path, key: str, as_before: object, other: object
+) -> None:
+    begin(tmp_path)
+    StageFolder(tmp_path, "autoencoder").finish(epochs=3, weights="w")
+    assert begin(tmp_path, **{key: as_before}) == "done"
+    with pytest.raises(FibldmError, match=key):
+        begin(tmp_path, **{key: other})
+
+
 def test_h7_a_changed_configuration_is_refused_with_what_changed(tmp_path: Path) -> None:
     begin(tmp_path)
     with pytest.raises(FibldmError) as raised:
