@@ -207,6 +207,7 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         page = (ROOT / block.page).read_text()
         recipe = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
         recipe["autoencoder"]["epochs"] = recipe["diffusion"]["epochs"] = 1
+        recipe["measure"] = ["reconstruction"]
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
         with_concatenation(desk)
