@@ -48,7 +48,7 @@ def realism(
     device: Device = None,
     trust: Trust = False,
 ) -> dict[str, Any]:
-    """Do they look like real ones? KID, MMD, Frechet distance, spectrum and diversity, beside real against real."""
+    """Do they look like real ones? KID, MMD, Frechet distance, precision, recall, spectrum, beside real against real."""
     return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
@@ -62,7 +62,7 @@ def reconstruction(
     device: Device = None,
     trust: Trust = False,
 ) -> dict[str, Any]:
-    """What does the autoencoder lose? PSNR, SSIM, error, spectrum and segmentation on the test scans."""
+    """What does the autoencoder lose? PSNR, (MS-)SSIM, error, spectrum, segmentation on the test scans."""
     return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust)
 
 
