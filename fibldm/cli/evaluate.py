@@ -48,7 +48,7 @@ def realism(
     device: Device = None,
     trust: Trust = False,
 ) -> dict[str, Any]:
-    """Do they look like real ones? KID, MMD, Frechet distance, precision, recall, spectrum, beside real against real."""
+    """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity; beside real scans."""
     return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust)
 
 
