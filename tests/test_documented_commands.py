@@ -186,11 +186,13 @@ def bundle_run(rest: Sequence[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")  # MONAI's advice about configurations as code
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: f"{block.page}:{block.line}")
-def test_the_commands_of_a_page_run(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run(
+    block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     if any(word in block.text for word in LONG) and not os.environ.get("FIBLDM_LONG"):
         pytest.skip("takes more than a minute (FIBLDM_LONG=1 runs it)")
-    if "$FIBLDM_DATA" in block.text and not Path(os.environ.get("FIBLDM_DATA", "")).is_dir():
-        pytest.skip("needs real data ($FIBLDM_DATA)")
+    if "$FIBLDM_DATA" in block.text:
+        monkeypatch.setenv("FIBLDM_DATA", str(request.getfixturevalue("data_folder")))
     prepare(block, desk, monkeypatch)
     codes = {command: execute(command, monkeypatch) for command in commands(block.text)}
     assert {command: code for command, code in codes.items() if code} == {}
