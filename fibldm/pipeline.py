@@ -14,30 +14,30 @@ from typing import Any
 
 import yaml
 
-from fibldm.delivery.card import Words
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.delivery.export import WORDS, ExportSettings, export
-from fibldm.delivery.licences import licence_notice
+from fibldm.delivery.model_card import Words
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.licences import licence_notice
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
+from fibldm.planning.timing import encoding_seconds
 from fibldm.runs import STAGES, MadeOtherwise, StageFolder
-from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
-from fibldm.training.budget import in_minutes
-from fibldm.training.configuration import (
+from fibldm.runs.configuration import (
     Configuration,
     both_given,
     check_grid,
     read_configuration,
     stage_configuration,
 )
+from fibldm.runs.values import require_minutes
+from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
+from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
-from fibldm.training.timing import encoding_seconds
-from fibldm.training.values import require_minutes
 from fibldm.volumes.datalist import load_datalist
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def pipeline(
     """Prepare, train, synthesize from the masks of the test patients, measure, export and verify.
 
     Args:
-        source: the dataset, as `fibldm.volumes.preparation.prepare` takes it.
+        source: the dataset, as `fibldm.datasets.preparation.prepare` takes it.
         out: gets ``work``, ``run``, ``synthetic``, ``bundle`` and, to measure utility, ``synthetic_training``; words of
             ``out/bundle/export.yaml`` go into the bundle.
         recipe: what each step does; all of it is checked before the first one.

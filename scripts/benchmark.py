@@ -38,20 +38,20 @@ from torch import Tensor
 
 import fibldm
 from fibldm.cli.output import emit_error
+from fibldm.datasets.preparation import prepare
 from fibldm.errors import FibldmError
 from fibldm.files import write_json
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.samplers import sampler
 from fibldm.models.tiling import tiled_decode
 from fibldm.models.timesteps import sampling_times
+from fibldm.phantoms.phantoms import write_phantoms
+from fibldm.planning.traced_step import Request, trace_stage
 from fibldm.runs import STAGES
+from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer
-from fibldm.training.configuration import stage_configuration
 from fibldm.training.inferers import Precision, fast_bfloat16
-from fibldm.training.trace import Request, trace_stage
 from fibldm.volumes.datalist import load_datalist
-from fibldm.volumes.phantoms import write_phantoms
-from fibldm.volumes.preparation import prepare
 from fibldm.volumes.transforms import AsPlainTensorsd
 
 OURS, BARE = "fibldm", "bare"

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.demo.chest_metrics import measure
+from fibldm.demo.demo import synthesize_test_masks
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.evaluation.figures import measure
 from fibldm.evaluation.measurements import evaluate
 from fibldm.files import read_json, write_json
+from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import SamplingSettings
-from fibldm.training.configuration import stage_configuration
-from fibldm.workflow import synthesize_test_masks
 
 CONTROLNET = ("diffusion", "controlnet")
 CONFIGURATIONS: Mapping[str, tuple[Sequence[str], Sequence[str], Mapping[str, Any]]] = {

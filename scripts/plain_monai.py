@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fibldm.training.configuration import shipped
+from fibldm.runs.configuration import shipped
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
+from fibldm.datasets.preparation import prepare
+from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.runs import STAGES
-from fibldm.training.configuration import Configuration, stage_configuration
-from fibldm.volumes.phantoms import write_phantoms
-from fibldm.volumes.preparation import prepare
+from fibldm.runs.configuration import Configuration, stage_configuration
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = 5

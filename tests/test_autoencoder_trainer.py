@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration, shipped, stage_configuration
 from fibldm.training.adversarial import (
     Adversary,
     Discriminators,
@@ -33,7 +34,6 @@ from fibldm.training.adversarial import (
     take_slices,
 )
 from fibldm.training.autoencoder_trainer import AutoencoderTrainer
-from fibldm.training.configuration import Configuration, shipped, stage_configuration
 from fibldm.training.handlers import ClipGradient
 from fibldm.training.inferers import AutocastInferer
 from fibldm.training.losses import AutoencoderLoss, Weighted

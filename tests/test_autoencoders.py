@@ -24,7 +24,7 @@ from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.vector_quantised import VectorQuantisedAutoencoder
 from fibldm.runs import STAGES, StageFolder
-from fibldm.training.configuration import shipped, stage_configuration
+from fibldm.runs.configuration import shipped, stage_configuration
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
 

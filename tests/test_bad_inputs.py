@@ -21,10 +21,10 @@ from bad_input_corpus import CORPUS
 from bad_inputs import Input, image, make_sound, nifti, write
 
 from fibldm.cli import run
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
 
 SECONDS = 20
 

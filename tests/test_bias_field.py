@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fibldm.datasets.bias_field import correct
 from fibldm.errors import FibldmError
-from fibldm.volumes.bias_field import correct
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Scan
 

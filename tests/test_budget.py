@@ -23,10 +23,10 @@ from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.runs import BUDGET, StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.training import budget as budget_module
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, WallTime
-from fibldm.training.configuration import Configuration
 from fibldm.training.draws import Draw, EpochSampler
 from fibldm.training.handlers import EMA, Schedule, SetEpoch
 from fibldm.training.pace import Length, Pace, Place, Stopwatch, fit, remaining, shortened, spaced

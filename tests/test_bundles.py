@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from fibldm.cli import run
 from fibldm.delivery.export import ExportSettings, export
-from fibldm.delivery.literals import literal, plain
+from fibldm.delivery.resolve import literal, plain
 from fibldm.delivery.verify import CHECKS, NOT_TRIED, run_checks
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
@@ -32,10 +32,10 @@ from fibldm.files import hash_file, read_json, write_json
 from fibldm.manifest import write_manifest
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.runs import StageFolder, hash_weights
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.definitions import TARGETS, build
-from fibldm.training.configuration import Configuration
 from fibldm.training.initialise import initialise
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume

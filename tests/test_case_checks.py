@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from fibldm.volumes.case_checks import (
+from fibldm.datasets.checks import (
     extent_findings,
     grid_findings,
     image_findings,

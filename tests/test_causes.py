@@ -12,8 +12,8 @@ from monai.bundle import ConfigParser
 from fibldm.errors import FibldmError
 from fibldm.files import write_json
 from fibldm.out_of_memory import out_of_memory
-from fibldm.training.causes import unwrapped
-from fibldm.training.values import check_values
+from fibldm.runs.causes import unwrapped
+from fibldm.runs.values import check_values
 from fibldm.volumes.datalist import load_datalist, read_datalist
 
 

@@ -16,14 +16,14 @@ from safetensors import safe_open
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, each_channel
-from fibldm.evaluation.copies import TrainingDetails, detail_of
 from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
+from fibldm.evaluation.memorisation import TrainingDetails, detail_of
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.synthesis import Synthesizer
-from fibldm.training.configuration import Configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.intensity import NormaliseIntensityd
 from fibldm.volumes.transforms import ToModelGridd

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fibldm.evaluation.cases import Sample
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json
 

@@ -169,7 +169,7 @@ def test_doctor_looks_for_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 )
 def test_several_numbers_come_with_commas_or_spaces(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
     asked = []
-    monkeypatch.setattr("fibldm.volumes.phantoms.write_phantoms", lambda out, **options: asked.append(options) or [])
+    monkeypatch.setattr("fibldm.phantoms.phantoms.write_phantoms", lambda out, **options: asked.append(options) or [])
     assert run(["phantoms", *given, "--out", "never", "--seed", "3"]) == 0
     assert (asked[0]["spacing"], asked[0]["seed"]) == ((20.0, 30.0, 40.0), 3)
 
@@ -200,7 +200,7 @@ def test_a_window_that_begins_below_zero_comes_with_a_comma(monkeypatch: pytest.
         asked.append((settings.window, settings.spacing))  # type: ignore[attr-defined]
         raise FibldmError("seen")
 
-    monkeypatch.setattr("fibldm.volumes.preparation.prepare", prepare)
+    monkeypatch.setattr("fibldm.datasets.preparation.prepare", prepare)
     for window in (["--window", "-1000,300"], ["--window", "-1000", "300"], ["--window=-1000,300"]):
         assert run(["prepare", "x", "--out", "y", *window, "--spacing", "1,1,2.5"]) == 2
     assert asked == [((-1000.0, 300.0), (1.0, 1.0, 2.5))] * 3
@@ -212,6 +212,6 @@ def test_memory_that_is_not_enough_is_told_by_every_command(
     def write(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate 2.00 GiB for an array")
 
-    monkeypatch.setattr("fibldm.volumes.phantoms.write_phantoms", write)
+    monkeypatch.setattr("fibldm.phantoms.phantoms.write_phantoms", write)
     assert run(["phantoms", "--out", "never"]) == 2
     assert "must be enough; 2.15 GB more was asked for" in capsys.readouterr().err

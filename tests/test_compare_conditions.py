@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from fibldm.files import write_json
-from fibldm.training.configuration import shipped, stage_configuration
+from fibldm.runs.configuration import shipped, stage_configuration
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json
 

@@ -21,7 +21,7 @@ from fibldm import __version__
 from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.runs import STAGES, StageFolder
-from fibldm.training.configuration import (
+from fibldm.runs.configuration import (
     STAGE_FILES,
     ConfigFiles,
     Configuration,

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
+from fibldm.datasets.preparation import prepare
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated
-from fibldm.evaluation.copies import TrainingDetails, detail_of, measure_copies
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.memorisation import TrainingDetails, detail_of, measure_copies
+from fibldm.evaluation.results import Section
+from fibldm.phantoms.phantoms import LABELS, make_phantom, write_phantoms
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.phantoms import LABELS, make_phantom, write_phantoms
-from fibldm.volumes.preparation import prepare
 
 
 class Smoothing:

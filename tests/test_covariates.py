@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.cli import run as cli
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
@@ -31,16 +33,14 @@ from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.pipeline import Drawing, Recipe, check_covariates
 from fibldm.runs import STAGES, StageFolder
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted
-from fibldm.training.configuration import Configuration, stage_configuration
 from fibldm.training.inferers import AutocastInferer
 from fibldm.training.latents import Latents, LoadLatent
 from fibldm.training.losses import DenoisingLoss
 from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
 from fibldm.volumes.writer import sidecar
 
 TinyStage = Callable[..., Configuration]

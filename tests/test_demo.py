@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from fibldm.demo.demo import DemoSettings, _training_minutes, demo
 from fibldm.errors import FibldmError
-from fibldm.workflow import DemoSettings, _training_minutes, demo
 
 TINY = DemoSettings(subjects=10, configs=("demo", "tiny"), segmenter={"steps": 2, "segmenter_channels": [4, 8, 8]})
 

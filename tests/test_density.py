@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fibldm.demo import density
+from fibldm.demo.chest_metrics import measure
 from fibldm.errors import FibldmError
-from fibldm.evaluation import density
-from fibldm.evaluation.figures import Match, measure
+from fibldm.report.report import Match
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 

@@ -23,13 +23,14 @@ from test_dicom_masks import (
     write_structures,
 )  # fmt: skip
 
+from fibldm.datasets.case import Rules, prepare_case
+from fibldm.datasets.layouts import LayoutOptions, detect_layout, find_source
+from fibldm.datasets.layouts.dicom_tree import dicom_tree
+from fibldm.datasets.masks import read_mask
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.source import Case, Mask
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.readers import read_mask, read_scan
-from fibldm.volumes.layouts import LayoutOptions, detect_layout, find_source
-from fibldm.volumes.layouts.dicom_tree import dicom_tree
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_case import Rules, prepare_case
-from fibldm.volumes.scan import Case, Mask
+from fibldm.volumes.formats.readers import read_scan
 
 LABELS = np.zeros(SHAPE, np.uint8)
 LABELS[1:3, 1:4, 2:8] = 1

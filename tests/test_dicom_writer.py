@@ -29,6 +29,7 @@ from scipy.spatial.transform import Rotation
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.phantoms.phantoms import LABELS
 from fibldm.volumes.dicom.label_codes import COLUMNS, SHIPPED, LabelCodes, load_label_codes
 from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
@@ -36,7 +37,6 @@ from fibldm.volumes.dicom.template import TECHNICAL, read_template
 from fibldm.volumes.dicom.writer import Identity, make_series, quantisation_step, write_series
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.phantoms import LABELS
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 RANGES = {"ct": (-1000.0, 600.0), "mr": (12.5, 812.3)}

@@ -23,9 +23,9 @@ from fibldm.evaluation.distances import (
     precision,
     squared_mmd,
 )
+from fibldm.evaluation.ms_ssim import ms_ssim, scale_weights, spread_pairs
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum, spectrum_distance
-from fibldm.evaluation.structure import ms_ssim, scale_weights, spread_pairs
 
 SHAPE, SPACING = (20, 26, 14), (1.5, 1.0, 2.5)
 LABELS = {0: "background", 2: "left", 5: "right"}

@@ -18,8 +18,8 @@ import torch
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.training import distributed
-from fibldm.training.configuration import Configuration, shipped
 from fibldm.training.distributed import (
     batch_of_rank,
     join_ranks,

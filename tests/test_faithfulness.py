@@ -11,7 +11,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.measurements import Measurements, evaluate
-from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.utility import measure_utility
 from fibldm.files import read_json, write_json
 from fibldm.volumes.grid import ModelGrid, Volume

@@ -19,8 +19,8 @@ from torch.nn.functional import mse_loss
 from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, WallTime
-from fibldm.training.configuration import Configuration
 from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, is_step, steps_done
 from fibldm.training.precision import ScaledTrainer
 from fibldm.training.step_losses import StepLosses

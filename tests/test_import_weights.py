@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from fibldm.cli.import_weights import import_weights as command
-from fibldm.delivery.import_weights import ImportSettings, import_weights
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
+from fibldm.importing.import_weights import ImportSettings, import_weights
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import RectifiedFlow, VariancePreserving

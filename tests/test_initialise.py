@@ -17,7 +17,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.runs import StageFolder
-from fibldm.training.configuration import Configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.training.draws import take_subset
 from fibldm.training.handlers import Schedule
 from fibldm.training.initialise import freeze, initialise, rate_groups, read_weights

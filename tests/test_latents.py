@@ -22,8 +22,8 @@ from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
+from fibldm.runs.configuration import Configuration
 from fibldm.shards import Shard, wait_for
-from fibldm.training.configuration import Configuration
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import EncodeStage, Latents, LoadLatent
 

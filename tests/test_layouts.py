@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from dicom_files import example, write_series
 
+from fibldm.datasets.layouts import LAYOUTS, LayoutOptions, find_source
+from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
-from fibldm.volumes.layouts import LAYOUTS, LayoutOptions, find_source
-from fibldm.volumes.scan import Case, Mask, Source
 
 PREAMBLE = bytes(128) + b"DICM"
 
@@ -648,7 +648,7 @@ def test_a_dicom_mask_that_holds_no_segments_is_refused(tmp_path: Path) -> None:
 def test_a_tree_of_dicom_files_is_found_by_their_content_h2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Source("dicom", "x", ())
     module = SimpleNamespace(dicom_tree=lambda source, merge_masks: expected)
-    monkeypatch.setitem(sys.modules, "fibldm.volumes.layouts.dicom_tree", module)
+    monkeypatch.setitem(sys.modules, "fibldm.datasets.layouts.dicom_tree", module)
     touch(tmp_path, "readme.txt", "study/series/notes")
     assert "none fits" in refused(tmp_path)
     touch(tmp_path, "study/series/IM0001", content=PREAMBLE)

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from fibldm import locks
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.slices import write_slices
 from fibldm.errors import FibldmError
-from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.results import Section, record
 from fibldm.locks import alone, beside
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
-from fibldm.training.configuration import Configuration
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.slices import write_slices
 
 TinyStage = Callable[..., Configuration]
 

@@ -20,8 +20,8 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.process import Process, RectifiedFlow, Target, VariancePreserving
 from fibldm.models.samplers import draw_noise, sampler
 from fibldm.models.timesteps import sampling_times
+from fibldm.runs.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer
-from fibldm.training.configuration import STAGE_FILES, shipped, stage_configuration
 from fibldm.training.losses import (
     CHARBONNIER_EPSILON,
     AutoencoderLoss,

@@ -14,7 +14,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank, merged_state, plain_name
 from fibldm.runs import StageFolder
-from fibldm.training.configuration import Configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.training.initialise import rate_groups
 
 TinyStage = Callable[..., Configuration]

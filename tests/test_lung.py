@@ -7,11 +7,11 @@ import pytest
 from nibabel import orientations
 from numpy.typing import NDArray
 
+from fibldm.datasets.lung import lung_mask
 from fibldm.errors import FibldmError
+from fibldm.phantoms.phantoms import make_phantom
 from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.lung import lung_mask
-from fibldm.volumes.phantoms import make_phantom
 
 SHAPE = (80, 64, 60)
 SPACING = (4.0, 4.5, 5.0)

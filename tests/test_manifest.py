@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fibldm.cli import run
-from fibldm.delivery.import_weights import ImportSettings, import_weights
 from fibldm.delivery.verify import CHECKS, run_checks, verify
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
 from fibldm.files import read_json, write_json
+from fibldm.importing.import_weights import ImportSettings, import_weights
 from fibldm.manifest import MANIFEST, check_manifest, differences, write_manifest
 from fibldm.synthesis import Synthesizer
 from fibldm.synthesis.bundle import open_bundle

@@ -12,8 +12,8 @@ import torch
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
-from fibldm.training.configuration import Configuration, stage_configuration
 
 Train = Callable[..., Configuration]
 SETTINGS = SamplingSettings(steps=2, guidance=2.0)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fibldm.delivery.card import Words, card
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.torch_datasets import WorkDataset
+from fibldm.delivery.model_card import Words, card
 from fibldm.errors import FibldmError
 from fibldm.volumes.bids_writer import check_bids
 from fibldm.volumes.datalist import SPLITS, load_datalist
@@ -17,9 +20,6 @@ from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.intensity import Intensity, load_intensity
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
-from fibldm.volumes.torch_datasets import WorkDataset
 
 OTHER = PrepareSettings(modality="other", range=(0, 4095))
 MICRONS = np.diag([0.4, 0.5, 2.0, 1.0])

@@ -10,7 +10,16 @@ from scipy import ndimage
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.evaluation.overlap import Overlap, assd, dice, dice_by_label, hd95, measured_labels, named_values, overlaps
+from fibldm.evaluation.segmentation_metrics import (
+    Overlap,
+    assd,
+    dice,
+    dice_by_label,
+    hd95,
+    measured_labels,
+    named_values,
+    overlaps,
+)
 
 SHAPE = (24, 18, 14)
 SPACING = (0.7, 1.3, 2.5)

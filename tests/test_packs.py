@@ -7,11 +7,11 @@ import nibabel
 import numpy as np
 import pytest
 
+from fibldm.datasets.layouts import LayoutOptions, find_source
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError
 from fibldm.volumes.datalist import SPLITS, load_datalist
-from fibldm.volumes.layouts import LayoutOptions, find_source
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
 
 SPACING = (1.0, 2.0, 3.0)
 IMAGES = np.random.default_rng(0).integers(-1000, 900, (6, 5, 6, 7)).astype(np.int16)

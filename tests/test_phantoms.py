@@ -12,10 +12,10 @@ from scipy import ndimage
 
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.volumes.phantom_anatomy import Anatomy, count_sessions, draw_anatomy
-from fibldm.volumes.phantom_fibrosis import Fibrosis
-from fibldm.volumes.phantom_rendering import draw_scan
-from fibldm.volumes.phantoms import LABELS, Phantom, make_phantom, write_phantoms
+from fibldm.phantoms.anatomy import Anatomy, count_sessions, draw_anatomy
+from fibldm.phantoms.fibrosis import Fibrosis
+from fibldm.phantoms.phantoms import LABELS, Phantom, make_phantom, write_phantoms
+from fibldm.phantoms.rendering import draw_scan
 
 SUBJECTS = range(1, 9)
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.pictures import Pair, comparison, show, write_comparison
-from fibldm.training.pictures import slice_of
+from fibldm.volumes.pictures import slice_of
 
 SHAPE = (12, 16, 10)
 SPACING = (2.0, 3.0, 5.0)

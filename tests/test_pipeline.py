@@ -11,9 +11,9 @@ from fibldm.cli import run
 from fibldm.delivery.export import ExportSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import Recipe, as_options, pipeline
-from fibldm.training.configuration import configs_folder, parse_overrides
-from fibldm.volumes.phantoms import write_phantoms
+from fibldm.runs.configuration import configs_folder, parse_overrides
 
 RECIPES = sorted(path.stem for path in configs_folder().glob("recipe_*.yaml"))
 CC0 = ExportSettings("CC0-1.0")

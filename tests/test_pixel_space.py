@@ -16,8 +16,8 @@ from fibldm.files import read_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.runs import STAGES, StageFolder
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
-from fibldm.training.configuration import Configuration, stage_configuration
 from fibldm.volumes.datalist import load_datalist
 
 PixelStage = Callable[..., Configuration]

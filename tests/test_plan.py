@@ -12,11 +12,11 @@ from torch import nn
 
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
+from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
+from fibldm.planning.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
+from fibldm.planning.timing import count, time_stage
+from fibldm.planning.traced_step import Request, StageMemory, trace_stage
 from fibldm.runs import StageFolder
-from fibldm.training.memory import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.training.timing import count, time_stage
-from fibldm.training.trace import Request, StageMemory, trace_stage
 
 FLOAT = 4
 
@@ -171,7 +171,7 @@ def test_the_largest_batch_is_no_larger_than_what_an_epoch_draws(
         tried.append(int(request.overrides["batch_size"]))
         return replace(traced[stage], resident=0, validation=0, step=1000 * tried[-1])
 
-    monkeypatch.setattr("fibldm.plan.trace_stage", trace)
+    monkeypatch.setattr("fibldm.planning.plan.trace_stage", trace)
     draws = [count("autoencoder", request_)["draws"], count("diffusion", request_.changed(views=2))["draws"]]
     assert draws == [4, 8]
     assert largest_batch("autoencoder", request_, 1e9, draws[0]) == 4 and tried == [4]
@@ -203,9 +203,9 @@ def test_largest_patch_of_slices_is_a_square(traced: dict[str, StageMemory]) -> 
 
 def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Volumes that are their own latents."""
-    monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder", "diffusion"))
-    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
-    monkeypatch.setattr("fibldm.plan.device_memory", lambda _: 1e5)  # too little to try a step
+    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("autoencoder", "diffusion"))
+    monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)  # too little to try a step
     pixels = replace(request_, autoencoder_configs=("autoencoder_identity",))
     made = plan(pixels, memory=1e12)
     assert list(made["stages"]) == ["diffusion"] and made["stages"]["diffusion"]["input_size"] == [32, 32, 32]
@@ -221,7 +221,7 @@ def test_command_says_what_fits(
 ) -> None:
     """H11: one JSON object, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fibldm.plan.TRAINED", ("autoencoder",))
+    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("autoencoder",))
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--device", "cpu", "--memory", "0.05", "--json"]
     assert run([*given, "--set", "precision=float32", "--set", "patches_per_case=200"]) == 0
@@ -257,8 +257,8 @@ def test_h11_the_plan_has_minutes_where_the_device_is_there(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """H11."""
-    monkeypatch.setattr("fibldm.plan.TRAINED", ("diffusion",))
-    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--set", "precision=float32", "--json"]
     assert run([*given, "--device", "cpu"]) == 0
@@ -277,10 +277,10 @@ def test_h11_the_plan_has_minutes_where_the_device_is_there(
 
 
 def test_what_does_not_fit_is_not_tried(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fibldm.plan.TRAINED", ("diffusion",))
-    monkeypatch.setattr("fibldm.plan.largest_batch", lambda *_: 1)
-    monkeypatch.setattr("fibldm.plan.device_memory", lambda _: 1e5)
-    monkeypatch.setattr("fibldm.plan.time_stage", lambda *_: pytest.fail("the machine would swap"))
+    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)
+    monkeypatch.setattr("fibldm.planning.plan.time_stage", lambda *_: pytest.fail("the machine would swap"))
     made = plan(request_, memory=1e12)
     assert made["stages"]["diffusion"]["fits"] and made["stages"]["diffusion"]["minutes"] is None
 

@@ -17,8 +17,8 @@ from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank
 from fibldm.models.precision_check import LayerShape, compare, correct_layers, layer_shapes, run_in_float32, slowdown
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.training import inferers
-from fibldm.training.configuration import Configuration
 from fibldm.training.inferers import AutocastInferer
 
 TinyStage = Callable[..., Configuration]

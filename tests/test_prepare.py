@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from monai.data import load_decathlon_datalist
 
 from fibldm.cli.prepare import prepare as command
+from fibldm.datasets import preparation, work_folder
+from fibldm.datasets.case import Rules, prepare_case, stored_image
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
+from fibldm.datasets.source import Case, Mask
+from fibldm.datasets.split import find_subjects, split_cases, split_subjects
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
-from fibldm.volumes import preparation, work_folder
-from fibldm.volumes.datalist import SPLITS, find_subjects, load_datalist, split_cases, split_subjects
+from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.intensity import load_intensity
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_case import Rules, prepare_case, stored_image
-from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names, parse_remap
-from fibldm.volumes.scan import Case, Mask
 
 CT = PrepareSettings(modality="ct")
 MR = PrepareSettings(modality="mr")

@@ -21,12 +21,12 @@ from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import ddim
 from fibldm.models.timesteps import GridTimes
 from fibldm.runs import StageFolder
-from fibldm.training.configuration import Configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.training.draws import EpochSampler, KeyedDataset
 from fibldm.training.latents import Latents
-from fibldm.training.pictures import Panel, compared, middle, render, slice_of, write_picture
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 from fibldm.training.preview import Preview, ReconstructionRows, SampleRows, _panels
+from fibldm.volumes.pictures import Panel, compared, middle, render, slice_of, write_picture
 
 TinyStage = Callable[..., Configuration]
 

@@ -13,9 +13,9 @@ from highdicom.seg import segread
 
 from fibldm.cli import run
 from fibldm.files import read_json
+from fibldm.phantoms.phantoms import LABELS, make_phantom
 from fibldm.runs import STAGES
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.phantoms import LABELS, make_phantom
 
 PATIENTS = ("PLANTED-4711", "PLANTED-4712", "PLANTED-4713", "PLANTED-4714")
 FOLDER = "planted_paula"

@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from fibldm.datasets.masks import read_mask
+from fibldm.datasets.source import Mask
 from fibldm.errors import FibldmError
-from fibldm.training.configuration import shipped
-from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_mask, read_scan, stem
-from fibldm.volumes.scan import Mask, Scan
+from fibldm.runs.configuration import shipped
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_scan, stem
+from fibldm.volumes.scan import Scan
 
 Array = NDArray[Any]
 SPACING = (0.75, 1.25, 3.5)

@@ -16,7 +16,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation import realism
 from fibldm.evaluation.cases import Case, Evaluated, Sample
 from fibldm.evaluation.realism import Arrays, choose_sets, measure_realism, standardised
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
 from fibldm.files import hash_value
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume

@@ -19,7 +19,7 @@ from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.faithfulness import foreground
 from fibldm.evaluation.pictures import Pair
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality, measure_reconstruction
-from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.spectrum import radial_spectrum, spectrum_distance
 from fibldm.files import read_json, write_json
 from fibldm.runs import StageFolder

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fibldm.evaluation.figures import Match
-from fibldm.evaluation.record import Section
-from fibldm.evaluation.report import Window, loss_curves, montage, write_report
+from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import Figure
+from fibldm.report.report import Match, Window, loss_curves, montage, write_report
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 

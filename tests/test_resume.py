@@ -18,7 +18,7 @@ import torch
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
-from fibldm.training.configuration import Configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")

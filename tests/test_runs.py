@@ -13,7 +13,7 @@ import yaml
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.runs import STAGES, StageFolder, hash_weights, load_facts
-from fibldm.training.configuration import Configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.training.latents import Latents, LoadLatent
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from fibldm.datasets.layouts import LayoutOptions, find_source
+from fibldm.datasets.layouts.segments import numbered_as_asked
+from fibldm.datasets.masks import read_mask
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.readers import read_mask, read_scan
+from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.formats.segment_nrrd import Segment, segments_of
-from fibldm.volumes.layouts import LayoutOptions, find_source
-from fibldm.volumes.layouts.segments import numbered_as_asked
 from fibldm.volumes.masks import read_mask as read_drawn
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
-from fibldm.volumes.scan import Case, Mask, Source
 
 SHAPE = (9, 8, 7)
 ORIGIN = (12.0, -30.0, 5.0)

@@ -9,10 +9,10 @@ from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.pipeline import Recipe, TrainingStep, train_steps
+from fibldm.planning.timing import encoding_seconds
 from fibldm.runs import BUDGET, STAGES, StageFolder
-from fibldm.training.configuration import stage_configuration
+from fibldm.runs.configuration import stage_configuration
 from fibldm.training.shares import SHARES, SHARES_WITH_CONTROLNET, TotalBudget, note_encoding, shares_of
-from fibldm.training.timing import encoding_seconds
 
 STEPS = [TrainingStep(stage, (), {}) for stage in STAGES]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.statistics import TOO_FEW, by_patient, figure, mean_figure
 from fibldm.files import read_json
 

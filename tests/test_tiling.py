@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
-from fibldm.models.locality import SharedNorm, Source, StatisticsMissing, halo, with_shared_norms
+from fibldm.models.receptive_field import SharedNorm, Source, StatisticsMissing, halo, with_shared_norms
 from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.tiles import Tile, plan_tiles
 from fibldm.models.tiling import tiled_decode, tiled_encode

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.torch_datasets import WorkDataset, write_source
 from fibldm.errors import FibldmError
 from fibldm.volumes.datalist import SPLITS
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
-from fibldm.volumes.torch_datasets import WorkDataset, write_source
 
 AFFINE = np.array([[0, -1.5, 0, 20], [0, 0, 2.5, -7], [-0.8, 0, 0, 31], [0, 0, 0, 1]])
 

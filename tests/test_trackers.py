@@ -17,7 +17,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from fibldm.errors import FibldmError
-from fibldm.training.configuration import Configuration, shipped
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.training.profiler import Profiler
 from fibldm.training.trackers import MLflow, Tracker, WandB, settings
 

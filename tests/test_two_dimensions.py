@@ -17,22 +17,22 @@ from safetensors.torch import load_file
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.cli import run
+from fibldm.datasets.preparation import prepare
+from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.slices import heights, relative_position, write_slices
 from fibldm.errors import FibldmError
-from fibldm.evaluation.copies import TrainingDetails, detail_of
 from fibldm.evaluation.measurements import evaluate
-from fibldm.evaluation.overlap import hd95
+from fibldm.evaluation.memorisation import TrainingDetails, detail_of
+from fibldm.evaluation.ms_ssim import ms_ssim, scale_weights
 from fibldm.evaluation.radiomics import gradient_magnitude
+from fibldm.evaluation.segmentation_metrics import hd95
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum
-from fibldm.evaluation.structure import ms_ssim, scale_weights
 from fibldm.files import read_json
 from fibldm.runs import STAGES, StageFolder
+from fibldm.runs.configuration import Configuration, shipped, stage_configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
-from fibldm.training.configuration import Configuration, shipped, stage_configuration
 from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.grid import Grid, ModelGrid
-from fibldm.volumes.preparation import prepare
-from fibldm.volumes.prepare_settings import PrepareSettings
-from fibldm.volumes.slices import heights, relative_position, write_slices
 
 SliceStage = Callable[..., Configuration]
 

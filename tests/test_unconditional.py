@@ -17,8 +17,8 @@ from fibldm.delivery.verify import run_checks
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
-from fibldm.training.configuration import Configuration
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import sidecar

@@ -9,7 +9,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from fibldm.runs import StageFolder
-from fibldm.training.configuration import shipped, stage_configuration
+from fibldm.runs.configuration import shipped, stage_configuration
 from fibldm.verbatim import as_argument, verbatim
 
 PATHS = [

@@ -18,8 +18,8 @@ from fibldm.errors import FibldmError
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import GridTimes
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration
 from fibldm.training import watch
-from fibldm.training.configuration import Configuration
 from fibldm.training.draws import EpochSampler, KeyedDataset, take_subset
 from fibldm.training.latents import Latents, LoadLatent
 from fibldm.training.losses import DenoisingLoss, Weighted

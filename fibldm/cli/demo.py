@@ -16,8 +16,8 @@ def demo(
 ) -> dict[str, Any]:
     """Make chest CT phantoms with fibrosis, train all stages, synthesize from unseen masks, and write a report."""
     from fibldm.cli.output import log_to_standard_error
-    from fibldm.workflow import DemoSettings, usual_minutes
-    from fibldm.workflow import demo as run_demo
+    from fibldm.demo.demo import DemoSettings, usual_minutes
+    from fibldm.demo.demo import demo as run_demo
 
     log_to_standard_error()
     figures = run_demo(out, DemoSettings(seed=seed, minutes=usual_minutes() if minutes is None else minutes))

@@ -46,8 +46,8 @@ def import_weights(
 ) -> dict[str, Any]:
     """Import weights of monai-generative, MONAI's model zoo or MAISI, and compare both networks' outputs."""
     from fibldm.cli.output import log_to_standard_error
-    from fibldm.delivery.import_weights import ImportSettings
-    from fibldm.delivery.import_weights import import_weights as run_import
+    from fibldm.importing.import_weights import ImportSettings
+    from fibldm.importing.import_weights import import_weights as run_import
 
     log_to_standard_error()
     settings = ImportSettings(

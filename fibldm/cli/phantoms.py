@@ -16,7 +16,7 @@ def phantoms(
     ] = None,
 ) -> dict[str, Any]:
     """Write procedural chest CT with fibrosis and its labels: no network, no patient."""
-    from fibldm.volumes.phantoms import write_phantoms
+    from fibldm.phantoms.phantoms import write_phantoms
     from fibldm.workers import cores
 
     images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())

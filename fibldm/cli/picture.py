@@ -21,7 +21,7 @@ def picture(
     most: Annotated[int, typer.Option(min=1, help="How many volumes are shown.")] = 24,
 ) -> dict[str, Any]:
     """Draw three planes of each volume with the outlines of its mask; one file, to be opened without a network."""
-    from fibldm.evaluation.gallery import volumes_of, write_gallery
+    from fibldm.report.gallery import volumes_of, write_gallery
 
     volumes, names = volumes_of(source, split)
     left_out = max(0, len(volumes) - most)

@@ -22,9 +22,9 @@ def plan(
     """Say how much memory and time each stage will need, and which batch would fit; only a few steps are tried out."""
     import torch
 
-    from fibldm.plan import plan as make_plan
-    from fibldm.training.configuration import parse_overrides
-    from fibldm.training.trace import Request
+    from fibldm.planning.plan import plan as make_plan
+    from fibldm.planning.traced_step import Request
+    from fibldm.runs.configuration import parse_overrides
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     request = Request(data, tuple(config), parse_overrides(overrides), device, tuple(autoencoder_config))

@@ -60,8 +60,8 @@ def prepare(
     ] = False,
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
-    from fibldm.volumes.preparation import prepare as prepare_dataset
-    from fibldm.volumes.prepare_settings import PrepareSettings, parse_label_names, parse_remap
+    from fibldm.datasets.preparation import prepare as prepare_dataset
+    from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
     from fibldm.workers import cores
 
     settings = PrepareSettings(

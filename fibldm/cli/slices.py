@@ -13,9 +13,9 @@ def slices(
     every: Annotated[float, typer.Option(help="mm from one slice to the next.")] = 10.0,
 ) -> dict[str, Any]:
     """Cut the volumes of a work folder into axial slices; a patient's slices stay in one split."""
+    from fibldm.datasets.slices import write_slices
     from fibldm.volumes.datalist import read_datalist
     from fibldm.volumes.intensity import load_intensity
-    from fibldm.volumes.slices import write_slices
 
     count = write_slices(work, out, every=every)
     intensity = load_intensity(work / "intensity.json")

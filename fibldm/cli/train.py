@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fibldm.training.configuration import Configuration
+    from fibldm.runs.configuration import Configuration
 
 _TOGETHER = "multi_gpu"
 
@@ -56,7 +56,7 @@ def run_stage(
     began = time.monotonic()
     from fibldm.cli.output import log_to_standard_error
     from fibldm.runs import StageFolder
-    from fibldm.training.configuration import parse_overrides, stage_configuration
+    from fibldm.runs.configuration import parse_overrides, stage_configuration
     from fibldm.training.launch import check_devices, run_together
 
     first = os.environ.get("RANK", "0") == "0"
@@ -93,7 +93,7 @@ def _train_rank(configuration: "Configuration", began: float, quiet: bool) -> No
 
 
 def _warn_of_grid(configuration: "Configuration") -> None:
-    from fibldm.training.configuration import UnfitGrid, check_grid
+    from fibldm.runs.configuration import UnfitGrid, check_grid
 
     try:
         check_grid(configuration)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fibldm.delivery.card import Words
+from fibldm.delivery.model_card import Words
 from fibldm.plain_values import counted
 from fibldm.runs import StageFolder
 from fibldm.synthesis.bundle import GENERATOR

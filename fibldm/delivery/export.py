@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 import fibldm
-from fibldm.delivery.card import Words, card
 from fibldm.delivery.configurations import (
     evaluate_configuration,
     inference_configuration,
     metadata,
     train_configuration,
 )
-from fibldm.delivery.licences import licence_notice
-from fibldm.delivery.literals import literal
+from fibldm.delivery.model_card import Words, card
+from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json, write_json, write_tensors, write_text
+from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.runs import StageFolder, hash_weights, load_facts
@@ -45,7 +45,7 @@ class ExportSettings:
 
     Attributes:
         licence: SPDX identifier of the weights' licence.
-        licence_file: its text; needed for licences that `fibldm.delivery.licences` does not know.
+        licence_file: its text; needed for licences that `fibldm.licences` does not know.
         half: keep weights in half precision.
         name: of the bundle; by default that of its folder.
         version: of the bundle.

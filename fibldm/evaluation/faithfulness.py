@@ -14,8 +14,8 @@ from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
-from fibldm.evaluation.overlap import FEWEST_VOXELS, named_values, overlaps
-from fibldm.evaluation.record import SHUFFLED, Section
+from fibldm.evaluation.results import SHUFFLED, Section
+from fibldm.evaluation.segmentation_metrics import FEWEST_VOXELS, named_values, overlaps
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.statistics import Figure, by_patient, mean_figure
 

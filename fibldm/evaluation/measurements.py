@@ -10,11 +10,11 @@ import torch
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
-from fibldm.evaluation.copies import measure_copies
 from fibldm.evaluation.faithfulness import measure_faithfulness
+from fibldm.evaluation.memorisation import measure_copies
 from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
-from fibldm.evaluation.record import Section, record
+from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure, SubFigure
 
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path
-from fibldm.training.pictures import PLANES, middle, planes_of, slice_of
 from fibldm.volumes.grid import Array
+from fibldm.volumes.pictures import PLANES, middle, planes_of, slice_of
 
 _INCHES = 1.5
 _FONT = 8

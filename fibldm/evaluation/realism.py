@@ -24,11 +24,11 @@ from fibldm.evaluation.distances import (
     precision,
     squared_mmd,
 )
+from fibldm.evaluation.ms_ssim import channel_similarity, scale_weights, spread_pairs
 from fibldm.evaluation.radiomics import Radiomics
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
-from fibldm.evaluation.structure import channel_similarity, scale_weights, spread_pairs
 from fibldm.files import hash_value
 from fibldm.volumes.writer import volume_stem
 

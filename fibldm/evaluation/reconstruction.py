@@ -15,13 +15,13 @@ from skimage.metrics import structural_similarity
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, Sample, each_channel
 from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
-from fibldm.evaluation.overlap import dice_by_label, measured_labels
+from fibldm.evaluation.ms_ssim import channel_similarity
 from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
+from fibldm.evaluation.segmentation_metrics import dice_by_label, measured_labels
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import Figure, figure
-from fibldm.evaluation.structure import channel_similarity
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer

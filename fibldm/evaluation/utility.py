@@ -11,7 +11,7 @@ import numpy as np
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.faithfulness import Measured, described, mean_figures, measure_overlaps
-from fibldm.evaluation.record import Section
+from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.statistics import Figure, by_patient, figure
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior, check_divisible
-from fibldm.models.locality import Call, SharedNorm, Source, StatisticsMissing, halo, scaled, with_shared_norms
+from fibldm.models.receptive_field import Call, SharedNorm, Source, StatisticsMissing, halo, scaled, with_shared_norms
 from fibldm.models.tiles import Tile, plan_tiles
 
 FirstStage = Autoencoder | FrozenFirstStage

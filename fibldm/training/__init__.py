@@ -1,6 +1,5 @@
 """Stages of a run on MONAI's and Ignite's engines, each described by a configuration.
 
-* ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``stage``, ``untrained``: one training stage: skip, resume or begin; train; mark as done
 * ``autoencoder_trainer``, ``denoising_trainer``: the steps of stage 1 and of stages 2 and 3
 * ``latents`` (with ``latent_report``): the encode stage, and the cached latents that later stages read
@@ -11,7 +10,6 @@
 * ``muon``: the optimizer
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers`` (with ``finite``, ``step_losses``), ``checkpoints``: what happens around the steps
-* ``trace``, ``memory``: what a step needs, without taking it
 * ``watch``: validation, and what small data do: the gap to training, losses by time
-* ``preview`` (with ``pictures``), ``trackers``: pictures, experiment trackers
+* ``preview``, ``trackers``: pictures, experiment trackers
 """

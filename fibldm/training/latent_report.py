@@ -16,7 +16,7 @@ from torch import Tensor
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
-from fibldm.training.pictures import PLANES, Panel, planes_of, render, write_picture
+from fibldm.volumes.pictures import PLANES, Panel, planes_of, render, write_picture
 
 # A channel of unit variance counts as dead below a variance of its means of 0.01 (Burda et al. 2016, IWAE, section 2).
 DEAD_SIGNAL = 0.01

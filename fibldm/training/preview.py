@@ -26,8 +26,8 @@ from fibldm.models.timesteps import sampling_times
 from fibldm.runs import StageFolder
 from fibldm.training.draws import Draw, KeyedDataset, key_seed
 from fibldm.training.latents import Latents
-from fibldm.training.pictures import PLANES, Panel, compared, preview_file, render, write_picture
 from fibldm.training.prepare_batch import LatentPrepareBatch
+from fibldm.volumes.pictures import PLANES, Panel, compared, preview_file, render, write_picture
 
 Rows = Callable[[], Sequence[Sequence[Panel]]]
 

@@ -16,6 +16,7 @@ from torch import nn
 from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
+from fibldm.runs.values import require_minutes
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
@@ -24,7 +25,6 @@ from fibldm.training.initialise import initialise, ready
 from fibldm.training.precision import allow_tf32
 from fibldm.training.profiler import Profiler
 from fibldm.training.step_losses import StepLosses
-from fibldm.training.values import require_minutes
 from fibldm.training.watch import Validation
 
 _logger = logging.getLogger("fibldm")

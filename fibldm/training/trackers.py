@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 
 from fibldm.errors import FibldmError
 from fibldm.files import write_text
-from fibldm.training.pictures import preview_file
+from fibldm.volumes.pictures import preview_file
 
 Mode = Literal["offline", "online", "disabled"]
 

@@ -11,25 +11,19 @@ from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
-from fibldm.volumes.formats.segment_nrrd import named_segments
 from fibldm.volumes.formats.stored import Findings, Stored, straightened
 from fibldm.volumes.grid import Grid
-from fibldm.volumes.label_values import settled
-from fibldm.volumes.scan import Files, Level, Mask, Scan
+from fibldm.volumes.scan import Files, Scan
 
 Spacing = tuple[float, float, float]
 
 _NIFTI = (".nii.gz", ".nii")
-_ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 _ARRAYS = (".h5", ".hdf5", ".mat", ".npz", ".npy")
 _PNG = ".png"
 _DICOM = ".dcm"
 WITHOUT_GEOMETRY = (*_ARRAYS, _PNG)
-NEARLY: tuple[Level, str] = (
-    "warning",
-    "labels are nearly whole numbers and were rounded: the file was saved with a scale; save labels as integers",
-)
-SUPPORTED_SUFFIXES = (*_NIFTI, *_ITK, *WITHOUT_GEOMETRY, _DICOM)
+SUPPORTED_SUFFIXES = (*_NIFTI, *ITK, *WITHOUT_GEOMETRY, _DICOM)
 
 
 def read_scan(
@@ -73,7 +67,7 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
     _check_spacing(suffix, spacing, needed=suffix in WITHOUT_GEOMETRY)
     if suffix in _NIFTI:
         return read_nifti(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files))
-    if suffix in _ITK:
+    if suffix in ITK:
         return read_itk(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files_of(files[0])))
     findings: Findings = (("warning", f"orientation is not stated by {suffix} files; left and right are a guess"),)
     if item is not None:
@@ -85,50 +79,10 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
     return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, sha256)
 
 
-def read_mask(mask: Mask, image: Scan, *, spacing: Spacing | None = None, scanner: bool = True) -> Scan:
-    """A mask as its files hold it, in RAS+ order; `Mask.value` of a binary mask is left to whoever merges them.
-
-    Args:
-        mask: its files; with names, a DICOM segmentation or RT structure set, or a segmentation of 3D Slicer.
-        image: what it belongs to; a mask with names that covers a part of its grid is padded to all of it.
-        spacing: as in `read_scan`, as is ``scanner``.
-        scanner: see there.
-
-    Raises:
-        FibldmError: as in `read_scan`, or the mask has several channels.
-    """
-    if mask.names and _suffix(mask.files[0]) not in _ITK:
-        return _dicom_mask(mask, image)
-    scan = read_scan(mask.files, spacing=spacing, key="label", item=mask.item, scanner=scanner)
-    if mask.names:
-        from fibldm.volumes.dicom.masks import on_grid_of
-
-        return on_grid_of(named_segments(scan, mask.files[0], mask.names), image)
-    if scan.array.ndim != 3:
-        raise FibldmError(
-            f"a mask must be one label map (X, Y, Z); {mask.files[0].name} has {scan.array.shape[3]} channels",
-            "merge them into one label map",
-        )
-    array, changed = settled(scan.array)
-    return replace(scan, array=array, findings=(*scan.findings, NEARLY)) if changed else scan
-
-
 def stem(path: Path) -> str:
     """The file name without its suffix, of which ``.nii.gz`` is one; without a supported suffix, the whole name."""
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix else path.name
-
-
-def _dicom_mask(mask: Mask, image: Scan) -> Scan:
-    from fibldm.volumes.dicom.masks import on_grid_of, read_segmentation, read_structures
-    from fibldm.volumes.dicom.series import find_series
-
-    kinds = {series.modality for series in find_series(mask.files)}
-    if len(mask.files) != 1 or kinds not in ({"SEG"}, {"RTSTRUCT"}):
-        raise FibldmError("a DICOM mask must be one file, a segmentation or an RT structure set", "name one of them")
-    file = mask.files[0]
-    read = read_segmentation if kinds == {"SEG"} else read_structures
-    return on_grid_of(read(file, mask.names, image, elsewhere=mask.elsewhere), image)
 
 
 def _check_readable(file: Path) -> None:
@@ -140,17 +94,17 @@ def _check_readable(file: Path) -> None:
 
 
 def _is_dicom(files: Files) -> bool:
-    suffixes = {_suffix(file) for file in files}
+    suffixes = {suffix_of(file) for file in files}
     if len(files) > 1:
         return suffixes <= {_DICOM, ""}
     return suffixes == {_DICOM} or (suffixes == {""} and holds_dicom(files[0]))
 
 
 def _common_suffix(files: Files) -> str:
-    suffixes = {_suffix(file) for file in files}
+    suffixes = {suffix_of(file) for file in files}
     if len(suffixes) == 1 and "" not in suffixes and (len(files) == 1 or suffixes == {_PNG}):
         return suffixes.pop()
-    endings = ", ".join(sorted(_suffix(file) or "another suffix" for file in files)[:3]) or "nothing"
+    endings = ", ".join(sorted(suffix_of(file) or "another suffix" for file in files)[:3]) or "nothing"
     raise FibldmError(
         f"an image or mask must be one file ending in {', '.join(SUPPORTED_SUFFIXES)}, or the slices of a DICOM series "
         f"or PNG stack; got {len(files)} files ending in {endings}",
@@ -167,7 +121,8 @@ def _check_spacing(kind: str, spacing: Spacing | None, *, needed: bool) -> None:
         raise FibldmError(f"spacing must be positive, in mm; got {spacing}")
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """The supported suffix that a file name ends in, in lower case; empty without one."""
     name = path.name.lower()
     return next((suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)), "")
 

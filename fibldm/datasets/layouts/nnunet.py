@@ -1,0 +1,131 @@
+"""The raw data of nnU-Net, versions 1 and 2: one file a channel, CASE_0000.nii.gz and so on (A2)."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fibldm.datasets.layouts.entries import case_name, collected, entry_key, shown, volume_entries
+from fibldm.datasets.layouts.facts import channel_names, check_cases, describe, label_names, read_dataset_json
+from fibldm.datasets.layouts.segments import known_segments
+from fibldm.datasets.source import Case, Mask, Source
+from fibldm.errors import FibldmError
+from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
+
+_REMEDY = "give every case NAME the images NAME_0000, NAME_0001, ... and the label NAME"
+
+
+def is_nnunet(source: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the files follow nnU-Net, where Decathlon's would carry the same names as their labels."""
+    if "channel_names" in facts:
+        return True
+    labels = {entry_key(path) for path in volume_entries(source / "labelsTr")}
+    names = (entry_key(path) for path in volume_entries(source / "imagesTr"))
+    return any(name.endswith("_0000") and name.removesuffix("_0000") in labels for name in names)
+
+
+def nnunet(source: Path) -> Source:
+    """The cases of imagesTr/ and labelsTr/ (or of the list ``dataset``); those of imagesTs/ have no mask.
+
+    Raises:
+        FibldmError: labels are regions or hold an ignore label; the file ending is not supported; or a channel, image
+            or label is missing (all of them listed).
+    """
+    facts = read_dataset_json(source)
+    channels, ending = channel_names(facts), _file_ending(facts)
+    labels = _labels(facts)
+    problems: list[str] = []
+    listed = facts.get("dataset")
+    if listed is not None:
+        cases = _listed_cases(source, listed, len(channels), problems)
+    else:
+        cases = _folder_cases(source, ending, len(channels), problems)
+    unlabelled = [
+        _case(name, [files[index] for index in sorted(files)], None, source, problems)
+        for name, files in _by_case(source / "imagesTs", ending, len(channels), problems).items()
+    ]
+    cases, segments = known_segments([*cases, *unlabelled], labels, problems)
+    check_cases(cases, problems, source, _REMEDY)
+    return describe("nnunet", source, cases, facts, channels=channels, labels=labels if segments is None else segments)
+
+
+def _file_ending(facts: Mapping[str, Any]) -> str:
+    ending = facts.get("file_ending", ".nii.gz")
+    if ending not in SUPPORTED_SUFFIXES:
+        raise FibldmError(f"file_ending of dataset.json must be one of {', '.join(SUPPORTED_SUFFIXES)}; got {ending!r}")
+    return str(ending)
+
+
+def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
+    labels = facts.get("labels") or {}
+    values = labels if isinstance(labels, dict) else {}
+    regions = [str(name) for name, value in values.items() if isinstance(value, list)]
+    if regions:
+        raise FibldmError(
+            f"every label of dataset.json must be one value; {', '.join(regions)} are regions of several values, which "
+            "overlap, and a voxel of a label map has one label",
+            "name every value of the label maps instead",
+        )
+    if "ignore" in values:
+        raise FibldmError(
+            "every voxel must be annotated; dataset.json has an ignore label, which marks voxels that are not",
+            "annotate them, or leave those cases and the label out",
+        )
+    return label_names(labels)
+
+
+def _listed_cases(source: Path, listed: Any, channels: int, problems: list[str]) -> list[Case]:
+    if not isinstance(listed, dict):
+        raise FibldmError(
+            f'dataset of dataset.json must be {{"case": {{"images": [...], "label": ...}}}}; got {listed!r}'
+        )
+    cases = []
+    for name, entry in listed.items():
+        if _is_entry(entry, channels):
+            images = [source / image for image in entry["images"]]
+            cases.append(_case(name, images, source / entry["label"], source, problems))
+        else:
+            problems.append(f"dataset[{name!r}] must have {channels} images and a label; got {entry!r}")
+    return cases
+
+
+def _is_entry(entry: Any, channels: int) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or len(entry["images"]) != channels:
+        return False
+    return all(isinstance(path, str) for path in (*entry["images"], entry.get("label")))
+
+
+def _folder_cases(source: Path, ending: str, channels: int, problems: list[str]) -> list[Case]:
+    images = _by_case(source / "imagesTr", ending, channels, problems)
+    labels = {path.name.removesuffix(ending): path for path in volume_entries(source / "labelsTr")}
+    problems += [f"imagesTr/{name} has no label" for name in sorted(images.keys() - labels.keys())]
+    problems += [f"labelsTr/{labels[name].name} has no image" for name in sorted(labels.keys() - images.keys())]
+    return [
+        _case(name, [images[name][index] for index in sorted(images[name])], labels[name], source, problems)
+        for name in sorted(images.keys() & labels.keys())
+    ]
+
+
+def _by_case(folder: Path, ending: str, channels: int, problems: list[str]) -> dict[str, dict[int, Path]]:
+    """Image files by case and channel."""
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in volume_entries(folder):
+        match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending)) if path.name.endswith(ending) else None
+        if match is None:
+            problems.append(f"{shown(path)} must be called NAME_0000{ending}, the number that of its channel")
+        else:
+            found[match[1]][int(match[2])] = path
+    for name, files in found.items():
+        if sorted(files) != list(range(channels)):
+            got = ", ".join(f"{index:04}" for index in sorted(files))
+            problems.append(f"{folder.name}/{name} must have channels 0000 to {channels - 1:04}; got {got}")
+    return found
+
+
+def _case(name: str, images: list[Path], label: Path | None, source: Path, problems: list[str]) -> Case:
+    files = tuple(collected(image, problems) for image in images)
+    masks = () if label is None else (Mask(collected(label, problems)),)
+    inside = images[0].is_relative_to(source)
+    path = images[0].relative_to(source) if inside else images[0]
+    return Case(case_name(name), files, masks, path.as_posix())

@@ -1,0 +1,247 @@
+"""Write a work folder: volumes in RAS+, datalist, intensity and report, whole or not at all (B5, H13)."""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fibldm import __version__
+from fibldm.datasets.case import CaseFacts
+from fibldm.datasets.checks import PERCENTILES, Finding
+from fibldm.datasets.pseudonyms import SALT_FILE
+from fibldm.datasets.settings import Plan, by_text
+from fibldm.datasets.source import Case
+from fibldm.errors import FibldmError
+from fibldm.files import hash_value, write_json
+from fibldm.volumes.datalist import SPLITS
+from fibldm.volumes.intensity import Intensity
+
+WRITTEN = ("images", "labels", "intensity.json", "datalist.json", "report.json")
+"""What a work folder holds, in the order of writing."""
+
+STAGING = ".preparing"
+_UNNAMED = {"case": "", "image": "", "label": ""}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check of all cases gave.
+
+    Attributes:
+        facts: facts of the sound cases, by case name.
+        stats: size and time of the files of every case, by case name; see `file_stat`.
+        findings: what is wrong with cases.
+        notes: what has to be said about the dataset as a whole.
+    """
+
+    facts: Mapping[str, CaseFacts]
+    stats: Mapping[str, str]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def bad(self) -> list[str]:
+        """Cases with errors."""
+        return sorted({finding.case for finding in self.findings if finding.level == "error"})
+
+
+@contextmanager
+def replaced(work: Path) -> Iterator[Path]:
+    """The folder inside ``work`` whose content replaces that of ``work`` when the block ends without an error.
+
+    The old report goes first and the new one comes last, so that a folder with a report is whole. The folder stays
+    where the block does not end well, so that the next run goes on with the cases that it holds.
+
+    Raises:
+        FibldmError: the disk is full or the folder cannot be written.
+    """
+    folder = work / STAGING
+    try:
+        for name in WRITTEN[:2]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        yield folder
+        for name in reversed(WRITTEN):
+            _remove(work / name)
+        for name in WRITTEN:
+            (folder / name).rename(work / name)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise FibldmError(f"cannot write {work}: {error.strerror}", "check the folder and the free space") from error
+
+
+def write_lists(folder: Path, plan: Plan, checked: Checked) -> None:
+    """Write everything but the volumes of a work folder; the volumes of all cases that are split lie there.
+
+    Raises:
+        FibldmError: the disk is full.
+    """
+    facts = {name: about for name, about in checked.facts.items() if name in plan.splits}
+    for kind in WRITTEN[:2]:
+        for path in (folder / kind).iterdir():
+            if path.name.removesuffix(".nii.gz") not in facts:
+                path.unlink()
+    write_json(folder / "intensity.json", _intensity(plan, facts).to_dict())
+    write_json(folder / "datalist.json", _datalist(plan, facts))
+    write_json(folder / "report.json", report_dict(plan, checked, ok=True))
+
+
+def _intensity(plan: Plan, facts: Mapping[str, CaseFacts]) -> Intensity:
+    if plan.settings.window is not None:
+        low, high = plan.settings.window
+        return Intensity("window", low=float(low), high=float(high))
+    if plan.settings.range is not None:
+        low, high = plan.settings.range
+        return Intensity("range", low=float(low), high=float(high))
+    ranges = [facts[name].range for name, split in plan.splits.items() if split == "training"]
+    lows, highs = (tuple(float(value) for value in ends) for ends in np.median(ranges, axis=0).T)
+    single = len(plan.source.channels) == 1
+    return Intensity(
+        "percentile",
+        lower=PERCENTILES[0],
+        upper=PERCENTILES[1],
+        output_low=lows[0] if single else lows,
+        output_high=highs[0] if single else highs,
+    )
+
+
+def _datalist(plan: Plan, facts: Mapping[str, CaseFacts]) -> dict[str, Any]:
+    names = plan.label_names
+    labels = {"0": "background", **{str(value): names.get(value, f"label {value}") for value in label_values(facts)}}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for case in plan.source.cases:
+        if case.name in plan.splits:
+            splits[plan.splits[case.name]].append(_entry(case, plan, facts[case.name]))
+    return {
+        "name": plan.source.name,
+        **plan.source.references,
+        "licence": plan.source.licence,
+        "modality": plan.modality,
+        "channels": list(plan.source.channels),
+        "labels": labels,
+        "envelope": _envelope([facts[entry["case"]] for entry in splits["training"]], label_values(facts)),
+        "content": _content_hash(plan, facts, labels, splits),
+        **splits,
+    }
+
+
+def _content_hash(
+    plan: Plan, facts: Mapping[str, CaseFacts], labels: Mapping[str, str], splits: Mapping[str, list[dict[str, Any]]]
+) -> str:
+    """Of all that training sees; cases and patients count by their voxels, as their names may depend on the salt."""
+    voxels = {name: hash_value([a.spacing, a.image_voxels, a.label_voxels]) for name, a in facts.items()}
+    first: dict[str, str] = {}
+    for name in sorted(facts, key=voxels.__getitem__):
+        first.setdefault(plan.subjects[name], voxels[name])
+    about = {"labels": labels, "modality": plan.modality, "channels": list(plan.source.channels)}
+    entries = {
+        split: sorted(
+            (voxels[entry["case"]], hash_value(entry | {"subject": first[entry["subject"]], **_UNNAMED}))
+            for entry in listed
+        )
+        for split, listed in splits.items()
+    }
+    return hash_value({**about, **entries})
+
+
+def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
+    label = {} if about.label_ml is None else {"label": f"labels/{case.name}.nii.gz"}
+    return {
+        **about.acquisition,
+        **case.covariates,
+        "image": f"images/{case.name}.nii.gz",
+        **label,
+        "case": case.name,
+        "subject": plan.subjects[case.name],
+    }
+
+
+def _envelope(training: list[CaseFacts], labels: Iterable[int]) -> dict[str, Any]:
+    """What the training cases with masks cover: spacing and field of view in mm by RAS+ axis, label volumes in ml."""
+    masked = [about for about in training if about.label_ml is not None] or training
+    spacing = np.array([about.spacing for about in masked])
+    view = spacing * np.array([about.shape for about in masked])
+    volumes = {str(value): [(about.label_ml or {}).get(value, 0.0) for about in masked] for value in labels}
+    return {
+        "spacing_mm": {"min": spacing.min(axis=0).tolist(), "max": spacing.max(axis=0).tolist()},
+        "field_of_view_mm": {"min": view.min(axis=0).tolist(), "max": view.max(axis=0).tolist()},
+        "label_volume_ml": {value: {"min": min(ml), "max": max(ml)} for value, ml in volumes.items()},
+    }
+
+
+def report_dict(plan: Plan, checked: Checked, *, ok: bool) -> dict[str, Any]:
+    """What ``report.json`` holds; ``cases`` is that of the sound ones."""
+    decisions = plan.decisions()
+    return {
+        "ok": ok,
+        "fibldm": __version__,
+        "settings_hash": hash_value(decisions),
+        "settings": decisions["settings"],
+        "dataset": decisions["dataset"],
+        "patients": decisions["cases"],
+        "counts": plan.counts,
+        "left_out": checked.bad if ok else [],
+        "findings": [asdict(finding) for finding in checked.findings],
+        "notes": list(checked.notes),
+        "cases": {name: _case_report(about, checked.stats[name]) for name, about in checked.facts.items()},
+    }
+
+
+def _case_report(about: CaseFacts, stat: str) -> dict[str, Any]:
+    return {
+        "files": stat,
+        "image_sha256": list(about.image_sha256),
+        "label_sha256": list(about.label_sha256),
+        "voxels": [about.image_voxels, about.label_voxels],
+        "shape": about.shape,
+        "spacing_mm": about.spacing,
+        "range": about.range,
+        "label_volume_ml": None if about.label_ml is None else by_text(about.label_ml),
+        "label_derived": about.derived,
+        "acquisition": dict(about.acquisition),
+    }
+
+
+def label_values(facts: Mapping[str, CaseFacts]) -> list[int]:
+    """The labels that occur in any case, background left out."""
+    return sorted({value for about in facts.values() for value in about.label_ml or ()})
+
+
+def file_stat(case: Case) -> str:
+    """Hash of the places, sizes and times of a case's files, by which unchanged ones are known without reading them.
+
+    Raises:
+        FibldmError: a file is gone.
+    """
+    try:
+        stats = [(str(path.resolve()), path.stat()) for path in case.files]
+    except OSError as error:
+        raise FibldmError(f"a file of {case.name} is gone: {error.strerror}", "run fibldm prepare again") from error
+    return hash_value([[path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats])
+
+
+def foreign_files(work: Path, *, ours: bool, complete: bool) -> list[str]:
+    """What lies in a folder that no preparation wrote.
+
+    Args:
+        work: the folder.
+        ours: whether its report is one of a preparation.
+        complete: whether that preparation ended well.
+    """
+    allowed = (*(WRITTEN if ours and complete else WRITTEN[-1:] if ours else ()), STAGING, SALT_FILE)
+    return sorted(path.name for path in work.glob("*") if path.name not in allowed)
+
+
+def half_moved(work: Path) -> bool:
+    """Whether a preparation was stopped after all was written and before all of it was moved to its place."""
+    return (work / STAGING / WRITTEN[-1]).is_file()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,311 @@
+"""A stage as its configuration describes it, traced for its memory: nothing is trained and nothing is written.
+
+The stage is built as training builds it, and goes through two steps of the optimizer and a validation on tensors
+without values (`fibldm.planning.live_bytes`).
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.data import list_data_collate
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
+from fibldm.runs.causes import unwrapped
+from fibldm.runs.configuration import STAGE_FILES, ConfigFiles, shipped, stage_configuration
+from fibldm.training.draws import Draw
+from fibldm.training.initialise import ready
+from fibldm.training.latents import Latents, covariates_by_case
+from fibldm.volumes.datalist import load_datalist, read_datalist
+
+_RUN = Path("plan")  # a run that is never made
+_SPLITS = ("training", "validation")
+_STEPS = 2
+_MOVED = re.compile(r"\$(@\w+)\.to\(.*\)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned.
+
+    Attributes:
+        work: folder of ``fibldm prepare``.
+        configs: paths or names, as of ``fibldm train --config``.
+        overrides: ``key::sub`` to value, each for the stages that have the key.
+        device: "cpu" or "cuda". Where there is no CUDA device, one is imitated on the CPU: bfloat16 unless float32 is
+            asked for, with float32 in the norms, as CUDA's autocast has it.
+        autoencoder_configs: more configurations, which stage 1 alone is trained with.
+    """
+
+    work: Path
+    configs: tuple[str, ...]
+    overrides: Mapping[str, Any]
+    device: str
+    autoencoder_configs: tuple[str, ...] = ()
+
+    def changed(self, **overrides: Any) -> "Request":
+        """The same with other settings."""
+        return replace(self, overrides={**self.overrides, **overrides})
+
+    @property
+    def imitated(self) -> bool:
+        return self.device == "cuda" and not torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The memory of a stage.
+
+    Attributes:
+        stage: of training.
+        batch_size: of training.
+        size: of an input of the network in training: of a patch in voxels, or of a latent in cells.
+        grid: size of the model grid in voxels.
+        parameters: how many the network has.
+        resident: bytes before the first step: the network and its average.
+        step: most bytes that a training step adds: gradients, optimizer, activations, batch.
+        validation: most bytes that the validation adds, to all that a step leaves behind.
+    """
+
+    stage: str
+    batch_size: int
+    size: tuple[int, ...]
+    grid: tuple[int, ...]
+    parameters: int
+    resident: int
+    step: int
+    validation: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes; of the program itself come about 0.6 GB of main memory on top, and the cached data."""
+        return self.resident + max(self.step, self.validation)
+
+
+def trace_stage(stage: str, request: Request) -> StageMemory:
+    """The memory of one stage.
+
+    Raises:
+        FibldmError: the configuration or the data are refused.
+    """
+    parser = stage_parser(stage, request)
+    with unwrapped():
+        return _trace(stage, parser, first_items(stage, parser, request), request)
+
+
+def is_trained(stage: str, request: Request) -> bool:
+    """Whether the stage has anything to learn; volumes that are their own latents have no autoencoder to train."""
+    return bool(stage_parser(stage, request).get_parsed_content("epochs"))
+
+
+def first_items(stage: str, parser: ConfigParser, request: Request) -> dict[str, Any]:
+    """An item of training and one of validation: of the first case, or a latent of the same shapes as it would have.
+
+    Args:
+        stage: of training.
+        parser: of `stage_parser`; gets what earlier stages would make, and the first case as its dataset.
+        request: what is planned.
+    """
+    imagine_earlier(stage, parser, request)
+    if stage == "autoencoder":
+        return {part: _case(parser, part) for part in ("train", "validate")}
+    return dict.fromkeys(("train", "validate"), _latent(parser))
+
+
+def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
+    """Put what earlier stages would make into a configuration: the facts of the latents, and the base network."""
+    if stage != "autoencoder":
+        views = int(stage_parser("latents", request).get_parsed_content("views"))
+        parser["latents"] = _latents(stage_parser("autoencoder", request), request.work, views)
+    if stage == "controlnet":
+        parser["base"] = stage_parser("diffusion", request)["network_def"]
+
+
+def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
+    get = parser.get_parsed_content
+    counts = {part: int(get(f"{part}::dataloader::batch_size")) for part in items}
+    batches = {part: _prepared(parser, part, item, counts[part]) for part, item in items.items()}
+    live = LiveBytes()
+    with without_values(live), nullcontext() if request.imitated else torch.device(request.device):
+        trainer, evaluator = engines(parser)
+        if request.imitated:
+            _norms_in_full_precision(trainer.network)
+        resident = live.now
+        on_cpu = partial(held_on_cpu, checkpointed=bool(get("activation_checkpointing")))
+        live.held = held_on_cuda if request.device == "cuda" else on_cpu
+        live.restart()
+        _train(trainer, _empty(batches["train"]))
+        step = live.peak - resident
+        live.restart()
+        validate(evaluator, _empty(batches["validate"]), trainer.loss_function)
+        inputs = batches["train"][0]
+        return StageMemory(
+            stage,
+            batch_size=len(inputs),
+            size=tuple(inputs.shape[2:]),
+            grid=tuple(get("size")),
+            parameters=sum(weight.numel() for weight in trainer.network.parameters()),
+            resident=round(resident),
+            step=round(step),
+            validation=round(live.peak - resident),
+        )
+
+
+def stage_parser(stage: str, request: Request, *, with_values: bool = False) -> ConfigParser:
+    """The configuration of a stage, for tensors without values unless it is asked for some.
+
+    Raises:
+        FibldmError: the configuration is refused.
+    """
+    configs = (*request.configs, *(request.autoencoder_configs if stage == "autoencoder" else ()))
+    content = copy.deepcopy(_content(stage, request.work, configs))
+    overrides = {**_meant_for(content, request.overrides), "device": "cpu" if request.imitated else request.device}
+    chosen = stage_configuration(stage, work=request.work, run_dir=_RUN, configs=configs, overrides=overrides)
+    parser = ConfigParser(content)
+    for key, value in chosen.overrides.items():
+        parser[key] = value
+    if request.imitated and parser["precision"] != "float32":
+        parser["precision"] = "bfloat16"
+    if with_values:
+        return parser
+    for key, value in content.items():
+        # made where they belong, as tensors without values cannot be moved
+        if moved := _MOVED.fullmatch(str(value)):
+            parser[key] = moved[1]
+    parser["trainer_scaler"] = None  # it looks at values, and holds next to nothing
+    return parser
+
+
+@cache
+def _content(stage: str, work: Path, configs: tuple[str, ...]) -> dict[str, Any]:
+    files = stage_configuration(stage, work=work, run_dir=_RUN, configs=configs, overrides={}).files
+    content: dict[str, Any] = ConfigFiles.load_config_files([str(file) for file in files])
+    return content
+
+
+@cache
+def _shipped_keys() -> frozenset[str]:
+    names = set(sum(STAGE_FILES.values(), ()))
+    return frozenset(key for name in names for key in ConfigFiles.load_config_file(shipped(name)))
+
+
+def _meant_for(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that name something of this stage, or nothing of any stage, which is then refused."""
+    return {
+        key: value
+        for key, value in overrides.items()
+        if (name := key.split("::")[0]) in content or name not in _shipped_keys()
+    }
+
+
+def _case(parser: ConfigParser, part: str) -> Any:
+    """The first case, as training or validation takes it from its files."""
+    split = {"train": "training", "validate": "validation"}[part]
+    parser[part]["dataset"]["data"] = f"$load_datalist(@work, '{split}')[:1]"
+    return parser.get_parsed_content(f"{part}::dataset")[Draw(0, 0, 0)]
+
+
+def _latents(parser: ConfigParser, work: Path, views: int) -> Latents:
+    """What the encode stage would write of the latents of an autoencoder, with so many views of a training case."""
+    get = parser.get_parsed_content
+    network = get("network_def")
+    channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
+    space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
+    datalist = read_datalist(str(work))
+    facts = {
+        "space": space,
+        "labels": datalist["labels"],
+        "covariates": covariates_by_case(datalist["training"]),
+        "items": {split: _views(work, split, views if split == "training" else 1) for split in _SPLITS},
+        "compression": list(network.compression),
+        "grid": grid,
+    }
+    return Latents(_RUN, facts)
+
+
+def _views(work: Path, split: str, views: int) -> list[dict[str, str]]:
+    cases = load_datalist(str(work), split, masks=True)
+    return [{"file": "", "case": case["case"], "subject": str(case["subject"])} for case in cases for _ in range(views)]
+
+
+def _latent(parser: ConfigParser) -> dict[str, Any]:
+    """A latent as `LoadLatent` reads it, with its draw."""
+    facts, get = parser["latents"].facts, parser.get_parsed_content
+    cells = [length // step for length, step in zip(facts["grid"]["size"], facts["compression"], strict=True)]
+    channels = {
+        "mean": get("latents").channels,
+        "std": get("latents").channels,
+        "valid": 1,
+        "mask": get("mask").channels,
+    }
+    covariates = get("covariate_encoding")
+    known = {} if covariates is None else {"covariates": covariates.null(1)[0]}
+    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}, **known}
+
+
+def _prepared(parser: ConfigParser, part: str, item: Any, count: int) -> tuple[Any, ...]:
+    """A batch of one item many times, as the network gets it."""
+    name = f"{part}::prepare_batch" if "prepare_batch" in parser[part] else "prepare_batch"
+    prepared: tuple[Any, ...] = parser.get_parsed_content(name)(list_data_collate([item] * count), torch.device("cpu"))
+    return prepared
+
+
+def _empty(batch: Any) -> Any:
+    """The batch without its values, but for seeds, which are read."""
+
+    def empty(part: Tensor) -> Any:
+        is_seeds = part.ndim == 1 and not part.is_floating_point()
+        return part.tolist() if is_seeds else torch.empty(part.shape, dtype=part.dtype)
+
+    return tree_map_only(Tensor, empty, batch)
+
+
+def engines(parser: ConfigParser) -> tuple[Any, Any]:
+    """Trainer and evaluator, without data, with all that stands in memory around them."""
+    parser["train"]["trainer"]["train_data_loader"] = parser["validate"]["evaluator"]["val_data_loader"] = [
+        None
+    ] * _STEPS
+    get = parser.get_parsed_content
+    network = get("network_def")
+    forget_values(network)
+    if hasattr(network, "revive_below"):
+        network.revive_below = 0.0  # which codes are dead is decided by values
+    ready(network, get)
+    return get("train::trainer"), get("validate::evaluator")
+
+
+def _norms_in_full_precision(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: tuple(part.float() for part in inputs))
+
+
+def _train(trainer: Any, batch: Any) -> None:
+    """Steps of the trainer's own, the second with the optimizer's state; an adversary has begun."""
+    trainer.prepare_batch = lambda *_, **__: batch
+    trainer.add_event_handler(
+        IterationEvents.BACKWARD_COMPLETED, lambda: nn.utils.clip_grad_norm_(trainer.network.parameters(), 1.0)
+    )
+    if getattr(trainer, "adversary", None) is not None:
+        trainer.adversary = replace(trainer.adversary, start=0)
+    trainer.state.epoch_length = steps = _STEPS * int(getattr(trainer, "accumulation_steps", 1))
+    for trainer.state.iteration in range(1, steps + 1):
+        trainer._iteration(trainer, {"seed": [0] * len(batch[0])})
+
+
+@torch.no_grad()
+def validate(evaluator: Any, batch: Any, loss: nn.Module) -> None:
+    """Validate a prepared batch."""
+    inputs, target, *more = batch
+    evaluator.network.eval()
+    loss(evaluator.inferer(inputs, evaluator.network, *(more[0] if more else ())), target)

@@ -1,0 +1,14 @@
+"""Run folders: what a stage was made from, whether it is done, and going on where it stopped.
+
+* ``stages``: the stages there are
+* ``stage_folder``: the folder of one stage
+* ``fingerprints``: what decides a stage
+* ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
+* ``values``, ``causes``: checks of single values; what lies behind an error of MONAI's parser
+"""
+
+from fibldm.runs.fingerprints import decisive, hash_weights
+from fibldm.runs.stage_folder import BUDGET, MadeOtherwise, Progress, StageFolder, load_facts
+from fibldm.runs.stages import STAGES
+
+__all__ = ["BUDGET", "STAGES", "MadeOtherwise", "Progress", "StageFolder", "decisive", "hash_weights", "load_facts"]
