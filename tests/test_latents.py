@@ -12,23 +12,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.evaluation.spectrum import channel_spectra
 from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
-from fibldm.runs.configuration import Configuration
+from fibldm.runs.configuration import Configuration, read_configuration
 from fibldm.shards import Shard, wait_for
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import EncodeStage, Latents, LoadLatent
 
 TinyStage = Callable[..., Configuration]
 GRID = {"spacing": [1, 1, 1]}
+
+
+# --- augmented views
+
+
+@pytest.mark.parametrize(("size", "dimensions"), [((40, 40, 40), 3), ((96, 96, 1), 2)])
+def test_augmented_views_are_as_sharp_as_the_scan(size: tuple[int, int, int], dimensions: int) -> None:
+    """Linear interpolation takes half of the power at a third of a cycle per voxel."""
+    image = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).mul(0.2).clamp(-1, 1)
+    labels = (image[:1] > 0).byte()
+    config = {"spatial_dims": dimensions, **read_configuration("encode_latents")}
+    augment = ConfigParser(config).get_parsed_content("stage::augmentation").set_random_state(1)
+    made = augment({"image": image, "label": labels, "valid": torch.ones_like(labels)})
+    assert made["image"].shape == image.shape
+    assert made["image"].abs().max() <= 1
+    assert set(made["label"].unique().tolist()) == {0, 1}
+    middle = (slice(None), *(slice(5, -5) if length > 10 else slice(None) for length in size))
+    edges = np.linspace(0.05, 0.45, 9)
+    spectra = [channel_spectra(part[middle].numpy(), (1, 1, 1), edges=edges) for part in (image, made["image"])]
+    assert np.abs(10 * (spectra[1] - spectra[0])).max() < 1.5
 
 
 # --- sharing the cases
