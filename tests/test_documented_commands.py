@@ -25,7 +25,14 @@ from monai.networks.nets import DiffusionModelUNet
 from fibldm.cli import run
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/bundles.md", "docs/diffusion.md", "docs/pipelines.md", "docs/training.md")
+PAGES = (
+    "README.md",
+    "docs/examples.md",
+    "docs/bundles.md",
+    "docs/diffusion.md",
+    "docs/pipelines.md",
+    "docs/training.md",
+)
 
 # The beginning of commands that are not run, and why.
 NOT_RUN = {
@@ -53,10 +60,10 @@ LONG = ("phantoms_fine", "fibldm plan", "hippocampus_mri --out", "lung_ct.csv")
 
 # Runs that pages suppose: which earlier run each is like, and the stages that it lacks.
 LIKE = {
-    "lungs": ("mine",),
-    "lesions": ("mine",),
-    "free": ("mine", "controlnet"),
-    "imported": ("mine", "diffusion", "controlnet"),
+    "lungs": ("mine", "diffusion"),
+    "lesions": ("mine", "diffusion"),
+    "free": ("mine", "diffusion"),
+    "imported": ("mine", "diffusion"),
     "adapted": ("tuned", "diffusion"),
 }
 
@@ -212,21 +219,21 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         recipe["measure"] = ["reconstruction"]
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
-        with_concatenation(desk)
+        assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0
+    if "--with-controlnet" in block.text:
+        train_without_mask(desk, "lungs", "diffusion", "controlnet")
+        shutil.copytree(desk / "runs" / "lungs", desk / "runs" / "lesions", dirs_exist_ok=True)
+    if "runs/free" in block.text:
+        train_without_mask(desk, "free", "diffusion")
     if "covariates=" in block.text:
         monkeypatch.chdir(with_covariates(desk))
 
 
-def with_concatenation(desk: Path) -> None:
-    """``bundles/mine`` of a run with the settings that the page goes on with."""
-    if (desk / "runs" / "concat").exists():
-        return
-    ignored = shutil.ignore_patterns("controlnet", "diffusion")
-    shutil.copytree(desk / "runs" / "mine", desk / "runs" / "concat", ignore=ignored)
-    shutil.rmtree(desk / "bundles" / "mine", ignore_errors=True)
-    train = "train diffusion --data work --run runs/concat --config my_data.yaml --config tiny --config mask_concat"
-    export = "export --run runs/concat --out bundles/mine --license CC-BY-4.0"
-    assert [run(command.split()) for command in (train, export)] == [0, 0]
+def train_without_mask(desk: Path, name: str, *stages: str) -> None:
+    """Stages of a run whose base network knows no masks."""
+    for stage in stages:
+        train = f"train {stage} --data work --run {desk / 'runs' / name} --config my_data.yaml --config tiny"
+        assert run(train.split()) == 0
 
 
 def with_covariates(desk: Path) -> Path:
