@@ -4,15 +4,11 @@ A recipe says what each step does. What was prepared, trained and drawn is kept,
 it stopped; figures, bundle and its verification are made anew.
 """
 
-import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
@@ -33,10 +29,12 @@ from fibldm.runs.configuration import (
     read_configuration,
     stage_configuration,
 )
+from fibldm.runs.options import as_options
 from fibldm.runs.values import require_minutes
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
+from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
 
 
@@ -197,8 +195,8 @@ class TrainingStep:
                 "(the old one is kept beside it)",
             ) from error
         verb = "encode" if self.name == "latents" else f"train {self.name}"
-        configs = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
-        folders = f"--data {shlex.quote(str(work))} --run {shlex.quote(str(run))}"
+        configs = "".join(f" --config {as_word(name)}" for name in self.configs)
+        folders = f"--data {as_word(work)} --run {as_word(run)}"
         limited = "" if minutes is None else f" --minutes {minutes:g}"
         return f"fibldm {verb} {folders}{configs}{as_options(self.overrides)}{limited}"
 
@@ -293,7 +291,7 @@ def pipeline(
     if failed := [check for check in checks if not check.ok]:
         raise FibldmError(
             f"a bundle must do all it promises; {bundle} fails {failed[0].name}: {failed[0].saw}",
-            f"run `fibldm verify {bundle}` to see all checks",
+            f"run `fibldm verify {as_word(bundle)}` to see all checks",
         )
     say(f"all {len(checks)} checks are ok")
     say("\n".join(["", f"bundle: {bundle}", "", "The training, step by step:", *(f"  {line}" for line in commands)]))
@@ -301,16 +299,6 @@ def pipeline(
         "outputs": [str(bundle), str(run), str(out / "synthetic")],
         "checks": {check.name: check.saw for check in checks},
     }
-
-
-def as_options(overrides: Mapping[str, Any]) -> str:
-    """Changes of a configuration as options of a command line; read again, they are the same."""
-
-    def text(value: Any) -> str:
-        plain = isinstance(value, str) and yaml.safe_load(value) == value
-        return str(value) if plain else json.dumps(value)
-
-    return "".join(f" --set {shlex.quote(f'{key}={text(value)}')}" for key, value in overrides.items())
 
 
 def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettings, out: Path) -> None:

@@ -12,8 +12,9 @@ from fibldm.delivery.export import ExportSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import Recipe, as_options, pipeline
+from fibldm.pipeline import Recipe, pipeline
 from fibldm.runs.configuration import configs_folder, parse_overrides
+from fibldm.runs.options import as_options
 
 RECIPES = sorted(path.stem for path in configs_folder().glob("recipe_*.yaml"))
 CC0 = ExportSettings("CC0-1.0")
@@ -131,6 +132,8 @@ def test_changes_come_back_as_they_were() -> None:
         "epochs": 3,
         "mask": "a b",
         "steps": "3",
+        "rate": "1e-4",
+        "folder": "[größe]: *x",
         "nothing": "null",
         "label_weights": {"4": 4},
         "layer_rates": {"*": 1e-05},
