@@ -29,7 +29,7 @@ from fibldm.runs.configuration import (
     read_configuration,
     stage_configuration,
 )
-from fibldm.runs.options import as_options
+from fibldm.runs.options import as_options, in_order
 from fibldm.runs.values import require_minutes
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.budget import in_minutes
@@ -107,11 +107,14 @@ class Recipe:
                 override gives epochs.
         """
         content = dict(read_configuration(file)) if file is not None else {}
-        for key, value in overrides.items():
+        for key, value in in_order(overrides).items():
             step, *inside = key.split("::", 1)
             before = content.get(step)
             if inside and isinstance(before, Mapping | None):
-                content[step] = {**(before or {}), inside[0]: value}
+                kept = {
+                    name: part for name, part in (before or {}).items() if not f"{name}".startswith(f"{inside[0]}::")
+                }
+                content[step] = {**kept, inside[0]: value}
             elif inside:
                 raise FibldmError(f"{step} of a recipe has no {inside[0]}; it is {before}", f"give all of {step}")
             else:

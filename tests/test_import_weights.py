@@ -33,7 +33,7 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import RectifiedFlow, VariancePreserving
 from fibldm.models.samplers import ddim
-from fibldm.runs.configuration import parse_overrides
+from fibldm.runs.options import parse_overrides
 from fibldm.synthesis.definitions import build
 from fibldm.training.initialise import initialise
 

@@ -9,8 +9,8 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import parse_overrides, shipped, stage_configuration
-from fibldm.runs.options import as_options
+from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.options import as_options, parse_overrides
 from fibldm.verbatim import as_argument, as_word, verbatim
 
 PATHS = [

@@ -124,7 +124,7 @@ def _measure(
 ) -> dict[str, Any]:
     from fibldm.cli.output import log_to_standard_error
     from fibldm.evaluation.measurements import evaluate as measure
-    from fibldm.runs.configuration import parse_overrides
+    from fibldm.runs.options import parse_overrides
 
     log_to_standard_error()
     place, changes = _place(*folders), parse_overrides(settings)
