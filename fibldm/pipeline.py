@@ -17,6 +17,7 @@ from fibldm.delivery.model_card import Words
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
@@ -77,6 +78,7 @@ class Recipe:
         synthesize: fields of `Drawing`.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         segmenter: keys of the configuration of the segmenter that measures.
+        perceptual: file of weights of a ResNet of slices, for LPIPS; None leaves it out.
         minutes: for all stages of training together, in place of their epochs; None trains all epochs.
         shares: of the minutes, for each stage that is trained; empty takes the defaults, see `shares_of`.
     """
@@ -90,6 +92,7 @@ class Recipe:
     synthesize: Mapping[str, Any] = field(default_factory=dict)
     measure: Sequence[str] = OF_ANY_MASKS
     segmenter: Mapping[str, Any] = field(default_factory=dict)
+    perceptual: str | None = None
     minutes: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
@@ -320,6 +323,8 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         )
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
+    if recipe.perceptual is not None:
+        PlaneDistance(recipe.perceptual)
     words = Words.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
     if recipe.controlnet is not None:
@@ -387,7 +392,8 @@ def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) 
 
 def _measure(run: Path, work: Path, out: Path, recipe: Recipe, drawing: Drawing, say: Callable[[str], None]) -> None:
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.segmenter, "say": say}
-    evaluate([name for name in recipe.measure if name in OF_ANY_MASKS], synthetic=out / "synthetic", **given)
+    names = [name for name in recipe.measure if name in OF_ANY_MASKS]
+    evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "utility" in recipe.measure:
         _synthesize(run, work, "training", out / "synthetic_training", drawing)
         evaluate(["utility"], synthetic=out / "synthetic_training", **given)

@@ -89,6 +89,7 @@ def test_h6_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path)
         ({"synthesize::covariates": {"age": 63}}, r"those of training \(none\); there is no age; name them in cov"),
         ({"synthesize::covariates": 63}, "option of synthesize covariates must be a mapping"),
         ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
+        ({"perceptual": "absent.pth"}, r"LPIPS needs a local file of weights \(perceptual\); there is no absent.pth"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
         ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
     ],
