@@ -4,15 +4,11 @@ A recipe says what each step does. What was prepared, trained and drawn is kept,
 it stopped; figures, bundle and its verification are made anew.
 """
 
-import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
@@ -21,6 +17,7 @@ from fibldm.delivery.model_card import Words
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
 from fibldm.models.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
@@ -33,10 +30,12 @@ from fibldm.runs.configuration import (
     read_configuration,
     stage_configuration,
 )
+from fibldm.runs.options import as_options, in_order
 from fibldm.runs.values import require_minutes
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
+from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
 
 
@@ -79,6 +78,7 @@ class Recipe:
         synthesize: fields of `Drawing`.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         segmenter: keys of the configuration of the segmenter that measures.
+        perceptual: file of weights of a ResNet of slices, for LPIPS; None leaves it out.
         minutes: for all stages of training together, in place of their epochs; None trains all epochs.
         shares: of the minutes, for each stage that is trained; empty takes the defaults, see `shares_of`.
     """
@@ -92,6 +92,7 @@ class Recipe:
     synthesize: Mapping[str, Any] = field(default_factory=dict)
     measure: Sequence[str] = OF_ANY_MASKS
     segmenter: Mapping[str, Any] = field(default_factory=dict)
+    perceptual: str | None = None
     minutes: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
@@ -109,11 +110,14 @@ class Recipe:
                 override gives epochs.
         """
         content = dict(read_configuration(file)) if file is not None else {}
-        for key, value in overrides.items():
+        for key, value in in_order(overrides).items():
             step, *inside = key.split("::", 1)
             before = content.get(step)
             if inside and isinstance(before, Mapping | None):
-                content[step] = {**(before or {}), inside[0]: value}
+                kept = {
+                    name: part for name, part in (before or {}).items() if not f"{name}".startswith(f"{inside[0]}::")
+                }
+                content[step] = {**kept, inside[0]: value}
             elif inside:
                 raise FibldmError(f"{step} of a recipe has no {inside[0]}; it is {before}", f"give all of {step}")
             else:
@@ -197,8 +201,8 @@ class TrainingStep:
                 "(the old one is kept beside it)",
             ) from error
         verb = "encode" if self.name == "latents" else f"train {self.name}"
-        configs = "".join(f" --config {shlex.quote(str(name))}" for name in self.configs)
-        folders = f"--data {shlex.quote(str(work))} --run {shlex.quote(str(run))}"
+        configs = "".join(f" --config {as_word(name)}" for name in self.configs)
+        folders = f"--data {as_word(work)} --run {as_word(run)}"
         limited = "" if minutes is None else f" --minutes {minutes:g}"
         return f"fibldm {verb} {folders}{configs}{as_options(self.overrides)}{limited}"
 
@@ -293,7 +297,7 @@ def pipeline(
     if failed := [check for check in checks if not check.ok]:
         raise FibldmError(
             f"a bundle must do all it promises; {bundle} fails {failed[0].name}: {failed[0].saw}",
-            f"run `fibldm verify {bundle}` to see all checks",
+            f"run `fibldm verify {as_word(bundle)}` to see all checks",
         )
     say(f"all {len(checks)} checks are ok")
     say("\n".join(["", f"bundle: {bundle}", "", "The training, step by step:", *(f"  {line}" for line in commands)]))
@@ -301,16 +305,6 @@ def pipeline(
         "outputs": [str(bundle), str(run), str(out / "synthetic")],
         "checks": {check.name: check.saw for check in checks},
     }
-
-
-def as_options(overrides: Mapping[str, Any]) -> str:
-    """Changes of a configuration as options of a command line; read again, they are the same."""
-
-    def text(value: Any) -> str:
-        plain = isinstance(value, str) and yaml.safe_load(value) == value
-        return str(value) if plain else json.dumps(value)
-
-    return "".join(f" --set {shlex.quote(f'{key}={text(value)}')}" for key, value in overrides.items())
 
 
 def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettings, out: Path) -> None:
@@ -329,6 +323,8 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         )
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
+    if recipe.perceptual is not None:
+        PlaneDistance(recipe.perceptual)
     words = Words.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
     if recipe.controlnet is not None:
@@ -396,7 +392,8 @@ def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) 
 
 def _measure(run: Path, work: Path, out: Path, recipe: Recipe, drawing: Drawing, say: Callable[[str], None]) -> None:
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.segmenter, "say": say}
-    evaluate([name for name in recipe.measure if name in OF_ANY_MASKS], synthetic=out / "synthetic", **given)
+    names = [name for name in recipe.measure if name in OF_ANY_MASKS]
+    evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "utility" in recipe.measure:
         _synthesize(run, work, "training", out / "synthetic_training", drawing)
         evaluate(["utility"], synthetic=out / "synthetic_training", **given)

@@ -1,6 +1,8 @@
-"""Texts that MONAI takes as they stand, in configurations and on its command line, whatever they look like."""
+"""Texts that are taken as they stand, in configurations, on MONAI's command line and in a shell."""
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 # What means something anywhere in a value, and a hyphen that would begin an option.
@@ -35,3 +37,9 @@ def as_argument(value: Any) -> str:
     from fire.parser import DefaultParseValue
 
     return repr(value) if isinstance(value, str) and DefaultParseValue(value) != value else str(value)
+
+
+def as_word(path: str | Path) -> str:
+    """A path as one word of a shell's command line that is no option either."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -26,7 +26,7 @@ from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.files import write_json
-from fibldm.runs.configuration import parse_overrides
+from fibldm.runs.options import parse_overrides
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 

@@ -42,6 +42,18 @@ def quiet_logger() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def slice_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet for colour slices, as torchvision stores it: with a classifier."""
+    from monai.networks.nets.resnet import ResNetFeatures
+
+    torch.manual_seed(0)
+    network = ResNetFeatures("resnet10", pretrained=False, spatial_dims=2, in_channels=3)
+    file = tmp_path_factory.mktemp("weights") / "slices.pth"
+    torch.save({**network.state_dict(), "fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     """Calls ``make`` with a new folder, in the first process that asks for the name; the others wait for it."""
     base = tmp_path_factory.getbasetemp()

@@ -28,10 +28,10 @@ from fibldm.runs.configuration import (
     UnfitGrid,
     check_grid,
     configs_folder,
-    parse_overrides,
     shipped,
     stage_configuration,
 )
+from fibldm.runs.options import parse_overrides
 from fibldm.training.muon import Muon
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +282,28 @@ def test_overrides_are_checked_against_each_other(classes_first: bool) -> None:
     assert raised.value.remedy == "did you mean 'process::schedule'?"
     with pytest.raises(FibldmError, match="key 'process::schedule' is not known"):
         make("diffusion", DATA[0], **{"process::schedule": "cosine"})
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_whole_and_its_parts_are_taken_in_any_order(whole_first: bool) -> None:
+    whole = {"times": {"_target_": "fibldm.models.timesteps.ShiftedTimes", "times": "$None", "shift": 2.0}}
+    parts = {"times::shift": 3.0, "times::times": {"_target_": "fibldm.models.timesteps.UniformTimes"}}
+    made = make("diffusion", DATA[0], **({**whole, **parts} if whole_first else {**parts, **whole}))
+    assert made.parser()["times"] == {**whole["times"], "shift": 3.0, "times": parts["times::times"]}
+    assert made.command.index("--times '{") < made.command.index("--times::shift 3.0")
+
+
+@pytest.mark.parametrize("whole", [None, "@process", 3])
+def test_a_part_of_an_override_without_parts_is_refused_with_both(whole: Any) -> None:
+    with pytest.raises(FibldmError, match=f"must go together; times is {whole!r}, of which times::shift cannot be"):
+        make("diffusion", DATA[0], **{"times::shift": 3.0, "times": whole})
+
+
+def test_a_file_that_replaces_what_it_said_of_a_part_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("times::shift: 3.0\ntimes: {_target_: fibldm.models.timesteps.UniformTimes}\n")
+    with pytest.raises(FibldmError, match="mine.yaml gives 'times' behind 'times::shift', which it would drop"):
+        make("diffusion", DATA[0], str(file))
 
 
 def test_overrides_of_a_class_that_does_not_exist_are_refused() -> None:

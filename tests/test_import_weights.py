@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import RectifiedFlow, VariancePreserving
 from fibldm.models.samplers import ddim
+from fibldm.runs.options import parse_overrides
 from fibldm.synthesis.definitions import build
 from fibldm.training.initialise import initialise
 
@@ -292,6 +294,12 @@ def test_a_stage_begins_with_what_was_imported(tmp_path: Path) -> None:
     assert facts["use"] == (
         f"fibldm train autoencoder --data WORK --run RUN --config {tmp_path}/out/network.yaml "
         f"--set init_from={tmp_path}/out/weights.safetensors"
+    )
+    odd = imported(network.state_dict(), tmp_path / "$a #1", arguments=hidden(AUTOENCODER))["use"]
+    *_, config, _, begun = shlex.split(odd)
+    assert Path(config) == tmp_path / "$a #1" / "network.yaml"
+    assert ConfigParser(parse_overrides([begun])).get_parsed_content("init_from") == str(
+        tmp_path / "$a #1" / "weights.safetensors"
     )
     files = [str(CONFIGS / "train_autoencoder.yaml"), str(tmp_path / "out" / "network.yaml")]
     parser = ConfigParser(ConfigParser.load_config_files(files))

@@ -173,16 +173,6 @@ def test_validation_does_not_judge_by_the_learned_log_variance() -> None:
 
 
 @pytest.fixture(scope="module")
-def weights_2d(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet for colour slices, as torchvision stores it: with a classifier."""
-    torch.manual_seed(0)
-    network = ResNetFeatures("resnet10", pretrained=False, spatial_dims=2, in_channels=3)
-    file = tmp_path_factory.mktemp("weights") / "slices.pth"
-    torch.save({**network.state_dict(), "fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}, file)
-    return file
-
-
-@pytest.fixture(scope="module")
 def weights_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet for volumes, as MedicalNet stores it."""
     torch.manual_seed(0)
@@ -192,7 +182,7 @@ def weights_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("weights", ["weights_2d", "weights_3d"])
+@pytest.mark.parametrize("weights", ["slice_weights", "weights_3d"])
 def test_a11_the_perceptual_distance_is_0_for_equal_volumes_and_leads_towards_the_target(
     request: pytest.FixtureRequest, weights: str
 ) -> None:
@@ -220,8 +210,8 @@ def test_a11_in_volumes_it_compares_normalised_features_of_every_layer(weights_3
     assert number(found) == pytest.approx(total / 10, rel=1e-4)
 
 
-def test_a11_slices_are_taken_along_every_axis(weights_2d: Path) -> None:
-    distance = PerceptualDistance(weights_2d, slices_per_axis=1)
+def test_a11_slices_are_taken_along_every_axis(slice_weights: Path) -> None:
+    distance = PerceptualDistance(slice_weights, slices_per_axis=1)
     target = everywhere(drawn(1, 1, 16, 20, 24))
     for axis, middle in enumerate((8, 10, 12)):
         inside, outside = target.value.clone(), target.value.clone()
@@ -230,8 +220,8 @@ def test_a11_slices_are_taken_along_every_axis(weights_2d: Path) -> None:
         assert number(distance(inside, target)) > 2 * number(distance(outside, target)) > 0  # two axes cut a line of it
 
 
-def test_its_weights_are_frozen_and_in_no_checkpoint(weights_2d: Path) -> None:
-    distance = PerceptualDistance(weights_2d)
+def test_its_weights_are_frozen_and_in_no_checkpoint(slice_weights: Path) -> None:
+    distance = PerceptualDistance(slice_weights)
     loss = AutoencoderLoss(perceptual=distance, perceptual_weight=1.0)
     assert not any(weight.requires_grad for weight in distance.features.parameters())
     assert not distance.features.training
@@ -244,7 +234,7 @@ def test_a_perceptual_distance_needs_its_file(tmp_path: Path, weights: str | Non
         PerceptualDistance(weights and tmp_path / weights)
 
 
-def test_a_file_that_is_no_state_dict_or_of_another_network_is_refused(tmp_path: Path, weights_2d: Path) -> None:
+def test_a_file_that_is_no_state_dict_or_of_another_network_is_refused(tmp_path: Path, slice_weights: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(FibldmError, match=r"text.pth must be a state dict of a ResNet"):
         PerceptualDistance(tmp_path / "text.pth")
@@ -252,9 +242,9 @@ def test_a_file_that_is_no_state_dict_or_of_another_network_is_refused(tmp_path:
     with pytest.raises(FibldmError, match=r"other.pth must be a state dict of a ResNet; KeyError"):
         PerceptualDistance(tmp_path / "other.pth")
     with pytest.raises(FibldmError, match=r"of resnet18; \d+ names or shapes differ, layer1.1.bn1.bias first"):
-        PerceptualDistance(weights_2d, network="resnet18")
+        PerceptualDistance(slice_weights, network="resnet18")
     with pytest.raises(FibldmError, match=r"network must be one of resnet10, .*; got 'vgg'"):
-        PerceptualDistance(weights_2d, network="vgg")
+        PerceptualDistance(slice_weights, network="vgg")
 
 
 def test_a_perceptual_weight_needs_a_distance() -> None:
@@ -265,11 +255,11 @@ def test_a_perceptual_weight_needs_a_distance() -> None:
 # --- padding
 
 
-def test_what_is_in_the_padding_changes_no_term(weights_2d: Path) -> None:
+def test_what_is_in_the_padding_changes_no_term(slice_weights: Path) -> None:
     loss = AutoencoderLoss(
         "charbonnier",
         spectral_weight=1.0,
-        perceptual=PerceptualDistance(weights_2d, slices_per_axis=2),
+        perceptual=PerceptualDistance(slice_weights, slices_per_axis=2),
         perceptual_weight=1.0,
     )
     volume, value = drawn(1, 1, 16, 20, 24), drawn(1, 1, 16, 20, 24, seed=1)

@@ -12,8 +12,9 @@ from fibldm.delivery.export import ExportSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import Recipe, as_options, pipeline
-from fibldm.runs.configuration import configs_folder, parse_overrides
+from fibldm.pipeline import Recipe, pipeline
+from fibldm.runs.configuration import configs_folder
+from fibldm.runs.options import as_options, parse_overrides
 
 RECIPES = sorted(path.stem for path in configs_folder().glob("recipe_*.yaml"))
 CC0 = ExportSettings("CC0-1.0")
@@ -54,11 +55,21 @@ def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
     assert recipe.drawing.sampling.steps == 7 and recipe.preparation.modality == "ct"
 
 
+def test_h6_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("diffusion: {times::shift: 2, times::times: null}\n")
+    whole, part = {"diffusion::times": {"shift": 1}}, {"diffusion::times::shift": 3}
+    for given in ({**whole, **part}, {**part, **whole}):
+        recipe = Recipe.read(str(file), overrides=given)
+        assert recipe.diffusion == {"times": {"shift": 1}, "times::shift": 3}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"difusion::epochs": 3}, "step of a recipe must be one of configs, prepare, .*got 'difusion'"),
         ({"diffusion": 3}, "step of a recipe diffusion must be a mapping from a text to any value; got 3"),
+        ({"controlnet::epochs": 3, "controlnet": None}, "controlnet is None, of which controlnet::epochs cannot be"),
         ({"autoencoder": None}, "step of a recipe autoencoder must be a mapping"),
         ({"measure::0": "copies"}, "step of a recipe measure must be a list of values, each a text"),
         ({"configs": "tiny"}, "step of a recipe configs must be a list of values, each a text; got 'tiny'"),
@@ -78,6 +89,7 @@ def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
         ({"synthesize::covariates": {"age": 63}}, r"those of training \(none\); there is no age; name them in cov"),
         ({"synthesize::covariates": 63}, "option of synthesize covariates must be a mapping"),
         ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
+        ({"perceptual": "absent.pth"}, r"LPIPS needs a local file of weights \(perceptual\); there is no absent.pth"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
         ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
     ],
@@ -131,6 +143,8 @@ def test_changes_come_back_as_they_were() -> None:
         "epochs": 3,
         "mask": "a b",
         "steps": "3",
+        "rate": "1e-4",
+        "folder": "[größe]: *x",
         "nothing": "null",
         "label_weights": {"4": 4},
         "layer_rates": {"*": 1e-05},

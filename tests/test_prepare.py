@@ -641,6 +641,21 @@ def test_too_few_sound_patients_are_said_with_the_findings(tmp_path: Path) -> No
     assert read_json(tmp_path / "work/report.json")["findings"][0]["case"] == "p1"
 
 
+def test_g2_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
+    """Along the axes of RAS+, whatever the axes of the file; and a folder made without it stays as it is."""
+    affine = np.array([[0, 2.0, 0, 0], [0, 0, 3.0, 0], [1.5, 0, 0, 0], [0, 0, 0, 1]])
+    source = make_folders(tmp_path / "data", affine=affine)
+    report = prepare(source, tmp_path / "work", PrepareSettings(modality="ct", facts=("spacing",)))
+    for entry in entries(tmp_path / "work").values():
+        assert [entry[f"spacing_{axis}_mm"] for axis in "xyz"] == pytest.approx([2, 3, 1.5])
+    assert not report.unchanged and read_json(tmp_path / "work/report.json")["settings"]["facts"] == ["spacing"]
+    prepare(source, tmp_path / "plain", CT)
+    assert not any(name.startswith("spacing") for entry in entries(tmp_path / "plain").values() for name in entry)
+    assert "facts" not in read_json(tmp_path / "plain/report.json")["settings"]
+    with pytest.raises(FibldmError, match="--facts must be one of spacing; got 'kernel'"):
+        prepare(source, tmp_path / "other", PrepareSettings(modality="ct", facts=("kernel",)))
+
+
 def test_only_columns_that_tell_no_patient_are_carried_along(tmp_path: Path) -> None:
     """Names, numbers as long as identifiers, and texts that patients have to themselves stay outside of WORK."""
     head = "image,label,subject,age,kernel_group,Fallnummer,scanned,Nachname,code\n"

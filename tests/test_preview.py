@@ -1,5 +1,6 @@
 """Pictures while a stage trains: what is where, when they come, and that training does not notice them (E7, D19)."""
 
+import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch
 from ignite.engine import Engine
 from PIL import Image
 from safetensors.torch import load_file
+from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.evaluation.ms_ssim import channel_similarity
+from fibldm.evaluation.preview_figures import PreviewFigures
+from fibldm.evaluation.reconstruction import image_quality
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import ddim
@@ -149,6 +154,33 @@ def test_e7_tensorboard_shows_them_once_after_a_resume(tmp_path: Path, monkeypat
     assert events.Images("preview")[0].width > 50
 
 
+def test_e7_figures_of_samples_go_beside_their_pictures(tmp_path: Path) -> None:
+    """In a table of their own and in TensorBoard; a resume takes the place of what it does again."""
+
+    def run(values: list[float], after: int) -> None:
+        left = iter(values)
+        engine = Engine(lambda engine, batch: None)
+        rows = [[Panel("", torch.zeros(4, 4, 4), 0)]]
+        preview = Preview(
+            tmp_path,
+            "stage",
+            lambda: rows,
+            spacing=[1.0, 1.0, 1.0],
+            every=1,
+            measure=lambda: {"cases": 2, "ssim": next(left)},
+        )
+        preview.attach(engine)
+        engine.load_state_dict({"epoch": after, "max_epochs": after + len(values), "epoch_length": 1})
+        engine.run([0])
+
+    run([0.125, 0.25, 0.5], after=0)
+    run([0.75, 1.0], after=1)
+    table = (tmp_path / "stage" / "previews" / "metrics.csv").read_text()
+    assert table.split() == ["epoch,cases,ssim", "1,2,0.125", "2,2,0.75", "3,2,1"]
+    events = EventAccumulator(str(tmp_path / "stage" / "previews")).Reload()
+    assert events.Scalars("ssim")[-1].value == 1.0
+
+
 def test_pictures_cannot_come_backwards() -> None:
     with pytest.raises(FibldmError, match="preview_every must be at least 0 .* got -1"):
         Preview(Path(), "stage", list, spacing=[1.0, 1.0, 1.0], every=-1)
@@ -272,6 +304,30 @@ class Noise(nn.Module):
 
     def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
         return z_t
+
+
+def test_e7_figures_are_those_of_fibldm_evaluate() -> None:
+    shape, rng = (2, 24, 20, 16), np.random.default_rng(0)
+    real = [ndimage.gaussian_filter(rng.uniform(-1, 1, shape), [0, 1, 1, 1]).astype(np.float32) for _ in range(3)]
+    labels = [rng.integers(0, 2, shape[1:]).astype(np.uint8) for _ in range(3)]
+    labels[0][:12] = 255
+    figures = PreviewFigures({"0": "background", "1": "organ"}, (1.0, 1.0, 2.0))
+    same = figures(real, real, labels, follows_masks=True)
+    assert (same["ssim"], same["ms_ssim"]) == pytest.approx((1, 1)) and list(same) == ["ssim", "ms_ssim", "kid"]
+    worse = [ndimage.gaussian_filter(image, [0, 2, 2, 2]) for image in real]
+    found = figures(worse, real, labels, follows_masks=True)
+    quality = [
+        image_quality(one, other, {"": known})["ssim"]
+        for image, blurred, known in zip(real, worse, (mask != 255 for mask in labels), strict=True)
+        for one, other in zip(image, blurred, strict=True)
+    ]
+    assert found["ssim"] == pytest.approx(np.mean(quality))
+    assert found["ms_ssim"] == pytest.approx(
+        np.mean([channel_similarity(*pair) for pair in zip(real, worse, strict=True)])
+    )
+    assert found["kid"] > same["kid"] and same["kid"] <= 0
+    assert list(figures(worse, real, labels, follows_masks=False)) == ["kid"]
+    assert list(figures(worse[:1], real[:1], labels[:1], follows_masks=True)) == ["ssim", "ms_ssim"]
 
 
 @pytest.fixture
@@ -401,10 +457,14 @@ def test_e7_a_stage_that_draws_samples_ends_with_the_weights_of_one_that_does_no
             (tmp_path / run).mkdir(exist_ok=True)
             (tmp_path / run / earlier).symlink_to(tiny_run / earlier)
     for run, every in (("plain", 0), ("drawn", 1)):
-        tiny_stage(stage, tmp_path / run, epochs=2, preview_every=every, preview_sampler="ddim", preview_eta=1.0).run()
+        given = {"preview_every": every, "preview_metrics": 2 * every, "preview_sampler": "ddim", "preview_eta": 1.0}
+        tiny_stage(stage, tmp_path / run, epochs=2, **given).run()
     plain, drawn = (StageFolder(tmp_path / run, stage) for run in ("plain", "drawn"))
     assert plain.require()["weights"] == drawn.require()["weights"]
     last = [folder.weights("last")["objects"]["network"] for folder in (plain, drawn)]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
     assert not (plain.path / "previews").exists()
     assert sorted(path.name for path in drawn.path.rglob("*.png")) == ["epoch_0001.png", "epoch_0002.png"]
+    table = list(csv.DictReader((drawn.path / "previews" / "metrics.csv").read_text().splitlines()))
+    assert [(row["epoch"], int(row["cases"]) > 0) for row in table] == [("1", True), ("2", True)]
+    assert ("ssim" in table[0]) == (stage == "controlnet")

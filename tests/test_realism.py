@@ -224,6 +224,43 @@ def test_features_are_computed_once(tmp_path):
     assert len(list(tmp_path.glob("cache/radiomics-*/*.npy"))) == 20
 
 
+class Differences:
+    """In place of `PlaneDistance`: how far volumes are apart, and the same by sagittal slices."""
+
+    fingerprint = "differences"
+    facts = {"network": "none"}
+    computed = 0
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        return ["lpips", "lpips/sagittal"]
+
+    def __call__(self, real: Sample, made: np.ndarray) -> np.ndarray:
+        self.computed += 1
+        apart = np.abs(real.image - made)
+        return np.array([apart.mean(), apart.mean(axis=(1, 2)).max()])
+
+
+def test_e8_lpips_is_that_of_a_volume_from_the_scan_of_its_mask_beside_other_patients(tmp_path):
+    patients, planes = Patients(tmp_path), Differences()
+    synthetic = patients.spoiled(blurred(0.5))
+    section = measure_realism(patients, synthetic, BlockMeans(), planes=planes)
+    assert planes.computed == 20 and section.facts["lpips"] == planes.facts
+    expected = [planes(scan(i), patients.samples[f"p{i}_000"].image) for i in range(20, 30)]
+    real = [
+        planes(scan(int(one[1:])), scan(int(other[1:])).image)
+        for one, other in zip(section.facts["real"], section.facts["reference"], strict=True)
+    ]
+    for plane, name in enumerate(planes.names(GRID.size)):
+        figure = section.figures[name]
+        assert figure.value == pytest.approx(np.mean(expected, axis=0)[plane]) and figure.n == 10
+        assert figure.real_vs_real == pytest.approx(np.mean(real, axis=0)[plane])
+        assert figure.low < figure.value < figure.high
+    before = planes.computed
+    assert measure_realism(patients, synthetic, BlockMeans(), planes=planes) == section
+    assert planes.computed == before
+    assert "lpips" not in measure_realism(patients, synthetic, BlockMeans()).figures
+
+
 def test_the_order_of_the_volumes_does_not_matter(folder, best):
     patients = Patients(folder)
     section = measure_realism(patients, patients.spoiled(unchanged)[::-1], BlockMeans())

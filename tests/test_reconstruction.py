@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation import reconstruction
-from fibldm.evaluation.cases import Evaluated
+from fibldm.evaluation.cases import Evaluated, Sample
 from fibldm.evaluation.faithfulness import foreground
 from fibldm.evaluation.pictures import Pair
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality, measure_reconstruction
@@ -214,6 +215,35 @@ def test_an_offset_is_told_in_hu_and_padding_does_not_count(evaluated: Evaluated
     section = measured(arbitrary, lambda image: np.where(image < 0.5, image + offset, image - offset))
     assert section.facts["units"]["mae"] == "of [-1, 1]"
     assert value(section, "mae") == pytest.approx(0.25, rel=1e-5)
+
+
+class Differences:
+    """In place of `PlaneDistance`: the mean difference."""
+
+    fingerprint = "differences"
+    facts = {"network": "none"}
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        return ["lpips", "lpips/axial"]
+
+    def __call__(self, real: Sample, made: Image) -> NDArray[np.float64]:
+        return np.full(2, np.abs(real.image - made).mean(), dtype=np.float64)
+
+
+def test_c18_lpips_is_that_of_a_scan_and_its_reconstruction(evaluated: Evaluated) -> None:
+    given: dict[str, Any] = {"segmenter": Thresholds(), "planes": Differences(), "pictures": evaluated.folder}
+    halved: Any = Pass(lambda image: image / 2)
+    section = measure_reconstruction(evaluated, reconstructor=halved, **given)
+    for case, row in zip(evaluated.real("test"), section.cases, strict=True):
+        sample = evaluated.read(case)
+        apart = np.abs(sample.image - np.where(sample.valid, sample.image / 2, sample.image)).mean()
+        assert row["lpips"] == row["lpips/axial"] == pytest.approx(apart)
+    assert section.figures["lpips"].n == 4 and section.facts["lpips"] == Differences.facts
+    other: Any = Pass(lambda image: image)
+    other.fingerprint = "b" * 64
+    assert value(measure_reconstruction(evaluated, reconstructor=other, **given), "lpips") == 0
+    assert len(list(evaluated.folder.glob("cache/lpips-*/*.npy"))) == 2 * 5
+    assert "lpips" not in measured(evaluated, lambda image: image).figures
 
 
 def test_blur_costs_detail_and_labels(evaluated: Evaluated) -> None:

@@ -10,7 +10,8 @@ from monai.bundle import ConfigParser
 
 from fibldm.runs import StageFolder
 from fibldm.runs.configuration import shipped, stage_configuration
-from fibldm.verbatim import as_argument, verbatim
+from fibldm.runs.options import as_options, parse_overrides
+from fibldm.verbatim import as_argument, as_word, verbatim
 
 PATHS = [
     "plain",
@@ -72,6 +73,16 @@ def test_the_folders_of_a_stage_are_what_was_given_by_both_commands(folder: str)
     monai = {name.lstrip("-"): DefaultParseValue(value) for name, value in options}
     for parser in (made.parser(), ConfigParser(monai)):
         assert parser.get_parsed_content("work") == parser.get_parsed_content("run_dir") == str(Path(folder))
+
+
+@pytest.mark.parametrize("folder", [*PATHS, "2024", "[a", "a: b"])
+def test_a_path_in_a_printed_command_is_the_file_that_it_names(folder: str) -> None:
+    """In --set, by an expression that gives the path; as a word of its own, as it stands."""
+    words = shlex.split(as_options({"init_from": verbatim(folder)}))
+    parser = ConfigParser(parse_overrides(words[1:]))
+    assert words[0] == "--set" and parser.get_parsed_content("init_from") == folder
+    (word,) = shlex.split(as_word(folder))
+    assert Path(word) == Path(folder) and not word.startswith("-")
 
 
 def test_only_the_files_and_set_hold_expressions() -> None:

@@ -16,6 +16,9 @@ Bundle = Annotated[Path | None, typer.Option(help="Measured in place of a run; n
 Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: folder for the figures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
 Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: take what changed since its export.")]
+Perceptual = Annotated[
+    Path | None, typer.Option("--perceptual", help="Weights of a ResNet of slices, a local file, for LPIPS.")
+]
 
 evaluate = typer.Typer(
     no_args_is_help=True, help="Measure a run or a bundle; figures go to evaluation/metrics.json in its folder."
@@ -47,9 +50,10 @@ def realism(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    perceptual: Perceptual = None,
 ) -> dict[str, Any]:
-    """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity; beside real scans."""
-    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust)
+    """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity, LPIPS; beside real."""
+    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust, perceptual)
 
 
 @evaluate.command()
@@ -61,9 +65,10 @@ def reconstruction(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    perceptual: Perceptual = None,
 ) -> dict[str, Any]:
-    """What does the autoencoder lose? PSNR, (MS-)SSIM, error, spectrum, segmentation on the test scans."""
-    return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust)
+    """What does the autoencoder lose? PSNR, (MS-)SSIM, LPIPS, error, spectrum, segmentation on the test scans."""
+    return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust, perceptual)
 
 
 @evaluate.command()
@@ -106,11 +111,12 @@ def everything(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    perceptual: Perceptual = None,
 ) -> dict[str, Any]:
     """All of these but utility, which needs volumes of the training masks."""
     from fibldm.evaluation.measurements import OF_ANY_MASKS
 
-    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust, perceptual)
 
 
 def _measure(
@@ -121,10 +127,11 @@ def _measure(
     settings: list[str],
     device: str | None,
     trust: bool,
+    perceptual: Path | None = None,
 ) -> dict[str, Any]:
     from fibldm.cli.output import log_to_standard_error
     from fibldm.evaluation.measurements import evaluate as measure
-    from fibldm.runs.configuration import parse_overrides
+    from fibldm.runs.options import parse_overrides
 
     log_to_standard_error()
     place, changes = _place(*folders), parse_overrides(settings)
@@ -137,6 +144,7 @@ def _measure(
         device=device,
         bundle=folders[1],
         trust=trust,
+        perceptual=perceptual,
     )
     figures = {name: section.to_dict()["figures"] for name, section in sections.items()}
     print(f"recorded in {place / 'evaluation' / 'metrics.json'}")

@@ -33,7 +33,7 @@ def pipeline(
     from fibldm.delivery.export import ExportSettings
     from fibldm.pipeline import Recipe
     from fibldm.pipeline import pipeline as run_pipeline
-    from fibldm.runs.configuration import parse_overrides
+    from fibldm.runs.options import parse_overrides
     from fibldm.workers import cores
 
     log_to_standard_error()

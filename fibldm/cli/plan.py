@@ -24,7 +24,7 @@ def plan(
 
     from fibldm.planning.plan import plan as make_plan
     from fibldm.planning.traced_step import Request
-    from fibldm.runs.configuration import parse_overrides
+    from fibldm.runs.options import parse_overrides
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     request = Request(data, tuple(config), parse_overrides(overrides), device, tuple(autoencoder_config))

@@ -41,6 +41,9 @@ def prepare(
     keep_columns: Annotated[
         str | None, typer.Option(help="Columns to carry along although they may tell the patient.")
     ] = None,
+    facts: Annotated[
+        str | None, typer.Option(help="spacing: carry the files' own along, as covariates spacing_x_mm, ...")
+    ] = None,
     hide_names: Annotated[
         bool, typer.Option("--hide-names", help="Name cases by hashes, not by files (DICOM always).")
     ] = False,
@@ -79,6 +82,7 @@ def prepare(
         derive=derive,
         bias_field=bias_field,
         keep_columns=_names(keep_columns),
+        facts=_names(facts),
         hide_names=hide_names,
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,

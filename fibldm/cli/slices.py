@@ -14,6 +14,7 @@ def slices(
 ) -> dict[str, Any]:
     """Cut the volumes of a work folder into axial slices; a patient's slices stay in one split."""
     from fibldm.datasets.slices import write_slices
+    from fibldm.verbatim import as_word
     from fibldm.volumes.datalist import read_datalist
     from fibldm.volumes.intensity import load_intensity
 
@@ -22,6 +23,8 @@ def slices(
     ends = [f"{intensity.low:g}", f"{intensity.high:g}"]
     window = {"window": ["--window", *ends], "range": ["--range", *ends]}.get(intensity.kind, [])
     modality = read_datalist(work)["modality"]
-    following = shlex.join(["fibldm", "prepare", str(out), "--out", f"{out}_work", "--modality", modality, *window])
+    following = f"fibldm prepare {as_word(out)} --out {as_word(f'{out}_work')} " + shlex.join(
+        ["--modality", modality, *window]
+    )
     print(f"{count} slices in {out}; go on with\n  {following}")
     return {"outputs": [str(out)], "slices": count, "next": following}

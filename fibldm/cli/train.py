@@ -56,7 +56,8 @@ def run_stage(
     began = time.monotonic()
     from fibldm.cli.output import log_to_standard_error
     from fibldm.runs import StageFolder
-    from fibldm.runs.configuration import parse_overrides, stage_configuration
+    from fibldm.runs.configuration import stage_configuration
+    from fibldm.runs.options import parse_overrides
     from fibldm.training.launch import check_devices, run_together
 
     first = os.environ.get("RANK", "0") == "0"

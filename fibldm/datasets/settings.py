@@ -20,6 +20,7 @@ from fibldm.volumes.datalist import SPLITS
 from fibldm.volumes.scan import ACQUISITION, Covariate
 
 MODALITIES = ("ct", "mr", "other")
+FACTS = ("spacing",)
 CT_WINDOW = (-1000.0, 1000.0)
 
 _MODALITY_NAMES = {
@@ -54,6 +55,8 @@ class PrepareSettings:
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
         keep_columns: columns of a table that are carried along although they may tell the patient.
+        facts: of `FACTS`, what is carried along as covariates: ``spacing`` is that of the files, along the RAS+ axes,
+            as ``spacing_x_mm`` and so on. What files state of `ACQUISITION` is carried along in any case.
         hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
@@ -74,6 +77,7 @@ class PrepareSettings:
     derive: str | None = None
     bias_field: bool = False
     keep_columns: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
     hide_names: bool = False
     skip_bad: bool = False
     subject_pattern: str | None = None
@@ -145,6 +149,7 @@ class Plan:
             "settings": {
                 key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
                 for key, value in asdict(settings).items()
+                if key != "facts" or value  # which came later than the first work folders
             },
             "dataset": {
                 "name": source.name,
@@ -310,6 +315,9 @@ def _check_settings(settings: PrepareSettings, modality: str, *, masked: int) ->
         )
     if settings.bias_field and modality != "mr":
         raise FibldmError(f"--bias-field is for MR; the modality is {modality}", "leave it out")
+    for name in settings.facts:
+        if name not in FACTS:
+            raise unknown_choice("--facts", name, FACTS)
     if settings.spacing is not None and not all(length > 0 for length in settings.spacing):
         raise FibldmError(f"--spacing must be three lengths above 0 in mm; got {settings.spacing}")
 

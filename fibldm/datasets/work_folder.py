@@ -149,8 +149,10 @@ def _content_hash(
 
 def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
     label = {} if about.label_ml is None else {"label": f"labels/{case.name}.nii.gz"}
+    spacing = zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), about.spacing, strict=True)
     return {
         **about.acquisition,
+        **(dict(spacing) if "spacing" in plan.settings.facts else {}),
         **case.covariates,
         "image": f"images/{case.name}.nii.gz",
         **label,

@@ -19,11 +19,13 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import TrainingStep, as_options, train_steps
+from fibldm.pipeline import TrainingStep, train_steps
 from fibldm.report.report import Match, Window, write_report
 from fibldm.runs import BUDGET, STAGES
+from fibldm.runs.options import as_options
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
 from fibldm.training.inferers import fast_bfloat16
+from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
 from fibldm.workers import cores
 
@@ -95,7 +97,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     write_phantoms(phantoms, subjects=settings.subjects, seed=settings.seed, workers=cores())
     say(f"2/6 prepare: checked and split by patient into {work}")
     prepare(phantoms, work, PrepareSettings(seed=settings.seed), workers=cores())
-    commands = [f"fibldm prepare {phantoms} --out {work} --seed {settings.seed}"]
+    commands = [f"fibldm prepare {as_word(phantoms)} --out {as_word(work)} --seed {settings.seed}"]
     minutes = _training_minutes(out, settings, time.monotonic() - began)
     commands += train_steps(
         settings.steps(), work, run, minutes=minutes, shares=_SHARES, say=lambda line: say(f"3/6 {line}")
@@ -103,10 +105,10 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     say(f"4/6 synthesize: the test patients' masks into {synthetic}")
     sampling = replace(settings.sampling, seed=settings.seed)
     matches = synthesize_test_masks(run, phantoms, work, synthetic, sampling)
-    given = " ".join(f"--masks {match.mask}" for match in matches)
+    given = " ".join(f"--masks {as_word(match.mask)}" for match in matches)
     commands.append(
-        f"fibldm synthesize --run {run} {given} --out {synthetic} --seed {sampling.seed} --steps {sampling.steps} "
-        f"--guidance {sampling.guidance:g} --allow-extrapolation"
+        f"fibldm synthesize --run {as_word(run)} {given} --out {as_word(synthetic)} --seed {sampling.seed} "
+        f"--steps {sampling.steps} --guidance {sampling.guidance:g} --allow-extrapolation"
     )
     say("5/6 evaluate")
     segmenter = {**settings.segmenter, **_segmenter_minutes(settings)}
@@ -114,7 +116,8 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
     )
     changes = as_options(segmenter)
-    commands.append(f"fibldm evaluate all --data {work} --run {run} --synthetic {synthetic}{changes}")
+    folders = f"--data {as_word(work)} --run {as_word(run)} --synthetic {as_word(synthetic)}"
+    commands.append(f"fibldm evaluate all {folders}{changes}")
     say("6/6 report")
     figures = {
         "run": str(run),

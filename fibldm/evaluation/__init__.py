@@ -7,6 +7,8 @@
 * ``realism`` (with ``radiomics``, ``distances``, ``spectrum``, ``ms_ssim``): do they look like real scans?
 * ``utility``: can a segmenter learn from them?
 * ``reconstruction``: what does the autoencoder lose?
+* ``perceptual``: LPIPS in three planes, of realism and reconstruction
+* ``preview_figures``: a few of these while a stage trains
 * ``memorisation``: is one a copy of a training scan?
 * ``measurements``: all of these by name
 * ``pictures``: volumes side by side

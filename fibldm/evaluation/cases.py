@@ -226,12 +226,19 @@ class FeatureCache:
 
     def get(self, case: Case, compute: Callable[[Sample], Array]) -> Array:
         """The array of a case, from disk where this content was seen before."""
-        folder = self.evaluated.folder / "cache" / f"{self.name}-{self.fingerprint[:16]}"
-        file = folder / f"{self.evaluated.key(case)[:32]}.npy"
+        return self._get(self.evaluated.key(case), lambda: compute(self.evaluated.read(case)))
+
+    def get_pair(self, case: Case, other: Case, compute: Callable[[Sample, Sample], Array]) -> Array:
+        """The same of two cases, in this order."""
+        key = hash_value([self.evaluated.key(case), self.evaluated.key(other)])
+        return self._get(key, lambda: compute(self.evaluated.read(case), self.evaluated.read(other)))
+
+    def _get(self, key: str, compute: Callable[[], Array]) -> Array:
+        file = self.evaluated.folder / "cache" / f"{self.name}-{self.fingerprint[:16]}" / f"{key[:32]}.npy"
         if file.exists():
             stored: Array = np.load(file, allow_pickle=False)
             return stored
-        computed = compute(self.evaluated.read(case))
+        computed = compute()
         with atomic_path(file) as temporary:
             np.save(temporary, computed, allow_pickle=False)
         return computed

@@ -12,6 +12,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.memorisation import measure_copies
+from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
 from fibldm.evaluation.results import Section, record
@@ -30,6 +31,7 @@ class Measurements:
         device: to compute on; None takes CUDA where there is one.
         bundle: whose autoencoder is measured, in place of that of the run.
         trust: take a bundle that changed since its export.
+        perceptual: file of weights for LPIPS; None leaves it out.
     """
 
     evaluated: Evaluated
@@ -38,6 +40,7 @@ class Measurements:
     device: str | None = None
     bundle: Path | None = None
     trust: bool = False
+    perceptual: Path | None = None
 
     @cached_property
     def synthetic(self) -> list[Case]:
@@ -55,16 +58,20 @@ class Measurements:
             return Reconstructor.from_bundle(self.bundle, device=self._device, trust=self.trust)
         return Reconstructor.from_run(self.evaluated.run_dir, device=self._device)
 
+    @cached_property
+    def planes(self) -> PlaneDistance | None:
+        return None if self.perceptual is None else PlaneDistance(self.perceptual, device=self._device)
+
     def reconstruction(self) -> Section:
         return measure_reconstruction(
-            self.evaluated, self.segmenter, self.reconstructor, pictures=self.evaluated.folder
+            self.evaluated, self.segmenter, self.reconstructor, pictures=self.evaluated.folder, planes=self.planes
         )
 
     def faithfulness(self) -> Section:
         return measure_faithfulness(self.evaluated, self.synthetic, self.segmenter)
 
     def realism(self) -> Section:
-        return measure_realism(self.evaluated, self.synthetic, self.segmenter)
+        return measure_realism(self.evaluated, self.synthetic, self.segmenter, planes=self.planes)
 
     def copies(self) -> Section:
         return measure_copies(
@@ -102,6 +109,7 @@ def evaluate(
     device: str | None = None,
     bundle: str | Path | None = None,
     trust: bool = False,
+    perceptual: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
     """Measure, say and record each in ``RUN/evaluation/metrics.json``.
@@ -115,6 +123,7 @@ def evaluate(
         device: None takes CUDA where there is one.
         bundle: measured in place of the run, see `Evaluated.open_bundle`.
         trust: take a bundle that changed since its export.
+        perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
         say: where the figures go, as text.
 
     Raises:
@@ -128,10 +137,19 @@ def evaluate(
         evaluated = Evaluated.open_bundle(bundle, work, out=run_dir, trust=trust)
     else:
         evaluated = Evaluated.open(run_dir, work)
-    measurements = Measurements(evaluated, folder, segmenter_settings, device, Path(bundle) if bundle else None, trust)
+    measurements = Measurements(
+        evaluated,
+        folder,
+        segmenter_settings,
+        device,
+        Path(bundle) if bundle else None,
+        trust,
+        Path(perceptual) if perceptual else None,
+    )
+    _ = measurements.planes  # before a segmenter is trained, as what follows
     for name in names:
         if name not in ("reconstruction", "copies"):
-            need_masks(measurements.synthetic, name)  # before a segmenter is trained
+            need_masks(measurements.synthetic, name)
     sections = {}
     for name in names:
         sections[name] = MEASUREMENTS[name](measurements)

@@ -25,6 +25,7 @@ from fibldm.evaluation.distances import (
     squared_mmd,
 )
 from fibldm.evaluation.ms_ssim import channel_similarity, scale_weights, spread_pairs
+from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
@@ -73,7 +74,9 @@ class Arrays(NamedTuple):
     reference: Array
 
 
-def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: FeatureExtractor) -> Section:
+def measure_realism(
+    evaluated: Evaluated, synthetic: Sequence[Case], segmenter: FeatureExtractor, *, planes: PlaneDistance | None = None
+) -> Section:
     """Distances between the synthetic volumes and real scans.
 
     * ``kid/...``, ``mmd/...``, ``frechet/...``: `squared_mmd` with the polynomial and with the Gaussian kernel, and
@@ -83,6 +86,8 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
     * ``spectrum``: `spectrum_distance`, dB.
     * ``ms_ssim``: mean MS-SSIM between volumes of different patients; above that of real scans they are too alike.
       What is padded on both sides counts too, in synthetic and real volumes the same.
+    * ``lpips``, ``lpips/<plane>``, where there is a network for it: `PlaneDistance` of each synthetic volume from the
+      scan of its mask, beside that of this scan from another patient's, which has other anatomy.
 
     Of several channels, radiomic features and spectra stand one after the other, and MS-SSIM is their mean.
 
@@ -90,6 +95,7 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
         evaluated: the run and its work folder.
         synthetic: the volumes, with masks; of each patient the first by name counts.
         segmenter: the network whose features are used.
+        planes: for LPIPS; None leaves it out.
 
     Raises:
         FibldmError: a volume has no mask, or there are fewer than two patients to compare.
@@ -120,6 +126,9 @@ def measure_realism(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
         "units": {"spectrum": "dB"},
         **_who(sets),
     }
+    if planes is not None:
+        figures |= _perceptual(evaluated, sets, planes)
+        facts["lpips"] = planes.facts
     return Section(figures, facts, _cases(sets, spectra), _notes(sets, synthetic))
 
 
@@ -235,6 +244,25 @@ def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tu
     return np.array(
         [channel_similarity(evaluated.read(cases[i]).image, evaluated.read(cases[j]).image) for i, j in bar]
     )
+
+
+def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict[str, Figure]:
+    cache = FeatureCache(evaluated, "lpips", planes.fingerprint)
+
+    def distance(real: Sample, other: Sample) -> Array:
+        return planes(real._replace(valid=real.valid & other.valid), other.image)
+
+    def distances(cases: Sequence[Case], what: str) -> Array:
+        pairs = _bar(list(zip(sets.real, cases, strict=True)), f"realism: LPIPS of {what}")
+        return np.stack([cache.get_pair(one, two, distance) for one, two in pairs])
+
+    made, others = distances(sets.synthetic, "volumes"), distances(sets.reference, "scans")
+
+    def compared(plane: int) -> Figure:
+        real = float(others[:, plane].mean())
+        return figure(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
+
+    return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
 
 
 def _of_each_channel(compute: Callable[[Sample], Array], sample: Sample) -> Array:

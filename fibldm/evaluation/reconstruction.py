@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +14,17 @@ from rich.progress import track
 from skimage.metrics import structural_similarity
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, Sample, each_channel
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel
 from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
 from fibldm.evaluation.ms_ssim import channel_similarity
+from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmentation_metrics import dice_by_label, measured_labels
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import Figure, figure
+from fibldm.files import hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer
@@ -99,17 +102,22 @@ class Reconstructed(NamedTuple):
 
 
 def measure_reconstruction(
-    evaluated: Evaluated, segmenter: Segmenter, reconstructor: Reconstructor, *, pictures: Path
+    evaluated: Evaluated,
+    segmenter: Segmenter,
+    reconstructor: Reconstructor,
+    *,
+    pictures: Path,
+    planes: PlaneDistance | None = None,
 ) -> Section:
     """Real test scans against their reconstructions.
 
     Figures are ``psnr`` (dB), ``ssim`` and ``mae`` (HU for a window, else of the range ``[-1, 1]``), see
     `image_quality`, over the field of view and per label as ``<figure>/<label>``; ``ms_ssim`` of the whole volume, see
-    `structure.ms_ssim`; ``dice_change`` and
-    ``dice_change/<label>``, the Dice of what a segmenter finds in the reconstruction minus that of the real scan,
-    negative where the autoencoder loses what the segmenter goes by; and ``spectrum`` (dB), see `spectrum_distance`,
-    whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare a scan with itself,
-    which has no counterpart among real scans: their ``real_vs_real`` is None.
+    `structure.ms_ssim`; ``lpips`` and ``lpips/<plane>``, where there is a network for it, see `PlaneDistance`;
+    ``dice_change`` and ``dice_change/<label>``, the Dice of what a segmenter finds in the reconstruction minus that of
+    the real scan, negative where the autoencoder loses what the segmenter goes by; and ``spectrum`` (dB), see
+    `spectrum_distance`, whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare
+    a scan with itself, which has no counterpart among real scans: their ``real_vs_real`` is None.
 
     Of several channels, `image_quality` and MS-SSIM are the mean of them, and the spectra stand one after the other.
 
@@ -120,13 +128,14 @@ def measure_reconstruction(
         segmenter: trained on the training split of the work folder.
         reconstructor: of the run.
         pictures: folder to draw in.
+        planes: for LPIPS; None leaves it out.
 
     Raises:
         FibldmError: the model grid is too small, or the picture cannot be written.
     """
     console, cases = Console(stderr=True), evaluated.real("test")
     measured = [
-        _reconstructed(evaluated, case, segmenter, reconstructor)
+        _reconstructed(evaluated, case, segmenter, reconstructor, planes)
         for case in track(cases, "reconstruction", console=console, disable=not console.is_terminal)
     ]
     values = [Measured(row.case, row.values) for row in measured]
@@ -138,6 +147,7 @@ def measure_reconstruction(
         "units": {"psnr": "dB", "mae": _unit(evaluated.intensity)[1], "spectrum": "dB"},
         "ssim": {"sigma": _SSIM_SIGMA, "window": _SSIM_WINDOW},
         "picture": PICTURE,
+        **({} if planes is None else {"lpips": planes.facts}),
     }
     return Section(mean_figures(values) | {"spectrum": _spectrum_figure(measured)}, facts, described(values))
 
@@ -182,7 +192,11 @@ def _psnr(squared_error: float) -> float:
 
 
 def _reconstructed(
-    evaluated: Evaluated, case: Case, segmenter: Segmenter, reconstructor: Reconstructor
+    evaluated: Evaluated,
+    case: Case,
+    segmenter: Segmenter,
+    reconstructor: Reconstructor,
+    planes: PlaneDistance | None,
 ) -> Reconstructed:
     sample, names = evaluated.read(case), foreground(evaluated)
     made = _inside(sample, reconstructor)
@@ -190,6 +204,10 @@ def _reconstructed(
     regions = {"": sample.valid} | {f"/{names[label]}": sample.labels == label for label in labels}
     values = _channel_means(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
     values["ms_ssim"] = channel_similarity(sample.image, made)
+    if planes is not None:
+        cache = FeatureCache(evaluated, "lpips", hash_value([planes.fingerprint, reconstructor.fingerprint]))
+        distances = cache.get(case, partial(planes, made=made))
+        values |= dict(zip(planes.names(made.shape[-3:]), distances.tolist(), strict=True))
     before = dice_by_label(segmentation(evaluated, case, segmenter), sample.labels, labels)
     after = dice_by_label(segmenter.segment(made), sample.labels, labels)
     changes = {f"dice_change/{names[label]}": after[label] - before[label] for label in labels}

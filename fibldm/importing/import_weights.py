@@ -22,6 +22,8 @@ from fibldm.licences import licence_notice
 from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import hash_weights
+from fibldm.runs.options import as_options
+from fibldm.verbatim import as_word, verbatim
 
 TOLERANCE = 1e-4
 PREDICTIONS = ("epsilon", "sample", "v", "flow", "rflow")
@@ -290,9 +292,7 @@ def _write(folder: Path, each: Imported, facts: Mapping[str, Any], notice: str) 
 
 
 def _use(folder: Path, kind: str, space: Mapping[str, Any] | None) -> str:
-    file, more = ("controlnet.yaml", " --set init_strict=false") if kind == "controlnet" else ("network.yaml", "")
+    file, more = ("controlnet.yaml", {"init_strict": False}) if kind == "controlnet" else ("network.yaml", {})
     scale = "" if space is None else f"fibldm encode with --set latent_scale={space['scale_factor']}, then "
-    return (
-        f"{scale}fibldm train {_STAGES[kind]} --data WORK --run RUN --config {folder}/{file} "
-        f"--set init_from={folder}/weights.safetensors{more}"
-    )
+    begun = as_options({"init_from": verbatim(str(folder / "weights.safetensors")), **more})
+    return f"{scale}fibldm train {_STAGES[kind]} --data WORK --run RUN --config {as_word(folder / file)}{begun}"

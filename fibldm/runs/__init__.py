@@ -4,6 +4,7 @@
 * ``stage_folder``: the folder of one stage
 * ``fingerprints``: what decides a stage
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
+* ``options``: overrides, from and to options of a command line
 * ``values``, ``causes``: checks of single values; what lies behind an error of MONAI's parser
 """
 

@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 import fibldm
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.runs.causes import unwrapped
+from fibldm.runs.options import in_order
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.verbatim import as_argument, verbatim
 
@@ -34,15 +35,6 @@ STAGE_FILES = {
 }
 
 _GRID = {"spacing", "size"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose ``1e-4`` is a number, as it is for MONAI, and not a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
-)
 
 
 class UnfitGrid(FibldmError):
@@ -117,11 +109,12 @@ def stage_configuration(
         work: folder of ``fibldm prepare``.
         run_dir: the run folder.
         configs: paths, or names of shipped configurations, of the data and of changes; they come last.
-        overrides: ``key::sub`` to value.
+        overrides: ``key::sub`` to value, in any order.
 
     Raises:
-        FibldmError: a file is missing or no YAML mapping, no data configuration is given, a key is unknown, a number
-            of something is none, or the overrides give epochs and something gives minutes.
+        FibldmError: a file is missing or no YAML mapping, no data configuration is given, a key is unknown or
+            replaces what was said before of a part of it, a number of something is none, or the overrides give epochs
+            and something gives minutes.
     """
     if stage not in STAGE_FILES:
         raise unknown_choice("stage", stage, STAGE_FILES)
@@ -129,7 +122,7 @@ def stage_configuration(
     given = [_find(name) for name in configs]
     known = {key for name in ("common", *sum(STAGE_FILES.values(), ())) for key in _read(shipped(name))}
     folders = {"work": verbatim(str(work)), "run_dir": verbatim(str(run_dir))}
-    configuration = Configuration((*base, *given), {**folders, **overrides})
+    configuration = Configuration((*base, *given), in_order({**folders, **overrides}))
     _check(configuration, given, known)
     return configuration
 
@@ -192,24 +185,6 @@ def read_configuration(name: str) -> dict[str, Any]:
     return _read(_find(name))
 
 
-def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["key::sub=value"]`` as a mapping; values are YAML, and ``1e-4`` is a number as it is for MONAI.
-
-    Raises:
-        FibldmError: an assignment has no ``=``, or its value is no YAML.
-    """
-    overrides = {}
-    for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        if not sign or not key:
-            raise FibldmError(f"--set needs key::sub=value; got {assignment!r}")
-        try:
-            overrides[key] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise FibldmError(f"--set needs a YAML value; got {assignment!r}: {error}") from error
-    return overrides
-
-
 def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -247,6 +222,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _check(configuration: Configuration, given: Sequence[Path], known: set[str]) -> None:
     contents = {file: _read(file) for file in given}
     _refuse_orphans(configuration, contents)
+    _refuse_lost_parts(contents)
     config = ConfigFiles.load_config_files([str(file) for file in configuration.files])
     config |= {key: value for key, value in configuration.overrides.items() if key in _GRID}
     if not config.keys() >= _GRID:
@@ -273,8 +249,7 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
 
 def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Change what the files say; a key may be one that another override brings, such as an argument of a new class."""
-    classes_first = sorted(overrides, key=lambda key: not key.endswith("::_target_"))
-    for key in classes_first:
+    for key in overrides:
         *path, name = key.split("::")
         if not _exists(config, [*path, name]):
             raise _unknown_key(key, "", {*config, *_flat_keys(config), *_arguments_at(config, path)})
@@ -304,6 +279,17 @@ def _refuse_orphans(configuration: Configuration, given: Mapping[Path, Mapping[s
                     "leave it out here; other stages may need it",
                 )
         names |= {key.lstrip("+").split("::")[0] for key in given.get(file) or _read(file)}
+
+
+def _refuse_lost_parts(given: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse ``a`` behind ``a::b`` in one file, which would drop the latter."""
+    for file, content in given.items():
+        keys = list(content)
+        for position, key in enumerate(keys):
+            if lost := [part for part in keys[:position] if part.lstrip("+").startswith(f"{key}::")]:
+                raise FibldmError(
+                    f"{file} gives {key!r} behind {lost[0]!r}, which it would drop", f"give {key!r} first"
+                )
 
 
 def _exists(config: Any, path: Sequence[str]) -> bool:

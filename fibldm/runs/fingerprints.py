@@ -8,8 +8,8 @@ from typing import Any
 _NOT_DECISIVE = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
-    "preview preview_eta preview_every preview_sampler preview_steps profile restart run run_dir stage stop_gap "
-    "trackers training wall_time wandb watch watch_training work "
+    "preview preview_eta preview_every preview_metrics preview_sampler preview_steps profile restart run run_dir stage "
+    "stop_gap trackers training wall_time wandb watch watch_training work "
     # and what MONAI's --tracking adds
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )

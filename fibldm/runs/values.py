@@ -14,7 +14,9 @@ _WHOLE = {
     **dict.fromkeys("accumulation_steps batch_size checkpoint_every steps val_interval views".split(), 1),
     **dict.fromkeys("covariate_width latent_channels patches_per_case preview_steps validation_times".split(), 1),
     **dict.fromkeys("spade_channels unet_norm_groups".split(), 1),
-    **dict.fromkeys("keep_every lora_rank num_workers patience preview_every seed warmup_steps".split(), 0),
+    **dict.fromkeys(
+        "keep_every lora_rank num_workers patience preview_every preview_metrics seed warmup_steps".split(), 0
+    ),
     **dict.fromkeys("validation_patches_per_case wavelet_levels".split(), 0),
     "epochs": 0,  # networks with nothing to learn have none
 }

@@ -1,6 +1,6 @@
 """Distance of volumes in the features of a trained network, whose weights are a local file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,41 @@ class PerceptualDistance:
 
     Args:
         weights: state dict of a ResNet as MONAI or torchvision names its layers, with or without its classifier.
-        network: "resnet10", "resnet50", ... as the file was trained.
+        network: "resnet10", "resnet50", ... as the file was trained; None tells it by the layers in the file.
         slices_per_axis: evenly spaced, for kernels of two axes.
 
     Raises:
         FibldmError: the network is unknown, there is no file, it is no state dict, or it is that of another network.
     """
 
-    def __init__(self, weights: str | Path | None, *, network: str = "resnet10", slices_per_axis: int = 4) -> None:
-        if network not in resnet_params:
+    def __init__(
+        self, weights: str | Path | None, *, network: str | None = "resnet10", slices_per_axis: int = 4
+    ) -> None:
+        if network not in (None, *resnet_params):
             raise unknown_choice("network", network, resnet_params)
         state = _read(weights)
+        self.network = network or _network_of(state, weights)
         self.kernel_axes, self.channels = state["conv1.weight"].ndim - 2, state["conv1.weight"].shape[1]
-        features = ResNetFeatures(network, pretrained=False, spatial_dims=self.kernel_axes, in_channels=self.channels)
-        _check_same(state, features.state_dict(), f"{weights} must hold the weights of {network}")
+        features = ResNetFeatures(
+            self.network, pretrained=False, spatial_dims=self.kernel_axes, in_channels=self.channels
+        )
+        _check_same(state, features.state_dict(), f"{weights} must hold the weights of {self.network}")
         features.load_state_dict(state)
         self.features: Any = features.eval().requires_grad_(False)
         self.slices_per_axis = slices_per_axis
 
     def __call__(self, volume: Tensor, target: Weighted) -> Tensor:
         """A scalar, for volumes ``(B, C, X, Y, Z)``; where the weight is 0 they count as equal."""
+        return torch.stack(self.views(volume, target)).mean()
+
+    def views(self, volume: Tensor, target: Weighted, *, axes: Sequence[int] | None = None) -> list[Tensor]:
+        """Scalars: the distance of slices across each of these spatial axes (None: all), or one of whole volumes."""
         inside = target.weight > 0
         pair = _standardised(torch.where(inside, volume, target.value), target.value, inside)
-        views = [self._view(*each) for each in self._axes(*pair)]
-        return torch.stack(views).mean()
-
-    def _axes(self, volume: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
         if volume.ndim - 2 == self.kernel_axes:
-            return [(volume, target)]
-        return [
-            (_spaced(volume, axis, self.slices_per_axis), _spaced(target, axis, self.slices_per_axis))
-            for axis in range(2, volume.ndim)
-        ]
+            return [self._view(*pair)]
+        across = range(volume.ndim - 2) if axes is None else axes
+        return [self._view(*(_spaced(part, axis + 2, self.slices_per_axis) for part in pair)) for axis in across]
 
     def _view(self, volume: Tensor, target: Tensor) -> Tensor:
         features = self.features.to(volume.device)
@@ -88,6 +91,16 @@ def _check_same(state: Mapping[str, Tensor], own: Mapping[str, Tensor], message:
     wrong = [name for name in names if not (name in state and name in own and state[name].shape == own[name].shape)]
     if wrong:
         raise FibldmError(f"{message}; {len(wrong)} names or shapes differ, {wrong[0]} first", "change network")
+
+
+def _network_of(state: Mapping[str, Tensor], weights: str | Path | None) -> str:
+    """The network whose kind and number of blocks a file has."""
+    blocks = [len({name.split(".")[1] for name in state if name.startswith(f"layer{k}.")}) for k in range(1, 5)]
+    block = "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
+    for name, (kind, layers, *_) in resnet_params.items():
+        if (kind, layers) == (block, blocks):
+            return str(name)
+    raise FibldmError(f"{weights} must hold one of {', '.join(resnet_params)}; its layers have {blocks} blocks")
 
 
 def _is_classifier(name: str) -> bool:

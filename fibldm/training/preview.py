@@ -1,5 +1,6 @@
 """Pictures of the same cases again and again while a stage trains."""
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.files import hash_value
+from fibldm.files import hash_value, write_text
 from fibldm.models import samplers
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
@@ -45,6 +46,8 @@ class Preview:
         spacing: mm along R, A, S.
         every: validations from one picture to the next; 0 draws none. The last validation is drawn in any case.
         interval: epochs from one validation to the next.
+        measure: figures by name that go beside every picture, such as `SampleRows.measure`, into
+            ``RUN/<stage>/previews/metrics.csv`` and TensorBoard; None measures nothing.
 
     Attributes:
         early: the first validation is drawn, too.
@@ -54,12 +57,21 @@ class Preview:
     """
 
     def __init__(
-        self, run_dir: str | Path, stage: str, rows: Rows, *, spacing: Sequence[float], every: int, interval: int = 1
+        self,
+        run_dir: str | Path,
+        stage: str,
+        rows: Rows,
+        *,
+        spacing: Sequence[float],
+        every: int,
+        interval: int = 1,
+        measure: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         if every < 0:
             raise FibldmError(f"preview_every must be at least 0 (no pictures); got {every}")
         self.folder = Path(run_dir) / stage / "previews"
         self.rows, self.spacing, self.every, self.interval = rows, tuple(spacing), every, interval
+        self.measure = measure
         self.early = False
         self.writer: Any = None
 
@@ -78,9 +90,24 @@ class Preview:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             picture = render(self.rows(), self.spacing)
+            figures = self.measure() if self.measure is not None else {}
         write_picture(preview_file(self.folder.parent, epoch), picture)
         self.writer.add_image("preview", picture, epoch, dataformats="HWC")
+        if figures:
+            self._write(figures, epoch)
         self.writer.flush()
+
+    def _write(self, figures: Mapping[str, float], epoch: int) -> None:
+        """The row of an epoch, in place of those that are done again."""
+        file = self.folder / "metrics.csv"
+        before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        rows = [row for row in before if int(row["epoch"]) < epoch]
+        rows.append({"epoch": str(epoch), **{name: f"{value:.6g}" for name, value in figures.items()}})
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [",".join(names), *(",".join(row.get(name, "") for name in names) for row in rows)]
+        write_text(file, "\n".join(lines) + "\n")
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, epoch)
 
     def _open(self, engine: Engine) -> None:
         # imported here, since it takes a second that only training has
@@ -138,6 +165,8 @@ class SampleRows:
         latents: of the run; the first validation cases are drawn, decoded by the first stage of the run.
         prepare_batch: of validation, which knows the process, the target and how masks are encoded.
         cases: how many.
+        measured: how many are measured by `measure`.
+        figures: of samples, real volumes and labels, such as `fibldm.evaluation.preview_figures.PreviewFigures`.
         samples: of each case.
         sampler: one of `fibldm.models.samplers.SAMPLERS`.
         steps: of the sampler.
@@ -157,6 +186,8 @@ class SampleRows:
         *,
         prepare_batch: LatentPrepareBatch,
         cases: int = 2,
+        measured: int = 0,
+        figures: Callable[..., dict[str, float]] | None = None,
         samples: int = 1,
         sampler: str = "dpmpp_2m",
         steps: int = 10,
@@ -167,6 +198,7 @@ class SampleRows:
     ) -> None:
         self.network, self.latents, self.prepare_batch = network, latents, prepare_batch
         self.cases, self.samples, self.seed, self.device = cases, samples, seed, device
+        self.measured, self.figures = measured, figures
         self.draw = samplers.sampler(sampler, eta)
         self.times = sampling_times(steps, spacing=prepare_batch.process.sampling_spacing, shift=shift)
 
@@ -175,6 +207,30 @@ class SampleRows:
         items = self.latents.items("validation")[: self.cases]
         with _evaluating(self.network):
             return [row for number, item in enumerate(items, start=1) for row in self._rows(f"case {number}", item)]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Figures of the first sample of every measured case, beside its real volume as the first stage shows it.
+
+        Raises:
+            FibldmError: a volume is too small to be measured.
+        """
+        if self.figures is None:
+            return {}
+        with _evaluating(self.network):
+            measured = [self._pair(item) for item in self.latents.items("validation")[: self.measured]]
+        made, real, labels = zip(*measured, strict=True)
+        follows = self.prepare_batch.mask is not None
+        return {"cases": len(measured), **self.figures(made, real, labels, follows_masks=follows)}
+
+    def _pair(self, item: Mapping[str, str]) -> tuple[Any, Any, Any]:
+        """Sample, real volume and labels as arrays."""
+        cached = load_file(item["file"])
+        labels, real = cached["labels"][None].long(), cached["mean"][None]
+        z = self._sample(item["case"], 0, labels, real.shape[1:])
+        volumes = (self._decode(self.latents.space.denormalise(z), labels), self._decode(real, labels))
+        made, shown = (volume.float().cpu().numpy() for volume in volumes)
+        return made, shown, cached["labels"][0].numpy()
 
     def _rows(self, title: str, item: Mapping[str, str]) -> list[list[Panel]]:
         cached = load_file(item["file"])
