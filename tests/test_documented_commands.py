@@ -56,6 +56,7 @@ LIKE = {
     "lungs": ("mine",),
     "lesions": ("mine",),
     "free": ("mine", "controlnet"),
+    "by_monai": ("mine", "diffusion", "controlnet"),
     "imported": ("mine", "diffusion", "controlnet"),
     "adapted": ("tuned", "diffusion"),
 }
