@@ -20,7 +20,7 @@ from monai.utils import optional_import
 from fibldm import __version__
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import STAGES, StageFolder, decisive
 from fibldm.runs.configuration import (
     STAGE_FILES,
     ConfigFiles,
@@ -152,12 +152,16 @@ def test_the_training_configurations_have_the_properties_of_a_bundle(
     assert workflow.version == __version__
 
 
+def header(name: str) -> str:
+    found = re.match(r"(#.*\n)+", shipped(name).read_text())
+    assert found is not None
+    return found.group()
+
+
 def header_arguments(name: str) -> list[str]:
     """The MONAI command that the header of a configuration says."""
-    header = re.match(r"(#.*\n)+", shipped(name).read_text())
-    assert header is not None
-    text = re.sub(r"\\?\n#\s*", " ", header.group())
-    return shlex.split(text[re.search(r"python -m|torchrun", text).start() : re.search("Override|or: ", text).start()])
+    text = re.sub(r"\\?\n#\s*", " ", header(name))
+    return shlex.split(text[text.index("python -m") : text.index("Override")])
 
 
 @pytest.mark.parametrize("stage", STAGE_FILES)
@@ -171,22 +175,48 @@ def test_a_stage_is_the_same_by_monai_and_by_fibldm(stage: str, tmp_path: Path) 
         assert by_monai["label_weights"] == {3: 2, 4: 4, 5: 4, 6: 4}
 
 
-NAMED = sorted(path.stem for path in configs_folder().glob("*.yaml") if "--config_file" in path.read_text())
+OPTIONS = sorted({extra[0] for _, _, extra in COMBINATIONS if extra})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if name not in ALONE])
-def test_the_files_of_every_documented_command_are_in_the_order_of_fibldm(name: str) -> None:
-    arguments = header_arguments(name)
-    listed = [Path(file).stem for file in yaml.safe_load(arguments[arguments.index("--config_file") + 1])]
-    data = next(position for position, file in enumerate(listed) if file.startswith("data_"))
-    assert tuple(listed[1:data]) in STAGE_FILES.values()
-    assert listed[0] == "common"
+def stages_of(option: str) -> set[str]:
+    """The stages whose files an option comes after, as its header says: two lines, what it does and where it stands."""
+    _, after, *more = header(option).splitlines()
+    assert after.startswith("# After ") and not more
+    if "any stage" in after:
+        return {stage for stage in STAGE_FILES if stage != "latents" or "trained" not in after}
+    return {stage for stage, names in STAGE_FILES.items() if f"{names[-1]}.yaml" in after}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_follows_the_stages_that_it_names_in_the_documented_command(option: str) -> None:
+    """The one command of docs/training.md, with another option in it and the files of another stage."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    command = re.search(r'--config_file "(\[.*my_data.*\])"', page)
+    assert command is not None
+    common, *stage_files, data, example = yaml.safe_load(command[1])
+    assert [Path(file).stem for file in (common, *stage_files)] == ["common", *STAGE_FILES["diffusion"]]
+    assert (data, Path(example).stem) == ("my_data.yaml", "mask_concat")
+    tried = {stage for stage, _, extra in COMBINATIONS if extra == (option,)}
+    assert stages_of(option) and stages_of(option) <= tried  # all parts of these exist
+    for stage in stages_of(option):
+        listed = [common, *(f"configs/{name}.yaml" for name in STAGE_FILES[stage]), shipped(DATA[0]), shipped(option)]
+        assert make(stage, DATA[0], option).files == tuple(ROOT / file for file in listed)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_files_of_a_documented_command_are_in_the_order_of_fibldm(page: str) -> None:
+    found = re.findall(r'--config_file "(\[.*\])"', (ROOT / page).read_text())
+    assert found
+    for text in found:
+        names = [Path(file).stem for file in yaml.safe_load(text)]
+        data = next(position for position, name in enumerate(names) if "data" in name)
+        assert names[0] == "common" and tuple(names[1:data]) in STAGE_FILES.values()
 
 
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("training", ("common", "train_autoencoder", "data_chest_phantom")),
+        ("training", ("common", *STAGE_FILES["autoencoder"], "data_chest_phantom")),
         ("inference", ("inference",)),
         ("evaluate", ("evaluate",)),
     ],
@@ -203,12 +233,10 @@ def test_monais_names_of_what_runs_run_it_once(
 @pytest.mark.parametrize("stage", STAGE_FILES)
 def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None:
     name = STAGE_FILES[stage][-1]
-    header = re.match(r"(#.*\n)+", shipped(name).read_text())
-    assert header is not None
-    text = re.sub(r"\\?\n#\s*", " ", header.group())
+    text = re.sub(r"\\?\n#\s*", " ", header(name))
     for word in ("Needs:", "Override: --", "Expect"):
         assert word in text
-    arguments = shlex.split(text[text.index("python -m") : text.index("Override")])
+    arguments = header_arguments(name)
     assert arguments[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
     listed = [ROOT / file for file in yaml.safe_load(arguments[5])]
     assert all(file.is_file() for file in listed)
@@ -311,6 +339,28 @@ def test_overrides_of_a_class_that_does_not_exist_are_refused() -> None:
         make(
             "diffusion", DATA[0], **{"process::_target_": "fibldm.models.process.Proces", "process::schedule": "cosine"}
         )
+
+
+def test_keys_of_a_file_are_checked_against_each_other_too(tmp_path: Path) -> None:
+    """Whatever their order: an argument of a class that the same file names."""
+    file = tmp_path / "mine.yaml"
+    named = "process::_target_: fibldm.models.process.VariancePreserving\n"
+    file.write_text("process::schedule: cosine\n" + named)
+    assert make("diffusion", DATA[0], str(file)).parser().get_parsed_content("process").schedule == "cosine"
+    file.write_text(named + "process::shedule: cosine\n")
+    with pytest.raises(FibldmError, match=f"key 'process::shedule' in {file} is not known") as raised:
+        make("diffusion", DATA[0], str(file))
+    assert raised.value.remedy == "did you mean 'process::schedule'?"
+
+
+@pytest.mark.parametrize("key", ["+trackers", "+validate::key_metric"])
+def test_additions_belong_into_files(key: str, tmp_path: Path) -> None:
+    """MONAI merges ``+key`` of a file; of an override it would make a key of that name."""
+    with pytest.raises(FibldmError, match="is not known"):
+        make("diffusion", DATA[0], **{key: []})
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{key}: {{}}" if "::" in key else f"{key}: []")
+    assert make("diffusion", DATA[0], str(file)).files[-1] == file
 
 
 @pytest.mark.parametrize("spacing", [[0, 2, 2], [-2, 2, 2], [2, 2, float("nan")]])
@@ -418,10 +468,9 @@ def test_h13_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: P
     """H13: one without ``unet::channels`` may divide otherwise; expressions of the configuration are followed."""
     (tmp_path / "mine.yaml").write_text("unet: {_target_: mine.Network, width: 8}")
     (tmp_path / "grid.yaml").write_text("edge: 52\nspacing: [1.0, 1.0, 1.0]\nsize: '$[@edge, 64, 48]'")
-    first = Configuration(
-        (*map(shipped, ("common", "train_autoencoder")), tmp_path / "grid.yaml"), {"work": phantom_work}
-    )
-    check_grid(first, Configuration((shipped("train_diffusion"), tmp_path / "mine.yaml"), {}))
+    one, two = (tuple(map(shipped, ("common", *STAGE_FILES[stage]))) for stage in ("autoencoder", "diffusion"))
+    first = Configuration((*one, tmp_path / "grid.yaml"), {"work": phantom_work})
+    check_grid(first, Configuration((*two, tmp_path / "mine.yaml"), {}))
     with pytest.raises(UnfitGrid, match=r"size \(52, 64, 48\)"):
         check_grid(first)
 
@@ -544,6 +593,129 @@ def test_a_wrong_value_leaves_nothing_behind_but_its_key(
     assert run(["train", "autoencoder", "--data", str(phantom_work), "--run", str(tmp_path / "run"), *chosen]) == 2
     told = capsys.readouterr().err.split("fibldm: ")[1]
     assert key in told and "Failed to" not in told
+
+
+# --- what decides
+
+# What runs of before the list leave out of the comparison; the same now, or they would be refused.
+LEFT_OUT = frozenset(
+    "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
+    "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
+    "preview preview_eta preview_every preview_sampler preview_steps profile restart run run_dir stage stop_gap "
+    "trackers training wall_time wandb watch watch_training work "
+    "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
+)
+NEW = {"not_decisive", "decisive_unless"}
+
+
+@pytest.mark.parametrize(("stage", "extra"), [*((stage, ()) for stage in STAGE_FILES), ("diffusion", TRACKERS)])
+def test_a_configuration_says_itself_which_keys_decide(stage: str, extra: tuple[str, ...]) -> None:
+    config = make(stage, DATA[0], *extra).parser().get()
+    left_out = {*LEFT_OUT, *NEW, "latent_draw", "masks_only"}
+    assert decisive(config) == {key: value for key, value in config.items() if key not in left_out}
+    changed = {**config, "latent_draw": "mean", "mine": 1}  # neither as before, nor known to anybody
+    assert {key for key in decisive(changed) if key not in decisive(config)} == {"latent_draw", "mine"}
+    assert decisive({**config, "not_decisive": [*config["not_decisive"], "seed"]}) == {
+        key: value for key, value in decisive(config).items() if key != "seed"
+    }
+
+
+def test_what_has_no_such_list_is_judged_by_the_shipped_ones() -> None:
+    """As the training configurations of bundles that were made before."""
+    config = json.loads((ROOT / "bundles" / "hippocampus_mri" / "configs" / "train.json").read_text())
+    assert NEW.isdisjoint(config)
+    assert decisive({**config, "mlflow": 1, "masks_only": True}) == {
+        key: value for key, value in config.items() if key not in LEFT_OUT
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"not_decisive": "epochs"}, "not_decisive must be a list of keys; got 'epochs'"),
+        ({"not_decisive": ["epochs", 3]}, "not_decisive must be a list of keys"),
+        ({"decisive_unless": ["seed"]}, "decisive_unless must be a mapping"),
+    ],
+)
+def test_a_list_of_what_decides_that_is_none_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FibldmError, match=message):
+        decisive({"not_decisive": [], **change})
+
+
+# --- showing
+
+
+def shown(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    assert run([*arguments, "--data", str(folder / "work #1"), "--run", str(folder / "r"), "--print-config"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGE_FILES)
+def test_a_printed_configuration_is_the_merged_one_and_can_be_used_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: str
+) -> None:
+    """Nothing is started: there is no data, and no run folder afterwards."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "note: \"two\\nlines: # 3\"\ninit_from: '@note'\nlayer_rates: {'*a*': 1.0e-05}\n+not_decisive: [note]\n"
+    )
+    given = ["--config", "data_chest_phantom", "--config", str(mine), "--set", "grid::size=[16, 16, 16]"]
+    command = ["encode"] if stage == "latents" else ["train", stage]
+    text = shown(capsys, tmp_path, *command, *given)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+    made = stage_configuration(
+        stage,
+        work=tmp_path / "work #1",
+        run_dir=tmp_path / "r",
+        configs=["data_chest_phantom", str(mine)],
+        overrides={"grid::size": [16, 16, 16]},
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    assert ConfigParser.load_config_files([str(again)]) == made.parser().get()  # by MONAI alone
+    assert make(stage, str(again)).parser().get() == {**made.parser().get(), "work": "w", "run_dir": "r"}
+
+
+def test_a_printed_configuration_says_where_each_part_comes_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("train::trainer::decollate: true\n+trackers: ['@wandb']\n+state: {more: '@ema'}\n")
+    configs = [word for name in ("data_chest_phantom", "mlflow", "wandb", "mine.yaml") for word in ("--config", name)]
+    options = ["--set", "unet::channels=[8, 8]", "--minutes", "5", "--restart"]
+    text = shown(capsys, tmp_path, "train", "diffusion", *configs, *options)
+    lines = text.splitlines()
+    for line in (
+        "#   mine.yaml",
+        "tf32: true  # common.yaml",
+        "optimizer:  # common_training.yaml",
+        "train:  # common_training.yaml",
+        "    decollate: true  # mine.yaml",
+        "    data: $take_subset(@latents.items('training'), @subset)  # train_diffusion.yaml",
+        "trackers:  # train_diffusion.yaml",
+        "- '@preview'",
+        "- '@mlflow'  # mlflow.yaml",
+        "- '@wandb'  # wandb.yaml",
+        "- '@wandb'  # mine.yaml",
+        "  more: '@ema'  # mine.yaml",
+        "size: [64, 64, 64]  # data_chest_phantom.yaml",
+        "  channels: [8, 8]  # --set",
+        "minutes: 5.0  # --minutes",
+        "restart: true  # --restart",
+        f"run_dir: {tmp_path}/r  # --run",
+    ):
+        assert line in lines
+    sampler = lines[lines.index("train:  # common_training.yaml") + 1 :]
+    assert sampler[:2] == ["  sampler:", "    _target_: fibldm.training.draws.EpochSampler"]  # of the same file
+
+
+def test_a_configuration_that_is_refused_is_not_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--data", "w", "--run", str(tmp_path / "r"), "--config", DATA[0], "--print-config"]
+    assert run(["train", "diffusion", *options, "--set", "epohcs=3"]) == 2
+    assert capsys.readouterr().out == ""
+    assert run(["train", "diffusion", *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert yaml.safe_load(result["configuration"]) == make("diffusion", run_dir=str(tmp_path / "r")).parser().get()
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ LIKE = {
     "lungs": ("mine", "diffusion"),
     "lesions": ("mine", "diffusion"),
     "free": ("mine", "diffusion"),
+    "by_monai": ("mine", "diffusion"),
     "imported": ("mine", "diffusion"),
     "adapted": ("tuned", "diffusion"),
 }

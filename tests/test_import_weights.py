@@ -33,6 +33,7 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import RectifiedFlow, VariancePreserving
 from fibldm.models.samplers import ddim
+from fibldm.runs.configuration import STAGE_FILES
 from fibldm.runs.options import parse_overrides
 from fibldm.synthesis.definitions import build
 from fibldm.training.initialise import initialise
@@ -301,7 +302,8 @@ def test_a_stage_begins_with_what_was_imported(tmp_path: Path) -> None:
     assert ConfigParser(parse_overrides([begun])).get_parsed_content("init_from") == str(
         tmp_path / "$a #1" / "weights.safetensors"
     )
-    files = [str(CONFIGS / "train_autoencoder.yaml"), str(tmp_path / "out" / "network.yaml")]
+    shipped = [str(CONFIGS / f"{name}.yaml") for name in ("common", *STAGE_FILES["autoencoder"])]
+    files = [*shipped, str(tmp_path / "out" / "network.yaml")]
     parser = ConfigParser(ConfigParser.load_config_files(files))
     built = parser.get_parsed_content("network_def")
     assert initialise(built, tmp_path / "out" / "weights.safetensors").complete

@@ -22,6 +22,9 @@ Overrides = Annotated[list[str], typer.Option("--set", help="key::sub=value, on 
 Devices = Annotated[
     int, typer.Option("--devices", help="Processes that share the work, each with a GPU; on a CPU with a part of it.")
 ]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Only print the merged configuration, with where each part comes from.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; what was there is kept beside it.")]
 
 
@@ -36,9 +39,12 @@ def train(
     ] = None,
     devices: Devices = 1,
     restart: Restart = False,
+    print_config: PrintConfig = False,
 ) -> dict[str, Any]:
     """Train one stage; an interrupted one goes on, a finished one is skipped."""
-    return run_stage(stage, data, run, config, overrides, restart, minutes=minutes, devices=devices)
+    return run_stage(
+        stage, data, run, config, overrides, restart, minutes=minutes, devices=devices, print_config=print_config
+    )
 
 
 def run_stage(
@@ -51,6 +57,7 @@ def run_stage(
     *,
     minutes: float | None = None,
     devices: int = 1,
+    print_config: bool = False,
 ) -> dict[str, Any]:
     """Print the equivalent MONAI command and run it here; of several ranks only the first says what happens."""
     began = time.monotonic()
@@ -58,16 +65,19 @@ def run_stage(
     from fibldm.runs import StageFolder
     from fibldm.runs.configuration import stage_configuration
     from fibldm.runs.options import parse_overrides
-    from fibldm.training.launch import check_devices, run_together
 
     first = os.environ.get("RANK", "0") == "0"
     if first:
         log_to_standard_error()
-    settings = parse_overrides(overrides) | ({"restart": True} if restart else {})
-    settings |= {} if minutes is None else {"minutes": minutes}
-    check_devices(devices, settings.get("device"))
+    own = ({"restart": True} if restart else {}) | ({} if minutes is None else {"minutes": minutes})
+    settings = parse_overrides(overrides) | own
     config = [*config, _TOGETHER] if devices > 1 and _TOGETHER not in config else config
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)
+    if print_config:
+        return _print_config(configuration, {"work": "--data", "run_dir": "--run", **{key: f"--{key}" for key in own}})
+    from fibldm.training.launch import check_devices, run_together
+
+    check_devices(devices, settings.get("device"))
     if first:
         print(f"The same by MONAI alone:\n  {configuration.command_of(devices)}")
         if stage == "autoencoder":
@@ -80,6 +90,15 @@ def run_stage(
     if first:
         print(f"{stage} is done: {run / stage}" if done else f"{stage} is not done: run the same command again")
     return {"outputs": [str(run / stage)], "done": done}
+
+
+def _print_config(configuration: "Configuration", options: dict[str, str]) -> dict[str, Any]:
+    from fibldm.runs.origins import with_origins
+
+    text = with_origins(configuration, options)
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="")
+    return {"outputs": [], "configuration": text}
 
 
 def _train_rank(configuration: "Configuration", began: float, quiet: bool) -> None:

@@ -133,4 +133,4 @@ def _key(configuration: Configuration, evaluated: Evaluated) -> str:
     config = ConfigFiles.load_config_files([str(file) for file in configuration.files])
     places = ("work", "run_dir", "train::dataset::data")
     chosen = {key: value for key, value in configuration.overrides.items() if key not in places}
-    return hash_value([decisive(config), decisive(chosen), read_datalist(evaluated.work)["content"]])[:12]
+    return hash_value([decisive(config), decisive(chosen, config), read_datalist(evaluated.work)["content"]])[:12]

@@ -131,8 +131,8 @@ def _counts(stage: str, request: Request) -> dict[str, int]:
     batches = math.ceil(draws / int(get("batch_size")))
     validation = 0
     for part in ("validate", *watched):
-        drawn = cases[part] * _views(parser, f"{part}::dataloader::sampler")
-        validation += math.ceil(drawn / int(get(f"{part}::dataloader::batch_size")))
+        drawn = cases[part] * _views(parser, "validate::dataloader::sampler")
+        validation += math.ceil(drawn / int(get("validate::dataloader::batch_size")))
     steps = math.ceil(batches / int(get("accumulation_steps")))
     return {"draws": draws, "steps": steps, "validation_batches": validation, "cases": sum(cases.values())}
 

@@ -27,11 +27,11 @@ from fibldm.runs.values import check_values, require_minutes
 from fibldm.verbatim import as_argument, verbatim
 
 STAGE_FILES = {
-    "autoencoder": ("train_autoencoder",),
+    "autoencoder": ("common_training", "train_autoencoder"),
     "latents": ("encode_latents",),
-    "diffusion": ("train_diffusion",),
-    "controlnet": ("train_diffusion", "train_controlnet"),
-    "segmenter": ("train_segmenter",),
+    "diffusion": ("common_training", "train_diffusion"),
+    "controlnet": ("common_training", "train_diffusion", "train_controlnet"),
+    "segmenter": ("common_training", "train_segmenter"),
 }
 
 _GRID = {"spacing", "size"}
@@ -61,7 +61,7 @@ class Configuration:
     def command_of(self, devices: int) -> str:
         """The same through MONAI alone, by so many processes."""
         python = "python" if devices == 1 else f"torchrun --standalone --nproc-per-node {devices}"
-        listed = "[" + ",".join(repr(str(_shown(file))) for file in self.files) + "]"
+        listed = "[" + ",".join(repr(str(shown(file))) for file in self.files) + "]"
         quoted = shlex.quote(listed) if re.search(r'[\\"$`!]', listed) else f'"{listed}"'
         arguments = " ".join(f"--{key} {shlex.quote(as_argument(value))}" for key, value in self.overrides.items())
         return f"{python} -m monai.bundle run --config_file {quoted} {arguments}".rstrip()
@@ -139,7 +139,8 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
         FibldmError: the autoencoder is refused.
     """
     first = autoencoder.parser()
-    second = (diffusion or Configuration((shipped("train_diffusion"),), {})).parser()
+    ships = tuple(shipped(name) for name in ("common", *STAGE_FILES["diffusion"]))
+    second = (diffusion or Configuration(ships, {})).parser()
     channels = next((key for key in ("unet::channels", "unet::num_channels") if key in second), None)
     if channels is None:
         return  # another kind of network, which may divide otherwise
@@ -235,11 +236,12 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
         before = ConfigFiles.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:
-            name, *inside = key.lstrip("+").split("::")
-            if name not in allowed:
+            if key.lstrip("+").split("::")[0] not in allowed:
                 raise _unknown_key(key, f" in {file}", allowed)
-            if inside and not _exists(before, [name, *inside]):
-                raise _unknown_key(key, f" in {file}", set(_flat_keys(before)))
+        inside = {key: value for key, value in contents[file].items() if "::" in key}
+        _override(before, {key: value for key, value in inside.items() if not key.startswith("+")}, f" in {file}")
+        for key in inside:
+            _require(before, key.lstrip("+"), f" in {file}")
     _override(config, configuration.overrides)
     check_values(config)
     require_minutes(config.get("minutes"))
@@ -247,16 +249,21 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
         raise both_given(config["minutes"], config["epochs"])
 
 
-def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+def _override(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "") -> None:
     """Change what the files say; a key may be one that another override brings, such as an argument of a new class."""
-    for key in overrides:
+    for key in in_order(overrides):
+        _require(config, key, where)
         *path, name = key.split("::")
-        if not _exists(config, [*path, name]):
-            raise _unknown_key(key, "", {*config, *_flat_keys(config), *_arguments_at(config, path)})
         place: Any = config
         for part in path:
             place = place[int(part) if isinstance(place, list) else part]
         place[int(name) if isinstance(place, list) else name] = overrides[key]
+
+
+def _require(config: dict[str, Any], key: str, where: str) -> None:
+    *path, name = key.split("::")
+    if not _exists(config, [*path, name]):
+        raise _unknown_key(key, where, {*config, *_flat_keys(config), *_arguments_at(config, path)})
 
 
 def both_given(minutes: Any, epochs: Any) -> FibldmError:
@@ -354,7 +361,8 @@ def _without_warnings_of_files() -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _shown(file: Path) -> Path:
+def shown(file: Path) -> Path:
+    """A file as people are told of it: from where they are, if it lies below."""
     try:
         return file.resolve().relative_to(Path.cwd())
     except ValueError:

@@ -2,30 +2,52 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-# Keys of a configuration that change where, how fast or how long a stage runs, but not what an epoch computes.
-_NOT_DECISIVE = frozenset(
-    "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
-    "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
-    "preview preview_eta preview_every preview_metrics preview_sampler preview_steps profile restart run run_dir stage "
-    "stop_gap trackers training wall_time wandb watch watch_training work "
-    # and what MONAI's --tracking adds
-    "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
-)
+from fibldm.errors import FibldmError
+
+# Where MONAI's --tracking adds handlers, to engines that have none of their own: parts of keys that decide otherwise.
+_TRACKED = ("train_handlers", "val_handlers")
 
 
-# Keys that came later, with the values that mean what was done before them.
-_AS_BEFORE = {"latent_draw": "sample", "masks_only": True}
+def decisive(config: Mapping[str, Any], rules: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys of a configuration that change what an epoch computes, by its own word.
+
+    They are all but those listed in its ``not_decisive``, and those that have the value of ``decisive_unless``.
+
+    Args:
+        config: keys and values.
+        rules: a configuration with these two; None is ``config`` itself. What has none, such as the ``train.json`` of a
+            bundle made before there were any, is judged by those that are shipped.
+
+    Raises:
+        FibldmError: one of the two is something else.
+    """
+    names, values = _rules(config if rules is None else rules)
+    kept = {key: _untracked(value) for key, value in config.items() if key not in names}
+    return {key: value for key, value in kept.items() if key not in values or values[key] != value}
 
 
-_TRACKED = ("train_handlers", "val_handlers")  # where it adds handlers, to engines that have none of their own
+def _rules(config: Mapping[str, Any]) -> tuple[set[str], dict[str, Any]]:
+    said = config if "not_decisive" in config else _shipped_rules()
+    names, values = said["not_decisive"], said.get("decisive_unless", {})
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FibldmError(
+            f"not_decisive must be a list of keys; got {names!r}", "`+not_decisive: [mine]` in a file adds to the list"
+        )
+    if not isinstance(values, Mapping):
+        raise FibldmError(f"decisive_unless must be a mapping of keys to values; got {values!r}")
+    return {*names, "not_decisive", "decisive_unless"}, dict(values)
 
 
-def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that change what an epoch computes."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
-    return {key: _untracked(value) for key, value in kept.items() if key not in _AS_BEFORE or _AS_BEFORE[key] != value}
+@cache
+def _shipped_rules() -> dict[str, Any]:
+    from fibldm.runs.configuration import configs_folder, read_configuration
+
+    contents = [read_configuration(file.stem) for file in configs_folder().glob("*.yaml")]
+    listed = [name for content in contents for key in ("", "+") for name in content.get(f"{key}not_decisive", ())]
+    return {"not_decisive": listed, "decisive_unless": read_configuration("common")["decisive_unless"]}
 
 
 def _untracked(value: Any) -> Any:

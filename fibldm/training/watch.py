@@ -6,17 +6,20 @@ both losses are taken in the same way: of plain views, with fixed noise, at fixe
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.timesteps import GridTimes
-from fibldm.training.draws import Item, take_subset
+from fibldm.training.draws import Item, KeyedDataset, take_subset
 from fibldm.training.handlers import Metrics
 from fibldm.training.losses import Weighted
 
@@ -34,6 +37,33 @@ def as_many_patients(training: Sequence[Item], validation: Sequence[Item]) -> li
         plain.setdefault(item["case"], item)
     ours, theirs = (len({str(item["subject"]) for item in items}) for items in (training, validation))
     return take_subset(list(plain.values()), min(1.0, theirs / ours))
+
+
+def same_evaluation(
+    evaluator: SupervisedEvaluator, dataset: KeyedDataset, key_val_metric: dict[str, Metric]
+) -> SupervisedEvaluator:
+    """An evaluator of other cases, that sees them as another one sees its own.
+
+    Args:
+        evaluator: of the validation cases; its loader draws by an `EpochSampler`.
+        dataset: the other cases.
+        key_val_metric: what is measured of them, by its name.
+    """
+    loader: Any = evaluator.data_loader
+    sampler = copy(loader.sampler)
+    sampler.length = len(dataset)
+    return SupervisedEvaluator(
+        device=evaluator.state.device,  # type: ignore[arg-type]
+        val_data_loader=DataLoader(
+            dataset, sampler=sampler, batch_size=loader.batch_size, num_workers=loader.num_workers
+        ),
+        network=evaluator.network,
+        prepare_batch=evaluator.prepare_batch,
+        inferer=evaluator.inferer,
+        key_val_metric=key_val_metric,
+        amp=evaluator.amp,
+        decollate=False,
+    )
 
 
 class LossByTime(Metric):
