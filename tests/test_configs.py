@@ -22,7 +22,6 @@ from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.runs import STAGES, StageFolder
 from fibldm.runs.configuration import (
-    STAGE_FILES,
     ConfigFiles,
     Configuration,
     UnfitGrid,
@@ -32,6 +31,7 @@ from fibldm.runs.configuration import (
     shipped,
     stage_configuration,
 )
+from fibldm.runs.stages import TABLE
 from fibldm.training.muon import Muon
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +44,9 @@ MASKS = sorted(path.stem for path in configs_folder().glob("mask_*.yaml"))
 SIZES = ("unet_s", "unet_m", "unet_l")
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
-    *((stage, data, ()) for stage in STAGE_FILES for data in DATA),
-    *((stage, DATA[0], (name,)) for stage in STAGE_FILES for name in ("tiny", "demo", "multi_gpu")),
-    *((stage, DATA[0], (name,)) for stage in STAGE_FILES if stage != "latents" for name in TRACKERS),
+    *((stage, data, ()) for stage in TABLE for data in DATA),
+    *((stage, DATA[0], (name,)) for stage in TABLE for name in ("tiny", "demo", "multi_gpu")),
+    *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
     ("diffusion", DATA[0], ("unet_generative",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),
@@ -59,7 +59,7 @@ COMBINATIONS = [
 
 
 def files(stage: str, data: str, *extra: str) -> list[str]:
-    return [str(shipped(name)) for name in ("common", *STAGE_FILES[stage], data, *extra)]
+    return [str(shipped(name)) for name in ("common", *TABLE[stage].files, data, *extra)]
 
 
 def components(value: Any) -> Iterator[dict[str, Any]]:
@@ -160,10 +160,10 @@ def header_arguments(name: str) -> list[str]:
     return shlex.split(text[re.search(r"python -m|torchrun", text).start() : re.search("Override|or: ", text).start()])
 
 
-@pytest.mark.parametrize("stage", STAGE_FILES)
+@pytest.mark.parametrize("stage", TABLE)
 def test_a_stage_is_the_same_by_monai_and_by_fibldm(stage: str, tmp_path: Path) -> None:
     """The user's own values win by both: those of a data configuration that a stage file has, too."""
-    listed = [str(ROOT / file) for file in yaml.safe_load(header_arguments(STAGE_FILES[stage][-1])[5])]
+    listed = [str(ROOT / file) for file in yaml.safe_load(header_arguments(TABLE[stage].files[-1])[5])]
     by_monai = ConfigWorkflow(listed, workflow_type="train", work="w", run_dir="r").parser
     ours = make(stage, "data_chest_phantom")
     assert {**by_monai.get(), "_meta_": None} == {**ours.parser().get(), "_meta_": None}
@@ -179,7 +179,7 @@ def test_the_files_of_every_documented_command_are_in_the_order_of_fibldm(name: 
     arguments = header_arguments(name)
     listed = [Path(file).stem for file in yaml.safe_load(arguments[arguments.index("--config_file") + 1])]
     data = next(position for position, file in enumerate(listed) if file.startswith("data_"))
-    assert tuple(listed[1:data]) in STAGE_FILES.values()
+    assert tuple(listed[1:data]) in [kind.files for kind in TABLE.values()]
     assert listed[0] == "common"
 
 
@@ -200,9 +200,9 @@ def test_monais_names_of_what_runs_run_it_once(
     assert capsys.readouterr().out == "ran\n"
 
 
-@pytest.mark.parametrize("stage", STAGE_FILES)
+@pytest.mark.parametrize("stage", TABLE)
 def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None:
-    name = STAGE_FILES[stage][-1]
+    name = TABLE[stage].files[-1]
     header = re.match(r"(#.*\n)+", shipped(name).read_text())
     assert header is not None
     text = re.sub(r"\\?\n#\s*", " ", header.group())

@@ -22,13 +22,13 @@ from fibldm.licences import licence_notice
 from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import hash_weights
+from fibldm.runs.stages import TABLE
 
 TOLERANCE = 1e-4
 PREDICTIONS = ("epsilon", "sample", "v", "flow", "rflow")
 
 _SCHEDULERS = ("noise_scheduler", "scheduler")
 _MAISI_DDPM = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
-_STAGES = {"unet": "diffusion", "controlnet": "controlnet", "autoencoder": "autoencoder", "vqvae": "autoencoder"}
 # As FibLDM encodes masks, whatever the condition of the other program was.
 _MASK_EMBEDDING = {
     "conditioning_embedding_in_channels": "$@mask_encoder.channels",
@@ -292,7 +292,8 @@ def _write(folder: Path, each: Imported, facts: Mapping[str, Any], notice: str) 
 def _use(folder: Path, kind: str, space: Mapping[str, Any] | None) -> str:
     file, more = ("controlnet.yaml", " --set init_strict=false") if kind == "controlnet" else ("network.yaml", "")
     scale = "" if space is None else f"fibldm encode with --set latent_scale={space['scale_factor']}, then "
+    stage = next(row for row in TABLE.values() if kind in row.imports)
     return (
-        f"{scale}fibldm train {_STAGES[kind]} --data WORK --run RUN --config {folder}/{file} "
+        f"{scale}{stage.command} --data WORK --run RUN --config {folder}/{file} "
         f"--set init_from={folder}/weights.safetensors{more}"
     )
