@@ -48,6 +48,7 @@ from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.planning.traced_step import Request, trace_stage
 from fibldm.runs import STAGES
 from fibldm.runs.configuration import stage_configuration
+from fibldm.runs.stages import trained
 from fibldm.runs.workflow import StageWorkflow
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.inferers import Precision, fast_bfloat16
@@ -303,7 +304,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings of speed and memory, each by itself on top of the bench's."""
 
-_TRAINED = [stage for stage in STAGES if stage != "latents"]
+_TRAINED = trained()
 _OF_STEP = {f"{stage} step": (stage, {}) for stage in _TRAINED} | {
     f"{stage}, {name}": (stage, options) for stage in _TRAINED for name, options in OPTIONS.items()
 }
