@@ -31,6 +31,7 @@ from fibldm.runs.configuration import (
     stage_configuration,
 )
 from fibldm.runs.options import as_options, in_order
+from fibldm.runs.stages import TABLE, begun, kind_of
 from fibldm.runs.values import require_minutes
 from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
 from fibldm.training.budget import in_minutes
@@ -71,13 +72,11 @@ class Recipe:
     Attributes:
         configs: paths or names of configurations of all stages; one gives spacing and size of the model grid.
         prepare: fields of `PrepareSettings`.
-        autoencoder: keys of the stage's configuration; ``configs`` names more configurations of this stage alone.
-        latents: the same of the latents.
-        diffusion: the same of stage 2.
-        controlnet: the same of stage 3; None leaves it out, where stage 2 sees the mask itself.
+        of_stages: keys of the configurations of stages, by their names, which are steps of their own in the file;
+            ``configs`` names more configurations of that stage alone, null leaves out one that is optional, such as the
+            ControlNet where stage 2 sees the mask itself. Those of the segmenter that measures are here, too.
         synthesize: fields of `Drawing`.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
-        segmenter: keys of the configuration of the segmenter that measures.
         perceptual: file of weights of a ResNet of slices, for LPIPS; None leaves it out.
         minutes: for all stages of training together, in place of their epochs; None trains all epochs.
         shares: of the minutes, for each stage that is trained; empty takes the defaults, see `shares_of`.
@@ -85,13 +84,9 @@ class Recipe:
 
     configs: Sequence[str] = ()
     prepare: Mapping[str, Any] = field(default_factory=dict)
-    autoencoder: Mapping[str, Any] = field(default_factory=dict)
-    latents: Mapping[str, Any] = field(default_factory=dict)
-    diffusion: Mapping[str, Any] = field(default_factory=dict)
-    controlnet: Mapping[str, Any] | None = field(default_factory=dict)
+    of_stages: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     synthesize: Mapping[str, Any] = field(default_factory=dict)
     measure: Sequence[str] = OF_ANY_MASKS
-    segmenter: Mapping[str, Any] = field(default_factory=dict)
     perceptual: str | None = None
     minutes: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -122,12 +117,28 @@ class Recipe:
                 raise FibldmError(f"{step} of a recipe has no {inside[0]}; it is {before}", f"give all of {step}")
             else:
                 content[step] = value
-        recipe = settings_of(cls, content, "step of a recipe")
+        recipe = cls._of(content)
         require_minutes(recipe.minutes)
         for name in STAGES:
             if recipe.minutes is not None and f"{name}::epochs" in overrides:
                 raise both_given(recipe.minutes, f"{overrides[f'{name}::epochs']} of {name}")
-        return cls(**{**content, "configs": [*recipe.configs, *configs]})
+        return replace(recipe, configs=[*recipe.configs, *configs])
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> "Recipe":
+        """A recipe from the content of a file."""
+        names = [part.name for part in fields(cls) if part.name != "of_stages"]
+        for name, value in content.items():
+            if name not in (*names, *TABLE):
+                raise unknown_choice("step of a recipe", name, (*names, *TABLE))
+            if name in TABLE and not _are_keys(value) and not (value is None and _may_be_left_out(name)):
+                or_null = " or null" if _may_be_left_out(name) else ""
+                raise FibldmError(
+                    f"step of a recipe {name} must be a mapping from a text to any value{or_null}; got {value!r}"
+                )
+        plain = {name: value for name, value in content.items() if name not in TABLE}
+        of_stages = {name: value for name, value in content.items() if name in TABLE}
+        return replace(settings_of(cls, plain, "step of a recipe"), of_stages=of_stages)
 
     @property
     def preparation(self) -> PrepareSettings:
@@ -137,6 +148,11 @@ class Recipe:
             FibldmError: an option is unknown or has another type.
         """
         return settings_of(PrepareSettings, self.prepare, "option of prepare")
+
+    @property
+    def of_segmenter(self) -> Mapping[str, Any]:
+        """Keys of the configuration of the segmenter that measures."""
+        return self.of_stages.get("segmenter") or {}
 
     @property
     def drawing(self) -> Drawing:
@@ -155,7 +171,7 @@ class Recipe:
         """
         steps = []
         for name in STAGES:
-            keys = getattr(self, name)
+            keys = self.of_stages.get(name, None if TABLE[name].in_pipeline == "on request" else {})
             if keys is not None:
                 own = keys.get("configs", ())
                 if isinstance(own, str) or not all(isinstance(config, str) for config in own or ()):
@@ -171,7 +187,7 @@ class TrainingStep:
     """A stage with its configurations and changes.
 
     Attributes:
-        name: one of `fibldm.runs.STAGES`.
+        name: one of the table of stages.
         configs: paths or names of configurations.
         overrides: ``key::sub`` to value.
     """
@@ -200,11 +216,10 @@ class TrainingStep:
                 f"choose another --out folder, or give --set {self.name}::restart=true, once, to train this stage anew "
                 "(the old one is kept beside it)",
             ) from error
-        verb = "encode" if self.name == "latents" else f"train {self.name}"
         configs = "".join(f" --config {as_word(name)}" for name in self.configs)
         folders = f"--data {as_word(work)} --run {as_word(run)}"
         limited = "" if minutes is None else f" --minutes {minutes:g}"
-        return f"fibldm {verb} {folders}{configs}{as_options(self.overrides)}{limited}"
+        return f"{kind_of(self.name).command} {folders}{configs}{as_options(self.overrides)}{limited}"
 
     def configuration(self, work: Path, run: Path) -> Configuration:
         """The checked configuration of the stage."""
@@ -240,7 +255,7 @@ def train_steps(
     total = TotalBudget(run, minutes, shares_of([step.name for step in steps], shares), encoding)
     commands = []
     for step in steps:
-        own = None if step.name == "latents" else total.minutes_of(step.name)
+        own = total.minutes_of(step.name) if kind_of(step.name).is_trained else None
         headline = step.name if own is None else f"{step.name}: {own:.3g} of {in_minutes(minutes)}"
         commands.append(_told(step, say, headline).run(work, run, minutes=own))
     say(f"training took {total.seconds / 60:.1f} of {in_minutes(minutes)}")
@@ -322,17 +337,18 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
             "name them in covariates of diffusion, and of controlnet where there is one",
         )
     shares_of(list(configurations), recipe.shares)
-    TrainingStep("segmenter", recipe.configs, recipe.segmenter).configuration(work, run)
+    TrainingStep("segmenter", recipe.configs, recipe.of_segmenter).configuration(work, run)
     if recipe.perceptual is not None:
         PlaneDistance(recipe.perceptual)
     words = Words.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
-    if recipe.controlnet is not None:
+    for kind in begun(run):
+        if kind.generates and kind.name not in configurations:
+            raise FibldmError(
+                f"the recipe has no {kind.name}, and {run} has one, which would be used", "choose another --out folder"
+            )
+    if any(kind_of(name).brings_mask for name in configurations):
         return
-    if (run / "controlnet").exists():
-        raise FibldmError(
-            f"the recipe has no ControlNet, and {run} has one, which would be used", "choose another --out folder"
-        )
     if configurations["diffusion"].parser()["mask_way"] is None:
         raise FibldmError(
             "without a ControlNet, stage 2 must see the mask; its mask_way is null",
@@ -356,6 +372,14 @@ def check_covariates(diffusion: Configuration, work: Path, drawing: Drawing) -> 
     if drawing.covariates:
         encoding = CovariateEncoding.fit(names, load_datalist(work, "training", masks=True), categories)
         encoding.check(encoding.read(drawing.covariates), allow=drawing.allow_extrapolation)
+
+
+def _are_keys(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _may_be_left_out(stage: str) -> bool:
+    return TABLE[stage].in_pipeline in ("optional", "on request")
 
 
 def _told(step: TrainingStep, say: Callable[[str], None], headline: str) -> TrainingStep:
@@ -391,7 +415,7 @@ def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) 
 
 
 def _measure(run: Path, work: Path, out: Path, recipe: Recipe, drawing: Drawing, say: Callable[[str], None]) -> None:
-    given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.segmenter, "say": say}
+    given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
     names = [name for name in recipe.measure if name in OF_ANY_MASKS]
     evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "utility" in recipe.measure:

@@ -32,7 +32,6 @@ import monai
 import numpy as np
 import torch
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 from torch import Tensor
 
@@ -49,6 +48,8 @@ from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.planning.traced_step import Request, trace_stage
 from fibldm.runs import STAGES
 from fibldm.runs.configuration import stage_configuration
+from fibldm.runs.stages import trained
+from fibldm.runs.workflow import StageWorkflow
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.inferers import Precision, fast_bfloat16
 from fibldm.volumes.datalist import load_datalist
@@ -95,14 +96,14 @@ class Bench:
         for stage in STAGES:
             self.workflow(stage, self.folder / "run", **SIZE[stage]).run()
 
-    def workflow(self, stage: str, run: Path, **overrides: Any) -> ConfigWorkflow:
+    def workflow(self, stage: str, run: Path, **overrides: Any) -> StageWorkflow:
         """A training stage as its configuration describes it, ready to run and to take parts of."""
         settings = {"device": self.device, "precision": self.precision, **overrides}
         work = self.folder / "work"
         chosen = stage_configuration(stage, work=work, run_dir=run, configs=self.configs, overrides=settings)
         files = [str(file) for file in chosen.files]
         logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # it warns of logging_file=False
-        workflow = ConfigWorkflow(files, logging_file=False, workflow_type="train", **chosen.overrides)
+        workflow = StageWorkflow(files, logging_file=False, workflow_type="train", **chosen.overrides)
         workflow.initialize()
         return workflow
 
@@ -303,7 +304,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings of speed and memory, each by itself on top of the bench's."""
 
-_TRAINED = [stage for stage in STAGES if stage != "latents"]
+_TRAINED = trained()
 _OF_STEP = {f"{stage} step": (stage, {}) for stage in _TRAINED} | {
     f"{stage}, {name}": (stage, options) for stage in _TRAINED for name, options in OPTIONS.items()
 }

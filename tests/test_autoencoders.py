@@ -24,7 +24,8 @@ from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.vector_quantised import VectorQuantisedAutoencoder
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import STAGE_FILES, shipped, stage_configuration
+from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.stages import TABLE
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
 
@@ -579,7 +580,7 @@ def test_c13_the_presets_compress_4_and_8_times_with_attention_at_the_smallest_s
     from monai.bundle import ConfigParser
 
     def network(*names: str) -> Autoencoder:
-        files = [str(shipped(name)) for name in ("common", *STAGE_FILES["autoencoder"], *names)]
+        files = [str(shipped(name)) for name in ("common", *TABLE["autoencoder"].files, *names)]
         parser = ConfigParser(ConfigParser.load_config_files(files))
         parser["image_channels"], parser["spatial_dims"] = 1, 3
         made: Autoencoder = parser.get_parsed_content("network_def")

@@ -22,7 +22,6 @@ from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.runs import STAGES, StageFolder, decisive
 from fibldm.runs.configuration import (
-    STAGE_FILES,
     ConfigFiles,
     Configuration,
     UnfitGrid,
@@ -32,6 +31,7 @@ from fibldm.runs.configuration import (
     stage_configuration,
 )
 from fibldm.runs.options import parse_overrides
+from fibldm.runs.stages import TABLE
 from fibldm.training.muon import Muon
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +44,9 @@ MASKS = sorted(path.stem for path in configs_folder().glob("mask_*.yaml"))
 SIZES = ("unet_s", "unet_m", "unet_l")
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
-    *((stage, data, ()) for stage in STAGE_FILES for data in DATA),
-    *((stage, DATA[0], (name,)) for stage in STAGE_FILES for name in ("tiny", "demo", "multi_gpu")),
-    *((stage, DATA[0], (name,)) for stage in STAGE_FILES if stage != "latents" for name in TRACKERS),
+    *((stage, data, ()) for stage in TABLE for data in DATA),
+    *((stage, DATA[0], (name,)) for stage in TABLE for name in ("tiny", "demo", "multi_gpu")),
+    *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
     ("diffusion", DATA[0], ("unet_generative",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),
@@ -59,7 +59,7 @@ COMBINATIONS = [
 
 
 def files(stage: str, data: str, *extra: str) -> list[str]:
-    return [str(shipped(name)) for name in ("common", *STAGE_FILES[stage], data, *extra)]
+    return [str(shipped(name)) for name in ("common", *TABLE[stage].files, data, *extra)]
 
 
 def components(value: Any) -> Iterator[dict[str, Any]]:
@@ -164,10 +164,10 @@ def header_arguments(name: str) -> list[str]:
     return shlex.split(text[text.index("python -m") : text.index("Override")])
 
 
-@pytest.mark.parametrize("stage", STAGE_FILES)
+@pytest.mark.parametrize("stage", TABLE)
 def test_a_stage_is_the_same_by_monai_and_by_fibldm(stage: str, tmp_path: Path) -> None:
     """The user's own values win by both: those of a data configuration that a stage file has, too."""
-    listed = [str(ROOT / file) for file in yaml.safe_load(header_arguments(STAGE_FILES[stage][-1])[5])]
+    listed = [str(ROOT / file) for file in yaml.safe_load(header_arguments(TABLE[stage].files[-1])[5])]
     by_monai = ConfigWorkflow(listed, workflow_type="train", work="w", run_dir="r").parser
     ours = make(stage, "data_chest_phantom")
     assert {**by_monai.get(), "_meta_": None} == {**ours.parser().get(), "_meta_": None}
@@ -183,8 +183,8 @@ def stages_of(option: str) -> set[str]:
     _, after, *more = header(option).splitlines()
     assert after.startswith("# After ") and not more
     if "any stage" in after:
-        return {stage for stage in STAGE_FILES if stage != "latents" or "trained" not in after}
-    return {stage for stage, names in STAGE_FILES.items() if f"{names[-1]}.yaml" in after}
+        return {stage for stage in TABLE if stage != "latents" or "trained" not in after}
+    return {stage for stage, kind in TABLE.items() if f"{kind.files[-1]}.yaml" in after}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -194,12 +194,12 @@ def test_an_option_follows_the_stages_that_it_names_in_the_documented_command(op
     command = re.search(r'--config_file "(\[.*my_data.*\])"', page)
     assert command is not None
     common, *stage_files, data, example = yaml.safe_load(command[1])
-    assert [Path(file).stem for file in (common, *stage_files)] == ["common", *STAGE_FILES["diffusion"]]
+    assert [Path(file).stem for file in (common, *stage_files)] == ["common", *TABLE["diffusion"].files]
     assert (data, Path(example).stem) == ("my_data.yaml", "mask_concat")
     tried = {stage for stage, _, extra in COMBINATIONS if extra == (option,)}
     assert stages_of(option) and stages_of(option) <= tried  # all parts of these exist
     for stage in stages_of(option):
-        listed = [common, *(f"configs/{name}.yaml" for name in STAGE_FILES[stage]), shipped(DATA[0]), shipped(option)]
+        listed = [common, *(f"configs/{name}.yaml" for name in TABLE[stage].files), shipped(DATA[0]), shipped(option)]
         assert make(stage, DATA[0], option).files == tuple(ROOT / file for file in listed)
 
 
@@ -210,13 +210,13 @@ def test_the_files_of_a_documented_command_are_in_the_order_of_fibldm(page: str)
     for text in found:
         names = [Path(file).stem for file in yaml.safe_load(text)]
         data = next(position for position, name in enumerate(names) if "data" in name)
-        assert names[0] == "common" and tuple(names[1:data]) in STAGE_FILES.values()
+        assert names[0] == "common" and tuple(names[1:data]) in [kind.files for kind in TABLE.values()]
 
 
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("training", ("common", *STAGE_FILES["autoencoder"], "data_chest_phantom")),
+        ("training", ("common", *TABLE["autoencoder"].files, "data_chest_phantom")),
         ("inference", ("inference",)),
         ("evaluate", ("evaluate",)),
     ],
@@ -230,9 +230,9 @@ def test_monais_names_of_what_runs_run_it_once(
     assert capsys.readouterr().out == "ran\n"
 
 
-@pytest.mark.parametrize("stage", STAGE_FILES)
+@pytest.mark.parametrize("stage", TABLE)
 def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None:
-    name = STAGE_FILES[stage][-1]
+    name = TABLE[stage].files[-1]
     text = re.sub(r"\\?\n#\s*", " ", header(name))
     for word in ("Needs:", "Override: --", "Expect"):
         assert word in text
@@ -468,7 +468,7 @@ def test_h13_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: P
     """H13: one without ``unet::channels`` may divide otherwise; expressions of the configuration are followed."""
     (tmp_path / "mine.yaml").write_text("unet: {_target_: mine.Network, width: 8}")
     (tmp_path / "grid.yaml").write_text("edge: 52\nspacing: [1.0, 1.0, 1.0]\nsize: '$[@edge, 64, 48]'")
-    one, two = (tuple(map(shipped, ("common", *STAGE_FILES[stage]))) for stage in ("autoencoder", "diffusion"))
+    one, two = (tuple(map(shipped, ("common", *TABLE[stage].files))) for stage in ("autoencoder", "diffusion"))
     first = Configuration((*one, tmp_path / "grid.yaml"), {"work": phantom_work})
     check_grid(first, Configuration((*two, tmp_path / "mine.yaml"), {}))
     with pytest.raises(UnfitGrid, match=r"size \(52, 64, 48\)"):
@@ -601,14 +601,14 @@ def test_a_wrong_value_leaves_nothing_behind_but_its_key(
 LEFT_OUT = frozenset(
     "_meta_ activation_checkpointing bundle_root checkpoint_every dataset_dir device epochs finalize imports "
     "init_trust initialize keep_best keep_every limit_val_batches log_every minutes mlflow num_workers patience "
-    "preview preview_eta preview_every preview_sampler preview_steps profile restart run run_dir stage stop_gap "
-    "trackers training wall_time wandb watch watch_training work "
+    "preview preview_eta preview_every preview_metrics preview_sampler preview_steps profile restart run run_dir stage "
+    "stop_gap trackers training wall_time wandb watch watch_training work "
     "experiment_name is_not_rank0 output_dir run_name save_execute_config tracking_uri".split()
 )
 NEW = {"not_decisive", "decisive_unless"}
 
 
-@pytest.mark.parametrize(("stage", "extra"), [*((stage, ()) for stage in STAGE_FILES), ("diffusion", TRACKERS)])
+@pytest.mark.parametrize(("stage", "extra"), [*((stage, ()) for stage in TABLE), ("diffusion", TRACKERS)])
 def test_a_configuration_says_itself_which_keys_decide(stage: str, extra: tuple[str, ...]) -> None:
     config = make(stage, DATA[0], *extra).parser().get()
     left_out = {*LEFT_OUT, *NEW, "latent_draw", "masks_only"}
@@ -650,7 +650,7 @@ def shown(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> 
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", STAGE_FILES)
+@pytest.mark.parametrize("stage", TABLE)
 def test_a_printed_configuration_is_the_merged_one_and_can_be_used_again(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: str
 ) -> None:

@@ -33,8 +33,8 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import RectifiedFlow, VariancePreserving
 from fibldm.models.samplers import ddim
-from fibldm.runs.configuration import STAGE_FILES
 from fibldm.runs.options import parse_overrides
+from fibldm.runs.stages import TABLE
 from fibldm.synthesis.definitions import build
 from fibldm.training.initialise import initialise
 
@@ -302,7 +302,7 @@ def test_a_stage_begins_with_what_was_imported(tmp_path: Path) -> None:
     assert ConfigParser(parse_overrides([begun])).get_parsed_content("init_from") == str(
         tmp_path / "$a #1" / "weights.safetensors"
     )
-    shipped = [str(CONFIGS / f"{name}.yaml") for name in ("common", *STAGE_FILES["autoencoder"])]
+    shipped = [str(CONFIGS / f"{name}.yaml") for name in ("common", *TABLE["autoencoder"].files)]
     files = [*shipped, str(tmp_path / "out" / "network.yaml")]
     parser = ConfigParser(ConfigParser.load_config_files(files))
     built = parser.get_parsed_content("network_def")
@@ -713,7 +713,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 
 def test_what_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the mapping is wrong, outputs differ, and nothing is written."""
-    from fibldm.delivery import conversion
+    from fibldm.importing import conversion
 
     real = conversion._present_name
 

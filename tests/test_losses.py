@@ -20,7 +20,8 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.process import Process, RectifiedFlow, Target, VariancePreserving
 from fibldm.models.samplers import draw_noise, sampler
 from fibldm.models.timesteps import sampling_times
-from fibldm.runs.configuration import STAGE_FILES, shipped, stage_configuration
+from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.stages import TABLE
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.losses import (
     CHARBONNIER_EPSILON,
@@ -277,7 +278,7 @@ def test_what_is_in_the_padding_changes_no_term(slice_weights: Path) -> None:
 
 
 def configured_loss(*configs: str, **changes: Any) -> DenoisingLoss:
-    names = ("common", "data_chest_phantom", *STAGE_FILES["diffusion"], *configs)
+    names = ("common", "data_chest_phantom", *TABLE["diffusion"].files, *configs)
     content = ConfigParser.load_config_files([str(shipped(name)) for name in names])
     parser = ConfigParser(content)
     parser.update({key.replace("__", "::"): value for key, value in changes.items()})

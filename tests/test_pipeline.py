@@ -126,7 +126,7 @@ def test_h6_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None
     (tmp_path / "other" / "run" / "controlnet").mkdir(parents=True)
     concat = {"controlnet": None, "diffusion::configs": ["mask_concat"]}
     recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides=concat)
-    with pytest.raises(FibldmError, match="the recipe has no ControlNet, and .*run has one"):
+    with pytest.raises(FibldmError, match="the recipe has no controlnet, and .*run has one"):
         pipeline(tmp_path / "absent", tmp_path / "other", recipe, CC0, say=quiet)
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.planning.plan import TRAINED, device_memory, largest_batch, largest_patch, plan
+from fibldm.planning.plan import device_memory, largest_batch, largest_patch, plan
 from fibldm.planning.timing import count, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, trace_stage
 from fibldm.runs import StageFolder
+from fibldm.runs.stages import trained
 
 FLOAT = 4
 
@@ -29,7 +30,7 @@ def request_(phantom_work: Path, tiny_data: Path) -> Request:
 @pytest.fixture(scope="module")
 def traced(request_: Request) -> dict[str, StageMemory]:
     """Every stage as it is configured."""
-    return {stage: trace_stage(stage, request_) for stage in TRAINED}
+    return {stage: trace_stage(stage, request_) for stage in trained()}
 
 
 def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
@@ -81,7 +82,7 @@ def test_allocators_hold_more_than_tensors() -> None:
     assert held_on_cpu(2**20, checkpointed=True) == pytest.approx(2 * 2**20)
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("stage", trained())
 def test_stage_is_traced_as_it_is_configured(traced: dict[str, StageMemory], stage: str, tiny_run: Path) -> None:
     """H11, C15: sizes and weights are those of the run that was trained with the same configuration."""
     found = traced[stage]
@@ -203,7 +204,7 @@ def test_largest_patch_of_slices_is_a_square(traced: dict[str, StageMemory]) -> 
 
 def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Volumes that are their own latents."""
-    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("autoencoder", "diffusion"))
+    monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder", "diffusion"))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)  # too little to try a step
     pixels = replace(request_, autoencoder_configs=("autoencoder_identity",))
@@ -221,7 +222,7 @@ def test_command_says_what_fits(
 ) -> None:
     """H11: one JSON object, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("autoencoder",))
+    monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder",))
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--device", "cpu", "--memory", "0.05", "--json"]
     assert run([*given, "--set", "precision=float32", "--set", "patches_per_case=200"]) == 0
@@ -235,7 +236,7 @@ def test_command_says_what_fits(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("stage", trained())
 def test_minutes_are_those_of_the_steps_that_training_does(request_: Request, stage: str, tiny_run: Path) -> None:
     """Steps, cases and validations are counted as the run has them that was trained with the same configuration."""
     found = time_stage(stage, request_.changed(epochs=7, val_interval=3))
@@ -257,7 +258,7 @@ def test_h11_the_plan_has_minutes_where_the_device_is_there(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """H11."""
-    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("diffusion",))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--set", "precision=float32", "--json"]
@@ -277,7 +278,7 @@ def test_h11_the_plan_has_minutes_where_the_device_is_there(
 
 
 def test_what_does_not_fit_is_not_tried(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fibldm.planning.plan.TRAINED", ("diffusion",))
+    monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("diffusion",))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)
     monkeypatch.setattr("fibldm.planning.plan.time_stage", lambda *_: pytest.fail("the machine would swap"))

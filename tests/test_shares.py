@@ -12,7 +12,7 @@ from fibldm.pipeline import Recipe, TrainingStep, train_steps
 from fibldm.planning.timing import encoding_seconds
 from fibldm.runs import BUDGET, STAGES, StageFolder
 from fibldm.runs.configuration import stage_configuration
-from fibldm.training.shares import SHARES, SHARES_WITH_CONTROLNET, TotalBudget, note_encoding, shares_of
+from fibldm.training.shares import TotalBudget, note_encoding, shares_of
 
 STEPS = [TrainingStep(stage, (), {}) for stage in STAGES]
 
@@ -30,8 +30,8 @@ def total(run: Path, minutes: float = 10.0, *, encoding: float = 60.0) -> TotalB
 
 
 def test_shares_are_those_of_the_stages_that_are_trained() -> None:
-    assert shares_of(STAGES) == SHARES_WITH_CONTROLNET and shares_of(STAGES[:3]) == SHARES
-    assert sum(SHARES.values()) == sum(SHARES_WITH_CONTROLNET.values()) == 1.0
+    assert shares_of(STAGES) == {"autoencoder": 0.3, "diffusion": 0.5, "controlnet": 0.2}
+    assert shares_of(STAGES[:3]) == {"autoencoder": 0.35, "diffusion": 0.65}
     assert list(shares_of(STAGES[:3], {"diffusion": 3, "autoencoder": 1}).items()) == [
         ("autoencoder", 1.0),
         ("diffusion", 3.0),

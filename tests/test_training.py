@@ -26,7 +26,6 @@ from fibldm.training.draws import EpochSampler
 from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, SetEpoch, ShowProgress, TensorBoard
 from fibldm.training.losses import AutoencoderLoss, DenoisingLoss, Weighted, kl_divergence, weighted_error
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
-from fibldm.training.stage import running_parser
 
 MASK = MaskEncoding((0, 1, 2), 4)
 PAIRS = [
@@ -449,8 +448,3 @@ def test_h7_a_schedule_is_put_where_it_was() -> None:
         scheduler.step()
     place(placed, 12)
     assert placed.optimizer.param_groups[0]["lr"] == stepped.optimizer.param_groups[0]["lr"]
-
-
-def test_only_a_configuration_has_a_parser() -> None:
-    with pytest.raises(RuntimeError, match="from an expression of a MONAI configuration"):
-        running_parser()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fibldm.runs.stages import trained
+
 if TYPE_CHECKING:
     from fibldm.runs.configuration import Configuration
 
-_TOGETHER = "multi_gpu"
+_TOGETHER, _STAGES = "multi_gpu", trained()
 
 Work = Annotated[Path, typer.Option("--data", help="Work folder of `fibldm prepare`.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder; each stage has a folder in it.")]
@@ -29,7 +31,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; what was t
 
 
 def train(
-    stage: Annotated[str, typer.Argument(help="autoencoder, diffusion or controlnet.")],
+    stage: Annotated[str, typer.Argument(help=f"{', '.join(_STAGES[:-1])} or {_STAGES[-1]}.")],
     data: Work,
     run: Run,
     config: Configs = [],

@@ -31,6 +31,7 @@ from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.runs import StageFolder, hash_weights, load_facts
+from fibldm.runs.stages import kind_of
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.synthesizer import generating_stage, residual_noise_file
@@ -142,8 +143,9 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
 
 def _definition(stage: StageFolder) -> Any:
     """The network of a stage; what a ControlNet stands on was trained by the stage before."""
-    base = {"base": _definition(StageFolder(stage.run_dir, "diffusion"))} if stage.name == "controlnet" else {}
-    return literal(stage.parser(device="cpu"), "network_def", known=base)
+    base = kind_of(stage.name).base
+    known = {} if base is None else {"base": _definition(StageFolder(stage.run_dir, base))}
+    return literal(stage.parser(device="cpu"), "network_def", known=known)
 
 
 def _part(stage: StageFolder, key: str) -> Any:

@@ -21,8 +21,9 @@ from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, train_steps
 from fibldm.report.report import Match, Window, write_report
-from fibldm.runs import BUDGET, STAGES
+from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
+from fibldm.runs.stages import TABLE, begun
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.verbatim import as_word
@@ -65,10 +66,14 @@ class DemoSettings:
 
     def steps(self) -> list[TrainingStep]:
         """The stages that are trained."""
-        own = dict.fromkeys(("diffusion", "controlnet"), self.diffusion)
         return [
-            TrainingStep(stage, ("data_chest_phantom", *self.configs, *own.get(stage, ())), {"seed": self.seed})
-            for stage in STAGES
+            TrainingStep(
+                kind.name,
+                ("data_chest_phantom", *self.configs, *(self.diffusion if kind.on_latents else ())),
+                {"seed": self.seed},
+            )
+            for kind in TABLE.values()
+            if kind.in_pipeline in ("always", "optional")
         ]
 
 
@@ -134,7 +139,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         matches=matches[:_PICTURES],
         sections=sections,
         evaluation=run / "evaluation",
-        losses={stage: run / stage / "metrics.csv" for stage in STAGES if stage != "latents"},
+        losses={kind.name: run / kind.name / "metrics.csv" for kind in begun(run) if kind.is_trained},
         labels=read_json(work / "datalist.json")["labels"],
         window=Window(-1000, 300),
         commands=commands,

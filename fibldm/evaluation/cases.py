@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file, hash_value
-from fibldm.runs import STAGES, load_facts
+from fibldm.runs import load_facts
+from fibldm.runs.stages import begun
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
@@ -98,7 +99,7 @@ class Evaluated:
             FibldmError: it is no bundle of ``fibldm export``, changed since (unless trusted), or was trained on the
                 data of another work folder, or ``out`` is a run, whose own figures lie there.
         """
-        if stages := [stage for stage in STAGES if (Path(out) / stage).exists()]:
+        if stages := [kind.name for kind in begun(out)]:
             raise FibldmError(
                 f"figures of a bundle need a folder of their own; {out} is a run with {', '.join(stages)}",
                 "name another folder",

@@ -23,6 +23,7 @@ from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import hash_weights
 from fibldm.runs.options import as_options
+from fibldm.runs.stages import TABLE
 from fibldm.verbatim import as_word, verbatim
 
 TOLERANCE = 1e-4
@@ -30,7 +31,6 @@ PREDICTIONS = ("epsilon", "sample", "v", "flow", "rflow")
 
 _SCHEDULERS = ("noise_scheduler", "scheduler")
 _MAISI_DDPM = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
-_STAGES = {"unet": "diffusion", "controlnet": "controlnet", "autoencoder": "autoencoder", "vqvae": "autoencoder"}
 # As FibLDM encodes masks, whatever the condition of the other program was.
 _MASK_EMBEDDING = {
     "conditioning_embedding_in_channels": "$@mask_encoder.channels",
@@ -294,5 +294,6 @@ def _write(folder: Path, each: Imported, facts: Mapping[str, Any], notice: str) 
 def _use(folder: Path, kind: str, space: Mapping[str, Any] | None) -> str:
     file, more = ("controlnet.yaml", {"init_strict": False}) if kind == "controlnet" else ("network.yaml", {})
     scale = "" if space is None else f"fibldm encode with --set latent_scale={space['scale_factor']}, then "
+    stage = next(row for row in TABLE.values() if kind in row.imports)
     begun = as_options({"init_from": verbatim(str(folder / "weights.safetensors")), **more})
-    return f"{scale}fibldm train {_STAGES[kind]} --data WORK --run RUN --config {as_word(folder / file)}{begun}"
+    return f"{scale}{stage.command} --data WORK --run RUN --config {as_word(folder / file)}{begun}"

@@ -12,9 +12,9 @@ from rich.progress import track
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
+from fibldm.runs.stages import kind_of, trained
 from fibldm.volumes.coverage import Coverage, measure_coverage
 
-TRAINED = ("autoencoder", "diffusion", "controlnet")
 DEVICES = ("cpu", "cuda")
 
 # The rest is for what is not traced: the CUDA context, workspaces, or on a CPU everything else that runs.
@@ -47,8 +47,8 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
     grid = _coverage(request)
-    trained = [stage for stage in TRAINED if is_trained(stage, request)]
-    stages = {stage: _described(stage, request, available) for stage in _shown(trained)}
+    planned = [stage for stage in trained() if is_trained(stage, request)]
+    stages = {stage: _described(stage, request, available) for stage in _shown(planned)}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
     return {
         "device": request.device,
@@ -134,7 +134,7 @@ def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
         "fits": traced.peak <= usable,
         "largest_batch": largest_batch(stage, request, usable, most),
         "largest_batch_checkpointed": largest_batch(stage, checkpointed, usable, most),
-        **({"largest_patch": largest_patch(traced, usable)} if stage == "autoencoder" else {}),
+        **({"largest_patch": largest_patch(traced, usable)} if not kind_of(stage).on_latents else {}),
         **_timed(stage, request, traced),
     }
 

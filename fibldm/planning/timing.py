@@ -14,6 +14,7 @@ from monai.data import list_data_collate
 
 from fibldm.planning.traced_step import Request, engines, first_items, imagine_earlier, stage_parser, validate
 from fibldm.runs.causes import unwrapped
+from fibldm.runs.stages import kind_of
 from fibldm.training.draws import Draw
 from fibldm.training.handlers import ClipGradient
 
@@ -81,7 +82,7 @@ def time_stage(stage: str, request: Request) -> StageTime:
             validations=math.ceil(epochs / int(get("val_interval"))),
             validation=validation * counts["validation_batches"],
             checkpoint=_time_checkpoint(parser) / int(get("checkpoint_every")),
-            loading=loading * counts["cases"] if stage == "autoencoder" else _time_mask(parser) * counts["cases"],
+            loading=counts["cases"] * (_time_mask(parser) if kind_of(stage).on_latents else loading),
         )
 
 
@@ -149,7 +150,7 @@ def _time_steps(parser: ConfigParser, trainer: Any, item: Mapping[str, Any], sta
     for handler in (ClipGradient(get("network"), float(get("clip_norm"))), get("ema")):
         handler.attach(trainer)
     trainer.state.epoch_length = _ENDLESS
-    dataset = get("train::dataset") if stage == "autoencoder" else None
+    dataset = None if kind_of(stage).on_latents else get("train::dataset")
     size, workers = int(get("batch_size")), int(get("num_workers"))
     loading: list[float] = []
 

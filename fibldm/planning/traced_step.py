@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.runs.causes import unwrapped
-from fibldm.runs.configuration import STAGE_FILES, ConfigFiles, shipped, stage_configuration
+from fibldm.runs.configuration import ConfigFiles, shipped, stage_configuration
+from fibldm.runs.stages import files_of_stages, kind_of
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
@@ -117,18 +118,19 @@ def first_items(stage: str, parser: ConfigParser, request: Request) -> dict[str,
         request: what is planned.
     """
     imagine_earlier(stage, parser, request)
-    if stage == "autoencoder":
-        return {part: _case(parser, part) for part in ("train", "validate")}
-    return dict.fromkeys(("train", "validate"), _latent(parser))
+    if kind_of(stage).on_latents:
+        return dict.fromkeys(("train", "validate"), _latent(parser))
+    return {part: _case(parser, part) for part in ("train", "validate")}
 
 
 def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
     """Put what earlier stages would make into a configuration: the facts of the latents, and the base network."""
-    if stage != "autoencoder":
+    kind = kind_of(stage)
+    if kind.on_latents:
         views = int(stage_parser("latents", request).get_parsed_content("views"))
         parser["latents"] = _latents(stage_parser("autoencoder", request), request.work, views)
-    if stage == "controlnet":
-        parser["base"] = stage_parser("diffusion", request)["network_def"]
+    if kind.base is not None:
+        parser["base"] = stage_parser(kind.base, request)["network_def"]
 
 
 def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
@@ -195,8 +197,7 @@ def _content(stage: str, work: Path, configs: tuple[str, ...]) -> dict[str, Any]
 
 @cache
 def _shipped_keys() -> frozenset[str]:
-    names = set(sum(STAGE_FILES.values(), ()))
-    return frozenset(key for name in names for key in ConfigFiles.load_config_file(shipped(name)))
+    return frozenset(key for name in files_of_stages() for key in ConfigFiles.load_config_file(shipped(name)))
 
 
 def _meant_for(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Run folders: what a stage was made from, whether it is done, and going on where it stopped.
 
-* ``stages``: the stages there are
+* ``stages``: the table of stages
 * ``stage_folder``: the folder of one stage
 * ``fingerprints``: what decides a stage
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``options``: overrides, from and to options of a command line
+* ``workflow``: MONAI's workflow of a stage, and the parser that it runs by
 * ``values``, ``causes``: checks of single values; what lies behind an error of MONAI's parser
 """
 

@@ -17,22 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 
 import fibldm
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.options import in_order
+from fibldm.runs.stages import TABLE, files_of_stages
 from fibldm.runs.values import check_values, require_minutes
+from fibldm.runs.workflow import StageWorkflow
 from fibldm.verbatim import as_argument, verbatim
-
-STAGE_FILES = {
-    "autoencoder": ("common_training", "train_autoencoder"),
-    "latents": ("encode_latents",),
-    "diffusion": ("common_training", "train_diffusion"),
-    "controlnet": ("common_training", "train_diffusion", "train_controlnet"),
-    "segmenter": ("common_training", "train_segmenter"),
-}
 
 _GRID = {"spacing", "size"}
 
@@ -87,7 +81,7 @@ class Configuration:
         timed = parser.get("minutes") is not None and "epochs" in parser  # latents have none
         overrides = {**self.overrides, "stage::began": began} if timed else self.overrides
         with _without_warnings_of_files():
-            workflow = ConfigWorkflow(
+            workflow = StageWorkflow(
                 config_file=[str(file) for file in self.files],
                 logging_file=False,
                 workflow_type="train",
@@ -105,7 +99,7 @@ def stage_configuration(
     """The configuration of a training stage: common, the stage's files, and the user's own.
 
     Args:
-        stage: one of `STAGE_FILES`.
+        stage: one of the table of stages.
         work: folder of ``fibldm prepare``.
         run_dir: the run folder.
         configs: paths, or names of shipped configurations, of the data and of changes; they come last.
@@ -116,11 +110,11 @@ def stage_configuration(
             replaces what was said before of a part of it, a number of something is none, or the overrides give epochs
             and something gives minutes.
     """
-    if stage not in STAGE_FILES:
-        raise unknown_choice("stage", stage, STAGE_FILES)
-    base = [shipped(name) for name in ("common", *STAGE_FILES[stage])]
+    if stage not in TABLE:
+        raise unknown_choice("stage", stage, TABLE)
+    base = [shipped(name) for name in ("common", *TABLE[stage].files)]
     given = [_find(name) for name in configs]
-    known = {key for name in ("common", *sum(STAGE_FILES.values(), ())) for key in _read(shipped(name))}
+    known = {key for name in ("common", *files_of_stages()) for key in _read(shipped(name))}
     folders = {"work": verbatim(str(work)), "run_dir": verbatim(str(run_dir))}
     configuration = Configuration((*base, *given), in_order({**folders, **overrides}))
     _check(configuration, given, known)
@@ -139,7 +133,7 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
         FibldmError: the autoencoder is refused.
     """
     first = autoencoder.parser()
-    ships = tuple(shipped(name) for name in ("common", *STAGE_FILES["diffusion"]))
+    ships = tuple(shipped(name) for name in ("common", *TABLE["diffusion"].files))
     second = (diffusion or Configuration(ships, {})).parser()
     channels = next((key for key in ("unet::channels", "unet::num_channels") if key in second), None)
     if channels is None:

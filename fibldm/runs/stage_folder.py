@@ -15,7 +15,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone
 from fibldm.runs.fingerprints import decisive, flatten, hash_weights
-from fibldm.runs.stages import COMMANDS
+from fibldm.runs.stages import kind_of
 from fibldm.verbatim import verbatim
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class StageFolder:
 
     Attributes:
         run_dir: the run folder.
-        name: one of `STAGES`, or "segmenter"; "segmenter/<more>" is one of several.
+        name: one of the table of stages; "segmenter/<more>" is one of several.
     """
 
     run_dir: Path
@@ -51,7 +51,7 @@ class StageFolder:
     @property
     def command(self) -> str:
         """What makes the stage on the command line."""
-        return COMMANDS[self.name.partition("/")[0]]
+        return kind_of(self.name).command
 
     @property
     def checkpoints(self) -> Path:

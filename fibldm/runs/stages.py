@@ -1,12 +1,127 @@
-"""The stages of a run."""
+"""The table of stages: what a stage is known by stands in its row, and everything else asks the table.
 
-STAGES = ("autoencoder", "latents", "diffusion", "controlnet")
+A new stage is a row in `TABLE` and a configuration file. Its place in the table is its place in a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, overload
+
+from fibldm.errors import unknown_choice
 
 
-COMMANDS = {
-    "autoencoder": "fibldm train autoencoder",
-    "latents": "fibldm encode",
-    "diffusion": "fibldm train diffusion",
-    "controlnet": "fibldm train controlnet",
-    "segmenter": "fibldm evaluate",
-}
+@dataclass(frozen=True)
+class StageKind:
+    """A row of the table.
+
+    Attributes:
+        name: of the stage, of its folder in a run and of its step in a recipe.
+        files: configurations that make it, after ``common``; later ones change earlier ones.
+        command: what makes it on the command line.
+        in_pipeline: whether a run has it. "optional" ones have it unless a recipe says null, "on request" only where a
+            recipe names them; what "never" has a place in a run stands elsewhere, such as the segmenter of `evaluate`.
+        is_trained: by epochs, or by minutes.
+        on_latents: whether it learns from what the stage ``latents`` cached, or else from volumes.
+        base: the earlier stage whose network stands in its configuration as ``base``, frozen; None has none.
+        share: of the minutes of a run.
+        share_of_others: what it takes of the shares of others where it is trained.
+        generates: whether volumes are drawn with its network, which are those of the last such stage that was begun.
+        brings_mask: whether its network follows masks even where that of ``base`` does not.
+        imports: kinds of networks of other programs whose weights it can begin with, see `fibldm.importing`.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    command: str
+    in_pipeline: Literal["always", "optional", "on request", "never"] = "always"
+    is_trained: bool = True
+    on_latents: bool = False
+    base: str | None = None
+    share: float = 0.0
+    share_of_others: Mapping[str, float] = field(default_factory=dict)
+    generates: bool = False
+    brings_mask: bool = False
+    imports: tuple[str, ...] = ()
+
+
+_ROWS = (
+    StageKind(
+        "autoencoder",
+        ("common_training", "train_autoencoder"),
+        "fibldm train autoencoder",
+        share=0.35,
+        imports=("autoencoder", "vqvae"),
+    ),
+    StageKind("latents", ("encode_latents",), "fibldm encode", is_trained=False),
+    StageKind(
+        "diffusion",
+        ("common_training", "train_diffusion"),
+        "fibldm train diffusion",
+        on_latents=True,
+        share=0.65,
+        generates=True,
+        imports=("unet",),
+    ),
+    StageKind(
+        "controlnet",
+        ("common_training", "train_diffusion", "train_controlnet"),
+        "fibldm train controlnet",
+        in_pipeline="optional",
+        on_latents=True,
+        base="diffusion",
+        share_of_others={"autoencoder": 0.05, "diffusion": 0.15},
+        generates=True,
+        brings_mask=True,
+        imports=("controlnet",),
+    ),
+    StageKind("segmenter", ("common_training", "train_segmenter"), "fibldm evaluate", in_pipeline="never"),
+)
+
+TABLE: dict[str, StageKind] = {row.name: row for row in _ROWS}
+
+
+class _OfRun(Sequence[str]):
+    """The names of those that a run may have, in their order, as the table has them when it is asked."""
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        return tuple(kind.name for kind in TABLE.values() if kind.in_pipeline != "never")[place]
+
+    def __len__(self) -> int:
+        return len(self[:])
+
+
+STAGES: Sequence[str] = _OfRun()
+
+
+def kind_of(stage: str) -> StageKind:
+    """The row of a stage; "segmenter/<more>" is one of several.
+
+    Raises:
+        FibldmError: there is none of that name.
+    """
+    name = stage.partition("/")[0]
+    if name not in TABLE:
+        raise unknown_choice("stage", stage, TABLE)
+    return TABLE[name]
+
+
+def begun(run: str | Path) -> list[StageKind]:
+    """Those stages that a run folder has, in their order."""
+    return [TABLE[stage] for stage in STAGES if (Path(run) / stage).exists()]
+
+
+def trained() -> tuple[str, ...]:
+    """Those stages of a run that are trained, in their order."""
+    return tuple(stage for stage in STAGES if TABLE[stage].is_trained)
+
+
+def files_of_stages() -> tuple[str, ...]:
+    """The configurations that make any stage, each once."""
+    return tuple(dict.fromkeys(file for kind in TABLE.values() for file in kind.files))

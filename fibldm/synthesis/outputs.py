@@ -13,6 +13,7 @@ from rich.progress import track
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json
 from fibldm.locks import alone
+from fibldm.runs.stages import begun
 from fibldm.shards import Shard
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.synthesis.synthesizer import UNCONDITIONAL, Synthesis, Synthesizer, Wanted
@@ -256,7 +257,7 @@ def synthesize_files(
     if not masks and (strength != 1 or others):
         raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give --masks")
     asked = bool(masks) or unconditional
-    if run_dir is not None and not asked and (Path(run_dir) / "controlnet").exists():
+    if run_dir is not None and not asked and any(kind.brings_mask for kind in begun(run_dir)):
         raise _needs_masks()
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}

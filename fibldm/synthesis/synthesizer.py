@@ -27,6 +27,7 @@ from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
 from fibldm.runs import StageFolder, hash_weights, load_facts
+from fibldm.runs.stages import TABLE, begun
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
@@ -445,28 +446,30 @@ def residual_noise_file(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
 
 
 def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFolder:
-    """The stage that volumes are drawn with: diffusion where that knows the mask and no ControlNet was begun.
+    """The stage that volumes are drawn with: the last one that was begun of those that generate.
 
     Args:
         run_dir: the run folder.
-        unconditional: diffusion where that knows no mask, too.
+        unconditional: where diffusion knows no mask, none that brings it one.
 
     Raises:
         FibldmError: nothing was trained that knows the mask, and that is wanted.
     """
-    base, controlnet = StageFolder(run_dir, "diffusion"), StageFolder(run_dir, "controlnet")
+    first, *later = (kind for kind in TABLE.values() if kind.generates)
+    base, steered = StageFolder(run_dir, first.name), next(kind for kind in later if kind.brings_mask)
     if base.done() is None:
-        return base if unconditional else controlnet
-    knows_mask = base.component("mask_way") is not None
-    if unconditional and not knows_mask:
-        return base
-    if controlnet.path.exists() or knows_mask:
-        return controlnet if controlnet.path.exists() else base
-    raise FibldmError(
-        f"stage 'controlnet' of {run_dir} must be finished first; it was never started, and stage 2 knows no masks",
-        "run `fibldm train controlnet`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
-        "`fibldm export --unconditional`",
-    )
+        return base if unconditional else StageFolder(run_dir, steered.name)
+    fitting = [kind for kind in begun(run_dir) if kind in later]
+    if base.component("mask_way") is None:
+        fitting = [kind for kind in fitting if kind.brings_mask != unconditional]
+        if not fitting and not unconditional:
+            raise FibldmError(
+                f"stage {steered.name!r} of {run_dir} must be finished first; it was never started, and stage 2 knows "
+                "no masks",
+                f"run `{steered.command}`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
+                "`fibldm export --unconditional`",
+            )
+    return StageFolder(run_dir, (fitting or [first])[-1].name)
 
 
 def _joined(

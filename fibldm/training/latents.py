@@ -28,11 +28,11 @@ from fibldm.models.latents import LatentSpace
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
 from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
+from fibldm.runs.workflow import running_parser
 from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
-from fibldm.training.stage import running_parser
 
 Result = TypeVar("Result")
 Draw = Literal["sample", "mean"]
@@ -229,7 +229,7 @@ class EncodeStage:
     def _run(self, folder: StageFolder, shard: Shard) -> None:
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
-        config = {key: value for key, value in running_parser().get().items() if key != "epochs"}
+        config = {key: value for key, value in running_parser(self).get().items() if key != "epochs"}
         with folder.kept_until_begun(self.restart and shard.is_first):
             if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
                 self.check()

@@ -8,9 +8,7 @@ from pathlib import Path
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import read_json, write_json
 from fibldm.runs import BUDGET, STAGES, StageFolder
-
-SHARES: Mapping[str, float] = {"autoencoder": 0.35, "diffusion": 0.65}
-SHARES_WITH_CONTROLNET: Mapping[str, float] = {"autoencoder": 0.3, "diffusion": 0.5, "controlnet": 0.2}
+from fibldm.runs.stages import kind_of
 
 
 def shares_of(stages: Sequence[str], given: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -18,13 +16,13 @@ def shares_of(stages: Sequence[str], given: Mapping[str, float] | None = None) -
 
     Args:
         stages: of the run.
-        given: another share for each that is trained; only their ratios count. None takes the defaults.
+        given: another share for each that is trained; only their ratios count. None takes those of the table of stages.
 
     Raises:
         FibldmError: they are shares of other stages, or no numbers above 0.
     """
-    shares = given or (SHARES_WITH_CONTROLNET if "controlnet" in stages else SHARES)
-    trained = [stage for stage in stages if stage in SHARES_WITH_CONTROLNET]
+    trained = [stage for stage in stages if kind_of(stage).is_trained]
+    shares = given or _usual(trained)
     for name in shares:
         if name not in trained:
             raise unknown_choice("stage with a share of the minutes", name, trained)
@@ -33,6 +31,16 @@ def shares_of(stages: Sequence[str], given: Mapping[str, float] | None = None) -
     if not all(0 < share < math.inf for share in shares.values()):
         raise FibldmError(f"shares of the minutes must be numbers above 0; got {dict(shares)}")
     return {stage: float(shares[stage]) for stage in trained}
+
+
+def _usual(trained: Sequence[str]) -> dict[str, float]:
+    """The shares that the table of stages gives."""
+    shares = {stage: kind_of(stage).share for stage in trained}
+    for stage in trained:
+        for other, part in kind_of(stage).share_of_others.items():
+            shares[stage] += part
+            shares[other] -= part
+    return {stage: round(share, 6) for stage, share in shares.items()}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One stage of a run, from its configuration: skip, resume or begin; train; mark as done."""
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.values import require_minutes
+from fibldm.runs.workflow import running_parser
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
@@ -50,7 +50,7 @@ class Stage:
 
     Args:
         run_dir: the run folder.
-        name: the stage, one of `fibldm.runs.STAGES`.
+        name: the stage, one of the table of stages (`fibldm.runs.stages`).
         inputs: fingerprints of the data and the stages it builds on.
         restart: begin anew although the folder holds another configuration's stage.
         began: when the command began, in seconds of `time.monotonic`, where there are ``minutes``; None is now.
@@ -86,7 +86,7 @@ class Stage:
             self._run()
 
     def _run(self) -> None:
-        parser = running_parser()
+        parser = running_parser(self)
         config = parser.get()
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
         config["minutes"] = _minutes(parser)
@@ -213,24 +213,6 @@ class Stage:
                 **budget.facts(),
             )
             budget.say_end()
-
-
-def running_parser() -> ConfigParser:
-    """The parser of the configuration whose expression is being evaluated.
-
-    MONAI hands an expression the objects it names, but not the configuration it stands in; a run folder must record
-    exactly that, overrides included, so the parser is taken from the call stack.
-
-    Raises:
-        RuntimeError: called from anywhere but a configuration.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, ConfigParser):
-            return owner
-        frame = frame.f_back
-    raise RuntimeError("running_parser() must be called from an expression of a MONAI configuration")
 
 
 def validation_loss(loss: torch.nn.Module) -> Loss:
