@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import monai.bundle
 import nibabel
 import numpy as np
 import pydicom
@@ -617,6 +618,27 @@ def test_the_engine_looks_at_all_masks_first(synthesizer, tmp_path):
     assert [Path(file).name for file in engine.state.output["files"]] == ["a_000.nii.gz", "a_001.nii.gz"]
 
 
+def test_the_engine_takes_and_writes_dicom(synthesizer, tmp_path):
+    """As the command does; options that are none of a synthesis are MONAI's."""
+    file = write_mask(tmp_path / "case.nii.gz", body())
+    own = synthesize_file(synthesizer, file, tmp_path / "own", number=0, settings=QUICK, format="dicom")
+    given = {"format": "dicom", "patient_position": "HFS", "val_handlers": []}
+    segmentation = tmp_path / "own" / "masks" / "case_000.dcm"
+    for mask, name in ((file, "case_000"), (segmentation, "case_000_000")):
+        items = mask_items(find_masks([mask]), 1)
+        engine = SynthesisEvaluator(synthesizer, items, tmp_path / "out", inferer=QUICK, **given)
+        engine.run()
+        assert engine.state.output["files"] == [str(tmp_path / "out" / name)]
+        slices = [pydicom.dcmread(part) for part in sorted((tmp_path / "out" / name).iterdir())]
+        assert len(slices) == len(list(own.iterdir())) and slices[0].PatientPosition == "HFS"
+        if mask == file:
+            first = pydicom.dcmread(sorted(own.iterdir())[0])
+            assert slices[0].PixelData == first.PixelData and not first.PatientPosition
+        engine.run()
+    with pytest.raises(FibldmError, match="format nifti takes no patient_position"):
+        SynthesisEvaluator(synthesizer, items, tmp_path / "out", inferer=QUICK, patient_position="HFS")
+
+
 def test_a_refused_mask_stops_a_folder_before_its_first_volume(tiny_run, phantom_work, tmp_path):
     """A27, B16: and what lies there already is not made again, though more is asked for."""
     masks, out = tmp_path / "masks", tmp_path / "out"
@@ -884,6 +906,23 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
     file = tmp_path / "run" / "controlnet" / "config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
     assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
+
+
+def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
+    """The command in the configuration's header, and another format."""
+    mask = str(sorted((phantom_work / "labels").glob("*.nii.gz"))[0])
+    given = {"run_dir": str(tiny_run), "masks": [mask], "allow_extrapolation": True, "device": "cpu"}
+    file = str(Path(__file__).parents[1] / "configs" / "inference.yaml")
+    changes = {"settings::seed": 7, "settings::steps": 1}
+    monai.bundle.run(config_file=file, out=str(tmp_path / "monai"), count=2, **given, **changes)
+    command = ["synthesize", "--run", str(tiny_run), "--masks", mask, "--allow-extrapolation", "--device", "cpu"]
+    assert run([*command, "--out", str(tmp_path / "own"), "--count", "2", "--seed", "7", "--steps", "1"]) == 0
+    made, own = ({path.name: path for path in (tmp_path / name).glob("*.*")} for name in ("monai", "own"))
+    assert len(own) == 4 and {name: hash_file(path) for name, path in made.items()} == {
+        name: hash_file(path) for name, path in own.items()
+    }
+    monai.bundle.run("inference", config_file=file, out=str(tmp_path / "dicom"), format="dicom", **given, **changes)
+    assert len(list((tmp_path / "dicom" / "masks").glob("*.dcm"))) == 1
 
 
 def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):

@@ -532,10 +532,7 @@ def test_a_signal_ends_the_waiting_at_once(script: ModuleType) -> None:
         (["--outbox", "INBOX/out"], "--outbox must not lie in the inbox"),
         (["--interval", "0"], "--interval must be above 0, and --count at least 1; got 0 and 1"),
         (["--count", "0"], "--interval must be above 0, and --count at least 1; got 0.01 and 0"),
-        (
-            ["--format", "nifti", "--template", "x"],
-            "format nifti takes no template",
-        ),
+        (["--format", "nifti", "--template", "x"], "format nifti takes no template"),
         (["--template", "/absent"], "a template must be a folder"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
     ],
