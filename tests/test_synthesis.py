@@ -908,6 +908,7 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
     assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
 
 
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
 def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
     """The command in the configuration's header, and another format."""
     mask = str(sorted((phantom_work / "labels").glob("*.nii.gz"))[0])

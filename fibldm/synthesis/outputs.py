@@ -132,20 +132,19 @@ class Output:
 
     def _prepare(self, mask: MaskSource | None) -> PreparedMask:
         """A mask, or none, checked for all its volumes and their files."""
+        labels = None if mask is None else self._labels(mask)
         if mask not in self._prepared:
-            if mask is None and self.dicom is not None:
+            if self.dicom is not None and labels is None:
                 raise FibldmError("DICOM is a series with its segmentation; no mask was given", "write NIfTI instead")
-            labels = None if mask is None else self._labels(mask)
-            if labels is not None and self.dicom is not None:
+            if self.dicom is not None and labels is not None:
                 self.dicom.check(labels.grid, self.synthesizer.names, self.synthesizer.intensity)
             request = SynthesisRequest(labels, stem_of(mask), covariates=self.settings.covariates)
             allow = self.settings.allow_extrapolation
             self._prepared[mask] = self.synthesizer.prepare(request, allow_extrapolation=allow)
-        elif mask is not None:
-            self._labels(mask)
         return self._prepared[mask]
 
     def _labels(self, mask: MaskSource) -> Volume:
+        """Of a mask, which becomes the one used last."""
         labels = mask.labels
         for other in self._recent.use(mask):
             self._prepared.pop(other, None)
