@@ -33,36 +33,11 @@ from fibldm.runs.configuration import (
 from fibldm.runs.options import as_options, in_order
 from fibldm.runs.stages import TABLE, begun, kind_of
 from fibldm.runs.values import require_minutes
-from fibldm.synthesis import SamplingSettings, VolumeLiesThere, synthesize_files
+from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
-
-
-@dataclass(frozen=True)
-class Drawing(SamplingSettings):
-    """How volumes are drawn and written.
-
-    Attributes:
-        batch_size: volumes that are sampled together.
-        allow_extrapolation: go on where masks of the dataset lie outside of what its training cases cover.
-        covariates: what is asked of all patients, such as ``{age: 63, sex: F}``; all else is unknown.
-    """
-
-    batch_size: int = 1
-    allow_extrapolation: bool = False
-    covariates: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise FibldmError(f"batch_size must be at least 1; got {self.batch_size}")
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        """Without what is about files."""
-        return SamplingSettings(**{part.name: getattr(self, part.name) for part in fields(SamplingSettings)})
 
 
 @dataclass(frozen=True)
@@ -75,7 +50,7 @@ class Recipe:
         of_stages: keys of the configurations of stages, by their names, which are steps of their own in the file;
             ``configs`` names more configurations of that stage alone, null leaves out one that is optional, such as the
             ControlNet where stage 2 sees the mask itself. Those of the segmenter that measures are here, too.
-        synthesize: fields of `Drawing`.
+        synthesize: options of `fibldm.synthesis.SynthesisSettings`, by their names.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         perceptual: file of weights of a ResNet of slices, for LPIPS; None leaves it out.
         minutes: for all stages of training together, in place of their epochs; None trains all epochs.
@@ -155,13 +130,20 @@ class Recipe:
         return self.of_stages.get("segmenter") or {}
 
     @property
-    def drawing(self) -> Drawing:
-        """How volumes are drawn.
+    def drawing(self) -> SynthesisSettings:
+        """How volumes are drawn and written.
 
         Raises:
-            FibldmError: an option is unknown, has another type or is out of range.
+            FibldmError: an option is unknown, has another type or is out of range, or asks for files that are not
+                measured.
         """
-        return settings_of(Drawing, self.synthesize, "option of synthesize")
+        drawing = SynthesisSettings.of(what="option of synthesize", **self.synthesize)
+        if drawing.files.format != "nifti":
+            raise FibldmError(
+                f"a recipe measures volumes in NIfTI; its synthesize asks for format {drawing.files.format}",
+                "leave format out, and draw with `fibldm synthesize --bundle` from the bundle that the recipe makes",
+            )
+        return drawing
 
     def stages(self) -> list["TrainingStep"]:
         """The stages that are trained, in their order.
@@ -356,7 +338,7 @@ def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettin
         )
 
 
-def check_covariates(diffusion: Configuration, work: Path, drawing: Drawing) -> None:
+def check_covariates(diffusion: Configuration, work: Path, drawing: SynthesisSettings) -> None:
     """Refuse, before hours of training, what of covariates could not be asked after it.
 
     Args:
@@ -397,24 +379,17 @@ def _encoding(steps: Mapping[str, TrainingStep], work: Path, run: Path) -> float
     return expected or 0.0
 
 
-def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: Drawing) -> None:
+def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: SynthesisSettings) -> None:
     masks = [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
     try:
-        synthesize_files(
-            run,
-            masks,
-            out,
-            count=1,
-            settings=drawing.sampling,
-            batch_size=drawing.batch_size,
-            allow_extrapolation=drawing.allow_extrapolation,
-            covariates=drawing.covariates,
-        )
-    except VolumeLiesThere as error:
+        synthesize_files(run, masks, out, settings=drawing)
+    except OutputConflict as error:
         raise FibldmError(error.message, f"move {out} away and run the same command again; training is kept") from error
 
 
-def _measure(run: Path, work: Path, out: Path, recipe: Recipe, drawing: Drawing, say: Callable[[str], None]) -> None:
+def _measure(
+    run: Path, work: Path, out: Path, recipe: Recipe, drawing: SynthesisSettings, say: Callable[[str], None]
+) -> None:
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
     names = [name for name in recipe.measure if name in OF_ANY_MASKS]
     evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,14 +27,23 @@ def settings_of(kind: type[Settings], given: Mapping[Any, Any], what: str) -> Se
     Raises:
         FibldmError: a name is unknown or a value has another type.
     """
+    return kind(**checked_values(kind, given, what))
+
+
+def checked_values(kind: type[Any], given: Mapping[Any, Any], what: str) -> dict[str, Any]:
+    """Values for fields of a dataclass, as `settings_of` takes them, before anything is made of them.
+
+    Raises:
+        FibldmError: as `settings_of`.
+    """
     hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(kind)]
     for name, value in given.items():
         if name not in names:
             raise unknown_choice(what, name, names)
         if not _fits(value, hints[name]):
             raise FibldmError(f"{what} {name} must be {_said(hints[name])}; got {value!r}")
-    return kind(**{name: _as_hinted(value, hints[name]) for name, value in given.items()})
+    return {name: _as_hinted(value, hints[name]) for name, value in given.items()}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -70,4 +80,5 @@ def _said(hint: Any) -> str:
     if kind is Mapping:
         return f"a mapping from {_said(parts[0])} to {_said(parts[1])}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names |= {Path: "a path"}
     return names.get(hint, "any value")

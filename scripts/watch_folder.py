@@ -39,8 +39,8 @@ from fibldm.cli.synthesize import read_covariates
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
-from fibldm.synthesis import Output, SamplingSettings, Synthesizer
-from fibldm.volumes.dicom.output import DicomOutput
+from fibldm.synthesis import Output, SynthesisSettings, Synthesizer, jobs_of
+from fibldm.synthesis.settings import OPTIONS
 from fibldm.volumes.masks import hash_mask, mask_suffix, parts_of
 
 CLAIMED = ".claimed"
@@ -101,20 +101,16 @@ def _parser() -> argparse.ArgumentParser:
 def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
-    dicom = None
-    if chosen.format == "dicom":
-        dicom = DicomOutput.read(chosen.template, chosen.label_codes, chosen.patient_position)
-    settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance, seed=chosen.seed)
+    options = {name: value for name, value in vars(chosen).items() if name in OPTIONS}
+    settings = SynthesisSettings.of(**options, covariates=read_covariates(chosen.covariate))
+    _ = settings.files.dicom  # refused before the generator is loaded
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
-    output = Output(
-        synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom, read_covariates(chosen.covariate)
-    )
-    asked = synthesizer.covariates.read(output.covariates)
-    synthesizer.covariates.check(asked, allow=chosen.allow_extrapolation)
+    asked = synthesizer.covariates.read(settings.covariates)
+    synthesizer.covariates.check(asked, allow=settings.allow_extrapolation)
     if not synthesizer.network.sees_mask:
         raise FibldmError("a watch folder needs a bundle that follows masks; this one was trained without", "another")
-    return Watcher(chosen.inbox, chosen.outbox, output, chosen.count)
+    return Watcher(chosen.inbox, chosen.outbox, Output(synthesizer, chosen.outbox, settings))
 
 
 def _check(chosen: argparse.Namespace) -> None:
@@ -125,9 +121,6 @@ def _check(chosen: argparse.Namespace) -> None:
     if not chosen.interval > 0 or chosen.count < 1:
         given = f"{chosen.interval:g} and {chosen.count}"
         raise FibldmError(f"--interval must be above 0, and --count at least 1; got {given}")
-    if chosen.format == "nifti" and (chosen.template or chosen.label_codes or chosen.patient_position):
-        wrong = "--template, --label-codes or --patient-position"
-        raise FibldmError(f"--format nifti takes no {wrong}", "leave them out")
 
 
 class Ending:
@@ -161,13 +154,11 @@ class Watcher:
         inbox: where items arrive; names that begin with a dot are left alone.
         outbox: where volumes and finished items go.
         output: how volumes are made; its folder does not matter.
-        count: volumes of every mask.
     """
 
     inbox: Path
     outbox: Path
     output: Output
-    count: int = 1
     _seen: dict[Path, "State"] = field(init=False, default_factory=dict)
 
     def reports(self, interval: float, ending: Ending, *, once: bool = False) -> Iterator[dict[str, Any]]:
@@ -196,13 +187,13 @@ class Watcher:
 
     def _begin(self) -> None:
         """Write down what the outbox holds, or see that it is the same."""
-        generator, dicom = self.output.synthesizer, self.output.dicom
+        generator, dicom, asked = self.output.synthesizer, self.output.dicom, self.output.settings
         facts = {
             "source": generator.source,
-            "sampling": self.output.settings.to_dict(),
-            "allow_extrapolation": self.output.allow_extrapolation,
-            "count": self.count,
-            **({"covariates": dict(self.output.covariates)} if self.output.covariates else {}),
+            "sampling": asked.sampling.to_dict(),
+            "allow_extrapolation": asked.allow_extrapolation,
+            "count": asked.count,
+            **({"covariates": dict(asked.covariates)} if asked.covariates else {}),
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
         request, file = {"request": hash_value(facts), **facts}, self.outbox / "request.json"
@@ -235,10 +226,11 @@ class Watcher:
             hashes = hashes_of(claimed)
             name = name_of(claimed, hashes)
             _check_tries(tries)
-            output = replace(self.output, covariates={**self.output.covariates, **covariates_among(hashes)})
+            asked = self.output.settings
+            asked = replace(asked, covariates={**asked.covariates, **covariates_among(hashes)})
             masks = masks_among(hashes)
             left_out = _left_out(hashes, masks)
-            outputs = self._made(output, working / name, self.outbox / "synthetic" / name, masks)
+            outputs = self._made(asked, working / name, self.outbox / "synthetic" / name, masks)
         except FibldmError as error:
             if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the item, which stays in hand
                 raise
@@ -249,21 +241,21 @@ class Watcher:
         (self.outbox / "refused" / f"{name}.json").unlink(missing_ok=True)
         hand_over(claimed, self.outbox / "done" / name)
         encoding = self.output.synthesizer.covariates
-        asked = f" ({encoding.told(encoding.read(output.covariates))})" if encoding.kinds else ""
+        known = f" ({encoding.told(encoding.read(asked.covariates))})" if encoding.kinds else ""
         made, other = counted(len(outputs), "volume"), counted(left_out, "file")
-        _logger.info("%s: %s, %s left out as no masks, %.1f s%s", name, made, other, time.monotonic() - began, asked)
+        _logger.info("%s: %s, %s left out as no masks, %.1f s%s", name, made, other, time.monotonic() - began, known)
         return {"ok": True, "item": name, "outputs": [str(path) for path in outputs], "left_out": left_out}
 
-    def _made(self, output: Output, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
+    def _made(self, asked: SynthesisSettings, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
         """The volumes of an item, all or none; those that lie there are of the same content and options."""
         if not place.exists():
             try:
-                self._write(replace(output, folder=staging), masks)
+                self._write(replace(self.output, folder=staging, settings=asked), masks)
                 publish(staging, place)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        there = replace(output, folder=place)
-        return [there.path(Path(alias), number) for alias in masks for number in range(self.count)]
+        there = replace(self.output, folder=place, settings=asked)
+        return [there.path(job) for job in jobs_of(map(Path, masks), {}, asked.count)]
 
     def _write(self, output: Output, masks: Mapping[str, Path]) -> None:
         """By aliases, so that no name reaches a sidecar or a message."""
@@ -274,8 +266,8 @@ class Watcher:
                 alias.symlink_to(file.absolute())
                 for part in parts_of(file):
                     (alias.parent / part.name).symlink_to(part.absolute())
-                for number in range(self.count):
-                    output.write([(alias, number)])
+                for job in jobs_of([alias], output.synthesizer.names, output.settings.count):
+                    output.write([job])
 
     def _refused(self, claimed: Path, name: str, error: FibldmError) -> dict[str, Any]:
         told = {"message": error.message, "remedy": error.remedy}

@@ -31,10 +31,10 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork, joined, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
-from fibldm.pipeline import Drawing, Recipe, check_covariates
+from fibldm.pipeline import Recipe, check_covariates
 from fibldm.runs import STAGES, StageFolder
 from fibldm.runs.configuration import Configuration, stage_configuration
-from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted
+from fibldm.synthesis import Output, SamplingSettings, SynthesisRequest, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import AutocastInferer
 from fibldm.training.latents import Latents, LoadLatent
 from fibldm.training.losses import DenoisingLoss
@@ -507,10 +507,8 @@ def test_covariates_steer_a_volume_and_stand_in_the_sidecar(
     """A rerun keeps the file, also where the same is written in another way; other covariates are another request."""
 
     def write(covariates: dict[str, Any], out: str = "out", **given: Any) -> Path:
-        output = Output(
-            synthesizer, tmp_path / out, QUICK, covariates=covariates, **{"allow_extrapolation": True, **given}
-        )
-        return output.write([(mask_file, 0)])[0]
+        asked = SynthesisSettings.of(QUICK, covariates=covariates, **{"allow_extrapolation": True, **given})
+        return Output(synthesizer, tmp_path / out, asked).write(jobs_of([mask_file], synthesizer.names, 1))[0]
 
     path = write({"age": 60, "sex": "F"})
     told = read_json(sidecar(path))
@@ -535,7 +533,7 @@ def test_covariates_steer_a_volume_and_stand_in_the_sidecar(
 
 def test_a_volume_with_covariates_is_the_same_in_any_batch(synthesizer: Synthesizer, mask_file: Path) -> None:
     mask, settings = read_volume(str(mask_file)), {"settings": QUICK, "allow_extrapolation": True}
-    wanted = [Wanted(mask, "a", 0, {"age": age}) for age in (40, 60)]
+    wanted = [SynthesisRequest(mask, "a", 0, {"age": age}) for age in (40, 60)]
     together = synthesizer.batch(wanted, **settings)  # type: ignore[arg-type]
     for one, alone in zip(wanted, together, strict=True):
         made = synthesizer(mask, name="a", covariates=one.covariates, **settings)  # type: ignore[arg-type]
@@ -644,11 +642,11 @@ def test_a15_a_recipe_is_refused_before_training_where_its_covariates_are(
     (step,) = (step for step in recipe.stages() if step.name == "diffusion")
     monkeypatch.setattr("fibldm.pipeline.load_datalist", lambda *_, **__: CASES)
     configuration = step.configuration(tmp_path, tmp_path)
-    check_covariates(configuration, tmp_path, Drawing(covariates={"age": 50, "sex": "F"}))
-    check_covariates(configuration, tmp_path, Drawing(covariates={"age": 95}, allow_extrapolation=True))
+    check_covariates(configuration, tmp_path, SynthesisSettings(covariates={"age": 50, "sex": "F"}))
+    check_covariates(configuration, tmp_path, SynthesisSettings(covariates={"age": 95}, allow_extrapolation=True))
     for wrong, message in (({"age": 95}, "age 95 .training 40 to 60"), ({"sex": "f"}, "sex must be one of F, M")):
         with pytest.raises(FibldmError, match=message):
-            check_covariates(configuration, tmp_path, Drawing(covariates=wrong))
+            check_covariates(configuration, tmp_path, SynthesisSettings(covariates=wrong))
 
 
 # --- all of it

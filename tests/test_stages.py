@@ -16,7 +16,7 @@ from fibldm.planning.traced_step import Request
 from fibldm.runs import STAGES, StageFolder
 from fibldm.runs.configuration import configs_folder
 from fibldm.runs.stages import TABLE, StageKind, begun, kind_of, trained
-from fibldm.synthesis.synthesizer import generating_stage
+from fibldm.synthesis.loading import generating_stage
 from fibldm.training.shares import TotalBudget, shares_of
 
 ROW = StageKind(

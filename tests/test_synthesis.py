@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import monai.bundle
 import nibabel
 import numpy as np
 import pydicom
@@ -35,10 +36,19 @@ from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, MaskControl
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
-from fibldm.synthesis import Output, SamplingSettings, Synthesizer, Wanted, synthesize_files
+from fibldm.synthesis import (
+    Job,
+    Output,
+    SamplingSettings,
+    SynthesisRequest,
+    SynthesisSettings,
+    Synthesizer,
+    jobs_of,
+    synthesize_files,
+)
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
+from fibldm.synthesis.mask_source import MaskSource
 from fibldm.volumes.datalist import load_datalist, read_datalist
-from fibldm.volumes.dicom.output import DicomOutput
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
@@ -52,7 +62,8 @@ QUICK = SamplingSettings(sampler="ddim", steps=2)
 
 
 def synthesize_file(synthesizer, file: Path, out: Path, *, number: int, settings: SamplingSettings, **given) -> Path:
-    (path,) = Output(synthesizer, out, settings, **given).write([(file, number)])
+    asked = SynthesisSettings.of(settings, **given)
+    (path,) = Output(synthesizer, out, asked).write([Job(MaskSource(file, synthesizer.names), number)])
     return path
 
 
@@ -251,7 +262,10 @@ def test_h8_a_volume_is_the_same_in_any_batch(synthesizer, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "ancestral", record)
     settings = replace(QUICK, sampler="ancestral", steps=3, guidance=2.0)
     small = Volume(body().array[:20], body().affine)
-    wanted = [Wanted(body(), "a", 0), Wanted(body(), "a", 1), Wanted(small, "b", 0), Wanted(body(), "c", 7)]
+    wanted = [
+        SynthesisRequest(mask, *named)
+        for mask, *named in ((body(), "a", 0), (body(), "a", 1), (small, "b", 0), (body(), "c", 7))
+    ]
     together = synthesizer.batch(wanted, settings=settings, allow_extrapolation=True)
     together_noise = [noise for z in seen for noise in z]
     seen.clear()
@@ -557,21 +571,23 @@ def test_a_refused_mask_is_named(synthesizer, tmp_path):
     write_mask(tmp_path / "a.nii.gz", body())
     write_mask(tmp_path / "b.nii.gz", replace(body(), array=np.zeros_like(body().array)))
     with pytest.raises(FibldmError, match="b: a mask must lie within .* no voxel has a label"):
-        Output(synthesizer, tmp_path / "out", QUICK).write([(tmp_path / f"{name}.nii.gz", 0) for name in "ab"])
+        Output(synthesizer, tmp_path / "out", SynthesisSettings(QUICK)).write(
+            jobs_of([tmp_path / f"{name}.nii.gz" for name in "ab"], synthesizer.names, 1)
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_all_masks_are_looked_at_before_the_first_volume(synthesizer, tmp_path):
     """A27: one error tells all that are refused."""
-    output, masks = Output(synthesizer, tmp_path / "out", QUICK), tmp_path / "masks"
+    output, masks = Output(synthesizer, tmp_path / "out", SynthesisSettings(QUICK)), tmp_path / "masks"
     masks.mkdir()
 
-    def missing() -> list[tuple[Path, int]]:
-        return output.missing([(file, number) for file in find_masks([masks]) for number in (0, 1)])
+    def missing() -> list[Job]:
+        return output.missing(jobs_of(find_masks([masks]), synthesizer.names, 2))
 
     for name in "ac":
         write_mask(masks / f"{name}.nii.gz", body())
-    assert [(file.name, number) for file, number in missing()] == [
+    assert [(mask.file.name, number) for mask, number in missing()] == [
         (f"{name}.nii.gz", k) for name in "ac" for k in (0, 1)
     ]
     write_mask(masks / "b.nii.gz", _changed(9))
@@ -600,6 +616,27 @@ def test_the_engine_looks_at_all_masks_first(synthesizer, tmp_path):
             engine.run()
         assert (tmp_path / "out").exists() != refused
     assert [Path(file).name for file in engine.state.output["files"]] == ["a_000.nii.gz", "a_001.nii.gz"]
+
+
+def test_the_engine_takes_and_writes_dicom(synthesizer, tmp_path):
+    """As the command does; options that are none of a synthesis are MONAI's."""
+    file = write_mask(tmp_path / "case.nii.gz", body())
+    own = synthesize_file(synthesizer, file, tmp_path / "own", number=0, settings=QUICK, format="dicom")
+    given = {"format": "dicom", "patient_position": "HFS", "val_handlers": []}
+    segmentation = tmp_path / "own" / "masks" / "case_000.dcm"
+    for mask, name in ((file, "case_000"), (segmentation, "case_000_000")):
+        items = mask_items(find_masks([mask]), 1)
+        engine = SynthesisEvaluator(synthesizer, items, tmp_path / "out", inferer=QUICK, **given)
+        engine.run()
+        assert engine.state.output["files"] == [str(tmp_path / "out" / name)]
+        slices = [pydicom.dcmread(part) for part in sorted((tmp_path / "out" / name).iterdir())]
+        assert len(slices) == len(list(own.iterdir())) and slices[0].PatientPosition == "HFS"
+        if mask == file:
+            first = pydicom.dcmread(sorted(own.iterdir())[0])
+            assert slices[0].PixelData == first.PixelData and not first.PatientPosition
+        engine.run()
+    with pytest.raises(FibldmError, match="format nifti takes no patient_position"):
+        SynthesisEvaluator(synthesizer, items, tmp_path / "out", inferer=QUICK, patient_position="HFS")
 
 
 def test_a_refused_mask_stops_a_folder_before_its_first_volume(tiny_run, phantom_work, tmp_path):
@@ -657,8 +694,8 @@ def test_masks_of_every_format_and_case_are_found_and_read_alike(synthesizer, tm
         SimpleITK.WriteImage(image, str(folder / name))
         (folder / name).rename(folder / name.upper())
     shutil.copy(tmp_path / "case.nii.gz", folder / "E.NII.GZ")
-    made, dicom = tmp_path / "made", DicomOutput.read()
-    synthesize_file(synthesizer, tmp_path / "case.nii.gz", made, number=0, settings=QUICK, dicom=dicom)
+    made, dicom = tmp_path / "made", "dicom"
+    synthesize_file(synthesizer, tmp_path / "case.nii.gz", made, number=0, settings=QUICK, format=dicom)
     shutil.copy(made / "masks" / "case_000.dcm", folder / "1.2.840.99")
     shutil.copy(made / "case_000" / "0001.dcm", folder / "0001.dcm")
     found = find_masks([folder])
@@ -757,9 +794,9 @@ def _tree(folder: Path) -> dict[str, int]:
 
 def test_dicom_and_nifti_are_one_volume(synthesizer, tmp_path):
     """H1, H5: the same voxels at the same places, a mask that references the series, and a sidecar."""
-    file, dicom = write_mask(tmp_path / "case.nii.gz", body()), DicomOutput.read()
+    file, dicom = write_mask(tmp_path / "case.nii.gz", body()), "dicom"
     nifti = synthesize_file(synthesizer, file, tmp_path / "nifti", number=1, settings=QUICK)
-    path = synthesize_file(synthesizer, file, tmp_path / "out", number=1, settings=QUICK, dicom=dicom)
+    path = synthesize_file(synthesizer, file, tmp_path / "out", number=1, settings=QUICK, format=dicom)
     assert path == tmp_path / "out" / "case_001"
     slices = [pydicom.dcmread(part) for part in sorted(path.iterdir())]
     read = get_volume_from_series(slices)
@@ -778,37 +815,37 @@ def test_dicom_and_nifti_are_one_volume(synthesizer, tmp_path):
 
 
 def test_a_dicom_rerun_keeps_what_is_there_and_refuses_another_request(synthesizer, tmp_path):
-    file, out, dicom = write_mask(tmp_path / "case.nii.gz", body()), tmp_path / "out", DicomOutput.read()
-    path = synthesize_file(synthesizer, file, out, number=0, settings=QUICK, dicom=dicom)
+    file, out, dicom = write_mask(tmp_path / "case.nii.gz", body()), tmp_path / "out", "dicom"
+    path = synthesize_file(synthesizer, file, out, number=0, settings=QUICK, format=dicom)
     before = _tree(out)
-    assert synthesize_file(synthesizer, file, out, number=0, settings=QUICK, dicom=dicom) == path
+    assert synthesize_file(synthesizer, file, out, number=0, settings=QUICK, format=dicom) == path
     assert before == _tree(out)
     with pytest.raises(
         FibldmError, match="case_000 lies there already and was made from another mask, run or settings"
     ):
-        synthesize_file(synthesizer, file, out, number=0, settings=replace(QUICK, seed=1), dicom=dicom)
+        synthesize_file(synthesizer, file, out, number=0, settings=replace(QUICK, seed=1), format=dicom)
     with pytest.raises(FibldmError, match="case_000 lies there already, in another format; choose another --out"):
         synthesize_file(synthesizer, file, out, number=0, settings=QUICK)
-    again = synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, dicom=dicom)
+    again = synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, format=dicom)
     for part in sorted(path.iterdir()):
         assert part.read_bytes() == (again / part.name).read_bytes()
     next(again.glob("*.dcm")).unlink()
     with pytest.raises(FibldmError, match=r"must hold \d+ slices, and .*case_000.dcm its mask; \d+ slices are there"):
-        synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, dicom=dicom)
+        synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, format=dicom)
 
 
 def test_a_label_without_coded_meaning_is_refused_before_anything_is_made(synthesizer, tmp_path):
     file = write_mask(tmp_path / "case.nii.gz", body())
     odd = replace(synthesizer, names={1: "left lung", 2: "label 2", 5: "odd"}, network=None)
     with pytest.raises(FibldmError, match="there is none for label 2, odd; give --label-codes FILE"):
-        synthesize_file(odd, file, tmp_path / "out", number=0, settings=QUICK, dicom=DicomOutput.read())
+        synthesize_file(odd, file, tmp_path / "out", number=0, settings=QUICK, format="dicom")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dicom_segmentation_is_taken_as_mask(synthesizer, tmp_path):
     """A27: the mask that was written gives the volume of the same name again; strange segments are refused."""
     file = write_mask(tmp_path / "case.nii.gz", body())
-    synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK, dicom=DicomOutput.read())
+    synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK, format="dicom")
     written = tmp_path / "out" / "masks" / "case_000.dcm"
     path = synthesize_file(synthesizer, written, tmp_path / "again", number=0, settings=QUICK)
     assert path.name == "case_000_000.nii.gz"
@@ -828,9 +865,9 @@ def test_a_dicom_segmentation_is_taken_as_mask(synthesizer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "dcm"], "--format must be one of nifti, dicom; got 'dcm'"),
-        (["--template", "x"], "--format nifti takes no --template"),
-        (["--label-codes", "x"], "--format nifti takes no --label-codes"),
+        (["--format", "dcm"], "format must be one of nifti, dicom; got 'dcm'"),
+        (["--template", "x"], "format nifti takes no template"),
+        (["--label-codes", "x"], "format nifti takes no label_codes"),
         (["--format", "dicom", "--bids", "T1w"], "--format dicom takes no --bids"),
         (["--format", "dicom", "--template", "/absent"], "a template must be a folder"),
     ],
@@ -869,6 +906,24 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
     file = tmp_path / "run" / "controlnet" / "config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
     assert Synthesizer.from_run(tmp_path / "run").shift == pytest.approx(shift)
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
+def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
+    """The command in the configuration's header, and another format."""
+    mask = str(sorted((phantom_work / "labels").glob("*.nii.gz"))[0])
+    given = {"run_dir": str(tiny_run), "masks": [mask], "allow_extrapolation": True, "device": "cpu"}
+    file = str(Path(__file__).parents[1] / "configs" / "inference.yaml")
+    changes = {"settings::seed": 7, "settings::steps": 1}
+    monai.bundle.run(config_file=file, out=str(tmp_path / "monai"), count=2, **given, **changes)
+    command = ["synthesize", "--run", str(tiny_run), "--masks", mask, "--allow-extrapolation", "--device", "cpu"]
+    assert run([*command, "--out", str(tmp_path / "own"), "--count", "2", "--seed", "7", "--steps", "1"]) == 0
+    made, own = ({path.name: path for path in (tmp_path / name).glob("*.*")} for name in ("monai", "own"))
+    assert len(own) == 4 and {name: hash_file(path) for name, path in made.items()} == {
+        name: hash_file(path) for name, path in own.items()
+    }
+    monai.bundle.run("inference", config_file=file, out=str(tmp_path / "dicom"), format="dicom", **given, **changes)
+    assert len(list((tmp_path / "dicom" / "masks").glob("*.dcm"))) == 1
 
 
 def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):

@@ -26,7 +26,7 @@ from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentat
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
-from fibldm.synthesis import Output, SamplingSettings, Synthesizer, synthesize_files
+from fibldm.synthesis import Job, Output, SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import read_mask
 
@@ -129,7 +129,9 @@ def write_mask(path: Path, *, last: int = 2) -> Path:
 
 
 def watcher(script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer) -> Any:
-    return script.Watcher(inbox, outbox, Output(synthesizer, outbox, QUICK, allow_extrapolation=True))
+    return script.Watcher(
+        inbox, outbox, Output(synthesizer, outbox, SynthesisSettings(QUICK, allow_extrapolation=True))
+    )
 
 
 def texts_and_names(folder: Path) -> str:
@@ -293,8 +295,8 @@ def test_an_unexpected_error_refuses_its_item_only(
     names = [hash_file(write_mask(inbox / f"{last}.nii.gz", last=last))[:16] for last in (1, 2)]
     whole = Output.write
 
-    def failing(self: Output, jobs: list[tuple[Path, int]]) -> list[Path]:
-        if jobs[0][1] == 1 and names[0] in jobs[0][0].name:
+    def failing(self: Output, jobs: list[Job]) -> list[Path]:
+        if jobs[0].number == 1 and names[0] in jobs[0].name:
             raise MemoryError("too large")
         return whole(self, jobs)
 
@@ -432,7 +434,7 @@ def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
     """The next one finishes what it had in hand, and knows of the try."""
     write_mask(inbox / "a.nii.gz")
 
-    def full(self: Output, jobs: list[tuple[Path, int]]) -> list[Path]:
+    def full(self: Output, jobs: list[Job]) -> list[Path]:
         raise FibldmError("cannot write it", "free some space") from OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -503,7 +505,7 @@ def test_a_signal_ends_it_after_the_item_in_hand(
         write_mask(inbox / f"{last}.nii.gz", last=last)
     whole = Output.write
 
-    def interrupted(self: Output, jobs: list[tuple[Path, int]]) -> list[Path]:
+    def interrupted(self: Output, jobs: list[Job]) -> list[Path]:
         os.kill(os.getpid(), number)
         return whole(self, jobs)
 
@@ -530,10 +532,7 @@ def test_a_signal_ends_the_waiting_at_once(script: ModuleType) -> None:
         (["--outbox", "INBOX/out"], "--outbox must not lie in the inbox"),
         (["--interval", "0"], "--interval must be above 0, and --count at least 1; got 0 and 1"),
         (["--count", "0"], "--interval must be above 0, and --count at least 1; got 0.01 and 0"),
-        (
-            ["--format", "nifti", "--template", "x"],
-            "--format nifti takes no --template, --label-codes or --patient-position",
-        ),
+        (["--format", "nifti", "--template", "x"], "format nifti takes no template"),
         (["--template", "/absent"], "a template must be a folder"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
     ],

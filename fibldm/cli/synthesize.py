@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from fibldm.volumes.dicom.output import DicomOutput
 
 
 def synthesize(
@@ -100,31 +97,24 @@ def synthesize(
 
     A generator that was trained without masks takes none: --count volumes are drawn on the model grid.
     """
+    options = dict(locals())
     from fibldm.cli.output import log_to_standard_error
+    from fibldm.errors import FibldmError
     from fibldm.files import read_json
     from fibldm.plain_values import counted
-    from fibldm.synthesis import SamplingSettings, synthesize_files
+    from fibldm.synthesis import SynthesisSettings, synthesize_files
+    from fibldm.synthesis.settings import OPTIONS
     from fibldm.volumes.bids_writer import check_bids, write_bids
     from fibldm.volumes.writer import sidecar
 
     log_to_standard_error()
-    settings = SamplingSettings(
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        guidance=guidance,
-        seed=seed,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        shift=shift,
-        dynamic_threshold=dynamic_threshold,
-        residual_noise=residual_noise,
-    )
+    options |= {"format": output_format, "covariates": read_covariates(covariate)}
+    settings = SynthesisSettings.of(**{name: options[name] for name in OPTIONS})
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
-    for_dicom = {"--template": template, "--label-codes": label_codes, "--patient-position": patient_position}
-    _check_options(output_format, for_dicom, {"--bids": bids})
-    if not masks and data is None and (bids is not None or output_format == "dicom"):
+    if bids is not None and settings.files.format != "nifti":
+        raise FibldmError(f"--format {output_format} takes no --bids", "change or leave out one of them")
+    if not masks and data is None and (bids is not None or settings.files.format == "dicom"):
         raise _needs_masks("--bids" if bids is not None else "--format dicom")
     if bids is not None:
         check_bids(bids, modality=_facts(run, bundle, trust)["modality"], skull_stripped=skull_stripped)
@@ -132,19 +122,14 @@ def synthesize(
         run,
         [*masks, *_masks_of(data, split)],
         out,
-        count=count,
         settings=settings,
-        batch_size=batch_size,
-        allow_extrapolation=allow_extrapolation,
-        covariates=read_covariates(covariate),
-        checkpoint=checkpoint,
-        strength=strength,
-        others=dict(_run_and_strength(text) for text in with_controlnet),
         bundle=bundle,
         unconditional=unconditional,
         trust=trust,
+        checkpoint=checkpoint,
+        strength=strength,
+        others=dict(_run_and_strength(text) for text in with_controlnet),
         device=device,
-        dicom=_dicom_output(template, label_codes, patient_position) if output_format == "dicom" else None,
     )
     if bids is not None:
         names = {int(value): name for value, name in _facts(run, bundle, trust)["labels"].items() if int(value)}
@@ -206,22 +191,3 @@ def read_covariates(texts: list[str]) -> dict[str, str]:
     if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
         raise FibldmError(f"--covariate needs NAME=VALUE, each name once; got {', '.join(texts)}")
     return {name: value for name, _, value in pairs}
-
-
-def _dicom_output(template: Path | None, label_codes: Path | None, position: str | None) -> "DicomOutput":
-    from fibldm.volumes.dicom.output import DicomOutput
-
-    return DicomOutput.read(template, label_codes, position)
-
-
-def _check_options(output_format: str, for_dicom: dict[str, Any], for_nifti: dict[str, Any]) -> None:
-    from fibldm.errors import FibldmError, unknown_choice
-
-    if output_format not in ("nifti", "dicom"):
-        raise unknown_choice("--format", output_format, ("nifti", "dicom"))
-    others = for_dicom if output_format == "nifti" else for_nifti
-    wrong = [option for option, value in others.items() if value is not None]
-    if wrong:
-        raise FibldmError(
-            f"--format {output_format} takes no {' and no '.join(wrong)}", "change or leave out one of them"
-        )

@@ -34,7 +34,7 @@ from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import kind_of
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
-from fibldm.synthesis.synthesizer import generating_stage, residual_noise_file
+from fibldm.synthesis.loading import generating_stage, residual_noise_file
 
 PARTS = ("configs", "docs", "models", "LICENSE")
 WORDS = "export.yaml"

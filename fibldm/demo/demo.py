@@ -24,7 +24,7 @@ from fibldm.report.report import Match, Window, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
 from fibldm.runs.stages import TABLE, begun
-from fibldm.synthesis import Output, SamplingSettings, Synthesizer
+from fibldm.synthesis import Output, SamplingSettings, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
@@ -199,13 +199,13 @@ def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, samp
     synthesizer = Synthesizer.from_run(run, device="cuda" if torch.cuda.is_available() else "cpu")
     counts = [1 + _SEEDS_OF_FIRST_MASKS * (position < _MASKS_WITH_SEEDS) for position in range(len(cases))]
     files = [phantoms / "labels" / f"{case['case']}.nii.gz" for case in cases]
-    jobs = [(file, number) for file, count in zip(files, counts, strict=True) for number in range(count)]
     # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
-    output = Output(synthesizer, out, sampling, allow_extrapolation=True)
+    output = Output(synthesizer, out, SynthesisSettings(sampling, allow_extrapolation=True))
+    jobs = [job for file, count in zip(files, counts, strict=True) for job in jobs_of([file], synthesizer.names, count)]
     console = Console(stderr=True)
-    written: dict[Path, list[Path]] = {file: [] for file in files}
-    for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
-        written[file] += output.write([(file, number)])
+    for job in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
+        output.write([job])
+    written = {file: [output.path(job) for job in jobs if job.mask and job.mask.file == file] for file in files}
     return [
         Match(case["case"], case["subject"], file, phantoms / "images" / file.name, written[file])
         for case, file in zip(cases, files, strict=True)

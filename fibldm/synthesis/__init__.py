@@ -1,20 +1,33 @@
 """The main job: mask, model grid, condition, sampler, decoder, the mask's grid, written volume.
 
-* ``settings``: how volumes are drawn
+* ``settings``: what is asked of a synthesis; its options are listed there and nowhere else
+* ``request``: what is asked of a synthesizer, and what comes back
+* ``loading``: the parts of a synthesizer, from a run or a bundle
 * ``synthesizer``: everything that turns a mask into a volume
+* ``mask_source``: mask files, each read once for all its volumes
 * ``outputs``: mask files in, marked files out
+* ``evaluator``: the same as a MONAI engine
+* ``bundle``, ``definitions``: bundles are read, and networks made of what they say
 """
 
-from fibldm.synthesis.outputs import Output, VolumeLiesThere, synthesize_files
-from fibldm.synthesis.settings import SamplingSettings
-from fibldm.synthesis.synthesizer import Synthesis, Synthesizer, Wanted
+from fibldm.synthesis.mask_source import Job, MaskSource, jobs_of
+from fibldm.synthesis.outputs import Output, OutputConflict, synthesize_files
+from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
+from fibldm.synthesis.settings import FileFormat, SamplingSettings, SynthesisSettings
+from fibldm.synthesis.synthesizer import Synthesizer
 
 __all__ = [
+    "FileFormat",
+    "Job",
+    "MaskSource",
     "Output",
+    "OutputConflict",
+    "PreparedMask",
     "SamplingSettings",
     "Synthesis",
+    "SynthesisRequest",
+    "SynthesisSettings",
     "Synthesizer",
-    "VolumeLiesThere",
-    "Wanted",
+    "jobs_of",
     "synthesize_files",
 ]

@@ -1,6 +1,6 @@
 """Synthesis as a MONAI engine, for bundles and workflows that want one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
-from fibldm.synthesis.outputs import Job, Output
-from fibldm.synthesis.settings import SamplingSettings
+from fibldm.synthesis.mask_source import Job, MaskSource
+from fibldm.synthesis.outputs import Output
+from fibldm.synthesis.settings import OPTIONS, SamplingSettings, SynthesisSettings
 from fibldm.synthesis.synthesizer import Synthesizer
 
 
@@ -21,10 +22,11 @@ class SynthesisEvaluator(Evaluator):
         dataset: items with ``mask``, the path of a mask or None, and ``number``, which of its volumes.
         output_dir: folder to write to, see `Output`; what lies there already and was made in the same way is kept.
         inferer: how volumes are drawn.
-        batch_size: volumes that are sampled together.
-        allow_extrapolation: go on where a mask lies outside what the training data covered.
-        covariates: what is asked of the patients beside the masks, by name; all else is unknown.
-        **options: of MONAI's ``Evaluator``, such as ``val_handlers``.
+        **options: of `SynthesisSettings` by their names, such as ``covariates`` or ``format``, but for ``count``, which
+            is that of the items; all else is of MONAI's ``Evaluator``, such as ``val_handlers``.
+
+    Raises:
+        FibldmError: an option has another type or is out of range.
     """
 
     def __init__(
@@ -34,25 +36,25 @@ class SynthesisEvaluator(Evaluator):
         output_dir: str | Path,
         *,
         inferer: SamplingSettings,
-        batch_size: int = 1,
-        allow_extrapolation: bool = False,
-        covariates: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
-        items = list(dataset)
-        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        asked = {name: options.pop(name) for name in OPTIONS if name in options}
+        settings = SynthesisSettings.of(inferer, **asked)
+        items, size = list(dataset), settings.batch_size
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
-        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation, covariates=covariates or {})
+        self.output = Output(synthesizer, Path(output_dir), settings)
+        files = dict.fromkeys(item["mask"] for item in items)
+        self._masks = {file: MaskSource(Path(file), synthesizer.names) if file else None for file in files}
         # refuse at once what would be refused after the first volumes
-        self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))
+        self.add_event_handler(Events.STARTED, lambda: self.output.missing(self._jobs(items)))
 
     def _iteration(self, engine: Engine, batchdata: Any) -> dict[str, list[str]]:
-        return {"files": [str(file) for file in self.output.write(_jobs(batchdata))]}
+        return {"files": [str(file) for file in self.output.write(self._jobs(batchdata))]}
 
-
-def _jobs(items: Sequence[dict[str, Any]]) -> list[Job]:
-    return [(item["mask"] and Path(item["mask"]), int(item["number"])) for item in items]
+    def _jobs(self, items: Sequence[dict[str, Any]]) -> list[Job]:
+        return [Job(self._masks[item["mask"]], int(item["number"])) for item in items]
 
 
 def mask_items(masks: Sequence[Path | None], count: int) -> list[dict[str, Any]]:

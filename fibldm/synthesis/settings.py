@@ -1,9 +1,14 @@
-"""How volumes are drawn, and how many network calls that takes."""
+"""What is asked of a synthesis: how volumes are drawn, in which files they are written, and how many of which patients.
+
+The commands, recipes and configurations fill `SynthesisSettings` by the names of its options; nothing else lists them.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +18,12 @@ from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
+from fibldm.plain_values import checked_values
+
+if TYPE_CHECKING:
+    from fibldm.volumes.dicom.output import DicomOutput
+
+FORMATS = ("nifti", "dicom")
 
 
 @dataclass(frozen=True)
@@ -127,3 +138,115 @@ class SamplingSettings:
         denoise, z = self.guide(count, count), torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1, 1)
         self.draw(denoise, z, self.times(process), process=process, generators=[torch.Generator()])
         return counted
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """In which files volumes are written.
+
+    Attributes:
+        format: "nifti", or "dicom": a series ``<mask stem>_<number:03d>/``, and the mask as a segmentation.
+        template: of DICOM: folder of the series that gives technical tags, never those of a patient.
+        label_codes: of DICOM: CSV of coded meanings for labels that the shipped table lacks.
+        patient_position: of DICOM: HFS, FFS, ..., see `fibldm.volumes.dicom.output.PATIENT_POSITIONS`; None takes that
+            of the template, or leaves it empty.
+
+    Raises:
+        FibldmError: there is no such format, or options of DICOM are given for another one.
+    """
+
+    format: str = "nifti"
+    template: str | Path | None = None
+    label_codes: str | Path | None = None
+    patient_position: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise unknown_choice("format", self.format, FORMATS)
+        given = [name for name in ("template", "label_codes", "patient_position") if getattr(self, name) is not None]
+        if self.format == "nifti" and given:
+            raise FibldmError(f"format nifti takes no {' and no '.join(given)}", "change or leave out one of them")
+
+    @cached_property
+    def dicom(self) -> "DicomOutput | None":
+        """Writes DICOM; None is NIfTI. Template and table are read once.
+
+        Raises:
+            FibldmError: one of them, or the position, is refused.
+        """
+        if self.format == "nifti":
+            return None
+        from fibldm.volumes.dicom.output import DicomOutput
+
+        template, codes = (path and Path(path) for path in (self.template, self.label_codes))
+        return DicomOutput.read(template or None, codes or None, self.patient_position)
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """All that is asked of a generator beside its masks; usually made by `of`.
+
+    Attributes:
+        sampling: how volumes are drawn.
+        files: in which files they are written.
+        count: volumes of every mask.
+        batch_size: volumes that are sampled together.
+        allow_extrapolation: go on, and say so, where masks or covariates lie outside what the training data covered.
+        covariates: what is asked of all patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
+            unknown.
+
+    Raises:
+        FibldmError: a number is below 1.
+    """
+
+    sampling: SamplingSettings = SamplingSettings()
+    files: FileFormat = FileFormat()
+    count: int = 1
+    batch_size: int = 1
+    allow_extrapolation: bool = False
+    covariates: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise FibldmError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    @classmethod
+    def of(
+        cls,
+        base: "SynthesisSettings | SamplingSettings | None" = None,
+        *,
+        what: str = "option of synthesis",
+        **options: Any,
+    ) -> "SynthesisSettings":
+        """Settings with options by their names, such as ``of(steps=5, count=4, format="dicom")``.
+
+        Args:
+            base: what the options are laid over; None for the defaults.
+            what: how an error calls an option.
+            **options: names of `OPTIONS`.
+
+        Raises:
+            FibldmError: there is no such option, or its value has another type or is out of range.
+        """
+        if unknown := [name for name in options if name not in OPTIONS]:
+            raise unknown_choice(what, unknown[0], OPTIONS)
+        made = base if isinstance(base, cls) else cls(base or SamplingSettings())  # type: ignore[arg-type]
+
+        def among(kind: type[Any]) -> dict[str, Any]:
+            names = [part.name for part in fields(kind)]
+            return checked_values(kind, {name: options[name] for name in names if name in options}, what)
+
+        sampling, files = replace(made.sampling, **among(SamplingSettings)), among(FileFormat)
+        # the same object where nothing changes, as it may have read a template
+        kept = replace(made.files, **files) if files else made.files
+        return replace(made, sampling=sampling, files=kept, **among(cls))
+
+
+OPTIONS = tuple(
+    part.name
+    for kind in (SamplingSettings, FileFormat, SynthesisSettings)
+    for part in fields(kind)
+    if part.name not in ("sampling", "files")
+)
+"""The names of all that may be asked, as `SynthesisSettings.of` takes them."""

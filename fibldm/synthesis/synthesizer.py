@@ -1,10 +1,9 @@
 """From masks to synthetic volumes on the masks' own grids."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,99 +14,31 @@ from torch import Tensor
 import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value
-from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
+from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import CovariateEncoding, Value
+from fibldm.models.covariates import CovariateEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork, joined
+from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
-from fibldm.runs import StageFolder, hash_weights, load_facts
-from fibldm.runs.stages import TABLE, begun
-from fibldm.synthesis.bundle import GENERATOR, open_bundle
+from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
+from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample, turned_like
+from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
-from fibldm.volumes.interchange import as_volume, to_sitk, to_torchio
+from fibldm.volumes.interchange import as_volume
 from fibldm.volumes.masks import as_labels
 
 if TYPE_CHECKING:
     import SimpleITK
     import torchio
 
-UNCONDITIONAL = "unconditional"
-"""The name of volumes that no mask was given for."""
-
 NOTICE = "synthetic; a mask drawn on a real scan still carries the anatomy of its patient"
 UNCONDITIONAL_NOTICE = "synthetic; drawn without a mask: it follows none, and its place in space says nothing"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One volume to make.
-
-    Attributes:
-        mask: integer labels ``(X, Y, Z)`` in any axis order; None asks for nothing: any volume, on the model grid.
-        name: of the mask; with the seed and ``number`` it decides the noise.
-        number: which of the volumes of this mask.
-        covariates: what is asked of the patient beside the mask, by name; all else is unknown.
-    """
-
-    mask: Volume | None
-    name: str = "mask"
-    number: int = 0
-    covariates: Mapping[str, object] = field(default_factory=dict)
-
-    def generator(self, seed: int) -> torch.Generator:
-        """Of all that is random about it; on the CPU, so that it is the same on any device."""
-        key = hash_value((seed, self.name, self.number))
-        return torch.Generator().manual_seed(int(key[:15], 16))
-
-
-class _Placed(NamedTuple):
-    """A wanted volume with its mask in RAS+ order, the model grid for it, and what of it was never trained on."""
-
-    wanted: Wanted
-    source: Volume
-    grid: Grid
-    covariates: dict[str, Value]
-    outside: list[str]
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """A synthetic volume in its units on disk, one `Volume` for each channel, and where it comes from."""
-
-    channels: tuple[Volume, ...]
-    provenance: dict[str, Any]
-
-    @property
-    def volume(self) -> Volume:
-        """The volume of a run with one channel.
-
-        Raises:
-            FibldmError: the run has several.
-        """
-        if len(self.channels) > 1:
-            raise FibldmError(f"this volume has {len(self.channels)} channels, not one", "take Synthesis.channels")
-        return self.channels[0]
-
-    def to_sitk(self) -> "SimpleITK.Image":
-        """As an image of SimpleITK, of several channels with vector pixels; it has no mark that it is synthetic.
-
-        Raises:
-            FibldmError: the mask's axes were not at right angles.
-        """
-        return to_sitk(self.channels)
-
-    def to_torchio(self) -> "torchio.ScalarImage":
-        """As an image of TorchIO; it has no mark that it is synthetic."""
-        return to_torchio(self.channels)
 
 
 @dataclass(frozen=True)
@@ -173,30 +104,13 @@ class Synthesizer:
             FibldmError: a stage is not finished, its files do not fit each other, the runs do not, or there is no such
                 checkpoint or device.
         """
-        _check_device(device)
-        if not Path(run_dir).is_dir():
-            raise FibldmError(f"the run must be a folder; {run_dir} is none", "check the path")
-        facts = load_facts(run_dir)
-        stage, noise = (
-            generating_stage(Path(run_dir), unconditional=unconditional),
-            residual_noise_file(Path(run_dir), facts),
-        )
-        network = stage.trained(checkpoint, device="cpu")
-        weights = hash_weights(network.state_dict())
-        if strength != 1 or others:
-            network, weights = _joined(stage, network, weights, strength, others or {})
-        return cls(
-            network=network.to(device),
-            first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
-            process=stage.component("process"),
-            target=stage.component("target"),
-            mask=stage.component("mask"),
-            source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
-            shift=float(getattr(stage.component("times"), "shift", 1.0)),
-            residual_noise=ResidualNoise.load(noise) if noise is not None else None,
-            mask_dropout=float(stage.component("mask_dropout")),
-            **_of_facts(facts),
-        )
+        choices: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "strength": strength,
+            "others": others or {},
+            "device": device,
+        }
+        return cls(**parts_of_run(run_dir, unconditional=unconditional, **choices))
 
     @classmethod
     def from_bundle(cls, path: str | Path, *, trust: bool = False, device: str | torch.device = "cpu") -> "Synthesizer":
@@ -211,32 +125,7 @@ class Synthesizer:
         Raises:
             FibldmError: it is no such bundle, a part of it is refused, or there is no such device.
         """
-        _check_device(device)
-        with open_bundle(path, trust=trust) as bundle:
-            network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
-            weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
-            facts, source = bundle.facts, dict[str, Any](weights=weights, autoencoder=fingerprint)
-            source |= {"changed": list(bundle.changed)} if bundle.changed else {}
-            try:
-                made = cls(
-                    network=cast(ConditionedNetwork, network).to(device),
-                    first_stage=FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
-                    process=bundle.made("process"),
-                    target=facts["target"],
-                    mask=bundle.made("mask"),
-                    source={**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
-                    shift=float(facts["shift"]),
-                    residual_noise=bundle.residual_noise(),
-                    mask_dropout=facts.get("mask_dropout"),
-                    **_of_facts(facts),
-                )
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise FibldmError(
-                    f"{bundle.root / GENERATOR} must describe a generator; {type(error).__name__}: {error}",
-                    "ask for the bundle again, or export it again",
-                ) from error
-            made.space.check_autoencoder(fingerprint, str(bundle.root))
-            return made
+        return cls(**parts_of_bundle(path, trust=trust, device=device))
 
     @property
     def covariates(self) -> CovariateEncoding:
@@ -254,74 +143,88 @@ class Synthesizer:
         allow_extrapolation: bool = False,
         **sampling: Any,
     ) -> Synthesis:
-        """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors.
+        """One synthetic volume on the grid of ``mask``; see `SynthesisRequest` and `batch` for arguments and errors.
 
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
-        wanted = [Wanted(None if mask is None else as_volume(mask), name, number, covariates or {})]
+        request = SynthesisRequest(None if mask is None else as_volume(mask), name, number, covariates or {})
         chosen = (settings or SamplingSettings()).changed(**sampling)
-        return self.batch(wanted, settings=chosen, allow_extrapolation=allow_extrapolation)[0]
+        return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
-    def check(self, wanted: Wanted, *, allow_extrapolation: bool = False) -> list[str]:
-        """What `batch` would refuse, before anything is made: mask and covariates.
+    def batch(
+        self,
+        requests: Sequence[SynthesisRequest],
+        *,
+        settings: SamplingSettings | None = None,
+        allow_extrapolation: bool = False,
+    ) -> list[Synthesis]:
+        """Synthetic volumes, each on the grid of its mask; what `draw` gives of what `prepare` gives.
 
-        Returns:
-            What of them lies outside what the training data covered, in words.
+        Args:
+            requests: the volumes.
+            settings: how to sample; None for the defaults.
+            allow_extrapolation: see `prepare`.
 
         Raises:
-            FibldmError: as `batch`.
+            FibldmError: see `prepare` and `draw`.
         """
-        return self._place(wanted, allow_extrapolation).outside
+        prepared = [self.prepare(request, allow_extrapolation=allow_extrapolation) for request in requests]
+        return self.draw(prepared, settings=settings)
+
+    def prepare(self, request: SynthesisRequest, *, allow_extrapolation: bool = False) -> PreparedMask:
+        """Check and place a mask, with the covariates that are asked beside it, once for any number of its volumes.
+
+        Args:
+            request: one of the volumes.
+            allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
+
+        Raises:
+            FibldmError: the mask holds fractions or a label that the training data lack, or lies outside of them; so do
+                covariates; or the generator knows no masks.
+        """
+        try:
+            return self._placed(request, allow_extrapolation)
+        except FibldmError as error:
+            raise FibldmError(f"{request.name}: {error.message}", error.remedy) from error
 
     @torch.no_grad()
-    def batch(
-        self, wanted: Sequence[Wanted], *, settings: SamplingSettings | None = None, allow_extrapolation: bool = False
-    ) -> list[Synthesis]:
-        """Synthetic volumes, each on the grid of its mask, sampled together where they have one size.
+    def draw(self, prepared: Sequence[PreparedMask], *, settings: SamplingSettings | None = None) -> list[Synthesis]:
+        """Synthetic volumes of prepared masks, sampled together where they have one size.
 
         A volume is the same in any batch but for rounding: its noise depends on the seed, its mask's name and its
         number alone.
 
         Args:
-            wanted: the volumes.
+            prepared: by this synthesizer; see `PreparedMask.numbered` for several volumes of one mask.
             settings: how to sample; None for the defaults.
-            allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
 
         Raises:
-            FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; so do
-                covariates; or a dynamic threshold is asked of latents.
+            FibldmError: a dynamic threshold is asked of latents.
         """
         settings = self._as_trained(settings or SamplingSettings())
-        placed = [self._place(one, allow_extrapolation) for one in wanted]
         made: dict[int, Synthesis] = {}
-        for size in dict.fromkeys(part.grid.shape for part in placed):
-            places = [place for place, part in enumerate(placed) if part.grid.shape == size]
-            decoded = self._sample([placed[place] for place in places], settings)
+        for size in dict.fromkeys(part.grid.shape for part in prepared):
+            places = [place for place, part in enumerate(prepared) if part.grid.shape == size]
+            decoded = self._sample([prepared[place] for place in places], settings)
             for place, volume in zip(places, decoded, strict=True):
-                made[place] = self._finish(placed[place], volume, settings)
-        return [made[place] for place in range(len(placed))]
+                made[place] = self._finish(prepared[place], volume, settings)
+        return [made[place] for place in range(len(prepared))]
 
-    def _place(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
-        try:
-            return self._placed(wanted, allow_extrapolation)
-        except FibldmError as error:
-            raise FibldmError(f"{wanted.name}: {error.message}", error.remedy) from error
-
-    def _placed(self, wanted: Wanted, allow_extrapolation: bool) -> _Placed:
-        if wanted.mask is not None and not self.network.sees_mask:
+    def _placed(self, request: SynthesisRequest, allow_extrapolation: bool) -> PreparedMask:
+        if request.mask is not None and not self.network.sees_mask:
             raise FibldmError(
                 "this generator was trained without masks, so that its volumes would not follow one; a mask was given",
                 "ask for volumes without masks, or train with --config mask_concat or a ControlNet",
             )
-        source = as_labels(wanted.mask or self._unknown()).canonical()
+        source = as_labels(request.mask or self._unknown()).canonical()
         self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
-        covariates = self.covariates.read(wanted.covariates)
-        outside = [] if wanted.mask is None else self.envelope.check(source, allow=allow_extrapolation)
+        covariates = self.covariates.read(request.covariates)
+        outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
         outside += self.covariates.check(covariates, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        return _Placed(wanted, source, grid, covariates, outside)
+        return PreparedMask(request, source, grid, covariates, outside)
 
     def _check_unknown(self, labels: Volume, *, allow: bool) -> list[str]:
         """A mask that asks for nothing, of a network that never saw one."""
@@ -341,29 +244,29 @@ class Synthesizer:
         affine = from_matvec(np.diag(self.grid.spacing), shift)
         return Volume(np.full(self.grid.size, UNKNOWN_LABEL, dtype=np.uint8), affine)
 
-    def _finish(self, placed: _Placed, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
+    def _finish(self, placed: PreparedMask, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
         """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
         source, grid = placed.source, placed.grid
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]
         on_disk = self.intensity.to_disk(np.stack(returned))
-        wanted_grid = source.grid if placed.wanted.mask is None else placed.wanted.mask.grid
-        channels = tuple(turned_like(replace(source, array=part), wanted_grid) for part in on_disk)
+        own_grid = source.grid if placed.request.mask is None else placed.request.mask.grid
+        channels = tuple(turned_like(replace(source, array=part), own_grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
         provenance = {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
-            "number": placed.wanted.number,
+            "number": placed.request.number,
             "sampling": settings.to_dict(),
             "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
-            "follows_mask": placed.wanted.mask is not None,
+            "follows_mask": placed.request.mask is not None,
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
             "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
             "extrapolation": placed.outside,
-            "notice": NOTICE if placed.wanted.mask is not None else UNCONDITIONAL_NOTICE,
+            "notice": NOTICE if placed.request.mask is not None else UNCONDITIONAL_NOTICE,
         }
         return Synthesis(channels, provenance)
 
@@ -378,13 +281,13 @@ class Synthesizer:
             settings = replace(settings, residual_noise=0.0)
         return settings if settings.shift is not None else replace(settings, shift=self.shift)
 
-    def _sample(self, placed: Sequence[_Placed], settings: SamplingSettings) -> list[NDArray[np.float32]]:
+    def _sample(self, placed: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:
         """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
         device = next(self.network.parameters()).device
         labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
         drawn = torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
         condition = self.mask.encode(drawn)
-        generators = [part.wanted.generator(settings.seed) for part in placed]
+        generators = [part.request.generator(settings.seed) for part in placed]
         noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
         conditional = self._denoiser(condition, self._encoded(placed).to(device) if self.covariates.kinds else None)
         denoise = settings.guide(conditional, self._denoiser(self.mask.null(condition)))
@@ -402,94 +305,8 @@ class Synthesizer:
         whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
         return tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)[0].float()
 
-    def _encoded(self, placed: Sequence[_Placed]) -> Tensor:
+    def _encoded(self, placed: Sequence[PreparedMask]) -> Tensor:
         return torch.stack([self.covariates.encode(part.covariates) for part in placed])
 
     def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, condition, covariates)
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise FibldmError(
-            f"the device must be one that this machine has; {device}: {str(error).splitlines()[0]}",
-            "`fibldm doctor` says what is there; cpu always is",
-        ) from error
-
-
-def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs and bundles say in the same words."""
-    return {
-        "space": LatentSpace.from_dict(facts["space"]),
-        "grid": ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
-        "intensity": Intensity.from_dict(facts["intensity"]),
-        "envelope": Envelope.from_dict(facts["envelope"]),
-        "names": {int(value): name for value, name in facts["labels"].items() if int(value)},
-        "channels": tuple(facts.get("channels", ("image",))),
-    }
-
-
-def residual_noise_file(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
-    """What the encode stage measured; None where the decoder leaves nothing out, or it was not measured.
-
-    Raises:
-        FibldmError: the file is missing, or another one.
-    """
-    if facts.get("residual_noise") is None:
-        return None
-    file = run_dir / "latents" / str(facts["residual_noise"]["file"])
-    if not file.exists() or hash_file(file) != facts["residual_noise"]["sha256"]:
-        raise FibldmError(f"{file} must be as the encode stage wrote it; it is not", "run `fibldm encode --restart`")
-    return file
-
-
-def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFolder:
-    """The stage that volumes are drawn with: the last one that was begun of those that generate.
-
-    Args:
-        run_dir: the run folder.
-        unconditional: where diffusion knows no mask, none that brings it one.
-
-    Raises:
-        FibldmError: nothing was trained that knows the mask, and that is wanted.
-    """
-    first, *later = (kind for kind in TABLE.values() if kind.generates)
-    base, steered = StageFolder(run_dir, first.name), next(kind for kind in later if kind.brings_mask)
-    if base.done() is None:
-        return base if unconditional else StageFolder(run_dir, steered.name)
-    fitting = [kind for kind in begun(run_dir) if kind in later]
-    if base.component("mask_way") is None:
-        fitting = [kind for kind in fitting if kind.brings_mask != unconditional]
-        if not fitting and not unconditional:
-            raise FibldmError(
-                f"stage {steered.name!r} of {run_dir} must be finished first; it was never started, and stage 2 knows "
-                "no masks",
-                f"run `{steered.command}`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
-                "`fibldm export --unconditional`",
-            )
-    return StageFolder(run_dir, (fitting or [first])[-1].name)
-
-
-def _joined(
-    stage: StageFolder,
-    network: ConditionedNetwork,
-    weights: str,
-    strength: float,
-    others: Mapping[str | Path, float],
-) -> tuple[ConditionedNetwork, str]:
-    """A network with the ControlNets of other runs, and the fingerprint of all with their strengths."""
-    stages = [stage, *(StageFolder(Path(run), "controlnet") for run in others)]
-    strengths = [strength, *others.values()]
-    if not all(0 <= value < math.inf for value in strengths):
-        raise FibldmError(f"strengths must be numbers of at least 0; got {strengths}", "1 is as trained")
-    for other in stages[1:]:
-        if other.component("mask") != stage.component("mask"):
-            raise FibldmError(
-                f"the masks of {other.run_dir} must be encoded as those of {stage.run_dir}; they are not",
-                "train its ControlNet with the same mask_detail, mask_resize and mask_feature",
-            )
-    all_weights = [weights, *(other.require()["weights"] for other in stages[1:])]
-    networks = [network, *(other.trained(device="cpu") for other in stages[1:])]
-    return joined(networks, strengths), hash_value([list(pair) for pair in zip(all_weights, strengths, strict=True)])

@@ -184,11 +184,13 @@ def _say_once(name: str, remark: str) -> None:
 
 
 def as_labels(mask: Volume) -> Volume:
-    """The mask as uint8.
+    """The mask as uint8; one that is uint8 comes back as it is.
 
     Raises:
         FibldmError: it holds fractions, or numbers that are no labels.
     """
+    if mask.array.dtype == np.uint8:
+        return mask
     mask = _settled(mask, "a mask")
     if not are_whole(mask.array):
         raise FibldmError(

@@ -1,0 +1,179 @@
+"""The parts of a synthesizer, from a run or from a bundle."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fibldm.errors import FibldmError
+from fibldm.files import hash_file, hash_value
+from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
+from fibldm.models.latents import LatentSpace
+from fibldm.models.network import ConditionedNetwork, joined
+from fibldm.models.residual_noise import ResidualNoise
+from fibldm.runs import StageFolder, hash_weights, load_facts
+from fibldm.runs.stages import TABLE, begun
+from fibldm.synthesis.bundle import GENERATOR, open_bundle
+from fibldm.volumes.envelope import Envelope
+from fibldm.volumes.grid import ModelGrid
+from fibldm.volumes.intensity import Intensity
+
+
+def parts_of_run(
+    run_dir: str | Path,
+    *,
+    unconditional: bool,
+    checkpoint: str,
+    strength: float,
+    others: Mapping[str | Path, float],
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """The fields of a `Synthesizer` from a run; see `Synthesizer.from_run`.
+
+    Raises:
+        FibldmError: as there.
+    """
+    _check_device(device)
+    if not Path(run_dir).is_dir():
+        raise FibldmError(f"the run must be a folder; {run_dir} is none", "check the path")
+    facts = load_facts(run_dir)
+    stage = generating_stage(Path(run_dir), unconditional=unconditional)
+    noise = residual_noise_file(Path(run_dir), facts)
+    network = stage.trained(checkpoint, device="cpu")
+    weights = hash_weights(network.state_dict())
+    if strength != 1 or others:
+        network, weights = _joined(stage, network, weights, strength, others)
+    return {
+        "network": network.to(device),
+        "first_stage": FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
+        "process": stage.component("process"),
+        "target": stage.component("target"),
+        "mask": stage.component("mask"),
+        "source": {"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
+        "shift": float(getattr(stage.component("times"), "shift", 1.0)),
+        "residual_noise": ResidualNoise.load(noise) if noise is not None else None,
+        "mask_dropout": float(stage.component("mask_dropout")),
+        **_of_facts(facts),
+    }
+
+
+def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device) -> dict[str, Any]:
+    """The fields of a `Synthesizer` from a bundle; see `Synthesizer.from_bundle`.
+
+    Raises:
+        FibldmError: as there.
+    """
+    _check_device(device)
+    with open_bundle(path, trust=trust) as bundle:
+        network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
+        weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
+        facts, source = bundle.facts, dict[str, Any](weights=weights, autoencoder=fingerprint)
+        source |= {"changed": list(bundle.changed)} if bundle.changed else {}
+        try:
+            parts = {
+                "network": cast(ConditionedNetwork, network).to(device),
+                "first_stage": FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
+                "process": bundle.made("process"),
+                "target": facts["target"],
+                "mask": bundle.made("mask"),
+                "source": {**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
+                "shift": float(facts["shift"]),
+                "residual_noise": bundle.residual_noise(),
+                "mask_dropout": facts.get("mask_dropout"),
+                **_of_facts(facts),
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FibldmError(
+                f"{bundle.root / GENERATOR} must describe a generator; {type(error).__name__}: {error}",
+                "ask for the bundle again, or export it again",
+            ) from error
+        parts["space"].check_autoencoder(fingerprint, str(bundle.root))
+        return parts
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise FibldmError(
+            f"the device must be one that this machine has; {device}: {str(error).splitlines()[0]}",
+            "`fibldm doctor` says what is there; cpu always is",
+        ) from error
+
+
+def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs and bundles say in the same words."""
+    return {
+        "space": LatentSpace.from_dict(facts["space"]),
+        "grid": ModelGrid(tuple(facts["grid"]["spacing"]), tuple(facts["grid"]["size"])),
+        "intensity": Intensity.from_dict(facts["intensity"]),
+        "envelope": Envelope.from_dict(facts["envelope"]),
+        "names": {int(value): name for value, name in facts["labels"].items() if int(value)},
+        "channels": tuple(facts.get("channels", ("image",))),
+    }
+
+
+def residual_noise_file(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
+    """What the encode stage measured; None where the decoder leaves nothing out, or it was not measured.
+
+    Raises:
+        FibldmError: the file is missing, or another one.
+    """
+    if facts.get("residual_noise") is None:
+        return None
+    file = run_dir / "latents" / str(facts["residual_noise"]["file"])
+    if not file.exists() or hash_file(file) != facts["residual_noise"]["sha256"]:
+        raise FibldmError(f"{file} must be as the encode stage wrote it; it is not", "run `fibldm encode --restart`")
+    return file
+
+
+def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFolder:
+    """The stage that volumes are drawn with: the last one that was begun of those that generate.
+
+    Args:
+        run_dir: the run folder.
+        unconditional: where diffusion knows no mask, none that brings it one.
+
+    Raises:
+        FibldmError: nothing was trained that knows the mask, and that is wanted.
+    """
+    first, *later = (kind for kind in TABLE.values() if kind.generates)
+    base, steered = StageFolder(run_dir, first.name), next(kind for kind in later if kind.brings_mask)
+    if base.done() is None:
+        return base if unconditional else StageFolder(run_dir, steered.name)
+    fitting = [kind for kind in begun(run_dir) if kind in later]
+    if base.component("mask_way") is None:
+        fitting = [kind for kind in fitting if kind.brings_mask != unconditional]
+        if not fitting and not unconditional:
+            raise FibldmError(
+                f"stage {steered.name!r} of {run_dir} must be finished first; it was never started, and stage 2 knows "
+                "no masks",
+                f"run `{steered.command}`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
+                "`fibldm export --unconditional`",
+            )
+    return StageFolder(run_dir, (fitting or [first])[-1].name)
+
+
+def _joined(
+    stage: StageFolder,
+    network: ConditionedNetwork,
+    weights: str,
+    strength: float,
+    others: Mapping[str | Path, float],
+) -> tuple[ConditionedNetwork, str]:
+    """A network with the ControlNets of other runs, and the fingerprint of all with their strengths."""
+    stages = [stage, *(StageFolder(Path(run), "controlnet") for run in others)]
+    strengths = [strength, *others.values()]
+    if not all(0 <= value < math.inf for value in strengths):
+        raise FibldmError(f"strengths must be numbers of at least 0; got {strengths}", "1 is as trained")
+    for other in stages[1:]:
+        if other.component("mask") != stage.component("mask"):
+            raise FibldmError(
+                f"the masks of {other.run_dir} must be encoded as those of {stage.run_dir}; they are not",
+                "train its ControlNet with the same mask_detail, mask_resize and mask_feature",
+            )
+    all_weights = [weights, *(other.require()["weights"] for other in stages[1:])]
+    networks = [network, *(other.trained(device="cpu") for other in stages[1:])]
+    return joined(networks, strengths), hash_value([list(pair) for pair in zip(all_weights, strengths, strict=True)])
