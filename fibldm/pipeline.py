@@ -22,7 +22,7 @@ from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.licences import licence_notice
-from fibldm.models.covariates import CovariateEncoding
+from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
 from fibldm.planning.timing import encoding_seconds
 from fibldm.runs import STAGES, MadeOtherwise, StageFolder

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.cli.synthesize import read_covariates
+from fibldm.cli.synthesize import read_named
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
@@ -108,7 +108,7 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
     output = Output(
-        synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom, read_covariates(chosen.covariate)
+        synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom, read_named(chosen.covariate)
     )
     asked = synthesizer.covariates.read(output.covariates)
     synthesizer.covariates.check(asked, allow=chosen.allow_extrapolation)

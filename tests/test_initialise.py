@@ -15,7 +15,7 @@ from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.models.network import ConditionedNetwork, MaskControl
+from fibldm.models.network import ConditionedNetwork, Control
 from fibldm.runs import StageFolder
 from fibldm.runs.configuration import Configuration
 from fibldm.training.draws import take_subset
@@ -212,7 +212,7 @@ UNET |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 8}
 def controlled() -> ConditionedNetwork:
     torch.manual_seed(0)
     control = ControlNet(**UNET, conditioning_embedding_in_channels=3, conditioning_embedding_num_channels=(8,))
-    return ConditionedNetwork(DiffusionModelUNet(out_channels=2, **UNET), [MaskControl(control)])
+    return ConditionedNetwork(DiffusionModelUNet(out_channels=2, **UNET), [Control(control)])
 
 
 def autoencoder() -> AutoencoderKL:

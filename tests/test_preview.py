@@ -284,7 +284,7 @@ def latents(tiny_run: Path) -> Latents:
 
 def sample_rows(latents: Latents, network: Any, *, masked: bool = False, **settings: Any) -> SampleRows:
     mask = latents.mask(1) if masked else None
-    prepare = LatentPrepareBatch(RectifiedFlow(), target="sample", times=GridTimes(2), mask=mask)
+    prepare = LatentPrepareBatch(RectifiedFlow(), target="sample", times=GridTimes(2), conditions={"mask": mask})
     return SampleRows(network, latents, prepare_batch=prepare, **{"seed": 3, "device": "cpu", "steps": 2, **settings})
 
 

@@ -66,6 +66,10 @@ def synthesize(
         list[str],
         typer.Option(metavar="NAME=VALUE", help="Of the patient, such as age=63; may be repeated. Else unknown."),
     ] = [],
+    condition: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=VALUE", help="Any further condition the network was trained with; may be repeated."),
+    ] = [],
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Without masks, from a generator that knows some: volumes follow none."),
@@ -136,7 +140,8 @@ def synthesize(
         settings=settings,
         batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
-        covariates=read_covariates(covariate),
+        covariates=read_named(covariate),
+        conditions=read_named(condition, "--condition"),
         checkpoint=checkpoint,
         strength=strength,
         others=dict(_run_and_strength(text) for text in with_controlnet),
@@ -194,8 +199,8 @@ def _run_and_strength(text: str) -> tuple[Path, float]:
         raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
 
 
-def read_covariates(texts: list[str]) -> dict[str, str]:
-    """Values by name of ``NAME=VALUE``.
+def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:
+    """Values by name of ``NAME=VALUE``, as an option takes them.
 
     Raises:
         FibldmError: one has another form, or a name comes twice.
@@ -204,7 +209,7 @@ def read_covariates(texts: list[str]) -> dict[str, str]:
 
     pairs = [text.partition("=") for text in texts]
     if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
-        raise FibldmError(f"--covariate needs NAME=VALUE, each name once; got {', '.join(texts)}")
+        raise FibldmError(f"{option} needs NAME=VALUE, each name once; got {', '.join(texts)}")
     return {name: value for name, _, value in pairs}
 
 

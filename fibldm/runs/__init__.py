@@ -3,6 +3,7 @@
 * ``stages``: the stages there are
 * ``stage_folder``: the folder of one stage
 * ``fingerprints``: what decides a stage
+* ``renamed``: names of earlier versions
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``values``, ``causes``: checks of single values; what lies behind an error of MONAI's parser
 """

@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 import fibldm
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.runs.causes import unwrapped
+from fibldm.runs.renamed import current
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.verbatim import as_argument, verbatim
 
@@ -230,7 +231,7 @@ class ConfigFiles(ConfigParser):
 
 @cache
 def _loaded(file: str, _mtime: int, _size: int) -> dict[str, Any]:
-    content: dict[str, Any] = ConfigParser.load_config_file(file)
+    content: dict[str, Any] = current(ConfigParser.load_config_file(file))
     return content
 
 

@@ -24,6 +24,7 @@ class SynthesisEvaluator(Evaluator):
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         covariates: what is asked of the patients beside the masks, by name; all else is unknown.
+        conditions: what is asked of further conditions, by their names.
         **options: of MONAI's ``Evaluator``, such as ``val_handlers``.
     """
 
@@ -37,13 +38,15 @@ class SynthesisEvaluator(Evaluator):
         batch_size: int = 1,
         allow_extrapolation: bool = False,
         covariates: Mapping[str, object] | None = None,
+        conditions: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         items = list(dataset)
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
-        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation, covariates=covariates or {})
+        asked = (covariates or {}, conditions or {})
+        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation, None, *asked)
         # refuse at once what would be refused after the first volumes
         self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))
 

@@ -47,6 +47,7 @@ class Output:
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         dicom: writes a DICOM series ``<mask stem>_<number:03d>/`` and the mask as a segmentation; None is NIfTI.
         covariates: what is asked of the patients beside the masks, by name; all else is unknown.
+        conditions: what is asked of further conditions, by their names.
     """
 
     synthesizer: Synthesizer
@@ -55,11 +56,12 @@ class Output:
     allow_extrapolation: bool = False
     dicom: "DicomOutput | None" = None
     covariates: Mapping[str, object] = field(default_factory=dict)
+    conditions: Mapping[str, object] = field(default_factory=dict)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
 
-        What is asked of covariates is said.
+        What is asked beside the masks is said.
 
         Raises:
             FibldmError: as `write`; of several masks that are refused, all are told.
@@ -83,8 +85,10 @@ class Output:
                 + "".join(f"\n  {line}" for line in shown),
                 "; ".join(remedies),
             )
-        if (encoding := self.synthesizer.covariates).kinds:
-            _logger.info("covariates: %s", encoding.told(encoding.read(self.covariates)))
+        asked = self.synthesizer.read(self.covariates, self.conditions)
+        for name, kind in self.synthesizer.conditions.items():
+            if name in asked:
+                _logger.info("%s: %s", name, kind.told(asked[name]))
         return missing
 
     def write(self, jobs: Sequence[Job]) -> list[Path]:
@@ -136,11 +140,11 @@ class Output:
         if mask_file is None:
             if self.dicom is not None:
                 raise FibldmError("DICOM is a series with its segmentation; no mask was given", "write NIfTI instead")
-            return Wanted(None, UNCONDITIONAL, number, self.covariates)
+            return Wanted(None, UNCONDITIONAL, number, self.covariates, self.conditions)
         mask = read_mask(mask_file, self.synthesizer.names)
         if self.dicom is not None:
             self.dicom.check(mask.grid, self.synthesizer.names, self.synthesizer.intensity)
-        return Wanted(mask, mask_stem(mask_file), number, self.covariates)
+        return Wanted(mask, mask_stem(mask_file), number, self.covariates, self.conditions)
 
     def _write(self, job: Job, mask: Volume | None, made: Synthesis) -> None:
         path, request = self.path(*job), self._request(*job)
@@ -165,8 +169,9 @@ class Output:
     def _request(self, mask_file: Path | None, number: int) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
         decisive = [self.synthesizer.source, self.settings.to_dict(), number]
-        if known := self.synthesizer.covariates.read(self.covariates):
-            decisive.append(known)
+        asked = self.synthesizer.read(self.covariates, self.conditions)
+        decisive += [known for known in [asked.pop("covariates")] if known]
+        decisive += [{name: value} for name, value in asked.items() if value is not None]
         request = {
             "mask": mask_file and mask_file.name,
             "mask_sha256": mask_file and hash_mask(mask_file),
@@ -198,6 +203,7 @@ def synthesize_files(
     batch_size: int = 1,
     allow_extrapolation: bool = False,
     covariates: Mapping[str, object] | None = None,
+    conditions: Mapping[str, object] | None = None,
     checkpoint: str = "best",
     strength: float = 1.0,
     others: Mapping[str | Path, float] | None = None,
@@ -226,6 +232,7 @@ def synthesize_files(
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         covariates: what is asked of the patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
             unknown.
+        conditions: what is asked of further conditions that the network was trained with, by their names.
         checkpoint: which weights, see `Synthesizer.from_run`.
         strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
         others: runs with further ControlNets, and their strengths.
@@ -267,7 +274,7 @@ def synthesize_files(
         synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
     if not asked and synthesizer.network.sees_mask:
         raise _needs_masks()
-    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
+    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {}, conditions or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     remedy = "wait until that has ended, choose another --out, or let them share the work by RANK and WORLD_SIZE"
     with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):

@@ -17,8 +17,9 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import CovariateEncoding, Value
+from fibldm.models.conditions.condition import Condition, present
+from fibldm.models.conditions.covariates import CovariateEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, joined
@@ -55,12 +56,14 @@ class Wanted:
         name: of the mask; with the seed and ``number`` it decides the noise.
         number: which of the volumes of this mask.
         covariates: what is asked of the patient beside the mask, by name; all else is unknown.
+        conditions: what is asked of further conditions, by their names.
     """
 
     mask: Volume | None
     name: str = "mask"
     number: int = 0
     covariates: Mapping[str, object] = field(default_factory=dict)
+    conditions: Mapping[str, object] = field(default_factory=dict)
 
     def generator(self, seed: int) -> torch.Generator:
         """Of all that is random about it; on the CPU, so that it is the same on any device."""
@@ -74,7 +77,7 @@ class _Placed(NamedTuple):
     wanted: Wanted
     source: Volume
     grid: Grid
-    covariates: dict[str, Value]
+    asked: dict[str, Any]
     outside: list[str]
 
 
@@ -114,12 +117,12 @@ class Synthesizer:
     """Everything that turns a mask into a volume; usually made by `from_run`.
 
     Attributes:
-        network: with its ControlNet, in evaluation mode; says which covariates it knows.
+        network: with its ControlNet, in evaluation mode.
         first_stage: the autoencoder.
         space: scale of its latents.
         process: the diffusion process of the network.
         target: what the network's output means.
-        mask: how masks are encoded.
+        conditions: what may be asked of a volume, by name, and how it is encoded; masks always.
         grid: the model grid.
         intensity: between tensors and the units on disk.
         envelope: what the training data covered.
@@ -136,7 +139,7 @@ class Synthesizer:
     space: LatentSpace
     process: Process
     target: Target
-    mask: MaskEncoding
+    conditions: Mapping[str, Condition]
     grid: ModelGrid
     intensity: Intensity
     envelope: Envelope
@@ -189,7 +192,7 @@ class Synthesizer:
             first_stage=FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
             process=stage.component("process"),
             target=stage.component("target"),
-            mask=stage.component("mask"),
+            conditions={**present(stage.component("conditions")), "mask": stage.component("mask")},
             source={"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
             residual_noise=ResidualNoise.load(noise) if noise is not None else None,
@@ -222,7 +225,7 @@ class Synthesizer:
                     first_stage=FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
                     process=bundle.made("process"),
                     target=facts["target"],
-                    mask=bundle.made("mask"),
+                    conditions=present(bundle.made("conditions")),
                     source={**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
                     shift=float(facts["shift"]),
                     residual_noise=bundle.residual_noise(),
@@ -238,9 +241,37 @@ class Synthesizer:
             return made
 
     @property
+    def mask(self) -> MaskEncoding:
+        """How masks are encoded."""
+        return cast(MaskEncoding, self.conditions["mask"])
+
+    @property
     def covariates(self) -> CovariateEncoding:
         """Those that the network was trained with, perhaps none."""
-        return self.network.covariates or CovariateEncoding({})
+        return cast(CovariateEncoding, self.conditions.get("covariates", CovariateEncoding({})))
+
+    @property
+    def further(self) -> dict[str, Condition]:
+        """The conditions beside mask and covariates."""
+        return {name: kind for name, kind in self.conditions.items() if name not in ("mask", "covariates")}
+
+    def read(self, covariates: Mapping[str, object], conditions: Mapping[str, object]) -> dict[str, Any]:
+        """What is asked beside the mask, by name of the condition, as it is recorded.
+
+        Args:
+            covariates: by their names.
+            conditions: further ones, by theirs.
+
+        Raises:
+            FibldmError: there is no such condition, or it cannot be asked so.
+        """
+        if strange := conditions.keys() - self.further.keys():
+            raise FibldmError(
+                f"further conditions must be those of training ({', '.join(self.further) or 'none'}); "
+                f"there is no {', '.join(sorted(strange))}"
+            )
+        further = {name: kind.read(conditions.get(name)) for name, kind in self.further.items()}
+        return {"covariates": self.covariates.read(covariates), **further}
 
     def __call__(
         self,
@@ -249,6 +280,7 @@ class Synthesizer:
         name: str | None = None,
         number: int = 0,
         covariates: Mapping[str, object] | None = None,
+        conditions: Mapping[str, object] | None = None,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
         **sampling: Any,
@@ -258,12 +290,12 @@ class Synthesizer:
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
-        wanted = [Wanted(None if mask is None else as_volume(mask), name, number, covariates or {})]
+        wanted = [Wanted(None if mask is None else as_volume(mask), name, number, covariates or {}, conditions or {})]
         chosen = (settings or SamplingSettings()).changed(**sampling)
         return self.batch(wanted, settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
     def check(self, wanted: Wanted, *, allow_extrapolation: bool = False) -> list[str]:
-        """What `batch` would refuse, before anything is made: mask and covariates.
+        """What `batch` would refuse, before anything is made: mask and other conditions.
 
         Returns:
             What of them lies outside what the training data covered, in words.
@@ -285,11 +317,11 @@ class Synthesizer:
         Args:
             wanted: the volumes.
             settings: how to sample; None for the defaults.
-            allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
+            allow_extrapolation: go on, and say so, where conditions lie outside what the training data covered.
 
         Raises:
             FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; so do
-                covariates; or a dynamic threshold is asked of latents.
+                other conditions; or a dynamic threshold is asked of latents.
         """
         settings = self._as_trained(settings or SamplingSettings())
         placed = [self._place(one, allow_extrapolation) for one in wanted]
@@ -314,13 +346,14 @@ class Synthesizer:
                 "ask for volumes without masks, or train with --config mask_concat or a ControlNet",
             )
         source = as_labels(wanted.mask or self._unknown()).canonical()
-        self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
-        covariates = self.covariates.read(wanted.covariates)
+        self.mask.read(torch.from_numpy(source.array.astype(np.int64)))
+        asked = self.read(wanted.covariates, wanted.conditions)
         outside = [] if wanted.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
-        outside += self.covariates.check(covariates, allow=allow_extrapolation)
+        for name, kind in {"covariates": self.covariates, **self.further}.items():
+            outside += kind.check(asked[name], allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        return _Placed(wanted, source, grid, covariates, outside)
+        return _Placed(wanted, source, grid, asked, outside)
 
     def _check_unknown(self, labels: Volume, *, allow: bool) -> list[str]:
         """A mask that asks for nothing, of a network that never saw one."""
@@ -348,13 +381,15 @@ class Synthesizer:
         wanted_grid = source.grid if placed.wanted.mask is None else placed.wanted.mask.grid
         channels = tuple(turned_like(replace(source, array=part), wanted_grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
+        further = {name: kind.recorded(placed.asked[name]) for name, kind in self.further.items()}
         provenance = {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
             "number": placed.wanted.number,
             "sampling": settings.to_dict(),
-            "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
+            "covariates": self.covariates.recorded(placed.asked["covariates"]),
+            **({"conditions": further} if further else {}),
             "follows_mask": placed.wanted.mask is not None,
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
@@ -382,11 +417,12 @@ class Synthesizer:
         device = next(self.network.parameters()).device
         labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
         drawn = torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
-        condition = self.mask.encode(drawn)
+        given = self._encoded(placed, drawn)
+        cells = [length // step for length, step in zip(drawn.shape[2:], self.mask.factors, strict=True)]
         generators = [part.wanted.generator(settings.seed) for part in placed]
-        noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
-        conditional = self._denoiser(condition, self._encoded(placed).to(device) if self.covariates.kinds else None)
-        denoise = settings.guide(conditional, self._denoiser(self.mask.null(condition)))
+        noise = draw_noise((len(self.space.mean), *cells), generators).to(device)
+        nothing = {name: self.conditions[name].null(part) for name, part in given.items()}
+        denoise = settings.guide(self._denoiser(given), self._denoiser(nothing))
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         times = settings.times(self.process)
@@ -401,11 +437,14 @@ class Synthesizer:
         whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
         return tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)[0].float()
 
-    def _encoded(self, placed: Sequence[_Placed]) -> Tensor:
-        return torch.stack([self.covariates.encode(part.covariates) for part in placed])
+    def _encoded(self, placed: Sequence[_Placed], drawn: Tensor) -> dict[str, Tensor]:
+        """What the network is given of each condition that it sees, ``(B, ...)``."""
+        values = {name: drawn if name == "mask" else [part.asked[name] for part in placed] for name in self.conditions}
+        seen = {name: kind for name, kind in self.conditions.items() if name in self.network.sees}
+        return {name: kind.encode(values[name]).to(drawn.device) for name, kind in seen.items()}
 
-    def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
-        return Denoiser(self.network, self.process, self.target, condition, covariates)
+    def _denoiser(self, conditions: Mapping[str, Tensor]) -> Denoiser:
+        return Denoiser(self.network, self.process, self.target, conditions)
 
 
 def _check_device(device: str | torch.device) -> None:
