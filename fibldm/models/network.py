@@ -161,7 +161,7 @@ class ConditionedNetwork(nn.Module):
 
     def _context(self, given: Mapping[str, Tensor], count: int) -> Tensor | None:
         tokens = [
-            part(given[name]) if name in given else cast(Tensor, part.unknown).expand(count, -1, -1)
+            part(given[name]) if name in given else cast(Tensor, part.unknown).repeat(count, 1, 1)
             for name, part in self.parts("tokens").items()
         ]
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)

@@ -13,18 +13,24 @@ MODULES = {
     "fibldm.models.mask_encoders": "fibldm.models.conditions.mask_encoders",
 }
 
+_DEEPEST = 40  # beyond, nothing is read: a definition from elsewhere may be of any depth
 _LATENT_BATCH = "fibldm.training.prepare_batch.LatentPrepareBatch"
-_WAY = "$@mask_encoder if @mask_way == '{}' else None"  # of configurations, instead of two expressions
-_BY_WAY = {"concat": "$@mask_way == 'concat'", "mask_encoder": "$@mask_encoder if @mask_way else None"}
+# What a network saw, as configurations said it for it alone, and as they say it now for all stages.
+_BY_WAY = ("$@mask_way == 'concat'", "$@mask_encoder if @mask_way else None")
+_ROUTES = {
+    "channels": {"mask": "$@mask_encoder if @mask_way == 'concat' else None"},
+    "norms": {"mask": "$@mask_encoder if @mask_way == 'spade' else None"},
+    "tokens": {"covariates": "@covariate_tokens"},
+}
 
 
-def current(config: Any) -> Any:
+def current(config: Any, depth: int = 0) -> Any:
     """A copy of a configuration, or of a part of it, with today's names; one of today stays as it is."""
-    if isinstance(config, list):
-        return [current(part) for part in config]
-    if not isinstance(config, Mapping):
+    if isinstance(config, list) and depth < _DEEPEST:
+        return [current(part, depth + 1) for part in config]
+    if not isinstance(config, Mapping) or depth == _DEEPEST:
         return config
-    made = {key: current(part) for key, part in config.items()}
+    made = {key: current(part, depth + 1) for key, part in config.items()}
     if isinstance(target := made.get("_target_"), str):
         module, _, name = target.rpartition(".")
         made["_target_"] = f"{MODULES[module]}.{name}" if module in MODULES else target
@@ -36,30 +42,36 @@ def current_generator(facts: Mapping[str, Any]) -> dict[str, Any]:
     """``generator.json`` in today's format; format 1 had the mask by itself, and covariates in the network only."""
     made: dict[str, Any] = current(facts)
     if made.get("format") == 1 and "mask" in made:
-        network = made.get("network", {})
-        tokens = network.get("base", network).get("tokens", {}).get("covariates") or {}
-        made |= {"format": 2, "conditions": {"mask": made.pop("mask"), "covariates": tokens.get("encoding")}}
+        tokens = (_at(made, "network", *base, "tokens", "covariates", "encoding") for base in ((), ("base",)))
+        covariates = next(filter(None, tokens), None)
+        made |= {"format": 2, "conditions": {"mask": made.pop("mask"), "covariates": covariates}}
     return made
+
+
+def _at(part: Any, *path: str) -> Any:
+    for key in path:
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return part
 
 
 def _network(made: dict[str, Any]) -> dict[str, Any]:
     if "concat" not in made and "mask_encoder" not in made and "covariate_tokens" not in made:
         return made
     concat, encoder = made.pop("concat", False), made.pop("mask_encoder", None)
-    if {"concat": concat, "mask_encoder": encoder} == _BY_WAY:
-        made |= {route: {"mask": _WAY.format(way)} for route, way in (("channels", "concat"), ("norms", "spade"))}
-    else:
-        unet = made["unet"].get("_target_", "") if isinstance(made["unet"], Mapping) else ""
-        seen = encoder or {"_target_": "torch.nn.Identity"}
-        made |= {"channels": {"mask": seen if concat else None}}
-        made |= {"norms": {"mask": seen if unet.endswith("SPADEDiffusionModelUNet") else None}}
-    return {**made, "tokens": {"covariates": made.pop("covariate_tokens", None)}}
+    tokens = made.pop("covariate_tokens", None)
+    known = {"tokens": "@routes::tokens" if tokens == "@covariate_tokens" else {"covariates": tokens}}
+    if (concat, encoder) == _BY_WAY:
+        return {**made, "channels": "@routes::channels", "norms": "@routes::norms", **known}
+    seen = encoder or {"_target_": "torch.nn.Identity"}
+    spade = str(_at(made, "unet", "_target_")).endswith("SPADEDiffusionModelUNet")
+    return {**made, "channels": {"mask": seen if concat else None}, "norms": {"mask": seen if spade else None}, **known}
 
 
 def _of_mask_and_covariates(made: dict[str, Any]) -> dict[str, Any]:
     if "mask" not in made and "covariates" not in made:
         return made
-    return {**made, "conditions": {"mask": made.pop("mask", None), "covariates": made.pop("covariates", None)}}
+    conditions = {"mask": made.pop("mask", None), "covariates": made.pop("covariates", None)}
+    return {**made, "conditions": conditions}
 
 
 def _latent_batch(made: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +84,10 @@ def _latent_batch(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steered(made: dict[str, Any]) -> dict[str, Any]:
-    return {**made, "conditions": {"covariates": made.pop("covariates")}} if "covariates" in made else made
+    if "covariates" not in made:
+        return made
+    conditions = {"covariates": made.pop("covariates")}
+    return {**made, "conditions": conditions}
 
 
 _ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -85,12 +100,11 @@ _ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def _with_conditions(made: dict[str, Any]) -> dict[str, Any]:
     """A stage's configuration with its conditions in one place, to which all that needs them refers."""
-    prepare = made.get("train", {}).get("prepare_batch", {}) if isinstance(made.get("train"), Mapping) else {}
-    if "conditions" in made or not isinstance(prepare, Mapping) or prepare.get("_target_") != _LATENT_BATCH:
+    if "conditions" in made or _at(made, "train", "prepare_batch", "_target_") != _LATENT_BATCH:
         return made
-    shown = prepare.get("conditions", {})
+    shown = made["train"]["prepare_batch"].get("conditions", {})
     loaded, steering = {**shown, "mask": "@mask"}, {"covariates": shown.get("covariates")}
-    return {**_referring(made, (shown, loaded, steering)), "conditions": shown}
+    return {**_referring(made, (shown, loaded, steering)), "conditions": shown, "routes": _ROUTES}
 
 
 def _referring(part: Any, those: tuple[Any, ...]) -> Any:
