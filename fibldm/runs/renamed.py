@@ -41,10 +41,11 @@ def current(config: Any, depth: int = 0) -> Any:
 def current_generator(facts: Mapping[str, Any]) -> dict[str, Any]:
     """``generator.json`` in today's format; format 1 had the mask by itself, and covariates in the network only."""
     made: dict[str, Any] = current(facts)
-    if made.get("format") == 1 and "mask" in made:
+    if made.get("format") == 1:
         tokens = (_at(made, "network", *base, "tokens", "covariates", "encoding") for base in ((), ("base",)))
         covariates = next(filter(None, tokens), None)
-        made |= {"format": 2, "conditions": {"mask": made.pop("mask"), "covariates": covariates}}
+        mask = {"conditions": {"mask": made.pop("mask"), "covariates": covariates}} if "mask" in made else {}
+        made |= {"format": 2, **mask}
     return made
 
 
@@ -62,9 +63,9 @@ def _network(made: dict[str, Any]) -> dict[str, Any]:
     known = {"tokens": "@routes::tokens" if tokens == "@covariate_tokens" else {"covariates": tokens}}
     if (concat, encoder) == _BY_WAY:
         return {**made, "channels": "@routes::channels", "norms": "@routes::norms", **known}
-    seen = encoder or {"_target_": "torch.nn.Identity"}
     spade = str(_at(made, "unet", "_target_")).endswith("SPADEDiffusionModelUNet")
-    return {**made, "channels": {"mask": seen if concat else None}, "norms": {"mask": seen if spade else None}, **known}
+    channels, norms = ({"mask": encoder if seen else None} for seen in (concat, spade))
+    return {**made, "channels": channels, "norms": norms, **known}
 
 
 def _of_mask_and_covariates(made: dict[str, Any]) -> dict[str, Any]:

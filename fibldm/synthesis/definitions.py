@@ -35,7 +35,6 @@ TARGETS = frozenset(
     monai.networks.nets.SPADEAutoencoderKL
     monai.networks.nets.SPADEDiffusionModelUNet
     monai.networks.nets.VQVAE
-    torch.nn.Identity
     """.split()
 )
 CONDITIONS = "fibldm.models.conditions."

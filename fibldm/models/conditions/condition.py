@@ -106,8 +106,8 @@ class Condition(ABC):
         findings = self.outside(value)
         if findings and not allow:
             raise FibldmError(
-                f"{self.what} must lie within what the training data covered; {', '.join(findings)}",
-                "give --allow-extrapolation (the sidecar will say so)",
+                f"{self.what} must lie within what the training data covered; {'; '.join(findings)}",
+                "give --allow-extrapolation to go on anyway (the sidecar will say so)",
             )
         return findings
 
