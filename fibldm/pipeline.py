@@ -19,7 +19,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
-from fibldm.models.covariates import CovariateEncoding
+from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
 from fibldm.planning.timing import encoding_seconds
 from fibldm.runs import STAGES, MadeOtherwise, StageFolder

@@ -249,13 +249,13 @@ def network_call(bench: Bench, meter: Meter) -> None:
     """The UNet with its ControlNet, on one latent."""
     made, z, mask = generator(bench)
     time_input = made.process.network_time(torch.full((1,), 0.5, device=bench.device))
-    bench.repeat(meter, lambda: made.network(z, time_input, mask))
+    bench.repeat(meter, lambda: made.network(z, time_input, {"mask": mask}))
 
 
 def sample(bench: Bench, meter: Meter) -> None:
     """A latent from noise, with the default sampler."""
     made, z, mask = generator(bench)
-    settings, denoise = SamplingSettings(steps=10), Denoiser(made.network, made.process, made.target, mask)
+    settings, denoise = SamplingSettings(steps=10), Denoiser(made.network, made.process, made.target, {"mask": mask})
     times = sampling_times(settings.steps, spacing=made.process.sampling_spacing)
     draw = sampler(settings.sampler)
     bench.repeat(meter, lambda: draw(denoise, z, times, process=made.process, generators=[]))

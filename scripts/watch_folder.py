@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.cli.synthesize import read_covariates
+from fibldm.cli.synthesize import read_named
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
@@ -102,7 +102,7 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
     options = {name: value for name, value in vars(chosen).items() if name in OPTIONS}
-    settings = SynthesisSettings.of(**options, covariates=read_covariates(chosen.covariate))
+    settings = SynthesisSettings.of(**options, covariates=read_named(chosen.covariate))
     _ = settings.files.dicom  # refused before the generator is loaded
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)

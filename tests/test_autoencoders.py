@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, check_divisible
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.maisi import MaisiAutoencoder
 from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
@@ -419,7 +419,7 @@ def test_b8_a_mask_is_encoded_at_the_size_of_an_anisotropic_latent(
     channel = 1 * math.prod(parts) + (part[0] * parts[1] + part[1]) * parts[2] + part[2]
     assert float(encoded[0, channel, at[0], at[1], at[2]]) == float((box == 1).float().mean())
     everything = torch.ones(1, 3, dtype=torch.bool)
-    torch.testing.assert_close(encoding.drop_labels(encoded, everything), encoding.null(encoded))
+    torch.testing.assert_close(encoding.drop(encoded, everything), encoding.null(encoded))
     with pytest.raises(FibldmError, match=re.escape(f"mask detail must divide the compression {compression}; got 3")):
         MaskEncoding((0, 1), compression, 3)
 

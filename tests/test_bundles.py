@@ -343,7 +343,7 @@ def test_one_tensor_is_enough(bundle: Path) -> None:
     packed = torch.cat([z, time.view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8), mask], dim=1)
     autoencoder = made.first_stage.autoencoder
     with torch.no_grad():
-        assert torch.equal(OneTensorNetwork(made.network, channels)(packed), made.network(z, time, mask))
+        assert torch.equal(OneTensorNetwork(made.network, channels)(packed), made.network(z, time, {"mask": mask}))
         volume = torch.rand(1, 1, 16, 16, 16)
         latent = OneTensorEncoder(autoencoder)(volume)
         assert torch.equal(latent, autoencoder.encode(volume).mean)
@@ -447,7 +447,7 @@ PLANTED = "$__import__('pathlib').Path('planted').touch()"
 TAMPERED: dict[str, tuple[Change, str]] = {
     "no description": (lambda root: (root / GENERATOR).unlink(), "must hold configs/generator.json"),
     "no JSON": (lambda root: (root / GENERATOR).write_text("{"), "generator.json must be JSON"),
-    "another format": (facts_changed(format=2), "must have format 1; it has 2"),
+    "another format": (facts_changed(format=3), "must have format 2; it has 3"),
     "a part is missing": (
         lambda root: write_json(root / GENERATOR, {"format": 1, "network": {}}),
         "must hold autoencoder, channels, data, .* as well",
@@ -469,11 +469,11 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     ),
     "too deep": (definition_changed("network", _nested), "must be nested at most 32 deep"),
     "too many values": (
-        definition_changed("mask", lambda mask: mask.update(labels=[1] * 20_000)),
+        definition_changed("conditions", lambda conditions: conditions["mask"].update(labels=[1] * 20_000)),
         "at most 10000 values",
     ),
     "too large a number": (
-        definition_changed("mask", lambda mask: mask.update(detail=10**12)),
+        definition_changed("conditions", lambda conditions: conditions["mask"].update(detail=10**12)),
         "must hold numbers of at most 1048576; it holds 1000000000000",
     ),
     "another argument": (

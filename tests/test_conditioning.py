@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.mask_encoders import AsEncoded, FeatureOnly, LabelValue, MaskConvolutions, MaskRescaler
-from fibldm.models.mask_features import contour, signed_distance
+from fibldm.models.conditions.mask import MaskEncoding
+from fibldm.models.conditions.mask_encoders import AsEncoded, FeatureOnly, LabelValue, MaskConvolutions, MaskRescaler
+from fibldm.models.conditions.mask_features import contour, signed_distance
 
 LABELS = (0, 1, 4, 7)
 
@@ -68,7 +68,7 @@ def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing
     fractions = encoding.encode(mask_of(LABELS))
     before = fractions.clone()
     dropped = torch.tensor([[False, False, True, False], [False, False, False, False]])
-    result = encoding.drop_labels(fractions, dropped)
+    result = encoding.drop(fractions, dropped)
     assert torch.equal(fractions, before)
     assert torch.equal(result[1], before[1])
     assert torch.equal(result[0, [1, 3]], before[0, [1, 3]])
@@ -80,7 +80,7 @@ def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing
 def test_c10_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]) -> None:
     encoding = MaskEncoding(labels, 4)
     fractions = encoding.encode(mask_of(labels))
-    all_dropped = encoding.drop_labels(fractions, torch.ones(2, len(labels), dtype=torch.bool))
+    all_dropped = encoding.drop(fractions, torch.ones(2, len(labels), dtype=torch.bool))
     assert torch.equal(all_dropped, encoding.null(fractions))
 
 
@@ -101,7 +101,7 @@ def test_a19_dropping_every_label_of_a_detailed_mask_is_its_null():
     """C10, H10: dropout and guidance share the null, whatever the detail."""
     mask = MaskEncoding((0, 1, 2), 4, 2)
     encoded = mask.encode(torch.randint(0, 3, (2, 1, 8, 8, 8)))
-    torch.testing.assert_close(mask.drop_labels(encoded, torch.ones(2, 3, dtype=torch.bool)), mask.null(encoded))
+    torch.testing.assert_close(mask.drop(encoded, torch.ones(2, 3, dtype=torch.bool)), mask.null(encoded))
     with pytest.raises(FibldmError, match="mask detail must divide the compression 4; got 3"):
         MaskEncoding((0, 1), 4, 3)
 
@@ -165,7 +165,7 @@ def test_h10_dropping_a_label_leaves_no_trace_of_its_shape(feature: str, detail:
     labels[0, 0, 10:14, 1:7, 3:11] = 4
     encoded = mask.encode(labels)
     assert encoded.shape == (1, mask.channels, 4, 2, 3) and mask.channels == 9 * detail**3
-    dropped = mask.drop_labels(encoded, torch.tensor([[False, False, True, False]]))
+    dropped = mask.drop(encoded, torch.tensor([[False, False, True, False]]))
     undrawn = torch.where((labels == 4) | (labels == 0), UNKNOWN_LABEL, labels)
     torch.testing.assert_close(dropped, mask.encode(undrawn))
     everything = torch.full_like(labels, UNKNOWN_LABEL)
@@ -175,7 +175,7 @@ def test_h10_dropping_a_label_leaves_no_trace_of_its_shape(feature: str, detail:
 
 def dropped_by_its_formula(mask: MaskEncoding, encoded: Tensor, dropped: Tensor) -> Tensor:
     """Channel by channel, sample by sample: unknown is whatever the labels that are left do not fill."""
-    made, parts = encoded.clone(), math.prod(mask.parts)
+    made, parts = encoded.clone(), math.prod(mask.pieces)
     for sample in range(len(encoded)):
         gone = [bool(label) for label in dropped[sample]]
         gone[0] = any(gone)
@@ -203,11 +203,11 @@ def test_h10_dropping_labels_is_its_formula(compression: object, detail: int, fe
     dropped = torch.rand(16, len(LABELS), generator=drawn) < 0.3
     dropped[0], dropped[1] = True, False
     before = encoded.clone()
-    made, expected = mask.drop_labels(encoded, dropped), dropped_by_its_formula(mask, encoded, dropped)
+    made, expected = mask.drop(encoded, dropped), dropped_by_its_formula(mask, encoded, dropped)
     assert torch.equal(encoded, before)
     exact = compression not in (3, 6)
     torch.testing.assert_close(made, expected, rtol=0, atol=0 if exact else 1e-6)
-    assert mask.drop_labels_(encoded, dropped) is encoded
+    assert mask.drop_(encoded, dropped) is encoded
     assert torch.equal(encoded, made)
 
 
@@ -275,7 +275,7 @@ def test_b11_convolutions_see_the_mask_at_its_full_size(compression: object) -> 
     network.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     made = network(mask.encode(labels))
     assert made.shape == (2, 5, *(2 for _ in size))
-    steps = [factor // part for factor, part in zip(mask.factors, mask.parts, strict=True)]
+    steps = [factor // part for factor, part in zip(mask.factors, mask.pieces, strict=True)]
     whole = torch.nn.functional.avg_pool3d((labels == 1).float(), steps)
     torch.testing.assert_close(seen[0][:, 1:2], whole)
     with pytest.raises(FibldmError, match="a mask_detail that is a power of 2 and no mask_feature; got 3"):

@@ -25,8 +25,9 @@ from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import Categorical, CovariateEncoding, CovariateTokens, Numeric
+from fibldm.models.conditions.condition import Case, Condition
+from fibldm.models.conditions.covariates import Categorical, CovariateEncoding, CovariateTokens, Numeric
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork, joined, steered
 from fibldm.models.process import RectifiedFlow
@@ -53,9 +54,20 @@ CASES: list[dict[str, Any]] = [
 ]
 ENCODING = CovariateEncoding.fit(["age", "sex", "centre"], CASES, ["centre"])
 MASK = MaskEncoding((0, 1, 4), 4)
+SHOWN: dict[str, Condition | None] = {"mask": MASK, "covariates": ENCODING}
 Z, T = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 700.0])
 FRACTIONS = MASK.encode(torch.tensor([0, 1, 4, 1]).repeat_interleave(4).view(1, 1, 16, 1, 1).expand(2, 1, 16, 16, 16))
 WIDTH = 12
+
+
+def encoded(case: dict[str, Any]) -> Tensor:
+    return ENCODING.encode([case])[0]
+
+
+def asked(mask: Tensor | None = None, *cases: dict[str, Any], encoded: Tensor | None = None) -> dict[str, Tensor]:
+    """What a network is given of a mask, and of covariates where there are some."""
+    covariates = ENCODING.encode(cases) if cases else encoded
+    return {name: part for name, part in (("mask", mask), ("covariates", covariates)) if part is not None}
 
 
 # --- what is known, as numbers
@@ -70,21 +82,22 @@ def test_kinds_are_those_of_the_training_cases() -> None:
 
 
 def test_values_are_standardised_or_places_with_a_flag() -> None:
-    encoded = ENCODING.encode({"sex": "M", "age": 60.0})
-    torch.testing.assert_close(encoded, torch.tensor([[10 / np.std([40, 50, 60]), 1], [1, 1], [0, 0]]).float())
-    assert torch.equal(ENCODING.encode({"age": "60", "sex": "M", "centre": None}), encoded)
-    assert torch.equal(ENCODING.encode({"centre": "2"}), ENCODING.encode({"centre": 2}))
-    assert torch.equal(ENCODING.encode({}), ENCODING.null(1)[0])
-    assert torch.equal(ENCODING.encode({"age": 50.0})[0], torch.tensor([0.0, 1.0]))  # the mean is not unknown
+    made = encoded({"sex": "M", "age": 60.0})
+    torch.testing.assert_close(made, torch.tensor([[10 / np.std([40, 50, 60]), 1], [1, 1], [0, 0]]).float())
+    assert torch.equal(encoded({"age": "60", "sex": "M", "centre": None}), made)
+    assert torch.equal(encoded({"centre": "2"}), encoded({"centre": 2}))
+    assert torch.equal(encoded({}), torch.zeros(3, 2))
+    assert torch.equal(encoded({"age": 50.0})[0], torch.tensor([0.0, 1.0]))  # the mean is not unknown
 
 
 def test_dropping_makes_unknown_and_nothing_else() -> None:
-    encoded = torch.stack([ENCODING.encode({"age": 40, "sex": "M"})] * 2)
-    before = encoded.clone()
-    dropped = ENCODING.drop(encoded, torch.tensor([[True, False, False], [False, False, False]]))
-    assert torch.equal(dropped[0], ENCODING.encode({"sex": "M"}))
+    given = ENCODING.encode([{"age": 40, "sex": "M"}] * 2)
+    before = given.clone()
+    dropped = ENCODING.drop(given, torch.tensor([[True, False, False], [False, False, False]]))
+    assert torch.equal(dropped[0], encoded({"sex": "M"}))
     assert torch.equal(dropped[1], before[1])
-    assert torch.equal(encoded, before)
+    assert torch.equal(given, before)
+    assert torch.equal(ENCODING.null(given), torch.zeros(2, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,7 @@ def test_dropping_makes_unknown_and_nothing_else() -> None:
 )
 def test_what_cannot_be_read_is_refused_at_once(given: dict[str, Any], message: str) -> None:
     with pytest.raises(FibldmError, match=message):
-        ENCODING.encode(given)
+        encoded(given)
 
 
 def test_beyond_training_needs_leave() -> None:
@@ -136,7 +149,8 @@ def test_categories_must_be_covariates() -> None:
 
 
 def test_a_case_of_the_data_may_hold_what_training_never_saw() -> None:
-    assert torch.equal(ENCODING.encode_case({"sex": "X", "age": 99.0, "day": "x"}), ENCODING.encode({"age": 99.0}))
+    case = Case(torch.empty(0), {"sex": "X", "age": 99.0, "day": "x"})
+    assert torch.equal(ENCODING.encode_case(case), encoded({"age": 99.0}))
 
 
 # --- tokens and networks
@@ -159,14 +173,14 @@ def awake(network: nn.Module, seed: int = 0) -> nn.Module:
 
 def base(kind: str = "plain") -> ConditionedNetwork:
     torch.manual_seed(1)
-    tokens = CovariateTokens(ENCODING, WIDTH)
+    tokens, norms = CovariateTokens(ENCODING, WIDTH), {"mask": nn.Identity()} if kind == "spade" else {}
     if kind == "spade":
         unet = SPADEDiffusionModelUNet(
             **numbers(), out_channels=2, label_nc=MASK.channels, spade_intermediate_channels=8
         )
     else:
         unet = DiffusionModelUNet(**numbers(spatial_dims=2 if kind == "2d" else 3), out_channels=2)
-    return awake(ConditionedNetwork(unet, covariate_tokens=tokens))  # type: ignore[return-value]
+    return awake(ConditionedNetwork(unet, norms=norms, tokens={"covariates": tokens}))  # type: ignore[return-value]
 
 
 def controlnet(**changes: object) -> ControlNet:
@@ -178,14 +192,10 @@ def controlnet(**changes: object) -> ControlNet:
     )
 
 
-def known(*cases: dict[str, Any]) -> Tensor:
-    return torch.stack([ENCODING.encode(case) for case in cases])
-
-
 def test_a28_c9_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learned_one() -> None:
     torch.manual_seed(0)
     tokens = CovariateTokens(ENCODING, WIDTH)
-    made = tokens(known({"age": 40, "sex": "F"}, {"age": 50, "sex": "M", "centre": "2"}, {"age": 50}))
+    made = tokens(ENCODING.encode([{"age": 40, "sex": "F"}, {"age": 50, "sex": "M", "centre": "2"}, {"age": 50}]))
     assert made.shape == (3, 3, WIDTH)
     assert not torch.allclose(made[0, 0], made[1, 0]) and not torch.allclose(made[0, 1], made[1, 1])
     assert torch.equal(made[1, 0], made[2, 0])
@@ -198,28 +208,27 @@ def test_a28_c9_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learne
 def test_a15_covariates_change_what_a_network_says_and_the_null_is_unknown(kind: str) -> None:
     network = base("plain" if kind == "control" else kind)
     if kind == "control":
-        network = awake(steered(network, controlnet(), covariates=ENCODING))  # type: ignore[assignment]
+        network = awake(steered(network, controlnet(), conditions=SHOWN))  # type: ignore[assignment]
     z, mask = (Z[..., :1], None) if kind == "2d" else (Z, None if kind == "plain" else FRACTIONS)
     with torch.no_grad():
-        old, young = (network(z, T, mask, known(*[{"age": age, "sex": "F"}] * 2)) for age in (60, 40))
-        null = network(z, T, mask)
-        assert torch.equal(null, network(z, T, mask, ENCODING.null(2)))
-        assert torch.equal(
-            null, network(z, T, mask, ENCODING.drop(known({"age": 60}, {"sex": "M"}), torch.ones(2, 3) > 0))
-        )
-        one = network(z, T, mask, known({"age": 60, "sex": "F"}, {}))
+        old, young = (network(z, T, asked(mask, *[{"age": age, "sex": "F"}] * 2)) for age in (60, 40))
+        null = network(z, T, asked(mask))
+        unknown = ENCODING.drop(ENCODING.encode([{"age": 60}, {"sex": "M"}]), torch.ones(2, 3) > 0)
+        for nothing in (ENCODING.null(unknown), unknown):
+            assert torch.equal(null, network(z, T, asked(mask, encoded=nothing)))
+        one = network(z, T, asked(mask, {"age": 60, "sex": "F"}, {}))
     assert float((old - young).abs().mean()) > 1e-4 and float((old - null).abs().mean()) > 1e-4
     torch.testing.assert_close(one, torch.stack([old[0], null[1]]))
 
 
 def test_e13_a_new_controlnet_on_a_base_with_covariates_changes_nothing_and_sees_them() -> None:
-    plain, network = base(), steered(base(), controlnet(), covariates=ENCODING).eval()
-    covariates = known({"age": 60}, {"sex": "M"})
+    plain, network = base(), steered(base(), controlnet(), conditions=SHOWN).eval()
+    cases: tuple[dict[str, Any], ...] = ({"age": 60}, {"sex": "M"})
     with torch.no_grad():
-        assert torch.equal(network(Z, T, FRACTIONS, covariates), plain(Z, T, None, covariates))
+        assert torch.equal(network(Z, T, asked(FRACTIONS, *cases)), plain(Z, T, asked(None, *cases)))
         control, tokens = awake(network.controls[0], 3), network.covariate_tokens
-        assert tokens is not None
-        parts = [control(Z, T, FRACTIONS, tokens(given))[1] for given in (covariates, ENCODING.null(2))]
+        covariates = ENCODING.encode(cases)
+        parts = [control(Z, T, FRACTIONS, tokens(given))[1] for given in (covariates, ENCODING.null(covariates))]
     assert float((parts[0] - parts[1]).abs().mean()) > 1e-4
     assert not any(weight.requires_grad for weight in tokens.parameters())
     assert sorted(dict(network.named_parameters())) == sorted(network.state_dict())
@@ -227,22 +236,22 @@ def test_e13_a_new_controlnet_on_a_base_with_covariates_changes_nothing_and_sees
 
 @pytest.mark.parametrize("covariates", [None, CovariateEncoding.fit(["age", "sex"], CASES)])
 def test_a_controlnet_for_other_covariates_is_refused(covariates: CovariateEncoding | None) -> None:
-    with pytest.raises(FibldmError, match=r"of its base network, \['age', 'sex', 'centre'\], .*; got \["):
-        steered(base(), controlnet(), covariates=covariates)
+    with pytest.raises(FibldmError, match=r"of its base network, {'covariates': \['age', 'sex', 'centre'\]}, .*; got"):
+        steered(base(), controlnet(), conditions={"mask": MASK, "covariates": covariates})
 
 
 def test_a_controlnet_without_cross_attention_is_refused() -> None:
     other = controlnet(with_conditioning=False, cross_attention_dim=None)
     with pytest.raises(FibldmError, match="must be built with the numbers of its base network; .* layers differ"):
-        steered(base(), other, covariates=ENCODING)
+        steered(base(), other, conditions=SHOWN)
 
 
 def test_controlnets_join_on_one_base_with_its_covariates_only() -> None:
-    one, two = (awake(steered(base(), controlnet(), covariates=ENCODING), seed) for seed in (1, 2))
-    covariates = known({"age": 60}, {"sex": "M"})
+    one, two = (awake(steered(base(), controlnet(), conditions=SHOWN), seed) for seed in (1, 2))
+    given = asked(FRACTIONS, {"age": 60}, {"sex": "M"})
     with torch.no_grad():
         both = joined([one, two], [1, 0])  # type: ignore[list-item]
-        assert torch.equal(both(Z, T, FRACTIONS, covariates), one(Z, T, FRACTIONS, covariates))
+        assert torch.equal(both(Z, T, given), one(Z, T, given))
         two.covariate_tokens.unknown += 1  # type: ignore[union-attr, operator]
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
         joined([one, two], [1, 1])  # type: ignore[list-item]
@@ -251,32 +260,32 @@ def test_controlnets_join_on_one_base_with_its_covariates_only() -> None:
 def test_covariates_and_networks_that_do_not_go_together_are_refused() -> None:
     plain = DiffusionModelUNet(**numbers(with_conditioning=False, cross_attention_dim=None), out_channels=2)
     with pytest.raises(FibldmError, match="need a base network with cross-attention; .* set unet::with_conditioning"):
-        ConditionedNetwork(plain, covariate_tokens=CovariateTokens(ENCODING, WIDTH))
+        ConditionedNetwork(plain, tokens={"covariates": CovariateTokens(ENCODING, WIDTH)})
     with pytest.raises(FibldmError, match="this network knows no covariates; got some"):
-        ConditionedNetwork(plain)(Z, T, None, known({}, {}))
+        ConditionedNetwork(plain)(Z, T, asked(None, {}, {}))
 
 
 def test_without_covariates_there_is_nothing_new_in_a_network() -> None:
     plain = DiffusionModelUNet(**numbers(with_conditioning=False, cross_attention_dim=None), out_channels=2)
     network = ConditionedNetwork(awake(plain)).eval()  # type: ignore[arg-type]
     assert {name.removeprefix("unet.") for name in network.state_dict()} == set(plain.state_dict())
-    assert network.covariates is None and network.context_width is None
+    assert network.encodings == {} and network.context_width is None
     with torch.no_grad():
         assert torch.equal(network(Z, T), plain(Z, T))
 
 
 def test_tokens_go_with_reduced_precision_and_activation_checkpointing() -> None:
     """D8: gradients are the same, and reach the tokens."""
-    plain, saving, covariates = base().train(), base().train(), known({"age": 60}, {"sex": "M"})
+    plain, saving, covariates = base().train(), base().train(), asked(None, {"age": 60}, {"sex": "M"})
     assert checkpoint_activations(saving)
     for network in (plain, saving):
-        network(Z, T, None, covariates).square().mean().backward()
+        network(Z, T, covariates).square().mean().backward()
     for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None
         torch.testing.assert_close(one.grad, two.grad)
     inferer = AutocastInferer("bfloat16")
     with torch.no_grad():
-        made, exact = inferer(Z, plain, T, covariates=covariates), plain(Z, T, None, covariates)
+        made, exact = inferer(Z, plain, T, covariates), plain(Z, T, covariates)
     assert float((made - exact).abs().mean()) < 0.05 * float(exact.std())
 
 
@@ -287,7 +296,7 @@ def item(number: int, **covariates: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(number)
     drawn = {"mean": torch.randn(2, 4, 4, 4, generator=generator), "std": torch.full((2, 4, 4, 4), 0.3)}
     more = {"mask": FRACTIONS[0], "valid": torch.ones(1, 4, 4, 4), "seed": 7 * number, "view": number}
-    return {**drawn, **more, "covariates": ENCODING.encode(covariates)}
+    return {**drawn, **more, "covariates": encoded(covariates)}
 
 
 def batch(*items: dict[str, Any]) -> dict[str, Tensor]:
@@ -295,31 +304,39 @@ def batch(*items: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def prepared(items: list[dict[str, Any]], **changes: Any) -> tuple[Any, ...]:
-    chosen = {"target": "flow", "times": UniformTimes(), "mask": MASK, "label_dropout": 0.3, **changes}
+    dropout = {"mask": {"each": 0.3}, **changes.pop("dropout", {})}
+    conditions = {"mask": MASK, "covariates": changes.pop("covariates", None)}
+    chosen = {"target": "flow", "times": UniformTimes(), "conditions": conditions, "dropout": dropout, **changes}
     return LatentPrepareBatch(RectifiedFlow(), **chosen)(batch(*items), device="cpu")
+
+
+def known(items: list[dict[str, Any]], dropout: Any = 0.0) -> Tensor:
+    """Their covariates, as training shows them."""
+    shown: Tensor = prepared(items, covariates=ENCODING, dropout={"covariates": dropout})[2][1]["covariates"]
+    return shown
 
 
 def test_training_draws_the_same_with_and_without_covariates() -> None:
     """To the bit: latent, time, noise and mask; and a batch is only a way of grouping."""
     items = [item(number, age=40 + number, sex="F") for number in range(8)]
-    without, among = prepared(items), prepared(items, covariates=ENCODING, covariate_dropout=0.5)
+    without, among = prepared(items), prepared(items, covariates=ENCODING, dropout={"covariates": 0.5})
     assert torch.equal(without[0], among[0]) and torch.equal(without[1].value, among[1].value)
-    assert all(torch.equal(one, two) for one, two in zip(without[2], among[2], strict=True))
-    assert without[3] == {} and among[3].keys() == {"covariates"}
-    single = [prepared([one], covariates=ENCODING, covariate_dropout=0.5)[3]["covariates"] for one in items]
-    assert torch.equal(torch.cat(single), among[3]["covariates"])
+    (time, shown), (same_time, more) = without[2], among[2]
+    assert torch.equal(time, same_time) and torch.equal(shown["mask"], more["mask"])
+    assert shown.keys() == {"mask"} and more.keys() == {"mask", "covariates"}
+    assert torch.equal(torch.cat([known([one], 0.5) for one in items]), more["covariates"])
 
 
 def test_c10_dropout_makes_single_covariates_or_all_of_them_unknown() -> None:
     items = [item(number, age=47, sex="M", centre="2") for number in range(2000)]
-    kept = prepared(items, covariates=ENCODING, covariate_dropout=0.2)[3]["covariates"]
-    known = kept[..., 1] > 0
-    assert torch.equal(kept[known], items[0]["covariates"].expand(2000, -1, -1)[known])
-    assert not kept[~known].any()
-    shares = known.float().mean(dim=0)
+    kept = known(items, 0.2)
+    there = kept[..., 1] > 0
+    assert torch.equal(kept[there], items[0]["covariates"].expand(2000, -1, -1)[there])
+    assert not kept[~there].any()
+    shares = there.float().mean(dim=0)
     torch.testing.assert_close(shares, torch.full((3,), 0.8**2), atol=0.04, rtol=0)
-    assert float((~known).all(dim=1).float().mean()) == pytest.approx(0.2 + 0.8 * 0.2**3, abs=0.03)
-    kept = prepared(items[:9], covariates=ENCODING)[3]["covariates"]
+    assert float((~there).all(dim=1).float().mean()) == pytest.approx(0.2 + 0.8 * 0.2**3, abs=0.03)
+    kept = known(items[:9])
     assert torch.equal(kept, items[0]["covariates"].expand(9, -1, -1))
 
 
@@ -327,28 +344,30 @@ def test_c5_every_covariate_may_have_a_dropout_of_its_own() -> None:
     """C5: and all together one; what is not named is dropped with all or the mask only."""
     items = [item(number, age=47, sex="M", centre="2") for number in range(2000)]
     by_name = {"age": 0.5, "sex": 0.1, "all": 0.2}
-    kept = prepared(items, covariates=ENCODING, covariate_dropout=by_name)[3]["covariates"]
+    kept = known(items, by_name)
     shares = (kept[..., 1] > 0).float().mean(dim=0)
     torch.testing.assert_close(shares, torch.tensor([0.4, 0.72, 0.8]), atol=0.04, rtol=0)
-    one = prepared(items[:50], covariates=ENCODING, covariate_dropout=0.2)[3]["covariates"]
+    one = known(items[:50], 0.2)
     same = dict.fromkeys(("age", "sex", "centre", "all"), 0.2)
-    assert torch.equal(one, prepared(items[:50], covariates=ENCODING, covariate_dropout=same)[3]["covariates"])
+    assert torch.equal(one, known(items[:50], same))
+    assert torch.equal(one, known(items[:50], {"each": 0.2, "all": 0.2}))
     for wrong, message in (
-        ({"agee": 0.1}, r"must name covariates \(age, sex, centre\) or all; got agee"),
+        ({"agee": 0.1}, "dropout of covariates must name some of age, sex, centre, all or each; got agee"),
         ({"age": 1.5}, "must be probabilities, 0 to 1; got {'age': 1.5}"),
         (-0.1, "must be probabilities"),
     ):
         with pytest.raises(FibldmError, match=message):
-            prepared(items[:1], covariates=ENCODING, covariate_dropout=wrong)
+            known(items[:1], wrong)
 
 
 def test_c10_with_the_whole_mask_goes_what_is_known() -> None:
     """Guidance asks for neither, so training must show both unknown together."""
     items = [item(number, age=47, sex="M") for number in range(400)]
-    _, _, (_, mask), more = prepared(items, mask_dropout=0.4, label_dropout=0.0, covariates=ENCODING)
+    _, _, (_, shown), _ = prepared(items, dropout={"mask": {"all": 0.4}}, covariates=ENCODING)
+    mask = shown["mask"]
     nothing = (mask == MASK.null(mask)).flatten(1).all(dim=1)
     assert 100 < int(nothing.sum()) < 220
-    assert torch.equal(~more["covariates"].flatten(1).any(dim=1), nothing)
+    assert torch.equal(~shown["covariates"].flatten(1).any(dim=1), nothing)
 
 
 @pytest.mark.slow
@@ -359,20 +378,20 @@ def test_a15_a_network_learns_what_depends_on_covariates() -> None:
     torch.manual_seed(0)
     small = numbers(channels=(16, 16), num_head_channels=16, norm_num_groups=8, cross_attention_dim=16)
     unet = DiffusionModelUNet(**small, out_channels=2)
-    network = ConditionedNetwork(unet, covariate_tokens=CovariateTokens(encoding, 16))
+    network = ConditionedNetwork(unet, tokens={"covariates": CovariateTokens(encoding, 16)})
     process, steps, count = RectifiedFlow(), 300, 24
     prepare = LatentPrepareBatch(
-        process, target="flow", times=UniformTimes(), covariates=encoding, covariate_dropout=0.1
+        process, target="flow", times=UniformTimes(), conditions={"covariates": encoding}, dropout={"covariates": 0.1}
     )
     means = torch.tensor([[(case["age"] - 50) / 30, 1.0 if case["sex"] == "F" else -1.0] for case in cases])
-    encoded = torch.stack([encoding.encode(case) for case in cases])
+    covariates = encoding.encode(cases)
     shape, rest = (count, 2, 2, 2, 2), {"std": torch.full((count, 2, 2, 2, 2), 0.3), "view": torch.zeros(count)}
     optimizer, loss = torch.optim.AdamW(network.parameters()), DenoisingLoss()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         seeds = torch.arange(count) + count * step
         chosen = torch.randint(len(cases), (count,), generator=torch.Generator().manual_seed(step))
-        given = {"mean": means[chosen, :, None, None, None].expand(shape), "covariates": encoded[chosen]}
+        given = {"mean": means[chosen, :, None, None, None].expand(shape), "covariates": covariates[chosen]}
         x, target, more, also = prepare(
             {**given, **rest, "valid": torch.ones(count, 1, 2, 2, 2), "seed": seeds}, device="cpu"
         )
@@ -383,9 +402,9 @@ def test_a15_a_network_learns_what_depends_on_covariates() -> None:
     noise = torch.randn(64, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
 
     def said(**known: Any) -> Tensor:
-        asked = encoding.encode(known).expand(64, -1, -1) if known else None
+        given = {"covariates": encoding.encode([known] * 64)} if known else {}
         with torch.no_grad():
-            made = Denoiser(network, process, "flow", None, asked)(noise, torch.ones(64))
+            made = Denoiser(network, process, "flow", given)(noise, torch.ones(64))
         return made.z_0.mean(dim=(0, 2, 3, 4))
 
     near = {"atol": 0.4, "rtol": 0.0}
@@ -428,11 +447,11 @@ def test_latents_know_covariates_by_case(told: Callable[..., Path], tiny_run: Pa
     assert encoding is not None and encoding.kinds["sex"] == Categorical(SEXES)
     first = latents.items("validation")[0]
     given = latents.known_of(first["case"])
-    loaded = LoadLatent(latents, latents.mask(2), encoding)(first)
-    assert torch.equal(loaded["covariates"], encoding.encode_case(given)) and given.keys() == {"age", "sex"}
+    loaded = LoadLatent(latents, {"mask": latents.mask(2), "covariates": encoding})(first)
+    assert torch.equal(loaded["covariates"], encoding.encode([given])[0]) and given.keys() == {"age", "sex"}
     plain = Latents.open(tiny_run)
     assert "covariates" not in plain.facts and plain.covariates([]) is None
-    assert "covariates" not in LoadLatent(plain, plain.mask(2))(plain.items("validation")[0])
+    assert "covariates" not in LoadLatent(plain, {"covariates": None})(plain.items("validation")[0])
     with pytest.raises(FibldmError, match="which have none; age has no value; .* encode them"):
         plain.covariates(["age"])
 
@@ -473,10 +492,12 @@ def test_stage_3_must_see_what_stage_2_saw(told: Callable[..., Path], tiny_stage
     """Either way round, and before anything is trained."""
     run = told("run")
     tiny_stage("diffusion", run, **COVARIATES).run()
-    with pytest.raises(FibldmError, match=r"of its base network, \['age', 'sex'\], .*; got \[\]; set covariates to"):
+    with pytest.raises(FibldmError, match=r"{'covariates': \['age', 'sex'\]}, .*; got {}; set covariates to \['age'"):
         tiny_stage("controlnet", run).run()
     shutil.rmtree(run / "controlnet")
-    with pytest.raises(FibldmError, match=r"of its base network, \[\], encoded in the same way; got \['age', 'sex'\]"):
+    with pytest.raises(
+        FibldmError, match=r"network, {}, encoded in the same way; got {'covariates': .*; set covariates to \[\]"
+    ):
         tiny_stage("controlnet", told("other", "diffusion"), **COVARIATES).run()
 
 
@@ -492,8 +513,10 @@ def synthesizer(tiny_run: Path) -> Synthesizer:
     torch.manual_seed(3)
     channels = len(made.space.mean)
     unet = DiffusionModelUNet(**numbers(in_channels=channels + made.mask.channels), out_channels=channels)
-    network = ConditionedNetwork(unet, concat=True, covariate_tokens=CovariateTokens(ENCODING, WIDTH))
-    return replace(made, network=awake(network))  # type: ignore[arg-type]
+    tokens = {"covariates": CovariateTokens(ENCODING, WIDTH)}
+    network = awake(ConditionedNetwork(unet, channels={"mask": nn.Identity()}, tokens=tokens))
+    conditions = {"mask": made.mask, "covariates": ENCODING}
+    return replace(made, network=network, conditions=conditions)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -682,7 +705,7 @@ def test_a15_g11_from_a_table_to_volumes_of_such_patients(
     entries = [entry for split in ("training", "validation") for entry in load_datalist(work, split)]
     assert known == {entry["case"]: {"age": entry["age"], "sex": entry["sex"]} for entry in entries}
     mask = sorted((work / "labels").iterdir())[0]
-    training = StageFolder(run, STAGES[3] if not way else STAGES[2]).trained().covariates.kinds["age"]
+    training = StageFolder(run, STAGES[3] if not way else STAGES[2]).component("covariate_encoding").kinds["age"]
     command = ["synthesize", "--run", str(run), "--masks", str(mask), "--steps", "2", "--allow-extrapolation", "--json"]
     told = ["--covariate", f"age={training.high}", "--covariate", "sex=F"]
     assert cli([*command, *told, "--out", str(out)]) == 0

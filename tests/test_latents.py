@@ -129,7 +129,7 @@ def test_latents_that_are_gone_or_damaged_are_told_and_made_again(
     files[1].write_bytes(cut_off)
     latents = Latents.open(run)
     with pytest.raises(FibldmError, match=f"{files[1]} must be a cached latent; .*; run `fibldm encode`"):
-        LoadLatent(latents, latents.mask(2))(latents.items("training")[1])
+        LoadLatent(latents, {})(latents.items("training")[1])
     files[0].unlink()
     with pytest.raises(FibldmError, match=f"1 of {len(latents.items('training')) + 1} cached latents are gone, the fi"):
         Latents.open(run)

@@ -8,10 +8,10 @@ from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionMo
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
+from fibldm.models.conditions.mask_encoders import MaskRescaler
 from fibldm.models.denoiser import Denoiser
-from fibldm.models.mask_encoders import MaskRescaler
-from fibldm.models.network import ConditionedNetwork, MaskControl, joined, steered
+from fibldm.models.network import ConditionedNetwork, Control, joined, steered
 from fibldm.models.process import RectifiedFlow
 
 MASK = MaskEncoding((0, 1, 4, 7), 4)
@@ -58,7 +58,7 @@ def test_e13_a_new_controlnet_changes_nothing_to_the_bit() -> None:
     network = controlled().eval()
     z, t, mask = normal(2, 2, 4, 4, 4), torch.tensor([3.0, 700.0]), torch.rand(2, 5, 4, 4, 4)
     with torch.no_grad():
-        assert torch.equal(network(z, t, mask), unet().eval()(z, t))
+        assert torch.equal(network(z, t, {"mask": mask}), unet().eval()(z, t))
         assert torch.equal(network(z, t), unet().eval()(z, t))
 
 
@@ -100,9 +100,9 @@ def test_e13_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]
 def test_e13_a17_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channels: int) -> None:
     network = controlled(mask_channels=mask_channels)
     z, t = normal(1, 2, 4, 4, 4), torch.tensor([500.0])
-    assert network(z, t, torch.rand(1, mask_channels, 4, 4, 4)).shape == z.shape
+    assert network(z, t, {"mask": torch.rand(1, mask_channels, 4, 4, 4)}).shape == z.shape
     with pytest.raises(RuntimeError, match=f"to have {mask_channels} channels"):
-        network(z, t, torch.rand(1, mask_channels + 1, 4, 4, 4))
+        network(z, t, {"mask": torch.rand(1, mask_channels + 1, 4, 4, 4)})
 
 
 def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
@@ -110,7 +110,7 @@ def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
     control = network.controls[0].controlnet
     for part in (control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out):
         nn.init.normal_(next(part.parameters()))  # past the zeros it starts with, where most gradients are 0
-    network(normal(1, 2, 4, 4, 4), torch.tensor([500.0]), torch.rand(1, 5, 4, 4, 4)).square().sum().backward()
+    network(normal(1, 2, 4, 4, 4), torch.tensor([500.0]), {"mask": torch.rand(1, 5, 4, 4, 4)}).square().sum().backward()
     assert all(weight.grad is None for weight in network.unet.parameters())
     assert all(weight.grad is not None for weight in network.controls[0].controlnet.parameters())
     gradient = network.controls[0].controlnet.controlnet_cond_embedding.conv_in.conv.weight.grad
@@ -123,9 +123,9 @@ def test_a_base_network_of_another_number_of_channels_says_how_many_it_must_take
     with pytest.raises(FibldmError, match="must take 2 channels, the 2 of the latent; its in_channels is 7") as raised:
         network(normal(1, 2, 4, 4, 4), torch.zeros(1))
     assert "unet::in_channels" in raised.value.remedy
-    network = ConditionedNetwork(unet(channels=7), concat=True)
+    network = ConditionedNetwork(unet(channels=7), channels={"mask": nn.Identity()})
     with pytest.raises(FibldmError, match="must take 6 channels, the 2 of the latent and the 4 of the mask; .* is 7"):
-        network(normal(1, 2, 4, 4, 4), torch.zeros(1), normal(1, 4, 4, 4, 4))
+        network(normal(1, 2, 4, 4, 4), torch.zeros(1), {"mask": normal(1, 4, 4, 4, 4)})
 
 
 def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
@@ -139,13 +139,14 @@ def test_the_network_says_what_its_latent_must_be_divisible_by() -> None:
 
 Z, T = normal(2, 2, 4, 4, 4), torch.tensor([3.0, 700.0])
 FRACTIONS = torch.rand(2, MASK.channels, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+GIVEN = {"mask": FRACTIONS}
 
 
-def concat_network(channels: int = MASK.channels, **parts: nn.Module) -> ConditionedNetwork:
+def concat_network(channels: int = MASK.channels, encoder: nn.Module | None = None) -> ConditionedNetwork:
     torch.manual_seed(1)
     network = DiffusionModelUNet(in_channels=2 + channels, out_channels=2, **numbers())  # type: ignore[arg-type]
     nn.init.normal_(network.out[2].conv.weight)
-    return ConditionedNetwork(network, concat=True, **parts)  # type: ignore[arg-type]
+    return ConditionedNetwork(network, channels={"mask": encoder or nn.Identity()})
 
 
 def spade_network() -> ConditionedNetwork:
@@ -160,13 +161,13 @@ def spade_network() -> ConditionedNetwork:
     for weight in network.parameters():  # MONAI starts the last layer of every block at 0, which hides the norms
         if not weight.any():
             nn.init.normal_(weight, std=0.3)
-    return ConditionedNetwork(network)
+    return ConditionedNetwork(network, norms={"mask": nn.Identity()})
 
 
 def test_a18_a_concatenated_mask_comes_behind_the_latent() -> None:
     network = concat_network().eval()
     with torch.no_grad():
-        assert torch.equal(network(Z, T, FRACTIONS), network.unet(torch.cat([Z, FRACTIONS], dim=1), T))
+        assert torch.equal(network(Z, T, GIVEN), network.unet(torch.cat([Z, FRACTIONS], dim=1), T))
 
 
 @pytest.mark.parametrize("make", [concat_network, spade_network])
@@ -176,7 +177,7 @@ def test_c10_a_base_network_that_knows_the_mask_needs_one(make: type[Conditioned
     with pytest.raises(FibldmError, match="this base network needs the mask; got none"):
         network(Z, T)
     with torch.no_grad():
-        asked, unasked = network(Z, T, FRACTIONS), network(Z, T, MASK.null(FRACTIONS))
+        asked, unasked = network(Z, T, GIVEN), network(Z, T, {"mask": MASK.null(FRACTIONS)})
     assert float((asked - unasked).abs().max()) > 1e-3
 
 
@@ -185,21 +186,21 @@ def test_a28_a_controlnet_on_top_of_another_way_starts_as_nothing(make: type[Con
     """A28: both of two; what the base network has learned of the mask stays as it is."""
     base = make().eval()
     with torch.no_grad():
-        before = base(Z, T, FRACTIONS)
+        before = base(Z, T, GIVEN)
     control = controlnet(channels=base.unet.conv_in.conv.in_channels)
     network = steered(base, control).eval()
     with torch.no_grad():
-        assert torch.equal(network(Z, T, FRACTIONS), before)
+        assert torch.equal(network(Z, T, GIVEN), before)
     assert not any(weight.requires_grad for weight in network.unet.parameters())
     nn.init.normal_(control.controlnet_mid_block.conv.weight)
     with torch.no_grad():
-        assert float((network(Z, T, FRACTIONS) - before).abs().max()) > 1e-3
+        assert float((network(Z, T, GIVEN) - before).abs().max()) > 1e-3
 
 
 def test_a20_a_learned_encoder_belongs_to_the_network() -> None:
     """A20: it gets gradients, and is part of the state dict and so of checkpoint and average."""
-    network = concat_network(3, mask_encoder=MaskRescaler(MASK, 3))
-    network(Z, T, FRACTIONS).square().sum().backward()
+    network = concat_network(3, MaskRescaler(MASK, 3))
+    network(Z, T, GIVEN).square().sum().backward()
     assert network.mask_encoder is not None
     assert all(weight.grad is not None and weight.grad.any() for weight in network.mask_encoder.parameters())
     assert "mask_encoder.mix.weight" in network.state_dict()
@@ -211,7 +212,7 @@ def test_spade_sees_where_a_label_is() -> None:
     one, two = (MASK.null(FRACTIONS) for _ in range(2))
     one[:, :, :2, :, :], two[:, :, 2:, :, :] = FRACTIONS[:, :, :2], FRACTIONS[:, :, 2:]
     with torch.no_grad():
-        assert float((network(Z, T, one) - network(Z, T, two)).abs().max()) > 1e-3
+        assert float((network(Z, T, {"mask": one}) - network(Z, T, {"mask": two})).abs().max()) > 1e-3
 
 
 # --- several ControlNets
@@ -231,12 +232,12 @@ def test_strengths_scale_the_residuals_of_each_controlnet() -> None:
     """0 is the base network, 1 the ControlNet alone, and the order does not matter."""
     one, two = trained(1), trained(2)
     with torch.no_grad():
-        alone = one(Z, T, FRACTIONS)
-        assert torch.equal(joined([one], [1])(Z, T, FRACTIONS), alone)
-        assert torch.equal(joined([one, two], [1, 0])(Z, T, FRACTIONS), alone)
-        torch.testing.assert_close(joined([one, two], [0, 0])(Z, T, FRACTIONS), ConditionedNetwork(unet())(Z, T))
+        alone = one(Z, T, GIVEN)
+        assert torch.equal(joined([one], [1])(Z, T, GIVEN), alone)
+        assert torch.equal(joined([one, two], [1, 0])(Z, T, GIVEN), alone)
+        torch.testing.assert_close(joined([one, two], [0, 0])(Z, T, GIVEN), ConditionedNetwork(unet())(Z, T))
         both = joined([one, two], [0.5, 2.0])
-        torch.testing.assert_close(both(Z, T, FRACTIONS), joined([two, one], [2.0, 0.5])(Z, T, FRACTIONS))
+        torch.testing.assert_close(both(Z, T, GIVEN), joined([two, one], [2.0, 0.5])(Z, T, GIVEN))
         x, steps = Z, T
         parts = [control(x, steps, FRACTIONS) for control in both.controls]
         down = [0.5 * first + 2.0 * second for first, second in zip(parts[0][0], parts[1][0], strict=True)]
@@ -246,7 +247,7 @@ def test_strengths_scale_the_residuals_of_each_controlnet() -> None:
             down_block_additional_residuals=tuple(down),
             mid_block_additional_residual=0.5 * parts[0][1] + 2.0 * parts[1][1],
         )
-        torch.testing.assert_close(both(Z, T, FRACTIONS), expected)
+        torch.testing.assert_close(both(Z, T, GIVEN), expected)
 
 
 def test_controlnets_of_different_base_networks_do_not_join() -> None:
@@ -255,7 +256,7 @@ def test_controlnets_of_different_base_networks_do_not_join() -> None:
         other.unet.out[2].conv.weight += 1e-3
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
         joined([trained(1), other], [1, 1])
-    base = concat_network(3, mask_encoder=MaskRescaler(MASK, 3))
+    base = concat_network(3, MaskRescaler(MASK, 3))
     seeing = [steered(copy.deepcopy(base), controlnet(channels=5)) for _ in range(2)]
     joined(seeing, [1, 1])
     with torch.no_grad():
@@ -269,10 +270,10 @@ def test_controlnets_of_different_base_networks_do_not_join() -> None:
 def test_g3_a_controlnet_may_see_some_labels_only() -> None:
     """The others are unknown to it, so that where they lie changes nothing."""
     network = trained(1, labels=(4,))
-    without = MASK.drop_labels(FRACTIONS, MASK.all_but([4]).expand(2, -1))
+    without = MASK.drop(FRACTIONS, MASK.all_but([4]).expand(2, -1))
     with torch.no_grad():
-        assert torch.equal(network(Z, T, FRACTIONS), network(Z, T, without))
-        assert not torch.equal(network(Z, T, FRACTIONS), trained(1)(Z, T, FRACTIONS))
+        assert torch.equal(network(Z, T, GIVEN), network(Z, T, {"mask": without}))
+        assert not torch.equal(network(Z, T, GIVEN), trained(1)(Z, T, GIVEN))
 
 
 # --- two dimensions
@@ -283,13 +284,13 @@ def test_e3_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
     network = steered(base, controlnet(spatial_dims=2)).eval()
     z, mask = normal(2, 2, 4, 8, 1), torch.rand(2, 5, 4, 8, 1)
     with torch.no_grad():
-        assert torch.equal(network(z, T, mask), network.unet(z[..., 0], T)[..., None])
+        assert torch.equal(network(z, T, {"mask": mask}), network.unet(z[..., 0], T)[..., None])
     with pytest.raises(FibldmError, match=r"takes single slices \(X, Y, 1\); got the size \(4, 4, 4\)"):
         network(Z, T)
 
 
 def test_a_control_alone_takes_the_mask_as_it_is_encoded() -> None:
-    control = MaskControl(controlnet()).eval()
+    control = Control(controlnet()).eval()
     with torch.no_grad():
         down, middle = control(Z, T, FRACTIONS)
         other_down, other_middle = control.controlnet(Z, T, controlnet_cond=FRACTIONS)

@@ -294,15 +294,15 @@ def test_e7_cases_are_drawn_as_validation_sees_them() -> None:
 class Known(nn.Module):
     """Stands for a network of the target "sample" that knows the latent: as much everywhere as there is mask."""
 
-    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
-        level = 0.5 if mask is None else mask[:, 0].mean()
+    def forward(self, z_t: Tensor, timesteps: Tensor, conditions: dict[str, Tensor] | None = None) -> Tensor:
+        level = conditions["mask"][:, 0].mean() if conditions else 0.5
         return torch.full_like(z_t, 7.0 if self.training else float(level))
 
 
 class Noise(nn.Module):
     """One that leaves the noise as it is."""
 
-    def forward(self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, z_t: Tensor, timesteps: Tensor, conditions: dict[str, Tensor] | None = None) -> Tensor:
         return z_t
 
 
@@ -340,7 +340,7 @@ def latents(tiny_run: Path) -> Latents:
 
 def sample_rows(latents: Latents, network: Any, *, masked: bool = False, **settings: Any) -> SampleRows:
     mask = latents.mask(1) if masked else None
-    prepare = LatentPrepareBatch(RectifiedFlow(), target="sample", times=GridTimes(2), mask=mask)
+    prepare = LatentPrepareBatch(RectifiedFlow(), target="sample", times=GridTimes(2), conditions={"mask": mask})
     return SampleRows(network, latents, prepare_batch=prepare, **{"seed": 3, "device": "cpu", "steps": 2, **settings})
 
 

@@ -199,7 +199,7 @@ def test_b10_a_stage_folder_is_enough_to_have_its_network(tiny_run: Path, tmp_pa
 
 def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
     latents = Latents.open(tiny_run)
-    views = [LoadLatent(latents, latents.mask(2))(item) for item in latents.items("training")]
+    views = [LoadLatent(latents, {"mask": latents.mask(2)})(item) for item in latents.items("training")]
     means, spreads = (torch.stack([view[key] for view in views]).double() for key in ("mean", "std"))
     assert means.shape[1:] == (latents.channels, 8, 8, 8)
     inside = torch.stack([view["valid"][0] for view in views]) > 0.5

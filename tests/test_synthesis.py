@@ -30,10 +30,10 @@ from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork, MaskControl
+from fibldm.models.network import ConditionedNetwork, Control
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import (
@@ -88,7 +88,7 @@ def synthesizer() -> Synthesizer:
         conditioning_embedding_in_channels=mask.channels,
         conditioning_embedding_num_channels=(8,),
     )
-    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=4), [MaskControl(controlnet)])
+    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=4), [Control(controlnet)])
     for weight in network.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)
@@ -98,7 +98,7 @@ def synthesizer() -> Synthesizer:
         space=LatentSpace((0.1, 0.0, -0.1, 0.0), (1.0, 0.5, 1.0, 2.0), "ae"),
         process=RectifiedFlow(),
         target="flow",
-        mask=mask,
+        conditions={"mask": mask},
         grid=ModelGrid((5.0, 5.0, 5.0), (32, 32, 32)),
         intensity=Intensity("window", low=-1000, high=600),
         envelope=Envelope(
@@ -343,13 +343,15 @@ def of_voxels(synthesizer) -> Synthesizer:
     mask = MaskEncoding(LABELS, 1)
     embedding = {"conditioning_embedding_num_channels": (8,)}
     controlnet = ControlNet(**numbers, conditioning_embedding_in_channels=mask.channels, **embedding)
-    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=1), [MaskControl(controlnet)])
+    network = ConditionedNetwork(DiffusionModelUNet(**numbers, out_channels=1), [Control(controlnet)])
     for weight in network.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)
     first_stage, space = FrozenFirstStage(IdentityAutoencoder()), LatentSpace((-0.2,), (0.5,), "none")
     grid = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16))
-    return replace(synthesizer, network=network.eval(), first_stage=first_stage, space=space, mask=mask, grid=grid)
+    return replace(
+        synthesizer, network=network.eval(), first_stage=first_stage, space=space, conditions={"mask": mask}, grid=grid
+    )
 
 
 def test_dynamic_thresholding_ends_within_the_range_of_a_volume(of_voxels, monkeypatch):

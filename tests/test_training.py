@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.process import Process, RectifiedFlow, VariancePreserving
 from fibldm.models.timesteps import GridTimes, LogitNormalTimes, UniformTimes
 from fibldm.training.checkpoints import Checkpoints
@@ -118,7 +118,7 @@ def test_the_noise_that_is_added_is_the_noise_that_is_predicted(process: Process
 @pytest.mark.parametrize("times", [UniformTimes(), LogitNormalTimes(), GridTimes(3)], ids=lambda t: type(t).__name__)
 def test_h8_a_batch_equals_its_samples_done_singly(times: Any) -> None:
     prepare = LatentPrepareBatch(
-        RectifiedFlow(), target="flow", times=times, mask=MASK, mask_dropout=0.3, label_dropout=0.3
+        RectifiedFlow(), target="flow", times=times, conditions={"mask": MASK}, dropout={"mask": 0.3}
     )
     items = [sample(seed, view=seed, std=0.5) for seed in range(6)]
     together = prepare(batch(*items), device="cpu")
@@ -126,8 +126,8 @@ def test_h8_a_batch_equals_its_samples_done_singly(times: Any) -> None:
         alone = prepare(batch(item), device="cpu")
         assert torch.equal(alone[0][0], together[0][position])
         assert torch.equal(alone[1].value[0], together[1].value[position])
-        for one, many in zip(alone[2], together[2], strict=True):
-            assert torch.equal(one[0], many[position])
+        assert torch.equal(alone[2][0][0], together[2][0][position])
+        assert torch.equal(alone[2][1]["mask"][0], together[2][1]["mask"][position])
 
 
 def test_the_same_draw_gives_the_same_noise_and_another_does_not() -> None:
@@ -155,7 +155,9 @@ def test_g3_a_cell_weighs_as_the_labels_that_fill_it() -> None:
     item["valid"][0, 0, 0, 0] = 0.5
 
     def weight(**given: Any) -> Tensor:
-        prepare = LatentPrepareBatch(RectifiedFlow(), target="flow", times=UniformTimes(), mask=MASK, **given)
+        prepare = LatentPrepareBatch(
+            RectifiedFlow(), target="flow", times=UniformTimes(), conditions={"mask": MASK}, **given
+        )
         made: Tensor = prepare(batch(item), device="cpu")[1].weight
         return made
 
@@ -168,7 +170,9 @@ def test_g3_a_cell_weighs_as_the_labels_that_fill_it() -> None:
 @pytest.mark.parametrize("weights", [{7: 2.0}, {1: 0.0}, {1: math.nan}])
 def test_weights_of_unknown_labels_or_of_nothing_are_refused(weights: dict[int, float]) -> None:
     with pytest.raises(FibldmError, match=r"positive numbers for the labels \[0, 1, 2\]; got"):
-        LatentPrepareBatch(RectifiedFlow(), target="flow", times=UniformTimes(), mask=MASK, label_weights=weights)
+        LatentPrepareBatch(
+            RectifiedFlow(), target="flow", times=UniformTimes(), conditions={"mask": MASK}, label_weights=weights
+        )
 
 
 def test_c11_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
@@ -176,16 +180,18 @@ def test_c11_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
     given = torch.stack([item["mask"] for item in items])
 
     def masks(**chances: float) -> Tensor:
-        prepare = LatentPrepareBatch(RectifiedFlow(), target="flow", times=UniformTimes(), mask=MASK, **chances)
-        made: Tensor = prepare(batch(*items), device="cpu")[2][1]
+        prepare = LatentPrepareBatch(
+            RectifiedFlow(), target="flow", times=UniformTimes(), conditions={"mask": MASK}, dropout={"mask": chances}
+        )
+        made: Tensor = prepare(batch(*items), device="cpu")[2][1]["mask"]
         return made
 
     assert torch.equal(masks(), given)
-    assert torch.equal(masks(mask_dropout=1.0), MASK.null(given))
-    assert torch.equal(masks(label_dropout=1.0), MASK.null(given))
-    whole = (masks(mask_dropout=0.25) == MASK.null(given)).flatten(1).all(1)
+    assert torch.equal(masks(all=1.0), MASK.null(given))
+    assert torch.equal(masks(each=1.0), MASK.null(given))
+    whole = (masks(all=0.25) == MASK.null(given)).flatten(1).all(1)
     assert 0.15 < float(whole.float().mean()) < 0.35
-    gone = masks(label_dropout=0.25).flatten(2).sum(2) == 0
+    gone = masks(each=0.25).flatten(2).sum(2) == 0
     assert torch.equal(gone[:, 0], gone[:, 1] | gone[:, 2])  # the background goes with a label, and only then
     assert 0.15 < float(gone[:, 1].float().mean()) < 0.35
     assert 0.0 < float((gone[:, 1] & gone[:, 2]).float().mean()) < 0.15

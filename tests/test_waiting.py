@@ -17,8 +17,9 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import CovariateEncoding, CovariateTokens, Numeric
+from fibldm.models.conditions.condition import Condition
+from fibldm.models.conditions.covariates import CovariateEncoding, CovariateTokens, Numeric
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, RectifiedFlow, VariancePreserving
 from fibldm.models.timesteps import GridTimes, LogitNormalTimes, ShiftedTimes, UniformTimes, min_snr_weight
@@ -57,10 +58,15 @@ def batch(count: int, mask: MaskEncoding) -> dict[str, Tensor]:
     return collated
 
 
+def conditions(**changes: Any) -> dict[str, Condition | None]:
+    return {"mask": mask_encoding(**changes), "covariates": COVARIATES}
+
+
 def prepare_batch(process: Process = PROCESSES[1], **options: Any) -> LatentPrepareBatch:
-    given = {"target": "v", "times": UniformTimes(), "mask": mask_encoding(), "covariates": COVARIATES, **options}
-    dropout = {"mask_dropout": 0.3, "label_dropout": 0.3, "covariate_dropout": 0.3}
-    return LatentPrepareBatch(process, **{"snr_gamma": 5.0, "label_weights": {2: 3.0}, **dropout, **given})
+    given = {"target": "v", "times": UniformTimes(), "conditions": conditions(), **options}
+    dropout = {"mask": 0.3, "covariates": 0.3}
+    chosen = {"snr_gamma": 5.0, "label_weights": {2: 3.0}, "dropout": dropout, **given}
+    return LatentPrepareBatch(process, **chosen)
 
 
 def leaves(prepared: Any) -> list[Tensor]:
@@ -79,7 +85,8 @@ def test_a_batch_is_what_its_formulas_say_to_the_bit(process: Process, feature: 
     given = batch(12, mask)
     before = copy.deepcopy(given)
     times = LogitNormalTimes()
-    z_t, asked, (network_time, seen), more = prepare_batch(process, mask=mask, times=times)(given, device="cpu")
+    shown = conditions(feature=feature)
+    z_t, asked, (network_time, seen), _ = prepare_batch(process, conditions=shown, times=times)(given, device="cpu")
     for number in range(12):
         generator = torch.Generator().manual_seed(10 + number)
         mean, std, encoded = (given[name][number : number + 1].float() for name in ("mean", "std", "mask"))
@@ -100,8 +107,8 @@ def test_a_batch_is_what_its_formulas_say_to_the_bit(process: Process, feature: 
         weights = torch.tensor([1.0, 1.0, 3.0, 1.0])
         weight = given["valid"][one] * torch.einsum("blxyz,l->bxyz", shares, weights)[:, None]
         assert torch.equal(asked.weight[one], weight)
-        assert torch.equal(seen[one], mask.drop_labels(encoded, labels[None]))
-        assert torch.equal(more["covariates"][number], given["covariates"][number] * ~covariates[:, None])
+        assert torch.equal(seen["mask"][one], mask.drop(encoded, labels[None]))
+        assert torch.equal(seen["covariates"][number], given["covariates"][number] * ~covariates[:, None])
     assert all(torch.equal(given[name], before[name]) for name in given)
 
 
@@ -109,7 +116,7 @@ def test_a_batch_is_what_its_formulas_say_to_the_bit(process: Process, feature: 
 @pytest.mark.parametrize("feature", [None, "signed_distance"])
 @pytest.mark.parametrize("times", [GridTimes(3), ShiftedTimes(UniformTimes(), 2.0)], ids=lambda t: type(t).__name__)
 def test_a_batch_is_built_without_reading_a_value_of_the_device(process: Process, feature: Any, times: Any) -> None:
-    prepare = prepare_batch(process, mask=mask_encoding(feature=feature), times=times)
+    prepare = prepare_batch(process, conditions=conditions(feature=feature), times=times)
     given = batch(6, mask_encoding(feature=feature))
     on_meta, on_cpu = leaves(prepare(given, device="meta")), leaves(prepare(given, device="cpu"))
     assert {part.device.type for part in on_meta} == {"meta"}
@@ -132,7 +139,7 @@ def test_batches_of_volumes_are_built_without_reading_a_value_of_the_device() ->
 def test_a_mask_in_full_precision_is_not_changed_either() -> None:
     given = {**batch(4, mask_encoding()), "mask": torch.rand(4, 32, *SIZE)}
     before = given["mask"].clone()
-    seen = prepare_batch(mask_dropout=1.0)(given, device="cpu")[2][1]
+    seen = prepare_batch(dropout={"mask": {"all": 1.0}})(given, device="cpu")[2][1]["mask"]
     assert torch.equal(given["mask"], before)
     assert torch.equal(seen, mask_encoding().null(before))
 
@@ -157,7 +164,7 @@ def training(folder: Path, device: str, length: int = 3) -> DenoisingTrainer:
         cross_attention_dim=8,
     )
     tokens = CovariateTokens(COVARIATES, 8)
-    network = ConditionedNetwork(unet, concat=True, covariate_tokens=tokens).to(device)  # type: ignore[arg-type]
+    network = ConditionedNetwork(unet, channels={"mask": nn.Identity()}, tokens={"covariates": tokens}).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     trainer = DenoisingTrainer(
         device=device,

@@ -205,7 +205,7 @@ def loss_of(run: Path, weights: dict[str, Tensor], items: list[dict[str, str]], 
     network = folder.component("network_def").eval()
     network.load_state_dict(weights)
     prepare = LatentPrepareBatch(RectifiedFlow(), target="flow", times=GridTimes(2))
-    dataset = KeyedDataset(items, transform=LoadLatent(latents, folder.component("mask")), progress=False)
+    dataset = KeyedDataset(items, transform=LoadLatent(latents, {}), progress=False)
     losses = []
     for draw in EpochSampler(len(items), seed=0, views=2, shuffle=False):
         if draw.view in views:

@@ -63,6 +63,10 @@ def synthesize(
         list[str],
         typer.Option(metavar="NAME=VALUE", help="Of the patient, such as age=63; may be repeated. Else unknown."),
     ] = [],
+    condition: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=VALUE", help="Any further condition the network was trained with; may be repeated."),
+    ] = [],
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Without masks, from a generator that knows some: volumes follow none."),
@@ -108,7 +112,8 @@ def synthesize(
     from fibldm.volumes.writer import sidecar
 
     log_to_standard_error()
-    options |= {"format": output_format, "covariates": read_covariates(covariate)}
+    options |= {"format": output_format, "covariates": read_named(covariate)}
+    options["conditions"] = read_named(condition, "--condition")
     settings = SynthesisSettings.of(**{name: options[name] for name in OPTIONS})
     if guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
@@ -179,8 +184,8 @@ def _run_and_strength(text: str) -> tuple[Path, float]:
         raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
 
 
-def read_covariates(texts: list[str]) -> dict[str, str]:
-    """Values by name of ``NAME=VALUE``.
+def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:
+    """Values by name of ``NAME=VALUE``, as an option takes them.
 
     Raises:
         FibldmError: one has another form, or a name comes twice.
@@ -189,5 +194,5 @@ def read_covariates(texts: list[str]) -> dict[str, str]:
 
     pairs = [text.partition("=") for text in texts]
     if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
-        raise FibldmError(f"--covariate needs NAME=VALUE, each name once; got {', '.join(texts)}")
+        raise FibldmError(f"{option} needs NAME=VALUE, each name once; got {', '.join(texts)}")
     return {name: value for name, _, value in pairs}

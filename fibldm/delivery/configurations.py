@@ -9,6 +9,7 @@ import yaml
 from fibldm.delivery.model_card import Words
 from fibldm.plain_values import counted
 from fibldm.runs import StageFolder
+from fibldm.runs.renamed import current
 from fibldm.synthesis.bundle import GENERATOR
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -36,6 +37,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": 1,
         "allow_extrapolation": False,
         "covariates": {},
+        "conditions": {},
         "format": "nifti",
         "template": None,
         "label_codes": None,
@@ -78,6 +80,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "batch_size": "@batch_size",
             "allow_extrapolation": "@allow_extrapolation",
             "covariates": "@covariates",
+            "conditions": "@conditions",
             "format": "@format",
             "template": "@template",
             "label_codes": "@label_codes",
@@ -90,7 +93,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
-    config: dict[str, Any] = yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = current(yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8")))
     own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
     begun = {"init_from": "@bundle_root", "network_def": facts["network"], "training": "@run"}
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
@@ -166,7 +169,7 @@ def _values(figures: Mapping[str, Any]) -> dict[str, float]:
 def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``one_tensor_network``: latent, time and mask as channels of one tensor."""
     channels, masks = len(facts["space"]["mean"]), _mask_channels(facts)
-    compression = facts["mask"]["compression"]
+    compression = facts["conditions"]["mask"]["compression"]
     steps = [compression] * 3 if isinstance(compression, int) else compression
     size = [length // step for length, step in zip(facts["grid"]["size"], steps, strict=True)]
     tensor = {"type": "latent", "format": "vector", "spatial_shape": size, "dtype": "float32", "is_patch_data": False}
@@ -188,4 +191,4 @@ def _mask_channels(facts: Mapping[str, Any]) -> int:
 
     if not facts["sees_mask"]:
         return 0
-    return int(build(facts["mask"], "mask").channels)
+    return int(build(facts["conditions"]["mask"], "mask").channels)

@@ -30,6 +30,7 @@ from fibldm.files import hash_file, hash_value, read_json, write_json, write_ten
 from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
+from fibldm.models.conditions.condition import present
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import kind_of
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
@@ -114,8 +115,10 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
         fingerprints[key] = hash_weights(_as_read(state, network))
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
-            known_of = network.covariates.facts() if network.covariates is not None else {}
+            asked = {name: part.facts() for name, part in present(stage.component("conditions")).items()}
+            known_of, further = asked.pop("covariates", {}), {key: part for key, part in asked.items() if key != "mask"}
             of_network = {"sees_mask": network.sees_mask, "covariates": known_of}
+            of_network |= {"further": further} if further else {}
     weights["residual_noise"] = _residual_noise(run, folder, known)
     items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
     facts = {
@@ -124,7 +127,8 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
         "name": settings.name or name,
         "version": settings.version,
         **definitions,
-        **{key: _part(stage, key) for key in ("process", "target", "mask")},
+        **{key: _part(stage, key) for key in ("process", "target")},
+        "conditions": present({**_part(stage, "conditions"), "mask": _part(stage, "mask")}),
         "shift": float(getattr(stage.component("times"), "shift", 1.0)),
         "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
         **{key: known[key] for key in ("grid", "intensity", "envelope", "labels", "modality", "data")},

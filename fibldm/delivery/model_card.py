@@ -100,7 +100,7 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
     front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": list(once.values())}
     return environment.from_string(template).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
-        facts=facts,
+        facts={"further": {}, **facts},
         words=words,
         title=words.title or facts["name"],
         covariates={name: _range(known) for name, known in facts["covariates"].items()},

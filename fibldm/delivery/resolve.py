@@ -11,6 +11,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from fibldm.errors import FibldmError
+from fibldm.models.conditions.condition import Condition
 
 _REFERENCE = re.compile(r"@([A-Za-z_]\w*(?:::\w+)*)")
 _MARKS = ("_desc_", "_requires_", "_mode_")
@@ -58,6 +59,8 @@ def _literal(parser: ConfigParser, name: str, given: Any, known: Mapping[str, An
     if isinstance(given, Mapping):
         if given.get("_disabled_") and parser.get_parsed_content(f"{name}::_disabled_"):
             return None
+        if isinstance(given.get("_target_"), str) and isinstance(made := parser.get_parsed_content(name), Condition):
+            return plain(made, name)  # as it was fitted, without the cases that it was fitted to
         kept = {key: part for key, part in given.items() if key not in ("_disabled_", *_MARKS)}
         return {key: _literal(parser, f"{name}::{key}", part, known) for key, part in kept.items()}
     if isinstance(given, list):

@@ -17,14 +17,12 @@ Diffusion:
 * ``timesteps``: times for training, validation and sampling
 * ``samplers``: from noise to a latent with a denoiser
 
-The network that follows a mask:
+The network that follows conditions:
 
-* ``conditioning`` (with ``mask_features``): masks at the latent's size, with a group of channels for *unknown*
-* ``mask_encoders``: what a network sees of them
-* ``covariates``: age, sex and the like as tokens for cross-attention
+* ``conditions/``: masks, covariates and further kinds, and what a network sees of them
 * ``controlnet``: a ControlNet that starts as a copy of its base network
 * ``lean_unet``: MONAI's UNet without its most expensive convolutions
-* ``network``: the UNet and all that tells it of mask and covariates, as engine and checkpoint see them
+* ``network``: the UNet and all that tells it of conditions, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``activation_checkpointing``: memory for time
 * ``precision_check``: layers that bfloat16 gets wrong, and float32 for them

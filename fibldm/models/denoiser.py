@@ -1,8 +1,8 @@
 """From a network and a condition to a denoiser, the only thing samplers know."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,15 +22,13 @@ class Denoiser:
         network: in evaluation mode.
         process: the one it was trained on.
         target: what its output means.
-        mask: encoded mask ``(B, M, x, y, z)``; None for the base network alone.
-        covariates: encoded, ``(B, T, 2)``; None: all unknown, or none at all.
+        conditions: encoded, by name, see `ConditionedNetwork.forward`.
     """
 
     network: ConditionedNetwork
     process: Process
     target: Target
-    mask: Tensor | None = None
-    covariates: Tensor | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, z_t: Tensor, t: Tensor) -> Prediction:
         """The expected latent at ``z_t`` ``(B, C, x, y, z)`` and times ``t`` ``(B,)`` in (0, 1].
@@ -41,8 +39,8 @@ class Denoiser:
         Raises:
             FibldmError: the network has neither C nor 2C output channels.
         """
-        known = {} if self.covariates is None else {"covariates": self.covariates}
-        output, channels = self.network(z_t, self.process.network_time(t), self.mask, **known), z_t.shape[1]
+        known = [self.conditions] if self.conditions else []
+        output, channels = self.network(z_t, self.process.network_time(t), *known), z_t.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise FibldmError(
                 f"a network on latents of {channels} channels must give {channels}, or {2 * channels} with a learned "

@@ -1,6 +1,6 @@
-"""The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of mask and covariates."""
+"""The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of conditions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -9,20 +9,24 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import single_slice
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.condition import Condition, present
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
-from fibldm.models.covariates import CovariateEncoding, CovariateTokens
-from fibldm.models.transfer import to_device
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
+Parts = Mapping[str, nn.Module | None]
+
+# What these two are called in checkpoints, which are older than the others.
+_KEPT_AS = {"mask": "mask_encoder", "covariates": "covariate_tokens"}
 
 
-class MaskControl(nn.Module):
-    """A ControlNet and what it sees of the mask.
+class Control(nn.Module):
+    """A ControlNet and what it sees of one condition.
 
     Args:
         controlnet: steered by this.
-        encoder: from the encoded mask to the condition, see `mask_encoders`; None shows the mask as it is encoded.
+        sees: name of the condition.
+        encoder: from the encoded condition to its input, see `mask_encoders`; None shows it as it is encoded.
         mask: how masks are encoded; needed with ``labels`` only.
         labels: values of the labels that it sees, the others are unknown to it; None: all.
 
@@ -36,60 +40,68 @@ class MaskControl(nn.Module):
         self,
         controlnet: ControlNet,
         *,
+        sees: str = "mask",
         encoder: nn.Module | None = None,
         mask: MaskEncoding | None = None,
         labels: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
-        self.controlnet, self.encoder, self.mask = controlnet, encoder, mask
+        self.controlnet, self.sees, self.encoder, self.mask = controlnet, sees, encoder, mask
         dropped = mask.all_but(labels) if mask is not None and labels is not None else None
         self.register_buffer("dropped", dropped, persistent=False)
 
-    def forward(self, x: Tensor, timesteps: Tensor, mask: Tensor, context: Tensor | None = None) -> Residuals:
+    def forward(self, x: Tensor, timesteps: Tensor, given: Tensor, context: Tensor | None = None) -> Residuals:
         """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``."""
         if self.mask is not None and self.dropped is not None:
-            mask = self.mask.drop_labels(mask, self.dropped.expand(len(mask), -1))
+            given = self.mask.drop(given, self.dropped.expand(len(given), -1))
         down, middle = self.controlnet(
-            x, timesteps, controlnet_cond=_shown(self.encoder, mask, like=x), context=context
+            x, timesteps, controlnet_cond=_shown(self.encoder, given, like=x), context=context
         )
         return tuple(down), middle
 
 
 class ConditionedNetwork(nn.Module):
-    """A denoising UNet that may know the mask: as input channels, in its norms (SPADE), by ControlNets, or by several.
+    """A denoising UNet that may know conditions: each by name, and by one route or several.
+
+    Modules say what it sees of a condition, see `Condition`; None is a condition that it does not see.
 
     Args:
-        unet: the base network; one with SPADE norms sees the mask in them (Park et al. 2019).
+        unet: the base network.
         controls: ControlNets, see `steered`.
-        concat: the mask comes as further input channels of the base network, behind those of the latent.
-        mask_encoder: what the base network sees of the mask, see `mask_encoders`; None shows it as it is encoded.
-        covariate_tokens: what the base network and the ControlNets see of covariates, by cross-attention.
+        channels: what comes as further input channels of the base network, behind those of the latent.
+        norms: what its SPADE norms see (Park et al. 2019).
+        tokens: what it and the ControlNets see by cross-attention.
 
     A 2-D base network sees volumes of one voxel along Z without that axis.
 
+    Attributes:
+        routes: names of the conditions that are seen on each route of the base network.
+        sees: names of all conditions that anything of it looks at.
+
     Raises:
-        FibldmError: there are covariates, and the base network has no cross-attention.
+        FibldmError: the base network has no norms or no cross-attention for what goes there, or tokens differ in width.
     """
 
     def __init__(
         self,
         unet: DiffusionModelUNet | SPADEDiffusionModelUNet,
-        controls: Sequence[MaskControl] = (),
+        controls: Sequence[Control] = (),
         *,
-        concat: bool = False,
-        mask_encoder: nn.Module | None = None,
-        covariate_tokens: CovariateTokens | None = None,
+        channels: Parts | None = None,
+        norms: Parts | None = None,
+        tokens: Parts | None = None,
     ) -> None:
         super().__init__()
-        if covariate_tokens is not None and not unet.with_conditioning:
-            raise FibldmError(
-                "covariates need a base network with cross-attention; this one has none",
-                "set unet::with_conditioning to true and unet::cross_attention_dim to covariate_width",
-            )
+        routes = {route: present(parts) for route, parts in (("channels", channels), ("norms", norms))}
+        routes["tokens"] = present(tokens)
+        _check_routes(unet, routes)
         self.unet, self.controls = unet, nn.ModuleList(controls)
         self.strengths = (1.0,) * len(controls)
-        self.concat, self.spade = concat, isinstance(unet, SPADEDiffusionModelUNet)
-        self.mask_encoder, self.covariate_tokens = mask_encoder, covariate_tokens
+        self.routes = {route: tuple(parts) for route, parts in routes.items()}
+        for parts in routes.values():
+            for name, part in parts.items():
+                self.add_module(_kept_as(name), part)
+        self.sees = frozenset([*sum(self.routes.values(), ()), *(control.sees for control in controls)])
 
     @property
     def multiple(self) -> int:
@@ -99,78 +111,91 @@ class ConditionedNetwork(nn.Module):
     @property
     def sees_mask(self) -> bool:
         """Whether anything of it looks at the mask."""
-        return self.concat or self.spade or len(self.controls) > 0
+        return "mask" in self.sees
 
     @property
-    def covariates(self) -> CovariateEncoding | None:
-        """How the covariates are encoded that it knows."""
-        return None if self.covariate_tokens is None else self.covariate_tokens.encoding
+    def encodings(self) -> dict[str, Condition]:
+        """How the conditions are encoded that it sees as tokens."""
+        return {name: cast(Condition, part.encoding) for name, part in self.parts("tokens").items()}
 
     @property
     def context_width(self) -> int | None:
         """Width of the tokens that it sees by cross-attention."""
-        return None if self.covariate_tokens is None else self.covariate_tokens.width
+        return next((cast(int, part.width) for part in self.parts("tokens").values()), None)
 
-    def forward(
-        self, z_t: Tensor, timesteps: Tensor, mask: Tensor | None = None, covariates: Tensor | None = None
-    ) -> Tensor:
+    def parts(self, route: str) -> dict[str, nn.Module]:
+        """What is seen on a route, by name of the condition."""
+        return {name: getattr(self, _kept_as(name)) for name in self.routes[route]}
+
+    def forward(self, z_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
         """The network's output ``(B, C, x, y, z)`` in the terms of its training target.
 
         Args:
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
-            mask: encoded mask ``(B, M, x, y, z)``; None turns the ControlNets' residuals off.
-            covariates: encoded, ``(B, T, 2)``; None: all unknown.
+            conditions: encoded, ``(B, ...)`` each, by name. Without that of a ControlNet, its residuals are off;
+                without that of tokens, all of it is unknown.
 
         Raises:
             FibldmError: an axis of the latent is not divisible by `multiple`, a 2-D network gets more than one slice,
-                the base network itself needs a mask and gets none, was built for another number of channels, or knows
-                no covariates and gets some.
+                the base network itself needs a condition and gets none, was built for another number of channels, or
+                knows nothing of a condition that it gets.
         """
+        given = conditions or {}
         flat = self.unet.conv_in.spatial_dims == 2 and z_t.ndim == 5
         z_t = single_slice(z_t) if flat else z_t
         self._check_size(tuple(z_t.shape[2:]))
-        if mask is None and (self.concat or self.spade):
-            raise FibldmError("this base network needs the mask; got none", "give MaskEncoding.null to ask for nothing")
-        shown = _shown(self.mask_encoder, mask, like=z_t) if self.concat or self.spade else None
-        x = torch.cat([z_t, shown], dim=1) if self.concat and shown is not None else z_t
+        self._check_given(given)
+        shown = {
+            name: _shown(part, given[name], like=z_t)
+            for name, part in {**self.parts("channels"), **self.parts("norms")}.items()
+        }
+        channels, norms = ([shown[name] for name in self.routes[route]] for route in ("channels", "norms"))
+        x = torch.cat([z_t, *channels], dim=1) if channels else z_t
         self._check_channels(z_t.shape[1], x.shape[1])
-        context = self._context(covariates, like=z_t)
-        residuals = {} if mask is None or not self.controls else self._residuals(x, timesteps, mask, context)
-        seen = {"context": context, "seg": shown if self.spade else None}
-        given = {name: tensor for name, tensor in seen.items() if tensor is not None}
-        output: Tensor = self.unet(x, timesteps, **given, **residuals)
+        context = self._context(given, len(z_t))
+        seen = {"context": context, "seg": torch.cat(norms, dim=1) if len(norms) > 1 else next(iter(norms), None)}
+        seen = {name: tensor for name, tensor in seen.items() if tensor is not None}
+        output: Tensor = self.unet(x, timesteps, **seen, **self._residuals(x, timesteps, given, context))
         return output.unsqueeze(-1) if flat else output
 
-    def _context(self, covariates: Tensor | None, *, like: Tensor) -> Tensor | None:
-        if self.covariate_tokens is None:
-            if covariates is not None:
-                raise FibldmError("this network knows no covariates; got some", "leave them out")
-            return None
-        if covariates is None:
-            covariates = to_device(self.covariate_tokens.encoding.null(len(like)), like.device)
-        context: Tensor = self.covariate_tokens(covariates)
-        return context
+    def _context(self, given: Mapping[str, Tensor], count: int) -> Tensor | None:
+        tokens = [
+            part(given[name]) if name in given else cast(Tensor, part.unknown).repeat(count, 1, 1)
+            for name, part in self.parts("tokens").items()
+        ]
+        return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)
 
     def _residuals(
-        self, x: Tensor, timesteps: Tensor, mask: Tensor, context: Tensor | None
+        self, x: Tensor, timesteps: Tensor, given: Mapping[str, Tensor], context: Tensor | None
     ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """The sum of all ControlNets' residuals, each times its strength (Zhang et al. 2023, section 3.4)."""
         down: tuple[Tensor, ...] = ()
         middle = x.new_zeros(())
         for control, strength in zip(self.controls, self.strengths, strict=True):
-            of_down, of_middle = control(x, timesteps, mask, context)
+            if (name := cast(Control, control).sees) not in given:
+                continue
+            of_down, of_middle = control(x, timesteps, given[name], context)
             if strength != 1:
                 of_down, of_middle = tuple(strength * part for part in of_down), strength * of_middle
             down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
             middle = middle + of_middle
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle} if down else {}
+
+    def _check_given(self, given: Mapping[str, Tensor]) -> None:
+        if unknown := [name for name in given if name not in self.sees]:
+            raise FibldmError(f"this network knows no {', '.join(unknown)}; got some", "leave it out")
+        needed = (*self.routes["channels"], *self.routes["norms"])
+        if missing := [name for name in needed if name not in given]:
+            raise FibldmError(
+                f"this base network needs the {', '.join(missing)}; got none", "give Condition.null to ask for nothing"
+            )
 
     def _check_channels(self, latent: int, given: int) -> None:
         if self.unet.in_channels != given:
-            mask = f" and the {given - latent} of the mask" if given > latent else ""
+            more = f" and the {given - latent} of the {', '.join(self.routes['channels'])}" if given > latent else ""
             raise FibldmError(
-                f"the base network must take {given} channels, the {latent} of the latent{mask}; its in_channels is "
+                f"the base network must take {given} channels, the {latent} of the latent{more}; its in_channels is "
                 f"{self.unet.in_channels}",
                 "leave unet::in_channels as it is",
             )
@@ -188,38 +213,39 @@ def steered(
     base: ConditionedNetwork,
     controlnet: ControlNet,
     *,
+    sees: str = "mask",
     encoder: nn.Module | None = None,
     mask: MaskEncoding | None = None,
     labels: Iterable[int] | None = None,
-    covariates: CovariateEncoding | None = None,
+    conditions: Mapping[str, Condition | None] | None = None,
 ) -> ConditionedNetwork:
     """A trained base network, frozen, with a ControlNet that starts as a copy of its encoder and changes nothing yet.
 
     Args:
-        base: of stage 2; frozen in place, with all that it knows of mask and covariates already.
+        base: of stage 2; frozen in place, with all that it knows of conditions already.
         controlnet: built with the numbers of the base network.
-        encoder: see `MaskControl`, as are ``mask`` and ``labels``.
-        covariates: what training shows of them, which must be what the base network knows.
+        sees: name of the condition that steers it.
+        encoder: see `Control`, as are ``mask`` and ``labels``.
+        conditions: what training shows; of what nobody steers, it must be what the base network knows.
 
     Raises:
-        FibldmError: the two networks were not built with the same numbers, or for other covariates, or the dataset has
+        FibldmError: the two networks were not built with the same numbers, or for other conditions, or the dataset has
             no such label.
     """
-    if covariates != base.covariates:
-        ours, theirs = (list(part.kinds) if part is not None else [] for part in (covariates, base.covariates))
+    known, seen = base.encodings, base.sees | {sees}
+    shown = {name: part for name, part in present(conditions).items() if name in known or name not in seen}
+    if shown != known:
+        ours, theirs = ({name: list(part.parts) for name, part in parts.items()} for parts in (shown, known))
+        wanted = {**dict.fromkeys(ours, []), **theirs}
         raise FibldmError(
-            f"a ControlNet must see the covariates of its base network, {theirs}, encoded in the same way; got {ours}",
-            f"set covariates to {theirs}, and covariate_categories to those of its training",
+            f"a ControlNet must see the conditions of its base network, {theirs}, encoded in the same way; got {ours}",
+            f"set {', '.join(f'{name} to {parts}' for name, parts in wanted.items())}, and what decides how they are "
+            "encoded as in stage 2",
         )
     base.requires_grad_(False)
-    control = MaskControl(copy_base_weights(controlnet, base.unet), encoder=encoder, mask=mask, labels=labels)
-    return ConditionedNetwork(
-        base.unet,
-        [*base.controls, control],
-        concat=base.concat,
-        mask_encoder=base.mask_encoder,
-        covariate_tokens=base.covariate_tokens,
-    )
+    copied = copy_base_weights(controlnet, base.unet)
+    control = Control(copied, sees=sees, encoder=encoder, mask=mask, labels=labels)
+    return _with_controls(base, [*base.controls, control])
 
 
 def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -> ConditionedNetwork:
@@ -241,13 +267,7 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
                 "ControlNets can be joined only where they were trained on the same base network; these were not",
                 "train the second ControlNet on a copy of the run of the first",
             )
-    network = ConditionedNetwork(
-        first.unet,
-        [cast(MaskControl, control) for part in networks for control in part.controls],
-        concat=first.concat,
-        mask_encoder=first.mask_encoder,
-        covariate_tokens=first.covariate_tokens,
-    )
+    network = _with_controls(first, [control for part in networks for control in part.controls])
     network.strengths = tuple(
         float(strength) for part, strength in zip(networks, strengths, strict=True) for _ in part.controls
     )
@@ -257,14 +277,41 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
 def _same_base(one: ConditionedNetwork, two: ConditionedNetwork) -> bool:
     first, second = _base_weights(one), _base_weights(two)
     same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    return same and one.covariates == two.covariates
+    return same and one.routes == two.routes and one.encodings == two.encodings
 
 
 def _base_weights(network: ConditionedNetwork) -> dict[str, Tensor]:
     return {name: weight for name, weight in network.state_dict().items() if not name.startswith("controls.")}
 
 
-def _shown(encoder: nn.Module | None, mask: Tensor | None, *, like: Tensor) -> Tensor:
-    """What an encoder makes of a mask, with as many axes as ``like``."""
-    shown: Tensor = mask if encoder is None else encoder(mask)  # type: ignore[assignment]
+def _with_controls(base: ConditionedNetwork, controls: Sequence[nn.Module]) -> ConditionedNetwork:
+    parts = {route: base.parts(route) for route in base.routes}
+    return ConditionedNetwork(base.unet, [cast(Control, control) for control in controls], **parts)
+
+
+def _check_routes(unet: nn.Module, routes: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    norms, tokens = routes["norms"], routes["tokens"]
+    if bool(norms) != isinstance(unet, SPADEDiffusionModelUNet):
+        raise FibldmError(
+            f"a base network has SPADE norms where conditions are seen in them; got {type(unet).__name__} and "
+            f"{', '.join(norms) or 'none'}",
+            "change unet::_target_, or the norms of the network",
+        )
+    if tokens and not unet.with_conditioning:
+        raise FibldmError(
+            f"{', '.join(tokens)} need a base network with cross-attention; this one has none",
+            "set unet::with_conditioning to true and unet::cross_attention_dim to their width (covariate_width)",
+        )
+    widths = {name: part.width for name, part in tokens.items()}
+    if len(set(widths.values())) > 1:
+        raise FibldmError(f"all tokens must have one width, unet::cross_attention_dim; got {widths}")
+
+
+def _kept_as(name: str) -> str:
+    return _KEPT_AS.get(name, f"condition_{name}")
+
+
+def _shown(encoder: nn.Module | None, given: Tensor, *, like: Tensor) -> Tensor:
+    """What an encoder makes of a condition, with as many axes as ``like``."""
+    shown: Tensor = given if encoder is None else encoder(given)
     return shown.squeeze(-1) if shown.ndim > like.ndim else shown

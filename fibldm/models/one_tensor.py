@@ -48,7 +48,7 @@ class OneTensorNetwork(_OneTensor):
             plain: Tensor = self.network(z_t, time.flatten(1)[:, 0])
             return plain
         z_t, time, mask = torch.split(packed, [self.channels, 1, packed.shape[1] - self.channels - 1], dim=1)
-        output: Tensor = self.network(z_t, time.flatten(1)[:, 0], mask)
+        output: Tensor = self.network(z_t, time.flatten(1)[:, 0], {"mask": mask})
         return output
 
 

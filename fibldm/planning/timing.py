@@ -12,6 +12,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.data import list_data_collate
 
+from fibldm.models.conditions.condition import Case, present
 from fibldm.planning.traced_step import Request, engines, first_items, imagine_earlier, stage_parser, validate
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.stages import kind_of
@@ -82,7 +83,7 @@ def time_stage(stage: str, request: Request) -> StageTime:
             validations=math.ceil(epochs / int(get("val_interval"))),
             validation=validation * counts["validation_batches"],
             checkpoint=_time_checkpoint(parser) / int(get("checkpoint_every")),
-            loading=counts["cases"] * (_time_mask(parser) if kind_of(stage).on_latents else loading),
+            loading=counts["cases"] * (_time_conditions(parser) if kind_of(stage).on_latents else loading),
         )
 
 
@@ -190,11 +191,13 @@ def _time_checkpoint(parser: ConfigParser) -> float:
     return time.monotonic() - began
 
 
-def _time_mask(parser: ConfigParser) -> float:
-    """Seconds of encoding the mask of a latent, which is most of what its loading takes."""
-    mask, size = parser.get_parsed_content("mask"), parser["latents"].facts["grid"]["size"]
+def _time_conditions(parser: ConfigParser) -> float:
+    """Seconds of encoding the conditions of a latent, which is most of what its loading takes."""
+    conditions, size = present(parser.get_parsed_content("conditions")), parser["latents"].facts["grid"]["size"]
+    case = Case(torch.zeros(1, *size, dtype=torch.uint8), {})
     began = time.monotonic()
-    mask.encode(torch.zeros(1, 1, *size, dtype=torch.uint8))
+    for condition in conditions.values():
+        condition.encode_case(case)
     return time.monotonic() - began
 
 

@@ -20,6 +20,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fibldm.models.conditions.condition import Condition, present
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import ConfigFiles, shipped, stage_configuration
@@ -243,15 +244,10 @@ def _latent(parser: ConfigParser) -> dict[str, Any]:
     """A latent as `LoadLatent` reads it, with its draw."""
     facts, get = parser["latents"].facts, parser.get_parsed_content
     cells = [length // step for length, step in zip(facts["grid"]["size"], facts["compression"], strict=True)]
-    channels = {
-        "mean": get("latents").channels,
-        "std": get("latents").channels,
-        "valid": 1,
-        "mask": get("mask").channels,
-    }
-    covariates = get("covariate_encoding")
-    known = {} if covariates is None else {"covariates": covariates.null(1)[0]}
-    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}, **known}
+    channels = {"mean": get("latents").channels, "std": get("latents").channels, "valid": 1}
+    conditions: dict[str, Condition] = present(get("conditions"))
+    shown = {name: part.null(torch.zeros(1, *part.shape(cells)))[0] for name, part in conditions.items()}
+    return {"seed": 0, "view": 0, **{name: torch.ones(n, *cells) for name, n in channels.items()}, **shown}
 
 
 def _prepared(parser: ConfigParser, part: str, item: Any, count: int) -> tuple[Any, ...]:

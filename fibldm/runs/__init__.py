@@ -3,6 +3,7 @@
 * ``stages``: the table of stages
 * ``stage_folder``: the folder of one stage
 * ``fingerprints``: what decides a stage
+* ``renamed``: names of earlier versions
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``options``: overrides, from and to options of a command line
 * ``workflow``: MONAI's workflow of a stage, and the parser that it runs by

@@ -23,12 +23,17 @@ import fibldm
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.options import in_order
+from fibldm.runs.renamed import current
 from fibldm.runs.stages import TABLE, files_of_stages
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.runs.workflow import StageWorkflow
 from fibldm.verbatim import as_argument, verbatim
 
 _GRID = {"spacing", "size"}
+
+
+# Where whoever adds a kind of condition chooses its name.
+_BY_NAME = frozenset("conditions routes::channels routes::norms routes::tokens train::prepare_batch::dropout".split())
 
 
 class UnfitGrid(FibldmError):
@@ -200,7 +205,7 @@ class ConfigFiles(ConfigParser):
 
 @cache
 def _loaded(file: str, _mtime: int, _size: int) -> dict[str, Any]:
-    content: dict[str, Any] = ConfigParser.load_config_file(file)
+    content: dict[str, Any] = current(ConfigParser.load_config_file(file))
     return content
 
 
@@ -294,6 +299,8 @@ def _refuse_lost_parts(given: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def _exists(config: Any, path: Sequence[str]) -> bool:
+    if "::".join(path[:-1]) in _BY_NAME:
+        return True
     for depth, name in enumerate(path):
         if isinstance(config, list) and name.isdigit() and int(name) < len(config):
             config = config[int(name)]

@@ -15,6 +15,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone
 from fibldm.runs.fingerprints import decisive, flatten, hash_weights
+from fibldm.runs.renamed import current
 from fibldm.runs.stages import kind_of
 from fibldm.verbatim import verbatim
 
@@ -89,14 +90,14 @@ class StageFolder:
             self.path.rename(_free_name(self.path))
         made_from, file = {"config": decisive(config), "inputs": inputs}, self.path / "inputs.json"
         if file.exists() and not self._is_untouched():
-            self._refuse_change(read_json(file), made_from)
+            self._refuse_change(_made_from(file), made_from)
             if self._has_enough(config):
                 return "done"
             # what goes on is not done: a later stage must not read weights that change
             (self.path / "done.json").unlink(missing_ok=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             return "resume"
-        if file.exists() and read_json(file) != made_from:
+        if file.exists() and _made_from(file) != made_from:
             (self.path / BUDGET).unlink(missing_ok=True)  # the time was another stage's
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_json(file, made_from)
@@ -160,7 +161,7 @@ class StageFolder:
         from monai.bundle import ConfigParser
 
         config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        return ConfigParser({**config, "run_dir": verbatim(str(self.run_dir)), **overrides})
+        return ConfigParser({**current(config), "run_dir": verbatim(str(self.run_dir)), **overrides})
 
     def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
         """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.
@@ -247,6 +248,12 @@ def load_facts(run_dir: str | Path) -> dict[str, Any]:
             "run `fibldm encode --restart`, or put the autoencoder back that they were made with",
         )
     return facts
+
+
+def _made_from(file: Path) -> dict[str, Any]:
+    """The content of ``inputs.json``, in the names of today."""
+    content = read_json(file)
+    return {**content, "config": current(content["config"])}
 
 
 def _free_name(path: Path) -> Path:

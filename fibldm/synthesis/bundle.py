@@ -22,13 +22,14 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.manifest import check_manifest
 from fibldm.models.residual_noise import ResidualNoise
+from fibldm.runs.renamed import current_generator
 from fibldm.synthesis.definitions import build
 
-FORMAT = 1
+FORMAT = 2
 GENERATOR = "configs/generator.json"
 KEYS = frozenset(
-    "format fibldm name version network autoencoder process target mask shift space grid intensity envelope labels "
-    "channels modality licence data_licence data split weights".split()
+    "format fibldm name version network autoencoder process target conditions shift space grid intensity envelope "
+    "labels channels modality licence data_licence data split weights".split()
 )
 
 _LARGEST_ARCHIVE = 16 * 2**30
@@ -149,7 +150,8 @@ def _read(root: Path, trust: bool) -> Bundle:
             "run a bundle of another program by `python -m monai.bundle run`, if you know who made it",
         )
     facts = read_json(inside(root, GENERATOR))
-    given = facts.get("format") if isinstance(facts, dict) else None
+    facts = current_generator(facts) if isinstance(facts, dict) else {}
+    given = facts.get("format")
     if given != FORMAT:
         raise FibldmError(f"{root / GENERATOR} must have format {FORMAT}; it has {given!r}", "update FibLDM")
     if missing := sorted(KEYS - facts.keys()):

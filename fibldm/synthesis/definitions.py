@@ -1,8 +1,8 @@
 """Networks and what belongs to them as plain values: a class by its name, and what it is made with.
 
 A definition is JSON: ``{"_target_": "monai.networks.nets.DiffusionModelUNet", "spatial_dims": 3, ...}``, as MONAI's
-configurations have it, but without references and expressions. Only the classes named here are made of it, so that a
-definition from elsewhere is data and not a program.
+configurations have it, but without references and expressions. Only the classes named here, and conditions, are made
+of it, so that a definition from elsewhere is data and not a program.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,9 @@ from fibldm.errors import FibldmError
 TARGETS = frozenset(
     """
     fibldm.models.autoencoder.Autoencoder
-    fibldm.models.conditioning.MaskEncoding
-    fibldm.models.covariates.Categorical
-    fibldm.models.covariates.CovariateEncoding
-    fibldm.models.covariates.CovariateTokens
-    fibldm.models.covariates.Numeric
     fibldm.models.identity_autoencoder.IdentityAutoencoder
     fibldm.models.maisi.MaisiAutoencoder
     fibldm.models.lean_unet.LeanUNet
-    fibldm.models.mask_encoders.AsEncoded
-    fibldm.models.mask_encoders.FeatureOnly
-    fibldm.models.mask_encoders.LabelValue
-    fibldm.models.mask_encoders.MaskConvolutions
-    fibldm.models.mask_encoders.MaskRescaler
     fibldm.models.network.ConditionedNetwork
     fibldm.models.network.steered
     fibldm.models.process.RectifiedFlow
@@ -47,6 +37,8 @@ TARGETS = frozenset(
     monai.networks.nets.VQVAE
     """.split()
 )
+CONDITIONS = "fibldm.models.conditions."
+"""Whatever class a file of this folder defines may be made, too."""
 
 _LARGEST_NUMBER = 2**20
 _DEEPEST = 32
@@ -62,8 +54,8 @@ def build(definition: Any, where: str, *, trust: bool = False) -> Any:
         trust: take any class that can be imported, too.
 
     Raises:
-        FibldmError: it names a class that is not in `TARGETS`, holds a reference or an expression, is larger than any
-            definition needs to be, or does not fit its class.
+        FibldmError: it names a class that is neither in `TARGETS` nor one of `CONDITIONS`, holds a reference or an
+            expression, is larger than any definition needs to be, or does not fit its class.
     """
     values = list(_values(definition, where))
     if len(values) > _MOST_VALUES:
@@ -103,8 +95,19 @@ def _built(definition: Any, where: str, trust: bool) -> Any:
     return _made(str(definition["_target_"]), inside, where, trust) if "_target_" in definition else inside
 
 
+def _is_condition(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith(CONDITIONS):
+        return False
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and found.__module__ == module
+
+
 def _made(name: str, arguments: dict[str, Any], where: str, trust: bool) -> Any:
-    if name not in TARGETS and not trust:
+    if not (name in TARGETS or trust or _is_condition(name)):
         raise FibldmError(
             f"{where} must be made of networks that FibLDM knows; {name!r} is none of them",
             "give --trust if you know who made this bundle: what it names runs on your machine then",

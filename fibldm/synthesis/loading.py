@@ -10,6 +10,7 @@ import torch
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
+from fibldm.models.conditions.condition import present
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, joined
 from fibldm.models.residual_noise import ResidualNoise
@@ -50,7 +51,7 @@ def parts_of_run(
         "first_stage": FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
         "process": stage.component("process"),
         "target": stage.component("target"),
-        "mask": stage.component("mask"),
+        "conditions": {**present(stage.component("conditions")), "mask": stage.component("mask")},
         "source": {"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
         "shift": float(getattr(stage.component("times"), "shift", 1.0)),
         "residual_noise": ResidualNoise.load(noise) if noise is not None else None,
@@ -77,7 +78,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "first_stage": FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
                 "process": bundle.made("process"),
                 "target": facts["target"],
-                "mask": bundle.made("mask"),
+                "conditions": present(bundle.made("conditions")),
                 "source": {**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
                 "shift": float(facts["shift"]),
                 "residual_noise": bundle.residual_noise(),

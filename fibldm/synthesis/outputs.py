@@ -62,7 +62,7 @@ class Output:
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
 
-        What is asked of covariates is said.
+        What is asked beside the masks is said.
 
         Raises:
             FibldmError: as `write`; of several masks that are refused, all are told.
@@ -82,8 +82,10 @@ class Output:
                 refused.append(error)
         if refused:
             raise _together(refused, len({job.mask for job in missing}))
-        if (encoding := self.synthesizer.covariates).kinds:
-            _logger.info("covariates: %s", encoding.told(encoding.read(self.settings.covariates)))
+        asked_beside = self.synthesizer.read(self.settings.covariates, self.settings.conditions)
+        for name, kind in self.synthesizer.conditions.items():
+            if name in asked_beside:
+                _logger.info("%s: %s", name, kind.told(asked_beside[name]))
         return [job for job in jobs if job in missing]
 
     def write(self, jobs: Sequence[Job]) -> list[Path]:
@@ -137,9 +139,9 @@ class Output:
         if mask not in self._prepared:
             if self.dicom is not None and labels is None:
                 raise FibldmError("DICOM is a series with its segmentation; no mask was given", "write NIfTI instead")
+            request = SynthesisRequest(labels, stem_of(mask), 0, self.settings.covariates, self.settings.conditions)
             if self.dicom is not None and labels is not None:
                 self.dicom.check(labels.grid, self.synthesizer.names, self.synthesizer.intensity)
-            request = SynthesisRequest(labels, stem_of(mask), covariates=self.settings.covariates)
             allow = self.settings.allow_extrapolation
             self._prepared[mask] = self.synthesizer.prepare(request, allow_extrapolation=allow)
         return self._prepared[mask]
@@ -177,8 +179,9 @@ class Output:
     def _request(self, job: Job) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
         decisive = [self.synthesizer.source, self.settings.sampling.to_dict(), job.number]
-        if known := self.synthesizer.covariates.read(self.settings.covariates):
-            decisive.append(known)
+        asked = self.synthesizer.read(self.settings.covariates, self.settings.conditions)
+        decisive += [known for known in [asked.pop("covariates")] if known]
+        decisive += [{name: value} for name, value in asked.items() if value is not None]
         request = {
             "mask": job.mask and job.mask.file.name,
             "mask_sha256": job.mask and job.mask.sha256,

@@ -8,7 +8,6 @@ import torch
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value
-from fibldm.models.covariates import Value
 from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.interchange import to_sitk, to_torchio
 
@@ -29,12 +28,14 @@ class SynthesisRequest:
         name: of the mask; with the seed and ``number`` it decides the noise.
         number: which of the volumes of this mask.
         covariates: what is asked of the patient beside the mask, by name; all else is unknown.
+        conditions: what is asked of further conditions, by their names.
     """
 
     mask: Volume | None
     name: str = "mask"
     number: int = 0
     covariates: Mapping[str, object] = field(default_factory=dict)
+    conditions: Mapping[str, object] = field(default_factory=dict)
 
     def generator(self, seed: int) -> torch.Generator:
         """Of all that is random about it; on the CPU, so that it is the same on any device."""
@@ -50,14 +51,14 @@ class PreparedMask:
         request: what was asked.
         source: its labels in RAS+ order.
         grid: the model grid for it.
-        covariates: as the networks know them.
-        outside: what of mask and covariates lies outside what the training data covered, in words.
+        asked: what is asked beside the mask, by the names of the conditions, as read.
+        outside: what of them lies outside what the training data covered, in words.
     """
 
     request: SynthesisRequest
     source: Volume
     grid: Grid
-    covariates: dict[str, Value]
+    asked: dict[str, Any]
     outside: list[str]
 
     def numbered(self, number: int) -> "PreparedMask":

@@ -194,6 +194,7 @@ class SynthesisSettings:
         allow_extrapolation: go on, and say so, where masks or covariates lie outside what the training data covered.
         covariates: what is asked of all patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
             unknown.
+        conditions: what is asked of further conditions that the network was trained with, by their names.
 
     Raises:
         FibldmError: a number is below 1.
@@ -205,6 +206,7 @@ class SynthesisSettings:
     batch_size: int = 1
     allow_extrapolation: bool = False
     covariates: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):

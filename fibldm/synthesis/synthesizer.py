@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import FrozenFirstStage
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import CovariateEncoding
+from fibldm.models.conditions.condition import Condition
+from fibldm.models.conditions.covariates import CovariateEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork
@@ -46,12 +47,12 @@ class Synthesizer:
     """Everything that turns a mask into a volume; usually made by `from_run`.
 
     Attributes:
-        network: with its ControlNet, in evaluation mode; says which covariates it knows.
+        network: with its ControlNet, in evaluation mode.
         first_stage: the autoencoder.
         space: scale of its latents.
         process: the diffusion process of the network.
         target: what the network's output means.
-        mask: how masks are encoded.
+        conditions: what may be asked of a volume, by name, and how it is encoded; masks always.
         grid: the model grid.
         intensity: between tensors and the units on disk.
         envelope: what the training data covered.
@@ -68,7 +69,7 @@ class Synthesizer:
     space: LatentSpace
     process: Process
     target: Target
-    mask: MaskEncoding
+    conditions: Mapping[str, Condition]
     grid: ModelGrid
     intensity: Intensity
     envelope: Envelope
@@ -128,9 +129,37 @@ class Synthesizer:
         return cls(**parts_of_bundle(path, trust=trust, device=device))
 
     @property
+    def mask(self) -> MaskEncoding:
+        """How masks are encoded."""
+        return cast(MaskEncoding, self.conditions["mask"])
+
+    @property
     def covariates(self) -> CovariateEncoding:
         """Those that the network was trained with, perhaps none."""
-        return self.network.covariates or CovariateEncoding({})
+        return cast(CovariateEncoding, self.conditions.get("covariates", CovariateEncoding({})))
+
+    @property
+    def further(self) -> dict[str, Condition]:
+        """The conditions beside mask and covariates."""
+        return {name: kind for name, kind in self.conditions.items() if name not in ("mask", "covariates")}
+
+    def read(self, covariates: Mapping[str, object], conditions: Mapping[str, object]) -> dict[str, Any]:
+        """What is asked beside the mask, by name of the condition, as it is recorded.
+
+        Args:
+            covariates: by their names.
+            conditions: further ones, by theirs.
+
+        Raises:
+            FibldmError: there is no such condition, or it cannot be asked so.
+        """
+        if strange := conditions.keys() - self.further.keys():
+            raise FibldmError(
+                f"further conditions must be those of training ({', '.join(self.further) or 'none'}); "
+                f"there is no {', '.join(sorted(strange))}"
+            )
+        further = {name: kind.read(conditions.get(name)) for name, kind in self.further.items()}
+        return {"covariates": self.covariates.read(covariates), **further}
 
     def __call__(
         self,
@@ -139,6 +168,7 @@ class Synthesizer:
         name: str | None = None,
         number: int = 0,
         covariates: Mapping[str, object] | None = None,
+        conditions: Mapping[str, object] | None = None,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
         **sampling: Any,
@@ -148,7 +178,8 @@ class Synthesizer:
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
-        request = SynthesisRequest(None if mask is None else as_volume(mask), name, number, covariates or {})
+        image = None if mask is None else as_volume(mask)
+        request = SynthesisRequest(image, name, number, covariates or {}, conditions or {})
         chosen = (settings or SamplingSettings()).changed(**sampling)
         return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
@@ -218,13 +249,14 @@ class Synthesizer:
                 "ask for volumes without masks, or train with --config mask_concat or a ControlNet",
             )
         source = as_labels(request.mask or self._unknown()).canonical()
-        self.mask.check(torch.from_numpy(source.array.astype(np.int64)))
-        covariates = self.covariates.read(request.covariates)
+        self.mask.read(torch.from_numpy(source.array.astype(np.int64)))
+        asked = self.read(request.covariates, request.conditions)
         outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
-        outside += self.covariates.check(covariates, allow=allow_extrapolation)
+        for name, kind in {"covariates": self.covariates, **self.further}.items():
+            outside += kind.check(asked[name], allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        return PreparedMask(request, source, grid, covariates, outside)
+        return PreparedMask(request, source, grid, asked, outside)
 
     def _check_unknown(self, labels: Volume, *, allow: bool) -> list[str]:
         """A mask that asks for nothing, of a network that never saw one."""
@@ -252,13 +284,15 @@ class Synthesizer:
         own_grid = source.grid if placed.request.mask is None else placed.request.mask.grid
         channels = tuple(turned_like(replace(source, array=part), own_grid) for part in on_disk)
         same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
+        further = {name: kind.recorded(placed.asked[name]) for name, kind in self.further.items()}
         provenance = {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
             "number": placed.request.number,
             "sampling": settings.to_dict(),
-            "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
+            "covariates": self.covariates.recorded(placed.asked["covariates"]),
+            **({"conditions": further} if further else {}),
             "follows_mask": placed.request.mask is not None,
             "network_calls": settings.calls_on(self.process),
             "channels": list(self.channels),
@@ -286,11 +320,12 @@ class Synthesizer:
         device = next(self.network.parameters()).device
         labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
         drawn = torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
-        condition = self.mask.encode(drawn)
+        given = self._encoded(placed, drawn)
+        cells = [length // step for length, step in zip(drawn.shape[2:], self.mask.factors, strict=True)]
         generators = [part.request.generator(settings.seed) for part in placed]
-        noise = draw_noise((len(self.space.mean), *condition.shape[2:]), generators).to(device)
-        conditional = self._denoiser(condition, self._encoded(placed).to(device) if self.covariates.kinds else None)
-        denoise = settings.guide(conditional, self._denoiser(self.mask.null(condition)))
+        noise = draw_noise((len(self.space.mean), *cells), generators).to(device)
+        nothing = {name: self.conditions[name].null(part) for name, part in given.items()}
+        denoise = settings.guide(self._denoiser(given), self._denoiser(nothing))
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         times = settings.times(self.process)
@@ -305,8 +340,11 @@ class Synthesizer:
         whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
         return tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)[0].float()
 
-    def _encoded(self, placed: Sequence[PreparedMask]) -> Tensor:
-        return torch.stack([self.covariates.encode(part.covariates) for part in placed])
+    def _encoded(self, placed: Sequence[PreparedMask], drawn: Tensor) -> dict[str, Tensor]:
+        """What the network is given of each condition that it sees, ``(B, ...)``."""
+        values = {name: drawn if name == "mask" else [part.asked[name] for part in placed] for name in self.conditions}
+        seen = {name: kind for name, kind in self.conditions.items() if name in self.network.sees}
+        return {name: kind.encode(values[name]).to(drawn.device) for name, kind in seen.items()}
 
-    def _denoiser(self, condition: Tensor, covariates: Tensor | None = None) -> Denoiser:
-        return Denoiser(self.network, self.process, self.target, condition, covariates)
+    def _denoiser(self, conditions: Mapping[str, Tensor]) -> Denoiser:
+        return Denoiser(self.network, self.process, self.target, conditions)

@@ -22,8 +22,9 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError, sentence, unknown_choice
 from fibldm.files import hash_file, write_json, write_tensors
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior
-from fibldm.models.conditioning import MaskEncoding
-from fibldm.models.covariates import CovariateEncoding
+from fibldm.models.conditions.condition import Case, Condition, present
+from fibldm.models.conditions.covariates import CovariateEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.latents import LatentSpace
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
@@ -43,6 +44,7 @@ RESIDUAL_NOISE = "residual_noise.safetensors"
 _SPLITS = ("training", "validation")
 _LONG = 3.0  # seconds
 _RECONSTRUCTED = 64  # training cases that tell the residual noise
+_OF_LATENT = {"mean", "std", "valid", "seed", "view"}
 _NO_COVARIATES = ("image", "label", "case", "subject")
 
 _logger = logging.getLogger("fibldm")
@@ -100,8 +102,12 @@ class Latents:
         """
         if not names:
             return None
-        cases = dict.fromkeys(item["case"] for item in self.facts["items"]["training"])
-        return CovariateEncoding.fit(names, [self.known_of(case) for case in cases], categories)
+        return CovariateEncoding.fit(names, self.training_cases, categories)
+
+    @property
+    def training_cases(self) -> list[dict[str, Any]]:
+        """What is known of each training case, for conditions that are fitted to it."""
+        return [self.known_of(case) for case in dict.fromkeys(item["case"] for item in self.facts["items"]["training"])]
 
     def known_of(self, case: str) -> dict[str, Any]:
         """The covariates of a case, by name; None where one is unknown."""
@@ -120,23 +126,26 @@ class Latents:
 
 
 class LoadLatent(Transform):
-    """Read a cached latent: its normalised posterior, the encoded mask, and which cells are valid.
+    """Read a cached latent: its normalised posterior, which cells are valid, and the conditions of its case.
 
     Args:
         latents: the run's latents.
-        mask: how to encode the masks.
-        covariates: how to encode the covariates; None leaves them out.
+        conditions: how each is encoded, by name; None of one leaves it out.
+
+    Raises:
+        FibldmError: a condition has the name of something else.
     """
 
-    def __init__(self, latents: Latents, mask: MaskEncoding, covariates: CovariateEncoding | None = None) -> None:
+    def __init__(self, latents: Latents, conditions: Mapping[str, Condition | None]) -> None:
         self.latents, self.space = latents, latents.space
-        self.mask, self.covariates = mask, covariates
+        self.conditions: dict[str, Condition] = present(conditions)
+        if taken := self.conditions.keys() & _OF_LATENT:
+            raise FibldmError(f"conditions must not be named {', '.join(sorted(taken))}", "choose another name")
 
     def __call__(self, item: Mapping[str, str]) -> dict[str, Tensor]:
-        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, ``mask`` ``(M, x, y, z)``.
+        """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, and every condition, encoded, by its name.
 
-        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory. With
-        covariates also ``covariates`` ``(T, 2)``; a category that no training case has is unknown.
+        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory.
 
         Raises:
             FibldmError: another autoencoder made this latent, or its file is gone or damaged.
@@ -151,11 +160,9 @@ class LoadLatent(Transform):
             ) from error
         posterior = Posterior(tensors["mean"][None], tensors["std"][None])
         mean, std = self.space.normalise_posterior(posterior)
-        mask = self.mask.encode(tensors["labels"][None])
-        loaded = {"mean": mean[0], "std": std[0], "valid": tensors["valid"], "mask": mask[0].half()}
-        if self.covariates is not None:
-            loaded["covariates"] = self.covariates.encode_case(self.latents.known_of(item["case"]))
-        return loaded
+        case = Case(tensors["labels"], self.latents.known_of(item["case"]))
+        shown = {name: part.encode_case(case).to(part.kept_as) for name, part in self.conditions.items()}
+        return {"mean": mean[0], "std": std[0], "valid": tensors["valid"], **shown}
 
 
 class EncodeStage:

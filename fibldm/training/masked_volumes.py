@@ -6,7 +6,7 @@ from typing import Any
 from monai.engines import PrepareBatch
 from torch import Tensor
 
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
 

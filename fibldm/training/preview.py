@@ -19,7 +19,8 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_text
 from fibldm.models import samplers
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.condition import Case
+from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.tiling import tiled_decode
@@ -163,7 +164,7 @@ class SampleRows:
     Args:
         network: the averaged network; in evaluation mode while it draws.
         latents: of the run; the first validation cases are drawn, decoded by the first stage of the run.
-        prepare_batch: of validation, which knows the process, the target and how masks are encoded.
+        prepare_batch: of validation, which knows the process, the target and the conditions.
         cases: how many.
         measured: how many are measured by `measure`.
         figures: of samples, real volumes and labels, such as `fibldm.evaluation.preview_figures.PreviewFigures`.
@@ -250,11 +251,9 @@ class SampleRows:
     def _sample(self, case: str, number: int, labels: Tensor, shape: Sequence[int]) -> Tensor:
         generator = torch.Generator().manual_seed(int(hash_value((self.seed, case, number))[:15], 16))
         prepare, process = self.prepare_batch, self.prepare_batch.process
-        condition = None if prepare.mask is None else prepare.mask.encode(labels).to(self.device)
-        covariates = None
-        if prepare.covariates is not None:
-            covariates = prepare.covariates.encode_case(self.latents.known_of(case))[None].to(self.device)
-        denoise = Denoiser(self.network, process, prepare.target, condition, covariates)
+        known = Case(labels[0], self.latents.known_of(case))
+        shown = {name: part.encode_case(known)[None].to(self.device) for name, part in prepare.conditions.items()}
+        denoise = Denoiser(self.network, process, prepare.target, shown)
         noise = samplers.draw_noise(shape, [generator]).to(self.device)
         return self.draw(denoise, noise, self.times, process=process, generators=[generator])
 

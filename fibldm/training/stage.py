@@ -15,6 +15,7 @@ from torch import nn
 from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
+from fibldm.runs.renamed import current
 from fibldm.runs.values import require_minutes
 from fibldm.runs.workflow import running_parser
 from fibldm.training.budget import Governed, TimeBudget
@@ -87,7 +88,9 @@ class Stage:
 
     def _run(self) -> None:
         parser = running_parser(self)
-        config = parser.get()
+        config = current(parser.get())
+        if config != parser.get():  # a configuration of an earlier version, such as a bundle's
+            parser = ConfigParser(config)
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
         config["minutes"] = _minutes(parser)
         if config["epochs"] < self.least_epochs:

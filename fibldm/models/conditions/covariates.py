@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
+from fibldm.models.conditions.condition import Case, Condition
 
 Value = str | float
 
@@ -93,14 +94,18 @@ class Categorical:
 
 
 @dataclass(frozen=True)
-class CovariateEncoding:
+class CovariateEncoding(Condition):
     """Named covariates as numbers for a network, each with a flag that says whether it is known.
+
+    A value is a mapping by name, such as ``{"age": 63, "sex": "F"}``; what it leaves out is unknown.
 
     Attributes:
         kinds: by name, in the order of the tokens.
     """
 
     kinds: Mapping[str, Numeric | Categorical]
+
+    what = "covariates"
 
     @classmethod
     def fit(
@@ -130,13 +135,21 @@ class CovariateEncoding:
             )
         return cls({name: _kind(values, name in categories) for name, values in known.items()})
 
-    def read(self, given: Mapping[str, object]) -> dict[str, Value]:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.kinds)
+
+    def shape(self, cells: Sequence[int]) -> tuple[int, ...]:
+        return (len(self.kinds), 2)
+
+    def read(self, asked: Mapping[str, object] | None) -> dict[str, Value]:
         """What is known, in the order of `kinds`: texts of numbers as numbers, None and absent ones left out.
 
         Raises:
             FibldmError: there is no such covariate, a value is no number, or a category that training did not have;
                 lists all.
         """
+        given = asked or {}
         wrong = [f"there is no {name}" for name in given if name not in self.kinds]
         values: dict[str, Value] = {}
         for name, kind in self.kinds.items():
@@ -152,55 +165,38 @@ class CovariateEncoding:
             )
         return values
 
-    def check(self, values: Mapping[str, Value], *, allow: bool) -> list[str]:
-        """What of values, as read, lies outside of training, in words, where that is allowed.
+    def outside(self, value: Mapping[str, Value]) -> list[str]:
+        outside = {name: self.kinds[name].outside(part) for name, part in value.items()}
+        return [f"{name} {text}" for name, text in outside.items() if text]
 
-        Raises:
-            FibldmError: something does and ``allow`` is False.
-        """
-        outside = {name: self.kinds[name].outside(value) for name, value in values.items()}
-        findings = [f"{name} {text}" for name, text in outside.items() if text]
-        if findings and not allow:
-            raise FibldmError(
-                f"covariates must lie within what the training data covered; {'; '.join(findings)}",
-                "give --allow-extrapolation to go on anyway (the sidecar will say so)",
-            )
-        return findings
+    def recorded(self, value: Mapping[str, Value]) -> dict[str, Value | None]:
+        return {name: value.get(name) for name in self.kinds}
 
-    def told(self, values: Mapping[str, Value]) -> str:
-        """What is asked of values, as read, and what is not, such as "age 63, sex unknown"."""
-        return ", ".join(f"{name} {values.get(name, 'unknown')}" for name in self.kinds)
+    def told(self, value: Mapping[str, Value]) -> str:
+        """A value, as read, such as "age 63, sex unknown"."""
+        return ", ".join(f"{name} {value.get(name, 'unknown')}" for name in self.kinds)
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What may be asked, by name: ``low`` and ``high`` of a number, or the ``values`` of a text."""
         return {name: kind.facts() for name, kind in self.kinds.items()}
 
-    def encode(self, given: Mapping[str, object]) -> Tensor:
-        """``(T, 2)``, float32: of each covariate its encoded value, and 1; 0 and 0 where it is unknown.
+    def encode(self, values: Sequence[Mapping[str, object] | None]) -> Tensor:
+        """``(B, T, 2)``, float32: of each covariate its encoded value, and 1; 0 and 0 where it is unknown.
 
         Raises:
             FibldmError: as `read`.
         """
-        values = self.read(given)
-        rows = [(kind.encode(values[name]), 1.0) if name in values else (0.0, 0.0) for name, kind in self.kinds.items()]
-        return torch.tensor(rows)
+        return torch.tensor([self._rows(self.read(value)) for value in values])
 
-    def encode_case(self, given: Mapping[str, object]) -> Tensor:
-        """As `encode`, of a case of the data: other covariates are passed over; unseen categories are unknown."""
-        return self.encode({name: kind.read(given.get(name)) for name, kind in self.kinds.items()})
+    def encode_case(self, case: Case) -> Tensor:
+        """``(T, 2)``; other covariates of the case are passed over, and unseen categories are unknown."""
+        return self.encode([{name: kind.read(case.known.get(name)) for name, kind in self.kinds.items()}])[0]
 
-    def drop(self, encoded: Tensor, dropped: Tensor) -> Tensor:
-        """Make covariates unknown.
+    def drop_(self, encoded: Tensor, dropped: Tensor) -> Tensor:
+        return encoded.masked_fill_(dropped[..., None], 0.0)
 
-        Args:
-            encoded: ``(B, T, 2)``; not changed.
-            dropped: ``(B, T)`` booleans.
-        """
-        return encoded.masked_fill(dropped[..., None], 0.0)
-
-    def null(self, count: int) -> Tensor:
-        """``(count, T, 2)``: all unknown."""
-        return torch.zeros(count, len(self.kinds), 2)
+    def _rows(self, values: Mapping[str, Value]) -> list[tuple[float, float]]:
+        return [(kind.encode(values[name]), 1.0) if name in values else (0.0, 0.0) for name, kind in self.kinds.items()]
 
 
 class CovariateTokens(nn.Module):

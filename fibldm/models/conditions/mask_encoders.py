@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.conditioning import MaskEncoding
+from fibldm.models.conditions.mask import MaskEncoding
 
 
 class AsEncoded(nn.Module):
@@ -35,7 +35,7 @@ class FeatureOnly(nn.Module):
         super().__init__()
         if mask.feature is None:
             raise FibldmError("FeatureOnly needs a mask with a feature; it has none", "set mask_feature")
-        self.start = mask.known_channels - math.prod(mask.parts)
+        self.start = mask.known_channels - math.prod(mask.pieces)
         self.channels = mask.channels - self.start
 
     def forward(self, encoded: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class LabelValue(nn.Module):
         super().__init__()
         self.known_channels = mask.known_channels
         self.register_buffer("values", torch.linspace(0, 1, len(mask.labels)), persistent=False)
-        self.channels = 2 * math.prod(mask.parts)
+        self.channels = 2 * math.prod(mask.pieces)
 
     def forward(self, encoded: Tensor) -> Tensor:
         known = encoded[:, : self.known_channels].unflatten(1, (len(self.values) + 1, -1))
@@ -103,8 +103,8 @@ class MaskConvolutions(nn.Module):
                 f"and {mask.feature}",
                 "set mask_detail to the compression and mask_feature to null",
             )
-        self.channels, self.groups, self.parts = channels, len(mask.labels) + 1, mask.parts
-        x, y, z = (min(part, 2) for part in mask.parts)
+        self.channels, self.groups, self.parts = channels, len(mask.labels) + 1, mask.pieces
+        x, y, z = (min(part, 2) for part in mask.pieces)
         widths = [hidden * 2**level for level in range(levels + 1)]
         layers: list[nn.Module] = [nn.Conv3d(self.groups, hidden, 3, padding=1), nn.SiLU()]
         for inside, outside in zip(widths[:-1], widths[1:], strict=True):
