@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-codes", type=Path, help="DICOM only: CSV of coded meanings of labels")
     parser.add_argument("--patient-position", help="DICOM only: HFS, FFS, ...; by default the template's, or empty")
     parser.add_argument("--count", type=int, default=1, help="volumes of every mask")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none")
+    parser.add_argument("--seed", type=int, help="by default the bundle's, else 0")
+    parser.add_argument("--steps", type=int, help="of the sampler; by default the bundle's, else 10")
+    parser.add_argument("--guidance", type=float, help="1 is none; by default the bundle's, else 1")
     parser.add_argument(
         "--covariate", action="append", default=[], metavar="NAME=VALUE", help="of all patients; may be repeated"
     )
@@ -104,9 +104,11 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     dicom = None
     if chosen.format == "dicom":
         dicom = DicomOutput.read(chosen.template, chosen.label_codes, chosen.patient_position)
-    settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance, seed=chosen.seed)
+    given = {name: value for name in ("steps", "guidance", "seed") if (value := getattr(chosen, name)) is not None}
+    SamplingSettings().changed(**given)  # what is refused is so before weights are read
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
+    settings = synthesizer.sampling.changed(**given)
     output = Output(
         synthesizer, chosen.outbox, settings, chosen.allow_extrapolation, dicom, read_covariates(chosen.covariate)
     )

@@ -15,6 +15,12 @@ Settings = Annotated[
 Bundle = Annotated[Path | None, typer.Option(help="Measured in place of a run; needs --out.")]
 Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: folder for the figures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="Volumes of these weights instead (checkpoint, strength): sidecar's source, weights."
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: take what changed since its export.")]
 
 evaluate = typer.Typer(
@@ -32,9 +38,10 @@ def faithfulness(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Do the volumes follow their masks? Dice, HD95 and volume of each label, beside real scans and shuffled masks."""
-    return _measure(["faithfulness"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["faithfulness"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command()
@@ -47,9 +54,10 @@ def realism(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity; beside real scans."""
-    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command()
@@ -76,9 +84,10 @@ def copies(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Is a volume closer to a training scan than any real test scan is? Names those that are."""
-    return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command()
@@ -91,9 +100,10 @@ def utility(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Can a segmenter learn from them? Trained on volumes of the training masks alone, measured on real test scans."""
-    return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command("all")
@@ -106,11 +116,12 @@ def everything(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """All of these but utility, which needs volumes of the training masks."""
     from fibldm.evaluation.measurements import OF_ANY_MASKS
 
-    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 def _measure(
@@ -121,6 +132,7 @@ def _measure(
     settings: list[str],
     device: str | None,
     trust: bool,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     from fibldm.cli.output import log_to_standard_error
     from fibldm.evaluation.measurements import evaluate as measure
@@ -137,6 +149,7 @@ def _measure(
         device=device,
         bundle=folders[1],
         trust=trust,
+        weights=weights,
     )
     figures = {name: section.to_dict()["figures"] for name, section in sections.items()}
     print(f"recorded in {place / 'evaluation' / 'metrics.json'}")

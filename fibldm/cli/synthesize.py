@@ -9,6 +9,8 @@ import typer
 if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
 
+_ELSE = "by default the bundle's, else"
+
 
 def synthesize(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
@@ -31,20 +33,21 @@ def synthesize(
     split: Annotated[str, typer.Option(help="With --data: training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are sampled together.")] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 10,
-    sampler: Annotated[str, typer.Option(help="ddim, ancestral, heun or dpmpp_2m.")] = "dpmpp_2m",
+    seed: Annotated[int | None, typer.Option(help=f"Same seed, mask and number: same volume; {_ELSE} 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Steps of the sampler; {_ELSE} 10.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")] = None,
     eta: Annotated[
         float | None, typer.Option(help="Sampler ddim only: 0 is deterministic, 1 is ancestral, between them mixes.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="1 is none; more follows the mask harder.")] = 1.0,
+    guidance: Annotated[float | None, typer.Option(help=f"1 is none; more follows the mask harder; {_ELSE} 1.")] = None,
     guidance_rescale: Annotated[
-        float, typer.Option(help="0 to 1: hold back the contrast that guidance adds; 0.7 is usual.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help=f"0 to 1: hold back the contrast that guidance adds; 0.7 is usual; {_ELSE} 0."),
+    ] = None,
     guidance_interval: Annotated[
-        tuple[float, float],
-        typer.Option(metavar="LOW,HIGH", help="Guide between these times only, 0 data, 1 noise; cheaper."),
-    ] = (0.0, 1.0),
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW,HIGH", help=f"Guide between these times only, 0 data, 1 noise; {_ELSE} 0,1."),
+    ] = None,
     shift: Annotated[
         float | None, typer.Option(help="Above 1: more steps at high noise; by default that of training.")
     ] = None,
@@ -52,8 +55,9 @@ def synthesize(
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
     ] = None,
     residual_noise: Annotated[
-        float, typer.Option(help="Of the grain that the decoder leaves out: 1 is as in the training cases, 0 is none.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help=f"Of the grain that the decoder leaves out: 1 is as in training, 0 is none; {_ELSE} 1."),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="Weights: best, or of an epoch that keep_every kept, such as epoch_0010.")
     ] = "best",
@@ -98,7 +102,8 @@ def synthesize(
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar.
 
-    A generator that was trained without masks takes none: --count volumes are drawn on the model grid.
+    A generator that was trained without masks takes none: --count volumes are drawn on the model grid. A bundle draws
+    as it was measured, unless options of sampling say otherwise.
     """
     from fibldm.cli.output import log_to_standard_error
     from fibldm.files import read_json
@@ -108,19 +113,22 @@ def synthesize(
     from fibldm.volumes.writer import sidecar
 
     log_to_standard_error()
-    settings = SamplingSettings(
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        guidance=guidance,
-        seed=seed,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        shift=shift,
-        dynamic_threshold=dynamic_threshold,
-        residual_noise=residual_noise,
-    )
-    if guidance > 5:
+    given = {
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": guidance,
+        "seed": seed,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+        "shift": shift,
+        "dynamic_threshold": dynamic_threshold,
+        "residual_noise": residual_noise,
+    }
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if bundle is None:
+        SamplingSettings().changed(**sampling)  # what is refused is so before weights are read
+    if guidance is not None and guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
     for_dicom = {"--template": template, "--label-codes": label_codes, "--patient-position": patient_position}
     _check_options(output_format, for_dicom, {"--bids": bids})
@@ -133,7 +141,7 @@ def synthesize(
         [*masks, *_masks_of(data, split)],
         out,
         count=count,
-        settings=settings,
+        sampling=sampling,
         batch_size=batch_size,
         allow_extrapolation=allow_extrapolation,
         covariates=read_covariates(covariate),
@@ -152,8 +160,8 @@ def synthesize(
     facts = read_json(sidecar(outputs[0]))
     calls = facts["network_calls"]
     said = "" if facts.get("follows_mask", True) else ", drawn without masks on the model grid"
-    each = counted(calls, "network call")
-    print(f"{counted(len(outputs), 'synthetic volume')} in {out}{said} ({each} each)")
+    drawn = f"{SamplingSettings.from_dict(facts['sampling']).described}; {counted(calls, 'network call')} each"
+    print(f"{counted(len(outputs), 'synthetic volume')} in {out}{said} ({drawn})")
     return {"outputs": [str(path) for path in outputs], "network_calls": calls}
 
 

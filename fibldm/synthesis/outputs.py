@@ -194,7 +194,8 @@ def synthesize_files(
     out: str | Path,
     *,
     count: int,
-    settings: SamplingSettings,
+    settings: SamplingSettings | None = None,
+    sampling: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     allow_extrapolation: bool = False,
     covariates: Mapping[str, object] | None = None,
@@ -221,7 +222,8 @@ def synthesize_files(
         masks: files and folders of them, see `find_masks`.
         out: folder to write to; see `Output`.
         count: volumes per mask.
-        settings: how to sample.
+        settings: how to sample; None as the bundle does by default, or for a run those of `SamplingSettings`.
+        sampling: changes of them by name, such as ``{"steps": 5, "guidance": 1.5}``.
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         covariates: what is asked of the patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
@@ -241,8 +243,8 @@ def synthesize_files(
 
     Raises:
         FibldmError: no mask, or one that is refused, as covariates may be, masks for a generator without any, a run
-            that is not finished, or a bundle that is refused; none of both, or both; or another process writes to
-            ``out``.
+            that is not finished, or a bundle that is refused; none of both, or both; a setting that is unknown or out
+            of range; or another process writes to ``out``.
     """
     if batch_size < 1:
         raise FibldmError(f"batch_size must be at least 1; got {batch_size}")
@@ -250,7 +252,7 @@ def synthesize_files(
         raise FibldmError("volumes follow masks, or they are unconditional; got masks and --unconditional", "give one")
     files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
     shard = Shard.from_environment()
-    chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
+    on = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     if (run_dir is None) == (bundle is None):
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
     if not masks and (strength != 1 or others):
@@ -260,14 +262,15 @@ def synthesize_files(
         raise _needs_masks()
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
-        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=chosen)
+        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=on)
     elif checkpoint != "best" or strength != 1 or others or bundle is None:
         raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
     else:
-        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
+        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=on)
     if not asked and synthesizer.network.sees_mask:
         raise _needs_masks()
-    output = Output(synthesizer, Path(out), settings, allow_extrapolation, dicom, covariates or {})
+    chosen = (settings or synthesizer.sampling).changed(**(sampling or {}))
+    output = Output(synthesizer, Path(out), chosen, allow_extrapolation, dicom, covariates or {})
     jobs = shard.take([(file, number) for file in files for number in range(count)])
     remedy = "wait until that has ended, choose another --out, or let them share the work by RANK and WORLD_SIZE"
     with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):

@@ -1,7 +1,7 @@
 """How volumes are drawn, and how many network calls that takes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
+from fibldm.plain_values import counted, settings_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class SamplingSettings:
                 f"residual_noise must be a number of at least 0; got {self.residual_noise}", "1 is as measured"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingSettings":
+        """Settings from plain values by name, such as those of a bundle.
+
+        Raises:
+            FibldmError: there is no such setting, or a value has another type or is out of range.
+        """
+        return settings_of(cls, values, "setting of sampling")
+
     def changed(self, **values: Any) -> "SamplingSettings":
         """The same with other values by name.
 
@@ -89,6 +99,37 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """As sidecars tell them; ``eta`` only where it is given, so that volumes from before it are not made anew."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("eta", None)}
+
+    def as_trained(self, *, shift: float, latents: bool, residual_noise: bool) -> "SamplingSettings":
+        """The settings as a generator follows them.
+
+        Args:
+            shift: of its training times, taken where the settings give none.
+            latents: it has an autoencoder, and does not work on voxels.
+            residual_noise: it knows what its decoder leaves out; otherwise none is drawn.
+
+        Raises:
+            FibldmError: a dynamic threshold is asked of latents.
+        """
+        if self.dynamic_threshold is not None and latents:
+            raise FibldmError(
+                "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
+                "leave it out; guidance_rescale holds guidance back in any space",
+            )
+        followed = replace(self, shift=shift if self.shift is None else self.shift)
+        return followed if residual_noise else replace(followed, residual_noise=0.0)
+
+    @property
+    def described(self) -> str:
+        """In words, without the seed: "dpmpp_2m in 5 steps at guidance 1.5"; what else is not usual comes after."""
+        shown = replace(self, shift=None) if self.shift == 1 else self
+        usual = replace(SamplingSettings(), sampler=self.sampler, steps=self.steps, guidance=self.guidance)
+        more = [
+            f", {name.replace('_', ' ')} {' to '.join(f'{part:g}' for part in _listed(value))}"
+            for name, value in shown.to_dict().items()
+            if name != "seed" and value != getattr(usual, name)
+        ]
+        return f"{self.sampler} in {counted(self.steps, 'step')} at guidance {self.guidance:g}{''.join(more)}"
 
     def times(self, process: Process) -> Tensor:
         """The times that the sampler visits on a process, float64, shape (steps + 1,); ``shift`` None counts as 1."""
@@ -127,3 +168,7 @@ class SamplingSettings:
         denoise, z = self.guide(count, count), torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1, 1)
         self.draw(denoise, z, self.times(process), process=process, generators=[torch.Generator()])
         return counted
+
+
+def _listed(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)

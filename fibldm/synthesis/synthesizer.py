@@ -129,6 +129,8 @@ class Synthesizer:
         shift: of the times in training, see `fibldm.models.timesteps.shifted`.
         residual_noise: what the decoder leaves out; None where nothing is, or it was not measured.
         mask_dropout: how often training showed the whole mask as unknown; None where that is not known.
+        sampling: how volumes are drawn where nothing else is asked for: of a bundle, as it was measured.
+        choice: for the sidecar, what of a run is not as it was trained: checkpoint, strength, further ControlNets.
     """
 
     network: ConditionedNetwork
@@ -146,6 +148,8 @@ class Synthesizer:
     shift: float = 1.0
     residual_noise: ResidualNoise | None = None
     mask_dropout: float | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_run(
@@ -194,6 +198,7 @@ class Synthesizer:
             shift=float(getattr(stage.component("times"), "shift", 1.0)),
             residual_noise=ResidualNoise.load(noise) if noise is not None else None,
             mask_dropout=float(stage.component("mask_dropout")),
+            choice=_choice(checkpoint, strength, others or {}),
             **_of_facts(facts),
         )
 
@@ -227,6 +232,7 @@ class Synthesizer:
                     shift=float(facts["shift"]),
                     residual_noise=bundle.residual_noise(),
                     mask_dropout=facts.get("mask_dropout"),
+                    sampling=bundle.sampling(),
                     **_of_facts(facts),
                 )
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -256,10 +262,11 @@ class Synthesizer:
         """One synthetic volume on the grid of ``mask``; see `Wanted` and `batch` for arguments and errors.
 
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
+        What is not given is as in ``settings``, or else as in `sampling`.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
         wanted = [Wanted(None if mask is None else as_volume(mask), name, number, covariates or {})]
-        chosen = (settings or SamplingSettings()).changed(**sampling)
+        chosen = (settings or self.sampling).changed(**sampling)
         return self.batch(wanted, settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
     def check(self, wanted: Wanted, *, allow_extrapolation: bool = False) -> list[str]:
@@ -284,14 +291,14 @@ class Synthesizer:
 
         Args:
             wanted: the volumes.
-            settings: how to sample; None for the defaults.
+            settings: how to sample; None for the generator's own, `sampling`.
             allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
 
         Raises:
             FibldmError: a mask holds fractions or a label that the training data lack, or lies outside of them; so do
                 covariates; or a dynamic threshold is asked of latents.
         """
-        settings = self._as_trained(settings or SamplingSettings())
+        settings = self._as_trained(settings or self.sampling)
         placed = [self._place(one, allow_extrapolation) for one in wanted]
         made: dict[int, Synthesis] = {}
         for size in dict.fromkeys(part.grid.shape for part in placed):
@@ -352,6 +359,7 @@ class Synthesizer:
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
+            **({"choice": dict(self.choice)} if self.choice else {}),
             "number": placed.wanted.number,
             "sampling": settings.to_dict(),
             "covariates": {name: placed.covariates.get(name) for name in self.covariates.kinds},
@@ -368,14 +376,8 @@ class Synthesizer:
 
     def _as_trained(self, settings: SamplingSettings) -> SamplingSettings:
         """Settings with the shift of the training times where they give none, and no noise that is not known."""
-        if settings.dynamic_threshold is not None and not self.first_stage.is_identity:
-            raise FibldmError(
-                "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
-                "leave it out; guidance_rescale holds guidance back in any space",
-            )
-        if self.residual_noise is None:
-            settings = replace(settings, residual_noise=0.0)
-        return settings if settings.shift is not None else replace(settings, shift=self.shift)
+        known = {"latents": not self.first_stage.is_identity, "residual_noise": self.residual_noise is not None}
+        return settings.as_trained(shift=self.shift, **known)
 
     def _sample(self, placed: Sequence[_Placed], settings: SamplingSettings) -> list[NDArray[np.float32]]:
         """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
@@ -416,6 +418,13 @@ def _check_device(device: str | torch.device) -> None:
             f"the device must be one that this machine has; {device}: {str(error).splitlines()[0]}",
             "`fibldm doctor` says what is there; cpu always is",
         ) from error
+
+
+def _choice(checkpoint: str, strength: float, others: Mapping[str | Path, float]) -> dict[str, Any]:
+    """What differs from the generator as it was trained; folders by their names, which are no paths of a machine."""
+    given = {"checkpoint": checkpoint, "strength": strength, "with": {Path(run).name: s for run, s in others.items()}}
+    usual = {"checkpoint": "best", "strength": 1.0, "with": {}}
+    return {name: value for name, value in given.items() if value != usual[name]}
 
 
 def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,6 +476,14 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
         "run `fibldm train controlnet`; for volumes that follow no mask, `fibldm synthesize` without --masks, and "
         "`fibldm export --unconditional`",
     )
+
+
+def generating_weights(run_dir: Path) -> set[str]:
+    """Fingerprints of the stages that volumes are drawn with: from masks, and without where stage 2 knows none."""
+    stages = [StageFolder(run_dir, "controlnet")]
+    if StageFolder(run_dir, "diffusion").done():
+        stages.append(generating_stage(run_dir, unconditional=True))
+    return {str(done["weights"]) for stage in stages if (done := stage.done())}
 
 
 def _joined(
