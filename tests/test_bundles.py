@@ -367,7 +367,9 @@ def test_the_command_takes_a_bundle(
     assert run([*given, "--bundle", str(bundle), "--bids", "ct", "--json"]) == 0
     said = capsys.readouterr()
     (volume,) = json.loads(said.out.splitlines()[-1])["outputs"]
-    assert "1 synthetic volume in " in said.err and "(1 network call each)" in said.err
+    assert (
+        "1 synthetic volume in " in said.err and "(dpmpp_2m in 1 step at guidance 1; 1 network call each)" in said.err
+    )
     assert read_json(Path(volume.replace(".nii.gz", ".json")))["source"]["bundle"] == "tiny 0.1.0"
     assert run([*given, "--bundle", str(bundle), "--run", str(tiny_run)]) == 2
     assert "either a run or a bundle must be given" in capsys.readouterr().err

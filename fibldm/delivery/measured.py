@@ -85,6 +85,8 @@ class Measured:
         if known:
             one = next(iter(known.values()))
             measured |= {name: getattr(one, name) for name in names}
+        if chosen.get("sampler", measured.get("sampler")) != measured.get("sampler"):
+            measured.pop("eta", None)  # which was of the other sampler
         return SamplingSettings.from_dict({**measured, **chosen})
 
     def ways(self, default: SamplingSettings) -> list[tuple[str, str, bool]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.plain_values import counted
 from fibldm.synthesis import SamplingSettings
 from fibldm.volumes.writer import sidecar, volume_stem
 
@@ -57,7 +58,9 @@ class Provenance:
         if self.sampling is None:
             return "; ".join(self.notes)
         drawn = SamplingSettings.from_dict(self.sampling).described
-        return "\n".join([f"{self.volumes} volumes, drawn by {drawn}", *(f"note: {note}" for note in self.notes)])
+        return "\n".join(
+            [f"{counted(self.volumes, 'volume')}, drawn by {drawn}", *(f"note: {note}" for note in self.notes)]
+        )
 
 
 def read_provenance(

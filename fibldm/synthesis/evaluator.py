@@ -20,7 +20,7 @@ class SynthesisEvaluator(Evaluator):
         synthesizer: makes the volumes.
         dataset: items with ``mask``, the path of a mask or None, and ``number``, which of its volumes.
         output_dir: folder to write to, see `Output`; what lies there already and was made in the same way is kept.
-        inferer: how volumes are drawn.
+        inferer: how volumes are drawn; None as the synthesizer does by default.
         batch_size: volumes that are sampled together.
         allow_extrapolation: go on where a mask lies outside what the training data covered.
         covariates: what is asked of the patients beside the masks, by name; all else is unknown.
@@ -33,7 +33,7 @@ class SynthesisEvaluator(Evaluator):
         dataset: Sequence[dict[str, Any]],
         output_dir: str | Path,
         *,
-        inferer: SamplingSettings,
+        inferer: SamplingSettings | None = None,
         batch_size: int = 1,
         allow_extrapolation: bool = False,
         covariates: Mapping[str, object] | None = None,
@@ -43,7 +43,8 @@ class SynthesisEvaluator(Evaluator):
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         device = torch.device(next(synthesizer.network.parameters()).device)
         super().__init__(device, batches, decollate=False, **options)
-        self.output = Output(synthesizer, Path(output_dir), inferer, allow_extrapolation, covariates=covariates or {})
+        settings = inferer or synthesizer.sampling
+        self.output = Output(synthesizer, Path(output_dir), settings, allow_extrapolation, covariates=covariates or {})
         # refuse at once what would be refused after the first volumes
         self.add_event_handler(Events.STARTED, lambda: self.output.missing(_jobs(items)))
 

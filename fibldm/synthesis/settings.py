@@ -86,7 +86,7 @@ class SamplingSettings:
         return settings_of(cls, values, "setting of sampling")
 
     def changed(self, **values: Any) -> "SamplingSettings":
-        """The same with other values by name.
+        """The same with other values by name; with another sampler, `eta` is unset unless it is given as well.
 
         Raises:
             FibldmError: there is no such setting, or a value is out of range.
@@ -94,6 +94,8 @@ class SamplingSettings:
         names = [field.name for field in fields(self)]
         if unknown := [name for name in values if name not in names]:
             raise unknown_choice("a setting of sampling", unknown[0], names)
+        if values.get("sampler", self.sampler) != self.sampler:
+            values = {"eta": None, **values}
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
