@@ -84,6 +84,7 @@ def test_a_bundle_makes_what_its_run_makes(tiny_run: Path, bundle: Path, a_mask:
     assert np.array_equal(one(a_mask, settings=QUICK).volume.array, other(a_mask, settings=QUICK).volume.array)
     assert (one.mask, one.grid, one.envelope, one.names) == (other.mask, other.grid, other.envelope, other.names)
     assert one.source["weights"] == other.source["weights"]
+    assert one.sampling == other.sampling == SamplingSettings()  # it was not measured
     assert other.source["bundle"] == "tiny 0.1.0" and other.source["licence"] == "CC0-1.0"
 
 

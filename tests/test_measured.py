@@ -263,7 +263,7 @@ def test_a_bundle_draws_as_was_measured(folder: Path, mask: str, tmp_path: Path)
     assert recorded["drawn"]["sampling"]["guidance"] == 1.5 and recorded["drawn"]["seeds"] == [3]
     assert recorded["cases_seen"] == 1 and recorded["drawn"]["network_calls"] == 3
     sampling = read_json(bundle / GENERATOR)["sampling"]
-    assert sampling == {**recorded["drawn"]["sampling"], "seed": 3}
+    assert sampling == {**recorded["drawn"]["sampling"], "seed": 3, "shift": None}  # that of training
     assert read_json(bundle / "configs" / "metadata.json")["sampling"] == sampling
     parser = ConfigParser(read_json(bundle / "configs" / "inference.json"))
     made = Synthesizer.from_bundle(bundle)
@@ -275,7 +275,7 @@ def test_a_bundle_draws_as_was_measured(folder: Path, mask: str, tmp_path: Path)
     assert np.array_equal(read_volume(tmp_path / "again" / was.name).array, expected)
     assert np.array_equal(made(read_volume(mask), name=stem).volume.array, expected)
     other = made(read_volume(mask), steps=1).provenance["sampling"]
-    assert json.loads(json.dumps(other)) == {**sampling, "steps": 1}
+    assert json.loads(json.dumps(other)) == {**sampling, "steps": 1, "shift": 1.0}
 
 
 def test_a_card_says_how_the_bundle_draws_and_what_was_measured(folder: Path) -> None:

@@ -141,6 +141,8 @@ def facts(modality: str, intensity: Intensity) -> dict[str, Any]:
         "covariates": {},
         "process": {"_target_": "fibldm.models.process.RectifiedFlow"},
         "sampling": {},
+        "shift": 1.0,
+        "weights": {},
     }
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fibldm.delivery.configurations import (
     metadata,
     train_configuration,
 )
-from fibldm.delivery.measured import Measured
+from fibldm.delivery.measured import Measured, followed
 from fibldm.delivery.model_card import Words, card
 from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
@@ -97,8 +97,8 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
             "bytes": _size(folder),
             "half": settings.half,
             "data_licence": facts["data_licence"],
-            "sampling": facts["sampling"],
-            "notes": measured.notes(SamplingSettings.from_dict(facts["sampling"])),
+            "sampling": followed(facts).to_dict(),
+            "notes": measured.notes(followed(facts)),
         }
     write_manifest(Path(out))  # last, so that an export that broke off has none, or one that it does not fit
     return {
@@ -138,7 +138,11 @@ def _write_generator(
             latents = not network.is_identity
     weights["residual_noise"] = _residual_noise(run, folder, known)
     shift = float(getattr(stage.component("times"), "shift", 1.0))
-    followed = sampling.as_trained(shift=shift, latents=latents, residual_noise=weights["residual_noise"] is not None)
+    sampling.as_trained(shift=shift, latents=latents, residual_noise=True)  # refuses what cannot be drawn
+    if sampling.shift == shift:
+        sampling = replace(sampling, shift=None)  # as it is asked for, so that volumes of before are not made anew
+    if weights["residual_noise"] is None:
+        sampling = replace(sampling, residual_noise=SamplingSettings.residual_noise)
     items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
     facts = {
         "format": FORMAT,
@@ -148,7 +152,7 @@ def _write_generator(
         **definitions,
         **{key: _part(stage, key) for key in ("process", "target", "mask")},
         "shift": shift,
-        "sampling": followed.to_dict(),
+        "sampling": sampling.to_dict(),
         "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
         **{key: known[key] for key in ("grid", "intensity", "envelope", "labels", "modality", "data")},
         "channels": known.get("channels", ["image"]),

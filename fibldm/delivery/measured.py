@@ -111,6 +111,18 @@ class Measured:
         return notes
 
 
+def followed(facts: Mapping[str, Any]) -> SamplingSettings:
+    """The sampling of a bundle by default, as its generator follows it.
+
+    Args:
+        facts: of ``generator.json``.
+    """
+    known = facts["weights"].get("residual_noise") is not None
+    return SamplingSettings.from_dict(facts["sampling"]).as_trained(
+        shift=facts["shift"], latents=False, residual_noise=known
+    )
+
+
 def _sections(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: part for name, part in content.items() if isinstance(part, Mapping) and "figures" in part}
 

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from fibldm.delivery.measured import Measured
+from fibldm.delivery.measured import Measured, followed
 from fibldm.errors import FibldmError
 from fibldm.plain_values import counted
-from fibldm.synthesis import SamplingSettings
 from fibldm.synthesis.definitions import build
 
 _SHOWN = {
@@ -96,7 +95,7 @@ def card(facts: Mapping[str, Any], words: Words, measured: Measured, *, size: in
         words = _unmedical(words)
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    sampling = SamplingSettings.from_dict(facts["sampling"])
+    sampling = followed(facts)
     medical, kind = ([], []) if modality == OTHER else (["medical"], [modality])
     tags = [*medical, "synthetic", "3d", "latent-diffusion", *kind, *words.tags]
     once: dict[str, str] = {}
