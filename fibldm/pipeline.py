@@ -6,7 +6,7 @@ it stopped; figures, bundle and its verification are made anew.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +288,9 @@ def pipeline(
     say("4/6 evaluate")
     _measure(run, work, out, recipe, drawing, say)
     say(f"5/6 export: {bundle}")
-    export(run, bundle, settings)
+    sampling = {**asdict(drawing.sampling), **settings.sampling}
+    for note in export(run, bundle, replace(settings, sampling=sampling))["notes"]:
+        say(f"note: {note}")
     say("6/6 verify, in a fresh process")
     checks = list(verify(bundle))
     if failed := [check for check in checks if not check.ok]:

@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-codes", type=Path, help="DICOM only: CSV of coded meanings of labels")
     parser.add_argument("--patient-position", help="DICOM only: HFS, FFS, ...; by default the template's, or empty")
     parser.add_argument("--count", type=int, default=1, help="volumes of every mask")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none")
+    parser.add_argument("--seed", type=int, help="by default the bundle's, else 0")
+    parser.add_argument("--steps", type=int, help="of the sampler; by default the bundle's, else 10")
+    parser.add_argument("--guidance", type=float, help="1 is none; by default the bundle's, else 1")
     parser.add_argument(
         "--covariate", action="append", default=[], metavar="NAME=VALUE", help="of all patients; may be repeated"
     )
@@ -101,11 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
-    options = {name: value for name, value in vars(chosen).items() if name in OPTIONS}
-    settings = SynthesisSettings.of(**options, covariates=read_named(chosen.covariate))
-    _ = settings.files.dicom  # refused before the generator is loaded
+    options = {name: value for name, value in vars(chosen).items() if name in OPTIONS and value is not None}
+    options["covariates"] = read_named(chosen.covariate)
+    _ = SynthesisSettings.of(**options).files.dicom  # what is refused is so before weights are read
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
+    settings = SynthesisSettings.of(synthesizer.sampling, **options)
     asked = synthesizer.covariates.read(settings.covariates)
     synthesizer.covariates.check(asked, allow=settings.allow_extrapolation)
     if not synthesizer.network.sees_mask:

@@ -84,6 +84,7 @@ def test_a_bundle_makes_what_its_run_makes(tiny_run: Path, bundle: Path, a_mask:
     assert np.array_equal(one(a_mask, settings=QUICK).volume.array, other(a_mask, settings=QUICK).volume.array)
     assert (one.mask, one.grid, one.envelope, one.names) == (other.mask, other.grid, other.envelope, other.names)
     assert one.source["weights"] == other.source["weights"]
+    assert one.sampling == other.sampling == SamplingSettings()  # it was not measured
     assert other.source["bundle"] == "tiny 0.1.0" and other.source["licence"] == "CC0-1.0"
 
 
@@ -367,7 +368,9 @@ def test_the_command_takes_a_bundle(
     assert run([*given, "--bundle", str(bundle), "--bids", "ct", "--json"]) == 0
     said = capsys.readouterr()
     (volume,) = json.loads(said.out.splitlines()[-1])["outputs"]
-    assert "1 synthetic volume in " in said.err and "(1 network call each)" in said.err
+    assert (
+        "1 synthetic volume in " in said.err and "(dpmpp_2m in 1 step at guidance 1; 1 network call each)" in said.err
+    )
     assert read_json(Path(volume.replace(".nii.gz", ".json")))["source"]["bundle"] == "tiny 0.1.0"
     assert run([*given, "--bundle", str(bundle), "--run", str(tiny_run)]) == 2
     assert "either a run or a bundle must be given" in capsys.readouterr().err

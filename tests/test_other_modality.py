@@ -12,6 +12,7 @@ from PIL import Image
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.torch_datasets import WorkDataset
+from fibldm.delivery.measured import Measured
 from fibldm.delivery.model_card import Words, card
 from fibldm.errors import FibldmError
 from fibldm.volumes.bids_writer import check_bids
@@ -138,14 +139,18 @@ def facts(modality: str, intensity: Intensity) -> dict[str, Any]:
         "grid": grid,
         "sees_mask": True,
         "covariates": {},
+        "process": {"_target_": "fibldm.models.process.RectifiedFlow"},
+        "sampling": {},
+        "shift": 1.0,
+        "weights": {},
     }
 
 
 def test_the_card_speaks_of_no_patients_where_there_are_none_c21() -> None:
-    text = card(facts("other", Intensity("range", low=0, high=4095)), Words(), {}, size=1)
+    text = card(facts("other", Intensity("range", low=0, high=4095)), Words(), Measured({}), size=1)
     assert "Volumes are in the units of the training data, from 0 to 4095" in text
     assert "Subjects were split" in text and "copies of training subjects" in text
     for word in ("patient", "medical", "diagnosis", "HU"):
         assert word not in text, word
-    ct = card(facts("ct", Intensity("window", low=-900, high=300)), Words(), {}, size=1)
+    ct = card(facts("ct", Intensity("window", low=-900, high=300)), Words(), Measured({}), size=1)
     assert "Volumes are in HU, from -900 to 300" in ct and "Patients were split" in ct and "- medical" in ct

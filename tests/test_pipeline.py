@@ -182,6 +182,10 @@ def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
     assert {file.parent.name for file in files} == {"synthetic", "synthetic_training", "checkpoints"}
     metadata = read_json(tmp_path / "made" / "bundle" / "configs" / "metadata.json")
     assert metadata["name"] == "made" and any(key.startswith("utility/") for key in metadata["eval_metrics"])
+    figures = read_json(tmp_path / "made" / "run" / "evaluation" / "metrics.json")
+    drawn = figures["faithfulness"]["drawn"]["sampling"]
+    assert drawn == figures["utility"]["drawn"]["sampling"] and drawn["steps"] == 2
+    assert metadata["sampling"] == {**drawn, "seed": 0, "shift": None} and "note: the figures" not in told
     before = {file: file.stat().st_mtime_ns for file in files}
     assert run(command) == 0
     assert {file: file.stat().st_mtime_ns for file in files} == before

@@ -15,6 +15,12 @@ Settings = Annotated[
 Bundle = Annotated[Path | None, typer.Option(help="Measured in place of a run; needs --out.")]
 Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: folder for the figures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="Volumes of these weights instead (checkpoint, strength): sidecar's source, weights."
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: take what changed since its export.")]
 Perceptual = Annotated[
     Path | None, typer.Option("--perceptual", help="Weights of a ResNet of slices, a local file, for LPIPS.")
@@ -35,9 +41,10 @@ def faithfulness(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Do the volumes follow their masks? Dice, HD95 and volume of each label, beside real scans and shuffled masks."""
-    return _measure(["faithfulness"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["faithfulness"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command()
@@ -50,10 +57,11 @@ def realism(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
     """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity, LPIPS; beside real."""
-    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust, perceptual)
+    return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust, weights, perceptual)
 
 
 @evaluate.command()
@@ -68,7 +76,7 @@ def reconstruction(
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
     """What does the autoencoder lose? PSNR, (MS-)SSIM, LPIPS, error, spectrum, segmentation on the test scans."""
-    return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust, perceptual)
+    return _measure(["reconstruction"], data, None, (run, bundle, out), settings, device, trust, None, perceptual)
 
 
 @evaluate.command()
@@ -81,9 +89,10 @@ def copies(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Is a volume closer to a training scan than any real test scan is? Names those that are."""
-    return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command()
@@ -96,9 +105,10 @@ def utility(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
 ) -> dict[str, Any]:
     """Can a segmenter learn from them? Trained on volumes of the training masks alone, measured on real test scans."""
-    return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust)
+    return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
 @evaluate.command("all")
@@ -111,12 +121,14 @@ def everything(
     settings: Settings = [],
     device: Device = None,
     trust: Trust = False,
+    weights: Weights = None,
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
     """All of these but utility, which needs volumes of the training masks."""
     from fibldm.evaluation.measurements import OF_ANY_MASKS
 
-    return _measure(list(OF_ANY_MASKS), data, synthetic, (run, bundle, out), settings, device, trust, perceptual)
+    names = list(OF_ANY_MASKS)
+    return _measure(names, data, synthetic, (run, bundle, out), settings, device, trust, weights, perceptual)
 
 
 def _measure(
@@ -127,6 +139,7 @@ def _measure(
     settings: list[str],
     device: str | None,
     trust: bool,
+    weights: str | None = None,
     perceptual: Path | None = None,
 ) -> dict[str, Any]:
     from fibldm.cli.output import log_to_standard_error
@@ -144,6 +157,7 @@ def _measure(
         device=device,
         bundle=folders[1],
         trust=trust,
+        weights=weights,
         perceptual=perceptual,
     )
     figures = {name: section.to_dict()["figures"] for name, section in sections.items()}

@@ -19,14 +19,25 @@ def export(
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="A generator without masks: stage 2 alone, where that knows none.")
     ] = False,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", help="key=value of sampling by default, such as steps=5; else as was measured."),
+    ] = [],
 ) -> dict[str, Any]:
-    """Write a run as a MONAI bundle: weights, configurations, metadata, licence and model card."""
+    """Write a run as a MONAI bundle, which draws by default as was measured: weights, configurations, model card."""
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle
+    from fibldm.runs.options import parse_overrides
+    from fibldm.synthesis import SamplingSettings
 
-    written = write_bundle(run, out, ExportSettings(license, license_file, half, name, version, unconditional))
+    sampling = parse_overrides(settings)
+    chosen = ExportSettings(license, license_file, half, name, version, unconditional, sampling)
+    written = write_bundle(run, out, chosen)
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
+    print(f"by default it draws by {SamplingSettings.from_dict(written['sampling']).described}")
+    for note in written["notes"]:
+        print(f"note: {note}")
     if _plain(written["data_licence"] or "") not in ("", _plain(license)):
         print(f"the dataset says it is under {written['data_licence']}; make sure that allows weights under {license}")
     return {"outputs": [str(out)], **written}

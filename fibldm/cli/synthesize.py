@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+_ELSE = "by default the bundle's, else"
+
 
 def synthesize(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
@@ -28,20 +30,21 @@ def synthesize(
     split: Annotated[str, typer.Option(help="With --data: training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are sampled together.")] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, mask and number: same volume.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 10,
-    sampler: Annotated[str, typer.Option(help="ddim, ancestral, heun or dpmpp_2m.")] = "dpmpp_2m",
+    seed: Annotated[int | None, typer.Option(help=f"Same seed, mask and number: same volume; {_ELSE} 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Steps of the sampler; {_ELSE} 10.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")] = None,
     eta: Annotated[
         float | None, typer.Option(help="Sampler ddim only: 0 is deterministic, 1 is ancestral, between them mixes.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="1 is none; more follows the mask harder.")] = 1.0,
+    guidance: Annotated[float | None, typer.Option(help=f"1 is none; more follows the mask harder; {_ELSE} 1.")] = None,
     guidance_rescale: Annotated[
-        float, typer.Option(help="0 to 1: hold back the contrast that guidance adds; 0.7 is usual.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help=f"0 to 1: hold back the contrast that guidance adds; 0.7 is usual; {_ELSE} 0."),
+    ] = None,
     guidance_interval: Annotated[
-        tuple[float, float],
-        typer.Option(metavar="LOW,HIGH", help="Guide between these times only, 0 data, 1 noise; cheaper."),
-    ] = (0.0, 1.0),
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW,HIGH", help=f"Guide between these times only, 0 data, 1 noise; {_ELSE} 0,1."),
+    ] = None,
     shift: Annotated[
         float | None, typer.Option(help="Above 1: more steps at high noise; by default that of training.")
     ] = None,
@@ -49,8 +52,9 @@ def synthesize(
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
     ] = None,
     residual_noise: Annotated[
-        float, typer.Option(help="Of the grain that the decoder leaves out: 1 is as in the training cases, 0 is none.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help=f"Of the grain that the decoder leaves out: 1 is as in training, 0 is none; {_ELSE} 1."),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="Weights: best, or of an epoch that keep_every kept, such as epoch_0010.")
     ] = "best",
@@ -99,14 +103,15 @@ def synthesize(
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar.
 
-    A generator that was trained without masks takes none: --count volumes are drawn on the model grid.
+    A generator that was trained without masks takes none: --count volumes are drawn on the model grid. A bundle draws
+    as it was measured, unless options of sampling say otherwise.
     """
     options = dict(locals())
     from fibldm.cli.output import log_to_standard_error
     from fibldm.errors import FibldmError
     from fibldm.files import read_json
     from fibldm.plain_values import counted
-    from fibldm.synthesis import SynthesisSettings, synthesize_files
+    from fibldm.synthesis import SamplingSettings, synthesize_files
     from fibldm.synthesis.settings import OPTIONS
     from fibldm.volumes.bids_writer import check_bids, write_bids
     from fibldm.volumes.writer import sidecar
@@ -114,12 +119,12 @@ def synthesize(
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
     options["conditions"] = read_named(condition, "--condition")
-    settings = SynthesisSettings.of(**{name: options[name] for name in OPTIONS})
-    if guidance > 5:
+    given = {name: options[name] for name in OPTIONS if options[name] is not None}
+    if guidance is not None and guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
-    if bids is not None and settings.files.format != "nifti":
+    if bids is not None and output_format != "nifti":
         raise FibldmError(f"--format {output_format} takes no --bids", "change or leave out one of them")
-    if not masks and data is None and (bids is not None or settings.files.format == "dicom"):
+    if not masks and data is None and (bids is not None or output_format == "dicom"):
         raise _needs_masks("--bids" if bids is not None else "--format dicom")
     if bids is not None:
         check_bids(bids, modality=_facts(run, bundle, trust)["modality"], skull_stripped=skull_stripped)
@@ -127,7 +132,7 @@ def synthesize(
         run,
         [*masks, *_masks_of(data, split)],
         out,
-        settings=settings,
+        **given,
         bundle=bundle,
         unconditional=unconditional,
         trust=trust,
@@ -142,8 +147,8 @@ def synthesize(
     facts = read_json(sidecar(outputs[0]))
     calls = facts["network_calls"]
     said = "" if facts.get("follows_mask", True) else ", drawn without masks on the model grid"
-    each = counted(calls, "network call")
-    print(f"{counted(len(outputs), 'synthetic volume')} in {out}{said} ({each} each)")
+    drawn = f"{SamplingSettings.from_dict(facts['sampling']).described}; {counted(calls, 'network call')} each"
+    print(f"{counted(len(outputs), 'synthetic volume')} in {out}{said} ({drawn})")
     return {"outputs": [str(path) for path in outputs], "network_calls": calls}
 
 

@@ -43,14 +43,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "label_codes": None,
         "patient_position": None,
         "trust": False,
-        "inferer": {
-            "_target_": "fibldm.synthesis.SamplingSettings",
-            "sampler": "dpmpp_2m",
-            "steps": 10,
-            "guidance": 1.0,
-            "residual_noise": 1.0,
-            "seed": 0,
-        },
+        "inferer": {"_target_": "fibldm.synthesis.SamplingSettings", **facts["sampling"]},
         "network_def": facts["network"],
         "autoencoder_def": facts["autoencoder"],
         "one_tensor_network": {
@@ -152,6 +145,7 @@ def metadata(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any])
         "references": list(words.references),
         "generator": GENERATOR,
         "covariates": facts["covariates"],
+        "sampling": facts["sampling"],
         "network_data_format": _data_format(facts),
     }
 

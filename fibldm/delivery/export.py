@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ from fibldm.delivery.configurations import (
     metadata,
     train_configuration,
 )
+from fibldm.delivery.measured import Measured, followed
 from fibldm.delivery.model_card import Words, card
 from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value, read_json, write_json, write_tensors, write_text
+from fibldm.files import hash_file, hash_value, write_json, write_tensors, write_text
 from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.models.conditions.condition import present
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import kind_of
+from fibldm.synthesis import SamplingSettings
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.loading import generating_stage, residual_noise_file
@@ -52,6 +54,7 @@ class ExportSettings:
         name: of the bundle; by default that of its folder.
         version: of the bundle.
         unconditional: stage 2 of a run, which knows no mask, as a generator whose volumes follow none.
+        sampling: fields of `SamplingSettings` for how the bundle draws by default, in place of what was measured.
     """
 
     licence: str
@@ -60,6 +63,7 @@ class ExportSettings:
     name: str | None = None
     version: str = "0.1.0"
     unconditional: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -71,26 +75,33 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         settings: what the person who exports decides.
 
     Returns:
-        ``bytes`` of the weights, ``half``, ``data_licence`` as the dataset says it, and ``files``.
+        ``bytes`` of the weights, ``half``, ``data_licence`` as the dataset says it, ``sampling`` by default, ``notes``
+        on the figures, and ``files``.
 
     Raises:
-        FibldmError: the run is not finished, the licence is not known, or the run's networks cannot be described, or
-            another process writes the bundle.
+        FibldmError: the run is not finished, the licence is not known, the run's networks cannot be described, its
+            figures are of several samplings and none is chosen, or another process writes the bundle.
     """
     words = Words.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another --out"
     with alone(beside(out), str(out), remedy), _writing(Path(out)) as folder:
-        facts = _write_generator(run, folder, settings, out.name)
-        write_text(folder / "LICENSE", notice)
-        figures = _figures(run)
-        write_json(folder / "configs" / "metadata.json", metadata(facts, words, figures))
-        write_json(folder / "configs" / "inference.json", inference_configuration(facts))
         stage = generating_stage(run, unconditional=settings.unconditional)
+        measured = _measured(run, stage)
+        facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling))
+        write_text(folder / "LICENSE", notice)
+        write_json(folder / "configs" / "metadata.json", metadata(facts, words, measured.figures))
+        write_json(folder / "configs" / "inference.json", inference_configuration(facts))
         write_json(folder / "configs" / "train.json", train_configuration(stage, facts))
         write_json(folder / "configs" / "evaluate.json", evaluate_configuration(facts))
-        write_text(folder / "docs" / "README.md", card(facts, words, figures, size=_size(folder)))
-        written = {"bytes": _size(folder), "half": settings.half, "data_licence": facts["data_licence"]}
+        write_text(folder / "docs" / "README.md", card(facts, words, measured, size=_size(folder)))
+        written = {
+            "bytes": _size(folder),
+            "half": settings.half,
+            "data_licence": facts["data_licence"],
+            "sampling": followed(facts).to_dict(),
+            "notes": measured.notes(followed(facts)),
+        }
     write_manifest(Path(out))  # last, so that an export that broke off has none, or one that it does not fit
     return {
         **written,
@@ -98,7 +109,15 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     }
 
 
-def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: str) -> dict[str, Any]:
+def _measured(run: Path, stage: StageFolder) -> Measured:
+    """The figures of the weights that are exported, perhaps none."""
+    network, autoencoder = (part.require()["weights"] for part in (stage, StageFolder(run, "autoencoder")))
+    return Measured.read(run, network=network, autoencoder=autoencoder)
+
+
+def _write_generator(
+    run: Path, folder: Path, settings: ExportSettings, name: str, sampling: SamplingSettings
+) -> dict[str, Any]:
     """Weights and ``generator.json``, whose content is returned."""
     known, stage = load_facts(run), generating_stage(run, unconditional=settings.unconditional)
     networks = {"network": stage, "autoencoder": StageFolder(run, "autoencoder")}
@@ -119,7 +138,15 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
             known_of, further = asked.pop("covariates", {}), {key: part for key, part in asked.items() if key != "mask"}
             of_network = {"sees_mask": network.sees_mask, "covariates": known_of}
             of_network |= {"further": further} if further else {}
+        else:
+            latents = not network.is_identity
     weights["residual_noise"] = _residual_noise(run, folder, known)
+    shift = float(getattr(stage.component("times"), "shift", 1.0))
+    sampling.as_trained(shift=shift, latents=latents, residual_noise=True)  # refuses what cannot be drawn
+    if sampling.shift == shift:
+        sampling = replace(sampling, shift=None)  # as it is asked for, so that volumes of before are not made anew
+    if weights["residual_noise"] is None:
+        sampling = replace(sampling, residual_noise=SamplingSettings.residual_noise)
     items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
     facts = {
         "format": FORMAT,
@@ -129,7 +156,8 @@ def _write_generator(run: Path, folder: Path, settings: ExportSettings, name: st
         **definitions,
         **{key: _part(stage, key) for key in ("process", "target")},
         "conditions": present({**_part(stage, "conditions"), "mask": _part(stage, "mask")}),
-        "shift": float(getattr(stage.component("times"), "shift", 1.0)),
+        "shift": shift,
+        "sampling": sampling.to_dict(),
         "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
         **{key: known[key] for key in ("grid", "intensity", "envelope", "labels", "modality", "data")},
         "channels": known.get("channels", ["image"]),
@@ -196,12 +224,6 @@ def _residual_noise(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[s
         return None
     shutil.copyfile(file, folder / "models" / file.name)
     return {"file": f"models/{file.name}", "sha256": known["residual_noise"]["sha256"]}
-
-
-def _figures(run: Path) -> dict[str, Any]:
-    """The figures of ``fibldm evaluate``, perhaps none."""
-    file = run / "evaluation" / "metrics.json"
-    return read_json(file) if file.exists() else {}
 
 
 def _size(folder: Path) -> int:

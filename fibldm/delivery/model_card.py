@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from fibldm.delivery.measured import Measured, followed
 from fibldm.errors import FibldmError
+from fibldm.plain_values import counted
+from fibldm.synthesis.definitions import build
 
 _SHOWN = {
     "faithfulness": ("dice", "hd95", "volume_error"),
@@ -78,13 +81,13 @@ class Words:
         return cls(**given)
 
 
-def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, size: int) -> str:
+def card(facts: Mapping[str, Any], words: Words, measured: Measured, *, size: int) -> str:
     """The card in Markdown, with front matter that model hubs read.
 
     Args:
         facts: of ``generator.json``.
         words: of a person.
-        figures: of ``RUN/evaluation/metrics.json``; empty where nothing was measured.
+        measured: the figures of these weights, perhaps none.
         size: of the weights in bytes.
     """
     modality = str(facts["modality"])
@@ -92,6 +95,7 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
         words = _unmedical(words)
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    sampling = followed(facts)
     medical, kind = ([], []) if modality == OTHER else (["medical"], [modality])
     tags = [*medical, "synthetic", "3d", "latent-diffusion", *kind, *words.tags]
     once: dict[str, str] = {}
@@ -107,8 +111,11 @@ def card(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any], *, 
         example=" ".join(f"--covariate {name}={_example(known)}" for name, known in facts["covariates"].items()),
         labels=", ".join(f"{value} {name}" for value, name in facts["labels"].items()),
         megabytes=f"{size / 1e6:.1f}",
-        measured=_rows(figures, _SHOWN),
-        audit=_rows(figures, {"copies": _AUDIT}),
+        sampling=sampling.described,
+        calls=counted(sampling.calls_on(build(facts["process"], "process")), "network call"),
+        measured=_rows(measured.figures, _SHOWN),
+        ways=measured.ways(sampling),
+        audit=_rows(measured.figures, {"copies": _AUDIT}),
         units=_units(facts["intensity"]),
         subject="subject" if modality == OTHER else "patient",
     )

@@ -25,14 +25,14 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.manifest import MANIFEST, check_manifest, differences
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
-from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
+from fibldm.synthesis import Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, inside
 from fibldm.verbatim import as_argument, verbatim
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels
 
-_QUICK = SamplingSettings(steps=2)
+_STEPS = 2
 _TOLERANCE = 1e-4
 _ROUNDING = 2e-3  # of whole HU, or of other threads
 _MULTIPLES = (1, 2, 3)
@@ -334,7 +334,7 @@ def _synthesis(trial: Trial) -> str:
     (file,) = synthesize_files(
         *(None, trial.masks, out),
         count=1,
-        settings=_QUICK,
+        sampling={"steps": _STEPS},
         bundle=trial.bundle,
         trust=trial.trust,
         allow_extrapolation=True,
@@ -343,17 +343,18 @@ def _synthesis(trial: Trial) -> str:
     volume = read_volume(file)
     if volume.array.shape[:3] != tuple(trial.synthesizer.grid.size) or not np.isfinite(volume.array).all():
         raise FibldmError("a volume must be finite and lie on the grid of its mask")
-    return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_QUICK.steps} steps"
+    return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_STEPS} steps"
 
 
 def _inference(trial: Trial) -> str:
     """By MONAI, in another process; equal to FibLDM's own."""
+    _check_sampling(trial)
     command = [sys.executable, "-m", "monai.bundle", "run"]
     given = {
         "bundle_root": str(trial.bundle),
         "output_dir": str(trial.folder / "monai"),
         **trial.masks_given,
-        "inferer::steps": _QUICK.steps,
+        "inferer::steps": _STEPS,
         "trust": trial.trust,
         "allow_extrapolation": True,
         "device": "cpu",
@@ -369,6 +370,18 @@ def _inference(trial: Trial) -> str:
     if not difference <= _ROUNDING:
         raise FibldmError(f"volumes by MONAI and by fibldm synthesize must be equal; they differ by {difference:.2g}")
     return f"the same volume as by fibldm synthesize, differs by {difference:.1g} of its range"
+
+
+def _check_sampling(trial: Trial) -> None:
+    """Whether MONAI and FibLDM draw by the same default, where the bundle says one."""
+    own = read_json(trial.bundle / GENERATOR).get("sampling")
+    inferer = read_json(trial.bundle / "configs" / "inference.json")["inferer"]
+    by_monai = {name: value for name, value in inferer.items() if name != "_target_"}
+    if own is not None and own != by_monai:
+        differing = ", ".join(sorted(name for name in own.keys() | by_monai if own.get(name) != by_monai.get(name)))
+        raise FibldmError(
+            f"inferer of inference.json and sampling of {GENERATOR} must be the same; they differ in {differing}"
+        )
 
 
 CHECKS: Mapping[str, Callable[[Trial], str]] = {

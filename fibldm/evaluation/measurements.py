@@ -1,7 +1,7 @@
 """All that is measured of a run, by name; what `fibldm evaluate` and the demo call."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.memorisation import measure_copies
 from fibldm.evaluation.perceptual import PlaneDistance
+from fibldm.evaluation.provenance import Provenance, read_provenance
 from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
 from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
+from fibldm.runs import hash_weights
+from fibldm.synthesis.bundle import open_bundle
+from fibldm.synthesis.loading import generating_weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Measurements:
         device: to compute on; None takes CUDA where there is one.
         bundle: whose autoencoder is measured, in place of that of the run.
         trust: take a bundle that changed since its export.
+        weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
         perceptual: file of weights for LPIPS; None leaves it out.
     """
 
@@ -40,6 +45,7 @@ class Measurements:
     device: str | None = None
     bundle: Path | None = None
     trust: bool = False
+    weights: str | None = None
     perceptual: Path | None = None
 
     @cached_property
@@ -47,6 +53,12 @@ class Measurements:
         if self.synthetic_folder is None:
             raise FibldmError("this measurement needs synthetic volumes; none were given", "give --synthetic FOLDER")
         return self.evaluated.synthetic(self.synthetic_folder)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """How the synthetic volumes were drawn."""
+        files = [case.image for case in self.synthetic]
+        return read_provenance(files, self._own_weights, of=self._measured, weights=self.weights)
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -85,6 +97,16 @@ class Measurements:
         return trained_segmenter(self.evaluated, cases=cases, overrides=self.segmenter_settings, device=self._device)
 
     @property
+    def _measured(self) -> Path:
+        return self.bundle or self.evaluated.run_dir
+
+    def _own_weights(self) -> set[str]:
+        if self.bundle is None:
+            return generating_weights(self.evaluated.run_dir)
+        with open_bundle(self.bundle, trust=self.trust) as opened:
+            return {hash_weights(opened.network("network").state_dict())}
+
+    @property
     def _device(self) -> str:
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -109,6 +131,7 @@ def evaluate(
     device: str | None = None,
     bundle: str | Path | None = None,
     trust: bool = False,
+    weights: str | None = None,
     perceptual: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
@@ -123,11 +146,13 @@ def evaluate(
         device: None takes CUDA where there is one.
         bundle: measured in place of the run, see `Evaluated.open_bundle`.
         trust: take a bundle that changed since its export.
+        weights: see `Measurements`.
         perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
         say: where the figures go, as text.
 
     Raises:
-        FibldmError: an unknown name, a run or folder that does not fit, or too few volumes.
+        FibldmError: an unknown name, a run or folder that does not fit, volumes of other weights or of several
+            samplings, or too few of them.
     """
     for name in names:
         if name not in MEASUREMENTS:
@@ -144,15 +169,24 @@ def evaluate(
         device,
         Path(bundle) if bundle else None,
         trust,
+        weights,
         Path(perceptual) if perceptual else None,
     )
     _ = measurements.planes  # before a segmenter is trained, as what follows
+    if drawn := [name for name in names if name != "reconstruction"]:
+        say(measurements.provenance.text)
     for name in names:
         if name not in ("reconstruction", "copies"):
             need_masks(measurements.synthetic, name)
     sections = {}
     for name in names:
-        sections[name] = MEASUREMENTS[name](measurements)
+        section = MEASUREMENTS[name](measurements)
+        sections[name] = _with_provenance(section, measurements.provenance) if name in drawn else section
         record(measurements.evaluated.folder, name, sections[name])
         say(sections[name].text(name))
     return sections
+
+
+def _with_provenance(section: Section, provenance: Provenance) -> Section:
+    facts = {**section.facts, "drawn": provenance.to_dict()}
+    return replace(section, facts=facts, notes=[*section.notes, *provenance.notes])

@@ -24,6 +24,7 @@ from fibldm.manifest import check_manifest
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.runs.renamed import current_generator
 from fibldm.synthesis.definitions import build
+from fibldm.synthesis.settings import SamplingSettings
 
 FORMAT = 2
 GENERATOR = "configs/generator.json"
@@ -88,6 +89,19 @@ class Bundle:
             return ResidualNoise.load(file)
         except (SafetensorError, KeyError, ValueError) as error:
             raise FibldmError(f"{file} must hold levels, kernel and spread; {error}", _ASK) from error
+
+    def sampling(self) -> SamplingSettings:
+        """How its volumes are drawn where nothing else is asked for; bundles of before say nothing of it.
+
+        Raises:
+            FibldmError: a setting is unknown, has another type or is out of range.
+        """
+        given = self.facts.get("sampling", {})
+        try:
+            return SamplingSettings.from_dict(given)
+        except (FibldmError, AttributeError) as error:
+            message = error.message if isinstance(error, FibldmError) else f"sampling must be a mapping; got {given!r}"
+            raise FibldmError(f"{self.root / GENERATOR}: {message}", _ASK) from error
 
     def _file_of(self, key: str) -> Path:
         try:

@@ -21,7 +21,7 @@ class SynthesisEvaluator(Evaluator):
         synthesizer: makes the volumes.
         dataset: items with ``mask``, the path of a mask or None, and ``number``, which of its volumes.
         output_dir: folder to write to, see `Output`; what lies there already and was made in the same way is kept.
-        inferer: how volumes are drawn.
+        inferer: how volumes are drawn; None as the synthesizer does by default.
         **options: of `SynthesisSettings` by their names, such as ``covariates`` or ``format``, but for ``count``, which
             is that of the items; all else is of MONAI's ``Evaluator``, such as ``val_handlers``.
 
@@ -35,7 +35,7 @@ class SynthesisEvaluator(Evaluator):
         dataset: Sequence[dict[str, Any]],
         output_dir: str | Path,
         *,
-        inferer: SamplingSettings,
+        inferer: SamplingSettings | None = None,
         **options: Any,
     ) -> None:
         asked = {name: options.pop(name) for name in OPTIONS if name in options}

@@ -56,6 +56,7 @@ def parts_of_run(
         "shift": float(getattr(stage.component("times"), "shift", 1.0)),
         "residual_noise": ResidualNoise.load(noise) if noise is not None else None,
         "mask_dropout": float(stage.component("mask_dropout")),
+        "choice": _choice(checkpoint, strength, others),
         **_of_facts(facts),
     }
 
@@ -83,6 +84,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "shift": float(facts["shift"]),
                 "residual_noise": bundle.residual_noise(),
                 "mask_dropout": facts.get("mask_dropout"),
+                "sampling": bundle.sampling(),
                 **_of_facts(facts),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -102,6 +104,13 @@ def _check_device(device: str | torch.device) -> None:
             f"the device must be one that this machine has; {device}: {str(error).splitlines()[0]}",
             "`fibldm doctor` says what is there; cpu always is",
         ) from error
+
+
+def _choice(checkpoint: str, strength: float, others: Mapping[str | Path, float]) -> dict[str, Any]:
+    """What differs from the generator as it was trained; folders by their names, which are no paths of a machine."""
+    given = {"checkpoint": checkpoint, "strength": strength, "with": {Path(run).name: s for run, s in others.items()}}
+    usual = {"checkpoint": "best", "strength": 1.0, "with": {}}
+    return {name: value for name, value in given.items() if value != usual[name]}
 
 
 def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +164,14 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
                 "`fibldm export --unconditional`",
             )
     return StageFolder(run_dir, (fitting or [first])[-1].name)
+
+
+def generating_weights(run_dir: Path) -> set[str]:
+    """Fingerprints of the stages that volumes are drawn with: from masks, and without where stage 2 knows none."""
+    stages = [StageFolder(run_dir, kind.name) for kind in begun(run_dir) if kind.brings_mask]
+    if StageFolder(run_dir, "diffusion").done():
+        stages.append(generating_stage(run_dir, unconditional=True))
+    return {str(done["weights"]) for stage in stages if (done := stage.done())}
 
 
 def _joined(

@@ -17,7 +17,7 @@ from fibldm.runs.stages import begun
 from fibldm.shards import Shard
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
-from fibldm.synthesis.settings import SamplingSettings, SynthesisSettings
+from fibldm.synthesis.settings import OF_SAMPLING, SamplingSettings, SynthesisSettings
 from fibldm.synthesis.synthesizer import Synthesizer
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import find_masks, keep_mask
@@ -240,7 +240,8 @@ def synthesize_files(
         run_dir: a finished run, see `Synthesizer.from_run`; None where there is a ``bundle``.
         masks: files and folders of them, see `find_masks`.
         out: folder to write to; see `Output`.
-        settings: what is asked, or of that only how to sample; None for the defaults.
+        settings: what is asked, or of that only how to sample; None as the bundle does by default, or for a run as
+            `SamplingSettings` are.
         bundle: see `Synthesizer.from_bundle`.
         unconditional: draw without masks from a generator that knows masks: by stage 2 where that knows none, else with
             a mask of which all is unknown.
@@ -259,13 +260,13 @@ def synthesize_files(
             that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or has
             another type; or another process writes to ``out``.
     """
-    asked = SynthesisSettings.of(settings, **options)
-    _ = asked.files.dicom  # refused before the generator is loaded
+    certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}
+    _ = SynthesisSettings.of(settings, **certain).files.dicom  # refused before the generator is loaded
     if masks and unconditional:
         raise FibldmError("volumes follow masks, or they are unconditional; got masks and --unconditional", "give one")
     files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
     shard = Shard.from_environment()
-    chosen = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
+    on = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     if (run_dir is None) == (bundle is None):
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
     if not masks and (strength != 1 or others):
@@ -275,13 +276,14 @@ def synthesize_files(
         raise _needs_masks()
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
-        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=chosen)
+        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=on)
     elif checkpoint != "best" or strength != 1 or others or bundle is None:
         raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
     else:
-        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=chosen)
+        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=on)
     if not may_draw and synthesizer.network.sees_mask:
         raise _needs_masks()
+    asked = SynthesisSettings.of(settings or synthesizer.sampling, **options)
     output = Output(synthesizer, Path(out), asked)
     jobs = shard.take(jobs_of(files, synthesizer.names, asked.count))
     remedy = "wait until that has ended, choose another --out, or let them share the work by RANK and WORLD_SIZE"

@@ -18,7 +18,7 @@ from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
-from fibldm.plain_values import checked_values
+from fibldm.plain_values import checked_values, counted, settings_of
 
 if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
@@ -86,8 +86,17 @@ class SamplingSettings:
                 f"residual_noise must be a number of at least 0; got {self.residual_noise}", "1 is as measured"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingSettings":
+        """Settings from plain values by name, such as those of a bundle.
+
+        Raises:
+            FibldmError: there is no such setting, or a value has another type or is out of range.
+        """
+        return settings_of(cls, values, "setting of sampling")
+
     def changed(self, **values: Any) -> "SamplingSettings":
-        """The same with other values by name.
+        """The same with other values by name; with another sampler, `eta` is unset unless it is given as well.
 
         Raises:
             FibldmError: there is no such setting, or a value is out of range.
@@ -95,11 +104,44 @@ class SamplingSettings:
         names = [field.name for field in fields(self)]
         if unknown := [name for name in values if name not in names]:
             raise unknown_choice("a setting of sampling", unknown[0], names)
+        if values.get("sampler", self.sampler) != self.sampler:
+            values = {"eta": None, **values}
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """As sidecars tell them; ``eta`` only where it is given, so that volumes from before it are not made anew."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("eta", None)}
+
+    def as_trained(self, *, shift: float, latents: bool, residual_noise: bool) -> "SamplingSettings":
+        """The settings as a generator follows them.
+
+        Args:
+            shift: of its training times, taken where the settings give none.
+            latents: it has an autoencoder, and does not work on voxels.
+            residual_noise: it knows what its decoder leaves out; otherwise none is drawn.
+
+        Raises:
+            FibldmError: a dynamic threshold is asked of latents.
+        """
+        if self.dynamic_threshold is not None and latents:
+            raise FibldmError(
+                "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
+                "leave it out; guidance_rescale holds guidance back in any space",
+            )
+        followed = replace(self, shift=shift if self.shift is None else self.shift)
+        return followed if residual_noise else replace(followed, residual_noise=0.0)
+
+    @property
+    def described(self) -> str:
+        """In words, without the seed: "dpmpp_2m in 5 steps at guidance 1.5"; what else is not usual comes after."""
+        shown = replace(self, shift=None) if self.shift == 1 else self
+        usual = replace(SamplingSettings(), sampler=self.sampler, steps=self.steps, guidance=self.guidance)
+        more = [
+            f", {name.replace('_', ' ')} {' to '.join(f'{part:g}' for part in _listed(value))}"
+            for name, value in shown.to_dict().items()
+            if name != "seed" and value != getattr(usual, name)
+        ]
+        return f"{self.sampler} in {counted(self.steps, 'step')} at guidance {self.guidance:g}{''.join(more)}"
 
     def times(self, process: Process) -> Tensor:
         """The times that the sampler visits on a process, float64, shape (steps + 1,); ``shift`` None counts as 1."""
@@ -239,7 +281,7 @@ class SynthesisSettings:
             names = [part.name for part in fields(kind)]
             return checked_values(kind, {name: options[name] for name in names if name in options}, what)
 
-        sampling, files = replace(made.sampling, **among(SamplingSettings)), among(FileFormat)
+        sampling, files = made.sampling.changed(**among(SamplingSettings)), among(FileFormat)
         # the same object where nothing changes, as it may have read a template
         kept = replace(made.files, **files) if files else made.files
         return replace(made, sampling=sampling, files=kept, **among(cls))
@@ -252,3 +294,10 @@ OPTIONS = tuple(
     if part.name not in ("sampling", "files")
 )
 """The names of all that may be asked, as `SynthesisSettings.of` takes them."""
+
+OF_SAMPLING = tuple(part.name for part in fields(SamplingSettings))
+"""Those of them that say how volumes are drawn, for which a bundle has defaults of its own."""
+
+
+def _listed(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)

@@ -62,6 +62,8 @@ class Synthesizer:
         shift: of the times in training, see `fibldm.models.timesteps.shifted`.
         residual_noise: what the decoder leaves out; None where nothing is, or it was not measured.
         mask_dropout: how often training showed the whole mask as unknown; None where that is not known.
+        sampling: how volumes are drawn where nothing else is asked for: of a bundle, as it was measured.
+        choice: for the sidecar, what of a run is not as it was trained: checkpoint, strength, further ControlNets.
     """
 
     network: ConditionedNetwork
@@ -79,6 +81,8 @@ class Synthesizer:
     shift: float = 1.0
     residual_noise: ResidualNoise | None = None
     mask_dropout: float | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_run(
@@ -176,11 +180,12 @@ class Synthesizer:
         """One synthetic volume on the grid of ``mask``; see `SynthesisRequest` and `batch` for arguments and errors.
 
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
+        What is not given is as in ``settings``, or else as in `sampling`.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
         image = None if mask is None else as_volume(mask)
         request = SynthesisRequest(image, name, number, covariates or {}, conditions or {})
-        chosen = (settings or SamplingSettings()).changed(**sampling)
+        chosen = (settings or self.sampling).changed(**sampling)
         return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
     def batch(
@@ -228,12 +233,12 @@ class Synthesizer:
 
         Args:
             prepared: by this synthesizer; see `PreparedMask.numbered` for several volumes of one mask.
-            settings: how to sample; None for the defaults.
+            settings: how to sample; None for the generator's own, `sampling`.
 
         Raises:
             FibldmError: a dynamic threshold is asked of latents.
         """
-        settings = self._as_trained(settings or SamplingSettings())
+        settings = self._as_trained(settings or self.sampling)
         made: dict[int, Synthesis] = {}
         for size in dict.fromkeys(part.grid.shape for part in prepared):
             places = [place for place, part in enumerate(prepared) if part.grid.shape == size]
@@ -289,6 +294,7 @@ class Synthesizer:
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
+            **({"choice": dict(self.choice)} if self.choice else {}),
             "number": placed.request.number,
             "sampling": settings.to_dict(),
             "covariates": self.covariates.recorded(placed.asked["covariates"]),
@@ -306,14 +312,8 @@ class Synthesizer:
 
     def _as_trained(self, settings: SamplingSettings) -> SamplingSettings:
         """Settings with the shift of the training times where they give none, and no noise that is not known."""
-        if settings.dynamic_threshold is not None and not self.first_stage.is_identity:
-            raise FibldmError(
-                "dynamic_threshold needs a run in pixel space, where z_0 is a volume in [-1, 1]; this one has latents",
-                "leave it out; guidance_rescale holds guidance back in any space",
-            )
-        if self.residual_noise is None:
-            settings = replace(settings, residual_noise=0.0)
-        return settings if settings.shift is not None else replace(settings, shift=self.shift)
+        known = {"latents": not self.first_stage.is_identity, "residual_noise": self.residual_noise is not None}
+        return settings.as_trained(shift=self.shift, **known)
 
     def _sample(self, placed: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:
         """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
