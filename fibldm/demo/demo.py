@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
@@ -20,6 +18,7 @@ from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, as_options, train_steps
+from fibldm.progress import track
 from fibldm.report.report import Match, Window, write_report
 from fibldm.runs import BUDGET, STAGES
 from fibldm.synthesis import Output, SamplingSettings, Synthesizer
@@ -194,9 +193,8 @@ def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, samp
     jobs = [(file, number) for file, count in zip(files, counts, strict=True) for number in range(count)]
     # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
     output = Output(synthesizer, out, sampling, allow_extrapolation=True)
-    console = Console(stderr=True)
     written: dict[Path, list[Path]] = {file: [] for file in files}
-    for file, number in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
+    for file, number in track(jobs, "synthesize"):
         written[file] += output.write([(file, number)])
     return [
         Match(case["case"], case["subject"], file, phantoms / "images" / file.name, written[file])
