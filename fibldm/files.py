@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise FibldmError(f"cannot write {path}: {error.strerror or error}", "check the free disk space") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, parts: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder that becomes ``path``, or whose parts come to lie there, when the block ends without an error.
+
+    Args:
+        path: absent or empty, unless parts are named.
+        parts: files and folders that the block writes, in the order in which they take the place of those of the same
+            name; what else lies in ``path`` stays. Where one cannot, all of before lie there again.
+
+    Raises:
+        FibldmError: the disk is full, the folder cannot be written, or holds something where no parts are named.
+    """
+    path = Path(path)
+    temporary = (path if parts else path.parent) / f".writing-{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        with ExitStack() as undo:
+            for name in parts:
+                if (path / name).exists():
+                    _move(path / name, temporary / f"{name}.old", undo)
+                _move(temporary / name, path / name, undo)
+            undo.pop_all()
+        if not parts:
+            temporary.rename(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FibldmError(f"cannot write {path}: {reason}", "check its permissions, and the free disk space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(source: Path, target: Path, undo: ExitStack) -> None:
+    source.rename(target)
+    undo.callback(target.rename, source)
 
 
 def _umask() -> int:

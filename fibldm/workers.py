@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -11,9 +11,9 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from fibldm.errors import FibldmError
+from fibldm.progress import Bar
 
 Made = TypeVar("Made")
-Bar = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def cores() -> int:
@@ -30,7 +30,7 @@ def in_processes(
         function: of a module, as are its arguments and results, so that they can be sent to another process.
         calls: arguments of each.
         workers: processes at the same time; 1 works in this one.
-        bar: wraps what is waited for, to show progress.
+        bar: of what is waited for.
         what: a worker does, for an error.
 
     Raises:

@@ -71,7 +71,7 @@ explain_failure() {
         say "The installation was interrupted; run $0 again, it starts afresh."
     else
         say "pip could not install FibLDM. The last lines below say why; the remedy is often another Python" \
-            "(PYTHON=/path/to/python3.11 $0), since constraints.txt was resolved with Python 3.11."
+            "(PYTHON=/path/to/python3.11 $0), since constraints.txt holds for Python 3.11 to 3.13."
     fi
     say "The whole log is $install_log; it ends with:"
     grep -v '^WARNING' "$install_log" | tail -n 8 | sed 's/^/    /' >&2

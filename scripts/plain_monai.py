@@ -24,10 +24,10 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from monai.networks.utils import one_hot
 from monai.transforms import Compose, LoadImaged, ResizeWithPadOrCropd, ScaleIntensityRangePercentilesd, Transform
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fibldm.progress import track
 from fibldm.runs.configuration import shipped
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.volumes.datalist import load_datalist, read_datalist
@@ -185,8 +185,8 @@ def _forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
 def _write(work: Path, out: Path, size: Sequence[int], sample: Callable[[Tensor], Tensor]) -> None:
     """Every test mask's volume, on the mask's own grid."""
     intensity: Intensity = load_intensity(work / "intensity.json")
-    pad, console = _prepared(size), Console(stderr=True)
-    for case in track(load_datalist(work, "test", masks=True), "synthesize", console=console):
+    pad = _prepared(size)
+    for case in track(load_datalist(work, "test", masks=True), "synthesize"):
         prepared, mask = pad(case), read_volume(str(case["label"]))
         made = sample(prepared["label"].as_tensor()[None].to(DEVICE))[0].clamp(-1, 1).float().cpu()
         volume = Volume(intensity.to_disk(_back(made, mask.array.shape).numpy())[0], mask.affine)

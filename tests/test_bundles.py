@@ -351,6 +351,20 @@ def test_one_tensor_is_enough(bundle: Path) -> None:
         assert torch.equal(OneTensorDecoder(autoencoder)(latent), autoencoder.decode(latent))
 
 
+def test_a_program_of_torch_export_takes_other_sizes(bundle: Path, tmp_path: Path) -> None:
+    made = Synthesizer.from_bundle(bundle, device="cpu")
+    channels = len(made.space.mean)
+    network = OneTensorNetwork(made.network, channels).eval()
+    masks = made.mask.channels
+    example, packed = (torch.rand(1, channels + 1 + masks, *shape) for shape in ((8, 8, 8), (12, 16, 8)))
+    size = dict.fromkeys((2, 3, 4), torch.export.Dim.AUTO)
+    with torch.no_grad():
+        program = torch.export.export(network, (example,), dynamic_shapes={"packed": size}, strict=False)
+        torch.export.save(program, tmp_path / "network.pt2")
+        again = torch.export.load(tmp_path / "network.pt2").module()
+        torch.testing.assert_close(again(packed), network(packed))
+
+
 # --- by FibLDM
 
 

@@ -117,7 +117,7 @@ def test_b3_every_package_of_every_extra_has_an_exact_version() -> None:
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert {"mlflow", "wandb", "hub", "onnx", "dicom-codecs"} <= extras.keys()
+    assert {"mlflow", "wandb", "onnx", "dicom-codecs"} <= extras.keys()
     for requirement in map(Requirement, [*project["dependencies"], *sum(extras.values(), [])]):
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 

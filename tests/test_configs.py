@@ -48,6 +48,7 @@ COMBINATIONS = [
     *((stage, DATA[0], (name,)) for stage in TABLE for name in ("tiny", "demo", "multi_gpu")),
     *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
+    *((stage, DATA[0], ("augment_torchio_mr",)) for stage in ("autoencoder", "segmenter")),
     ("diffusion", DATA[0], ("unet_generative",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),
     *(
@@ -416,7 +417,7 @@ def test_the_model_grid_may_come_as_overrides() -> None:
         (("tiny",), "a data configuration must give spacing and size"),
         (
             ("data_chest_fantom",),
-            "configuration must be one of autoencoder_adversarial, .*common, .*data_chest_phantom",
+            "configuration must be one of augment_torchio_mr, .*common, .*data_chest_phantom",
         ),
         (("absent.yaml",), "configuration absent.yaml must exist"),
     ],

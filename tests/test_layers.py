@@ -21,7 +21,7 @@ PACKAGE = Path(fibldm.__file__).parent
 LEVELS: tuple[dict[str, set[str]], ...] = (
     {
         "ground": {"fibldm", "errors", "files", "licences", "locks", "manifest", "plain_values", "shards", "workers"}
-        | {"out_of_memory", "surroundings", "verbatim"}
+        | {"out_of_memory", "progress", "surroundings", "verbatim"}
     },
     {"runs": {"runs"}},
     {"models": {"models"}, "volumes": {"volumes"}},

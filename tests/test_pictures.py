@@ -8,8 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.pictures import Pair, comparison, show, write_comparison
-from fibldm.volumes.pictures import slice_of
+from fibldm.evaluation.pictures import Pair, comparison, write_comparison
+from fibldm.volumes.pictures import show, slice_of
 
 SHAPE = (12, 16, 10)
 SPACING = (2.0, 3.0, 5.0)

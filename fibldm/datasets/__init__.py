@@ -12,4 +12,5 @@
 * ``work_folder``: write the work folder, whole or not at all
 * ``slices``: axial slices of a work folder, for networks in two dimensions
 * ``torch_datasets`` (with ``torch_items``): work folders as torch datasets, and torch datasets as sources
+* ``subjects``: work folders and synthetic volumes as TorchIO's datasets
 """

@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from fibldm import __version__
 from fibldm.datasets.case import CaseFacts, Record, Rules, prepare_case
 from fibldm.datasets.checks import Finding
@@ -37,6 +34,7 @@ from fibldm.datasets.work_folder import (
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone, beside
+from fibldm.progress import track
 from fibldm.workers import in_processes
 
 MAX_LABELS = 200
@@ -227,8 +225,7 @@ def _check_all(plan: Plan, folder: Path, workers: int, progress: bool) -> Checke
 
 
 def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, progress: bool) -> Iterator[Record]:
-    console = Console(stderr=True)
-    bar = partial(track, description="prepare", console=console, disable=not (progress and console.is_terminal))
+    bar = partial(track, what="prepare", shown=progress)
     calls = [(case, rules, folder) for case in cases]
     return in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
 

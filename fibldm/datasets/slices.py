@@ -9,14 +9,13 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.datasets.layouts.facts import REFERENCE_KEYS
 from fibldm.errors import FibldmError
 from fibldm.files import write_json, write_text
 from fibldm.locks import alone, beside
+from fibldm.progress import track
 from fibldm.volumes.datalist import SPLITS, read_datalist
 from fibldm.volumes.grid import SCANNER
 from fibldm.volumes.writer import write_nifti
@@ -56,10 +55,9 @@ def write_slices(work: Path, out: Path, *, every: float) -> int:
 def _write_all(work: Path, out: Path, every: float) -> int:
     if out.exists() and any(out.iterdir()):
         raise FibldmError(f"--out must be empty or absent; {out} is not", "choose another folder")
-    datalist, console = read_datalist(work), Console(stderr=True)
+    datalist = read_datalist(work)
     cases = [(split, entry) for split in SPLITS for entry in datalist[split]]
-    shown = track(cases, "slices", console=console, disable=not console.is_terminal)
-    rows = [row for split, entry in shown for row in _cut({**entry, "split": split}, out, every)]
+    rows = [row for split, entry in track(cases, "slices") for row in _cut({**entry, "split": split}, out, every)]
     write_text(out / MANIFEST, _table(rows))
     write_json(out / "dataset.json", _facts(datalist))
     return len(rows)

@@ -21,6 +21,8 @@ from fibldm.volumes.writer import write_nifti
 
 Item = dict[str, Any]
 
+_SAME_PLACE = 1e-3
+
 
 class WorkDataset(Dataset[Item]):
     """The cases of one split of a work folder, each on its own voxels in RAS+ order (A1, A6).
@@ -87,7 +89,8 @@ def write_source(
     column ``class``, by the names in ``dataset.classes`` where the dataset has them, as those of torchvision do.
 
     Args:
-        dataset: has a length; its items are mappings, or pairs of an image and its mask or class. A volume is
+        dataset: has a length; its items are mappings, such as a ``torchio.Subject`` whose images are named by the keys,
+            or pairs of an image and its mask or class. A volume is
             ``(X, Y, Z)`` or ``(C, X, Y, Z)`` along R, A, S, in HU or the data's own units, its mask ``(X, Y, Z)`` or
             ``(1, X, Y, Z)``. A slice is a PIL image, ``(1, rows, columns)`` or ``(X, Y, 1)``, and becomes
             ``(X, Y, 1)``; rows run from front to back, columns from the patient's right to left.
@@ -100,7 +103,7 @@ def write_source(
 
     Raises:
         FibldmError: an item has no image, a shape that is neither volume nor slice, a mask of another size, or neither
-            affine nor spacing; or some items have a class and others have none.
+            affine nor spacing; image and mask have other affines; or some items have a class and others have none.
     """
     keys = Keys(image_key, mask_key, affine_key, class_key)
     count, rows = len(dataset), list[dict[str, Any]]()  # type: ignore[arg-type]
@@ -134,6 +137,11 @@ def _write(folder: Path, name: str, parts: Parts, spacing: Sequence[float] | Non
     labels = volume_of(parts.mask, name, placed=placed)
     if labels.shape != voxels.shape[-3:]:
         raise FibldmError(f"{name}: image and mask must have one size; image {voxels.shape[-3:]}, mask {labels.shape}")
+    image, mask = (getattr(part, "affine", None) for part in (parts.image, parts.mask))
+    if image is not None and mask is not None and not np.allclose(image, mask, atol=_SAME_PLACE):
+        raise FibldmError(
+            f"{name}: image and mask must lie at one place; their affines are not the same", "resample one to the other"
+        )
     write_nifti(folder / masks / name, labels, affine)
     return True
 

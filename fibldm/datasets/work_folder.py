@@ -53,8 +53,9 @@ class Checked:
 def replaced(work: Path) -> Iterator[Path]:
     """The folder inside ``work`` whose content replaces that of ``work`` when the block ends without an error.
 
-    The old report goes first and the new one comes last, so that a folder with a report is whole. The folder stays
-    where the block does not end well, so that the next run goes on with the cases that it holds.
+    The old report goes first and the new one comes last, so that a folder with a report is whole. Unlike
+    that of `atomic_folder`, the folder stays where the block does not end well, so that the next run goes on with the
+    cases that it holds.
 
     Raises:
         FibldmError: the disk is full or the folder cannot be written.

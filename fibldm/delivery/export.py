@@ -6,9 +6,7 @@ are programs for ``python -m monai.bundle run``.
 
 import io
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from fibldm.delivery.measured import Measured, followed
 from fibldm.delivery.model_card import Words, card
 from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, hash_value, write_json, write_tensors, write_text
+from fibldm.files import atomic_folder, hash_file, hash_value, write_json, write_tensors, write_text
 from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
@@ -85,7 +83,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     words = Words.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another --out"
-    with alone(beside(out), str(out), remedy), _writing(Path(out)) as folder:
+    with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
         stage = generating_stage(run, unconditional=settings.unconditional)
         measured = _measured(run, stage)
         facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling))
@@ -232,32 +230,3 @@ def _size(folder: Path) -> int:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[Path]:
-    """A folder to write the parts of a bundle in, which come to ``out`` together when the block ends without error."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
-    except OSError as error:
-        raise FibldmError(f"cannot write {out}: {error.strerror}", "check the folder and its rights") from error
-    try:
-        yield folder
-        for part in PARTS:
-            _replace(folder / part, out / part, folder / f"{part}.old")
-    except OSError as error:
-        raise FibldmError(f"cannot write {out}: {error.strerror or error}", "check the free disk space") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(new: Path, place: Path, aside: Path) -> None:
-    if place.exists():
-        place.rename(aside)
-    try:
-        new.rename(place)
-    except OSError:
-        if aside.exists():
-            aside.rename(place)
-        raise

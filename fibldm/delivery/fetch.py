@@ -6,11 +6,9 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from rich.console import Console
-from rich.progress import wrap_file
-
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, hash_file
+from fibldm.progress import reading
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 60  # seconds without a byte
@@ -48,13 +46,11 @@ def fetch(url: str, out: Path, sha256: str) -> bool:
 
 
 def _download(url: str, file: Path) -> None:
-    console = Console(stderr=True)
     try:
         with urlopen(url, timeout=_PATIENCE) as answer:
             length = int(answer.headers.get("Content-Length") or 0)
             name = url.rpartition("/")[2]
-            bar = wrap_file(answer, length, description=name, console=console, disable=not console.is_terminal)
-            with bar as stream, file.open("wb") as target:
+            with reading(answer, length, name) as stream, file.open("wb") as target:
                 shutil.copyfileobj(stream, target)
     except (OSError, HTTPException, ValueError) as error:
         raise FibldmError(f"cannot download {url}: {error}", "check the address, the network and the disk") from error

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
@@ -20,6 +18,7 @@ from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, train_steps
+from fibldm.progress import track
 from fibldm.report.report import Match, Window, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
@@ -202,8 +201,7 @@ def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, samp
     # a phantom's mask is never outside the phantoms it was drawn with, whatever their number
     output = Output(synthesizer, out, SynthesisSettings(sampling, allow_extrapolation=True))
     jobs = [job for file, count in zip(files, counts, strict=True) for job in jobs_of([file], synthesizer.names, count)]
-    console = Console(stderr=True)
-    for job in track(jobs, "synthesize", console=console, disable=not console.is_terminal):
+    for job in track(jobs, "synthesize"):
         output.write([job])
     written = {file: [output.path(job) for job in jobs if job.mask and job.mask.file == file] for file in files}
     return [

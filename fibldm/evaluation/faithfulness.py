@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
@@ -18,6 +16,7 @@ from fibldm.evaluation.results import SHUFFLED, Section
 from fibldm.evaluation.segmentation_metrics import FEWEST_VOXELS, named_values, overlaps
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.statistics import Figure, by_patient, mean_figure
+from fibldm.progress import track
 
 
 class Measured(NamedTuple):
@@ -99,9 +98,8 @@ def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], segmenter: Segmenter) -> list[Measured]:
     """What is found in the first of each pair against the mask of the second."""
-    names, console = foreground(evaluated), Console(stderr=True)
-    measured = []
-    for case, other in track(pairs, "segment", console=console, disable=not console.is_terminal):
+    names, measured = foreground(evaluated), []
+    for case, other in track(pairs, "segment"):
         mask = evaluated.read(other)
         found = overlaps(segmentation(evaluated, case, segmenter), mask.labels, names, mask.spacing)
         measured.append(Measured(case, named_values(found, names)))

@@ -24,8 +24,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -35,6 +33,7 @@ from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import FEWEST_PATIENTS, Figure, by_patient, mean_figure
 from fibldm.files import hash_value
+from fibldm.progress import track
 
 _LONGEST_AXIS = 64
 _BLUR = 1.0
@@ -116,8 +115,8 @@ def measure_copies(
     made_with = hash_value([reconstruct.fingerprint, _LONGEST_AXIS, _BLUR])
     cache = FeatureCache(evaluated, "detail", made_with)
     detail = partial(_cached_detail, cache, reconstruct)
-    known = TrainingDetails.of(training, map(detail, _progress(training, "training scans")))
-    others = _progress([*test, *validation, *synthetic], "nearest training scans")
+    known = TrainingDetails.of(training, map(detail, track(training, "training scans")))
+    others = track([*test, *validation, *synthetic], "nearest training scans")
     found = [known.nearest(case, detail(case)) for case in others]
     of_test, of_validation = found[: len(test)], found[len(test) : -len(synthetic)]
     made = sorted(found[-len(synthetic) :], key=lambda nearest: (-nearest.similarity, nearest.case.name))
@@ -251,8 +250,3 @@ def _check_numbers(synthetic: int, training: int, test: int) -> None:
             f"the search for copies needs at least two training scans and one test scan; got {training} and {test}",
             "prepare the data again with more patients",
         )
-
-
-def _progress(cases: Sequence[Case], what: str) -> Iterable[Case]:
-    console = Console(stderr=True)
-    return track(cases, what, console=console, disable=not console.is_terminal)

@@ -1,8 +1,4 @@
-"""Slices of volumes as radiologists see them, and volumes side by side in one picture.
-
-Volumes are ``(X, Y, Z)`` in RAS+ order. Axial and coronal slices are shown with the patient's right on the left,
-sagittal ones with the front on the left; the upper edge of an axial slice is the front, of the others the top.
-"""
+"""Volumes side by side in one picture; slices are turned as `fibldm.volumes.pictures` says."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path
 from fibldm.volumes.grid import Array
-from fibldm.volumes.pictures import PLANES, middle, planes_of, slice_of
+from fibldm.volumes.pictures import PLANES, draw_plane, planes_of
 
 _INCHES = 1.5
 _FONT = 8
@@ -113,12 +108,6 @@ def comparison(pairs: Sequence[Pair], window: tuple[float, float], difference: b
     return figure
 
 
-def show(axis: Axes, picture: Array, aspect: float, **style: Any) -> None:
-    """Draw what `slice_of` gave, without interpolation; ``style`` is of ``imshow``."""
-    axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
-    axis.axis("off")
-
-
 def _draw_pair(row: SubFigure, pair: Pair, window: tuple[float, float], difference: bool) -> None:
     gray: dict[str, Any] = {"cmap": "gray", "vmin": window[0], "vmax": window[1]}
     limit = (window[1] - window[0]) / 4
@@ -130,6 +119,5 @@ def _draw_pair(row: SubFigure, pair: Pair, window: tuple[float, float], differen
     axes = row.subplots(1, len(volumes) * planes).reshape(len(volumes), planes)
     for (name, volume, style), group in zip(volumes, axes, strict=True):
         for plane, axis in enumerate(group):
-            picture, aspect = slice_of(volume, pair.spacing, plane, middle(volume))
-            show(axis, picture, aspect, **style)
+            draw_plane(axis, volume, pair.spacing, plane, **style)
             axis.set_title(f"{name}\n{PLANES[plane]}", color="white", fontsize=_FONT)

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel, need_masks
@@ -31,6 +29,7 @@ from fibldm.evaluation.results import Section
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
 from fibldm.files import hash_value
+from fibldm.progress import track
 from fibldm.volumes.writer import volume_stem
 
 _SEED = 0
@@ -214,7 +213,7 @@ def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Figu
 
 def _arrays(cache: FeatureCache, compute: Callable[[Sample], NDArray[Any]], sets: Sets) -> Arrays:
     cases = [*sets.synthetic, *sets.real, *sets.reference]
-    computed = np.stack([cache.get(case, compute) for case in _bar(cases, f"realism: {cache.name}")])
+    computed = np.stack([cache.get(case, compute) for case in track(cases, f"realism: {cache.name}")])
     return Arrays(*np.split(computed.astype(np.float64), 3))
 
 
@@ -240,7 +239,7 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
 
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
     """Volumes are read for every pair: a hundred large ones would not fit into memory together."""
-    bar = _bar(pairs, "realism: MS-SSIM")
+    bar = track(pairs, "realism: MS-SSIM")
     return np.array(
         [channel_similarity(evaluated.read(cases[i]).image, evaluated.read(cases[j]).image) for i, j in bar]
     )
@@ -253,7 +252,7 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
         return planes(real._replace(valid=real.valid & other.valid), other.image)
 
     def distances(cases: Sequence[Case], what: str) -> Array:
-        pairs = _bar(list(zip(sets.real, cases, strict=True)), f"realism: LPIPS of {what}")
+        pairs = track(list(zip(sets.real, cases, strict=True)), f"realism: LPIPS of {what}")
         return np.stack([cache.get_pair(one, two, distance) for one, two in pairs])
 
     made, others = distances(sets.synthetic, "volumes"), distances(sets.reference, "scans")
@@ -311,8 +310,3 @@ def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
     """The same places of all lists of one length."""
     kept = np.sort(np.random.default_rng(_SEED).permutation(len(cases))[:n])
     return [cases[index] for index in kept]
-
-
-def _bar(items: Sequence[Any], what: str) -> Iterable[Any]:
-    console = Console(stderr=True)
-    return track(items, what, console=console, disable=not console.is_terminal)

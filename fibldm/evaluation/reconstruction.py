@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from skimage.metrics import structural_similarity
 
 from fibldm.errors import FibldmError
@@ -26,6 +24,7 @@ from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectru
 from fibldm.evaluation.statistics import Figure, figure
 from fibldm.files import hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
+from fibldm.progress import track
 from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.grid import long_axes
@@ -133,10 +132,9 @@ def measure_reconstruction(
     Raises:
         FibldmError: the model grid is too small, or the picture cannot be written.
     """
-    console, cases = Console(stderr=True), evaluated.real("test")
     measured = [
         _reconstructed(evaluated, case, segmenter, reconstructor, planes)
-        for case in track(cases, "reconstruction", console=console, disable=not console.is_terminal)
+        for case in track(evaluated.real("test"), "reconstruction")
     ]
     values = [Measured(row.case, row.values) for row in measured]
     worst = sorted(values, key=lambda row: -row.values["mae"])[:_PICTURED]

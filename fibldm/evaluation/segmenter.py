@@ -93,7 +93,8 @@ def trained_segmenter(
     Args:
         evaluated: the run and its work folder, whose model grid, intensity and labels it takes.
         cases: with masks, to train on in place of the training split; validation stays that of the work folder.
-        overrides: of ``configs/train_segmenter.yaml``, ``key::sub`` to value, such as ``{"steps": 1000}``.
+        overrides: of ``configs/train_segmenter.yaml``, ``key::sub`` to value, such as ``{"steps": 1000}``; "configs"
+            names configurations that change it, such as ``["augment_torchio_mr"]``.
         device: to train and to measure on; None takes CUDA where there is one.
 
     Raises:
@@ -110,8 +111,9 @@ def trained_segmenter(
         **({} if cases is None else _instead(evaluated, cases)),
         **(overrides or {}),
     }
+    configs = settings.pop("configs", ())
     configuration = stage_configuration(
-        "segmenter", work=evaluated.work, run_dir=evaluated.folder, configs=(), overrides=settings
+        "segmenter", work=evaluated.work, run_dir=evaluated.folder, configs=configs, overrides=settings
     )
     stage = StageFolder(evaluated.folder, f"segmenter/{_key(configuration, evaluated)}")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -18,14 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage, Posterior, check_divisible
 from fibldm.models.receptive_field import Call, SharedNorm, Source, StatisticsMissing, halo, scaled, with_shared_norms
 from fibldm.models.tiles import Tile, plan_tiles
+from fibldm.progress import bar
 
 FirstStage = Autoencoder | FrozenFirstStage
 
@@ -113,12 +112,12 @@ class _Job:
         blend = None in reach
         sides = [_BLENDED_CELLS if blend else side or 0 for side in reach]
         tiles = plan_tiles(cells, sides, max_cells, smallest=[2 * _BLENDED_CELLS if blend else 1] * len(cells))
-        job, console = replace(self, network=network, norms=tuple(norms)), Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(name, total=passes * len(tiles))
+        job = replace(self, network=network, norms=tuple(norms))
+        with bar() as progress:
+            task = progress.add_task(name, total=passes * len(tiles))
             for _ in range(passes - 1):
-                job._add_statistics(tiles, done=lambda: progress.advance(bar))
-            return job._results(tiles, cells, outs, blend=blend, done=lambda: progress.advance(bar))
+                job._add_statistics(tiles, done=lambda: progress.advance(task))
+            return job._results(tiles, cells, outs, blend=blend, done=lambda: progress.advance(task))
 
     def _probe(self, network: FirstStage) -> tuple[tuple[int | None, ...], int]:
         """How far the network sees, and passes over the tiles: one for each norm it calls, and the last."""

@@ -5,21 +5,19 @@ a scan renders them on a grid of its own, with its own inspiration, pose, noise 
 keyed by (seed, subject) and a scan by (seed, subject, session): a patient is the same whatever the number of patients.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.anatomy import count_sessions, draw_anatomy
 from fibldm.phantoms.rendering import draw_scan, render
+from fibldm.progress import Bar, track
 from fibldm.volumes.writer import write_nifti
-from fibldm.workers import Bar, in_processes
+from fibldm.workers import in_processes
 
 LABELS: dict[int, str] = {
     0: "background",
@@ -136,12 +134,8 @@ def write_phantoms(
         for sessions in [count_sessions(seed, subject)]
         for session in range(1, sessions + 1)
     ]
-    bar = progress or _bar
+    bar = progress or partial(track, what="phantoms")
     return list(in_processes(_write_examination, calls, workers=workers, bar=bar, what="drew a phantom"))
-
-
-def _bar(waiting: Sequence[Any]) -> Iterable[Any]:
-    return track(waiting, "Phantoms", console=Console(stderr=True))
 
 
 def _claim(out: Path, recipe: dict[str, object]) -> None:

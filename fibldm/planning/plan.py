@@ -1,17 +1,15 @@
 """``fibldm plan``: memory and minutes that each stage will need, before it is trained, and settings that fit."""
 
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
+from fibldm.progress import track
 from fibldm.runs.stages import kind_of, trained
 from fibldm.volumes.coverage import Coverage, measure_coverage
 
@@ -48,7 +46,7 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
     available = device_memory(request.device) if memory is None else memory
     grid = _coverage(request)
     planned = [stage for stage in trained() if is_trained(stage, request)]
-    stages = {stage: _described(stage, request, available) for stage in _shown(planned)}
+    stages = {stage: _described(stage, request, available) for stage in track(planned, "plan")}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
     return {
         "device": request.device,
@@ -146,8 +144,3 @@ def _timed(stage: str, request: Request, traced: StageMemory) -> dict[str, Any]:
     found = time_stage(stage, request)
     values = (found.seconds / 60, found.seconds_per_step, found.steps, found.epochs, found.validations)
     return dict(zip(_TIMES, (*values, found.validation), strict=True))
-
-
-def _shown(stages: Sequence[str]) -> Iterable[str]:
-    console = Console(stderr=True)
-    return track(stages, "plan", console=console, disable=not console.is_terminal)

@@ -1,6 +1,6 @@
 """A user's own volumes in one picture: three planes of each, with the outlines of its mask over them.
 
-Slices are turned as `fibldm.evaluation.pictures` says, and go through the middle of the labels.
+Slices are turned as `fibldm.volumes.pictures` says, and go through the middle of the labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 import fibldm
 from fibldm.errors import FibldmError
-from fibldm.evaluation.pictures import show
 from fibldm.files import atomic_path, read_json, write_text
 from fibldm.report.report import drawn_labels, embedded, label_colour
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
@@ -26,7 +25,7 @@ from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array
 from fibldm.volumes.intensity import load_intensity
 from fibldm.volumes.masks import volumes_in
-from fibldm.volumes.pictures import PLANES, middle, planes_of, slice_of
+from fibldm.volumes.pictures import PLANES, draw_plane, middle, planes_of, slice_of
 from fibldm.volumes.writer import sidecar, volume_stem
 
 _INCHES = 2.6
@@ -206,8 +205,7 @@ def _drawn(rows: Sequence[_Row], *, titles: bool = False, legend: Sequence[tuple
 
 def _draw_plane(axis: Axes, row: _Row, plane: int) -> None:
     centre = _centre(row)
-    picture, aspect = slice_of(row.voxels, row.spacing, plane, centre)
-    show(axis, picture, aspect, cmap="gray", vmin=row.window[0], vmax=row.window[1])
+    draw_plane(axis, row.voxels, row.spacing, plane, centre, cmap="gray", vmin=row.window[0], vmax=row.window[1])
     axis.set_title(PLANES[plane], color="white", fontsize=_FONT)
     if row.labels is not None:
         _outline(axis, slice_of(row.labels, row.spacing, plane, centre)[0])

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 import fibldm
 from fibldm import UNKNOWN_LABEL
-from fibldm.evaluation.pictures import show
 from fibldm.evaluation.results import Section
 from fibldm.files import write_text
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Array
-from fibldm.volumes.pictures import PLANES, slice_of
+from fibldm.volumes.pictures import PLANES, draw_plane, show, slice_of
 
 _LABEL_COLOURS = ("#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
 _OVERLAY_ALPHA = 0.6
@@ -108,10 +107,11 @@ def montage(match: Match, window: Window) -> Figure:
     rows = (("mask", real), ("real", real), ("synthetic", synthetic))
     for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):
         for plane, axis in enumerate(row):
-            picture, aspect = slice_of(volume.array, volume.grid.spacing, plane, centre)
-            show(axis, picture, aspect, cmap="gray", vmin=window.low, vmax=window.high)
+            style = {"cmap": "gray", "vmin": window.low, "vmax": window.high}
+            draw_plane(axis, volume.array, volume.grid.spacing, plane, centre, **style)
             if name == "mask":
-                show(axis, _coloured(slice_of(mask.array, mask.grid.spacing, plane, centre)[0]), aspect)
+                labels, aspect = slice_of(mask.array, mask.grid.spacing, plane, centre)
+                show(axis, _coloured(labels), aspect)
             axis.set_title(f"{name}, {PLANES[plane]}", color="white", fontsize=9)
     return figure
 

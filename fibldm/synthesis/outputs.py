@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json
 from fibldm.locks import alone
+from fibldm.progress import track
 from fibldm.runs.stages import begun
 from fibldm.shards import Shard
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
@@ -290,8 +289,6 @@ def synthesize_files(
     with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):
         missing = output.missing(jobs)
         batches = [missing[start : start + asked.batch_size] for start in range(0, len(missing), asked.batch_size)]
-        console = Console(stderr=True)
-        hidden = not (console.is_terminal and shard.is_first)
-        for batch in track(batches, "synthesize", console=console, disable=hidden):
+        for batch in track(batches, "synthesize", shown=shard.is_first):
             output.write(batch)
     return [output.path(job) for job in jobs]

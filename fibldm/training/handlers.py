@@ -15,12 +15,12 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from monai.engines.utils import IterationEvents
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fibldm.files import write_text
+from fibldm.progress import bar
 from fibldm.training.distributed import is_first_rank, mean_over_ranks
 from fibldm.training.draws import EpochSampler, key_seed
 from fibldm.training.finite import Finite
@@ -280,8 +280,7 @@ class ShowProgress:
 
     def __init__(self, name: str, metrics: Metrics) -> None:
         self.name, self.metrics = name, metrics
-        self.console = Console(stderr=True)
-        self.progress = Progress(
+        self.progress = bar(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}{task.fields[of]}"),
@@ -289,8 +288,6 @@ class ShowProgress:
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
         )
 
     def attach(self, engine: Engine) -> None:

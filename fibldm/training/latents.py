@@ -12,8 +12,6 @@ import ignite.distributed as idist
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Transform
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +26,7 @@ from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.latents import LatentSpace
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
+from fibldm.progress import track
 from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
 from fibldm.runs.workflow import running_parser
 from fibldm.shards import Shard, wait_for
@@ -258,8 +257,7 @@ class EncodeStage:
     def _encode_all(
         self, cases: Sequence[tuple[str, int]], first_stage: FrozenFirstStage, autoencoder: str, *, shown: bool
     ) -> None:
-        console = Console(stderr=True)
-        for split, index in track(cases, "encode", console=console, disable=not (console.is_terminal and shown)):
+        for split, index in track(cases, "encode", shown=shown):
             self._encode(split, index, first_stage, autoencoder)
 
     def _restore(self, folder: StageFolder, stage: StageFolder, shard: Shard) -> None:
@@ -360,9 +358,9 @@ class EncodeStage:
         views = list(self._plain_views("training", items))
         count = min(len(views), _RECONSTRUCTED)
         chosen = [views[index * len(views) // count] for index in range(count)]
-        console = Console(stderr=True)
-        bar = track(chosen, "residual noise", console=console, disable=not console.is_terminal)
-        noise = ResidualNoise.fit(self._reconstructed(case, item, first_stage) for case, item in bar)
+        noise = ResidualNoise.fit(
+            self._reconstructed(case, item, first_stage) for case, item in track(chosen, "residual noise")
+        )
         noise.save(self._folder / RESIDUAL_NOISE)
         return {"file": RESIDUAL_NOISE, "sha256": hash_file(self._folder / RESIDUAL_NOISE)}
 

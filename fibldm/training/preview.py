@@ -29,7 +29,7 @@ from fibldm.runs import StageFolder
 from fibldm.training.draws import Draw, KeyedDataset, key_seed
 from fibldm.training.latents import Latents
 from fibldm.training.prepare_batch import LatentPrepareBatch
-from fibldm.volumes.pictures import PLANES, Panel, compared, preview_file, render, write_picture
+from fibldm.volumes.pictures import Panel, compared, planes_of, preview_file, render, write_picture
 
 Rows = Callable[[], Sequence[Sequence[Panel]]]
 
@@ -290,4 +290,4 @@ def _gray(labels: Tensor, values: Sequence[int]) -> Tensor:
 
 def _panels(title: str, volume: Tensor) -> list[Panel]:
     """All planes of a volume ``(X, Y, Z)``; a single slice only has the axial one."""
-    return [Panel(title, volume, plane) for plane in range(len(PLANES) if volume.shape[2] > 1 else 1)]
+    return [Panel(title, volume, plane) for plane in planes_of(volume)]

@@ -11,12 +11,11 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.progress import track
 from fibldm.volumes.datalist import read_datalist
 from fibldm.volumes.grid import Grid, ModelGrid, Volume, resample
 
@@ -122,7 +121,7 @@ def measure_coverage(work: Path, grid: ModelGrid) -> Coverage:
     chosen = spread if len(training) > _LOOKED_AT else training
     before, after = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     extent = inside = 0.0
-    for case in _shown(chosen):
+    for case in track(chosen, "model grid"):
         extent, inside = extent + case.extent, inside + case.inside
         for value, left in case.left().items():
             before[value], after[value] = before[value] + case.volumes[value], after[value] + left
@@ -216,8 +215,3 @@ def _percent(share: float) -> str:
     if share >= _ALL:
         return "all"
     return "nothing" if not share else f"{100 * share:.2g} %"
-
-
-def _shown(items: Sequence[Any]) -> Any:
-    console = Console(stderr=True)
-    return track(items, "model grid", console=console, disable=not console.is_terminal)

@@ -20,6 +20,9 @@ from fibldm.errors import FibldmError
 Array = NDArray[Any]
 Affine = NDArray[np.float64]
 
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Turns millimetres of DICOM and ITK (left, posterior, superior) into those of NIfTI, and back."""
+
 SPACING_TOLERANCE = 0.10
 
 RIGHT_ANGLES = 5e-5

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.grid import Affine, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Affine, Volume
 
 if TYPE_CHECKING:
     import SimpleITK
     import torchio
 
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ORTHOGONAL = 1e-4
 
 
@@ -53,7 +52,7 @@ def to_sitk(channels: Sequence[Volume]) -> "SimpleITK.Image":
     """
     import SimpleITK
 
-    lps = _LPS_TO_RAS @ channels[0].affine
+    lps = LPS_TO_RAS @ channels[0].affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = lps[:3, :3] / spacing
     if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONAL:
@@ -89,7 +88,7 @@ def _of_sitk(image: "SimpleITK.Image") -> Volume:
     affine: Affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return Volume(SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), _LPS_TO_RAS @ affine)
+    return Volume(SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), LPS_TO_RAS @ affine)
 
 
 def _label_map(subject: "torchio.Subject") -> Any:

@@ -133,10 +133,36 @@ def slice_of(
     return views[plane]
 
 
-def _show(axis: Axes, panel: Panel, spacing: Sequence[float]) -> None:
-    volume = panel.volume.detach().float().cpu().numpy()
-    picture, aspect = slice_of(volume, spacing, panel.plane, middle(volume))
-    style = _DIFFERENCE if panel.difference else _GRAY
+def draw_plane(
+    axis: Axes,
+    volume: NDArray[Any],
+    spacing: Sequence[float],
+    plane: int,
+    centre: Sequence[int] | None = None,
+    **style: Any,
+) -> None:
+    """Draw one slice, without interpolation and without axes.
+
+    Args:
+        axis: to draw on.
+        volume: as of `slice_of`.
+        spacing: as of `slice_of`.
+        plane: as of `slice_of`.
+        centre: as of `slice_of`; ``None`` is the `middle`.
+        style: of ``imshow``.
+    """
+    picture, aspect = slice_of(volume, spacing, plane, centre or middle(volume))
+    show(axis, picture, aspect, **style)
+
+
+def show(axis: Axes, picture: NDArray[Any], aspect: float, **style: Any) -> None:
+    """Draw what `slice_of` gave, without interpolation and without axes; ``style`` is of ``imshow``."""
     axis.imshow(picture, origin="lower", aspect=aspect, interpolation="nearest", **style)
     axis.axis("off")
+
+
+def _show(axis: Axes, panel: Panel, spacing: Sequence[float]) -> None:
+    volume = panel.volume.detach().float().cpu().numpy()
+    style = _DIFFERENCE if panel.difference else _GRAY
+    draw_plane(axis, volume, spacing, panel.plane, **style)
     axis.set_title(panel.title, color="white", fontsize=7)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.polygons import cycle, region
 from fibldm.volumes.dicom.segments import DAMAGED
+from fibldm.volumes.grid import LPS_TO_RAS
 from fibldm.volumes.scan import Level
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ _OFF_SLICE = 0.25
 _DECIMALS = 2
 """Of voxel indices: what files round off in mm moves no centre off the contour that was drawn through it."""
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _REMEDY = "draw the structures on this image's slices, or export them as a segmentation"
 
 
@@ -202,4 +202,4 @@ def contour_of(item: "Dataset") -> Contour:
         whole = False
     if not whole:
         raise FibldmError("contours must be finite points x, y, z, as many as stated; one is not", "export it again")
-    return Contour(points @ _TO_RAS, exclusive=item.ContourGeometricType == "CLOSEDPLANAR_XOR")
+    return Contour(points @ LPS_TO_RAS[:3, :3], exclusive=item.ContourGeometricType == "CLOSEDPLANAR_XOR")

@@ -27,7 +27,7 @@ from fibldm.volumes.dicom.contours import (
 )
 from fibldm.volumes.dicom.files import read_file
 from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
-from fibldm.volumes.grid import Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Volume
 from fibldm.volumes.scan import Scan
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _STRUCTURES = ("1.2.840.10008.5.1.4.1.1.481.3",)
 
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _COINCIDENT = 0.1
 
 
@@ -82,7 +81,7 @@ def read_segmentation(
     values = {number: _value(names[name]) for number, name in segments.items() if name in names}
     _check_found(segments.values(), names)
     labels, affine = segmented(dataset, values, segments, image)
-    volume = Volume(labels, _TO_RAS @ affine).canonical()
+    volume = Volume(labels, LPS_TO_RAS @ affine).canonical()
     left_out = sorted({name for name in segments.values() if name not in names})
     findings = [*_left_out(left_out, elsewhere), *_empty(labels, complete=not left_out)]
     found = {values[number]: segments[number] for number in values}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.grid import LPS_TO_RAS
 from fibldm.volumes.scan import Scan
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ DAMAGED = (
 )  # fmt: skip
 """What pydicom and highdicom raise where an object is not what the standard says."""
 
-_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _PARALLEL = 1e-2
 _PRIORITY = "name labels in order of priority with --merge-masks, which settles who wins"
 
@@ -86,7 +86,7 @@ def _settle_slice_spacing(dataset: "Dataset", image: Scan | None) -> bool:
         return True
     planes = [group.PlaneOrientationSequence[0] for group in groups if "PlaneOrientationSequence" in group]
     rows, columns = np.array(planes[0].ImageOrientationPatient, dtype=float).reshape(2, 3)
-    spacing = None if image is None else _spacing_along(_TO_RAS @ np.cross(rows, columns), image)
+    spacing = None if image is None else _spacing_along(LPS_TO_RAS[:3, :3] @ np.cross(rows, columns), image)
     for item in measures if spacing else ():
         item.SpacingBetweenSlices = spacing
     return spacing is not None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.frames import Frame, Problem, in_plane, mixed, told_apart, unplaced
+from fibldm.volumes.grid import LPS_TO_RAS
 
 Array = NDArray[np.float64]
 
@@ -20,7 +21,6 @@ _EVEN = 0.02
 _STRAIGHT = 0.2
 """How far a slice may be shifted within its plane, in pixels."""
 _LISTED = 3
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def stacked(frames: Sequence[Frame], problems: Sequence[Problem] = ()) -> tuple[list[Frame], Array]:
@@ -82,7 +82,7 @@ def _affine(first: Frame, positions: Array, normal: Array) -> Array:
         pixel_spacing=pixel[::-1].tolist(),
         spacing_between_slices=float(step),  # type: ignore[arg-type]
     )
-    return _TO_RAS @ affine
+    return LPS_TO_RAS @ affine
 
 
 def _together(frames: Sequence[Frame], places: Array) -> Iterator[Problem]:

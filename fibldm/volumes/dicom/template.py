@@ -20,7 +20,7 @@ from pydicom.uid import CTImageStorage, MRImageStorage
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.grid import Grid, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Grid, Volume
 
 Modality = Literal["ct", "mr"]
 
@@ -38,7 +38,6 @@ TECHNICAL: dict[Modality, tuple[str, ...]] = {
 """The tags that are taken, where all slices agree."""
 
 _MODALITIES: dict[str, Modality] = {CTImageStorage: "ct", MRImageStorage: "mr"}
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _PLACE_TOLERANCE_MM = 1e-2
 
 
@@ -128,7 +127,7 @@ def _grid(slices: Sequence[Dataset]) -> Grid:
     along_row, along_column = np.reshape(orientation, (2, 3))
     step = (last - first) / (len(slices) - 1) if len(slices) > 1 else np.cross(along_row, along_column) * spacing
     matrix = np.column_stack([along_row * column_step, along_column * row_step, step])
-    affine = _LPS_TO_RAS @ nibabel.affines.from_matvec(matrix, first)
+    affine = LPS_TO_RAS @ nibabel.affines.from_matvec(matrix, first)
     return _canonical(Grid((columns, rows, len(slices)), affine))
 
 

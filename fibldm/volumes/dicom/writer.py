@@ -6,8 +6,6 @@ series again; patients are invented, and no date is written.
 """
 
 import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +23,10 @@ from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from fibldm import __version__
 from fibldm.errors import FibldmError
-from fibldm.files import hash_value
+from fibldm.files import atomic_folder, hash_value
 from fibldm.volumes.dicom.template import Modality, Template
-from fibldm.volumes.grid import Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Volume
 
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _VIEWING_ORDER = {"R": "PIR", "A": "LIP", "S": "LPS"}
 """By the anatomical axis of the slices: where columns, rows and slices run, as radiologists look at them."""
 _SHEAR_TOLERANCE = 1e-4
@@ -104,18 +101,9 @@ def write_series(folder: Path, slices: Sequence[Dataset]) -> None:
     Raises:
         FibldmError: the folder holds something already, or cannot be written.
     """
-    temporary = folder.with_name(f".writing-{secrets.token_hex(8)}")
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         for number, dataset in enumerate(slices, start=1):
             _write(temporary / f"{number:04d}.dcm", dataset)
-        temporary.rename(folder)
-    except OSError as error:
-        raise FibldmError(
-            f"cannot write {folder}: {error.strerror or error}", "check its permissions, and the free disk space"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def in_viewing_order(volume: Volume) -> Volume:
@@ -226,7 +214,7 @@ def _placed(turned: Volume, template: Template | None) -> Dataset:
     """Spacing and directions of all slices."""
     placed = Dataset()
     columns, rows, slices = turned.grid.spacing
-    directions = (_LPS_TO_RAS @ turned.affine)[:3, :2] / (columns, rows)
+    directions = (LPS_TO_RAS @ turned.affine)[:3, :2] / (columns, rows)
     placed.PixelSpacing = [_decimal(rows), _decimal(columns)]
     placed.ImageOrientationPatient = [_decimal(value) for value in directions.T.ravel()]
     placed.SpacingBetweenSlices = _decimal(slices)
@@ -241,7 +229,7 @@ def _slice(shared: Dataset, stored: NDArray[Any], k: int, turned: Volume, identi
     dataset.update(shared)
     dataset.InstanceNumber = k + 1
     dataset.SOPInstanceUID = identity.uid("slice", str(k))
-    position = (_LPS_TO_RAS @ turned.affine @ (0, 0, k, 1))[:3]
+    position = (LPS_TO_RAS @ turned.affine @ (0, 0, k, 1))[:3]
     dataset.ImagePositionPatient = [_decimal(value) for value in position]
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

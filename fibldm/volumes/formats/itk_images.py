@@ -16,8 +16,8 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.stored import Findings, Stored, damaged, millimetres
+from fibldm.volumes.grid import LPS_TO_RAS
 
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
 _READERS = {True: "MetaImageIO", False: "NrrdImageIO"}
 """Named, as ITK knows MetaImage by a suffix in small letters only."""
@@ -69,7 +69,7 @@ def read_itk(path: Path, *, any_unit: bool = False) -> Stored:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing() * factor
     affine[:3, 3] = np.array(image.GetOrigin()) * factor
-    return Stored(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), _LPS_TO_RAS @ affine, (*said, *findings))
+    return Stored(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), LPS_TO_RAS @ affine, (*said, *findings))
 
 
 def nrrd_fields(path: Path) -> Mapping[str, str]:
