@@ -467,7 +467,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "another format": (facts_changed(format=3), "must have format 2; it has 3"),
     "a part is missing": (
         lambda root: write_json(root / GENERATOR, {"format": 1, "network": {}}),
-        "must hold autoencoder, channels, data, .* as well",
+        "must hold autoencoder, channels, conditions, data, .* as well",
     ),
     "an expression": (
         definition_changed("network", lambda network: network.update(labels=PLANTED)),
