@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import STAGE_FILES, Configuration, shipped, stage_configuration
+from fibldm.runs.configuration import Configuration, shipped, stage_configuration
+from fibldm.runs.stages import TABLE
 from fibldm.training.adversarial import (
     Adversary,
     Discriminators,
@@ -205,7 +206,7 @@ def test_the_last_layer_is_that_of_the_decoder_unless_the_network_names_it() -> 
 
 
 def test_the_last_layer_of_the_shipped_autoencoder_writes_its_volume() -> None:
-    files = [str(shipped(name)) for name in ("common", *STAGE_FILES["autoencoder"])]
+    files = [str(shipped(name)) for name in ("common", *TABLE["autoencoder"].files)]
     parser = ConfigParser(ConfigParser.load_config_files(files))
     parser["image_channels"], parser["spatial_dims"] = 1, 3
     network = parser.get_parsed_content("network_def")

@@ -466,7 +466,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "no JSON": (lambda root: (root / GENERATOR).write_text("{"), "generator.json must be JSON"),
     "another format": (facts_changed(format=3), "must have format 2; it has 3"),
     "a part is missing": (
-        lambda root: write_json(root / GENERATOR, {"format": 1, "network": {}}),
+        lambda root: write_json(root / GENERATOR, {"format": 2, "network": {}}),
         "must hold autoencoder, channels, conditions, data, .* as well",
     ),
     "an expression": (

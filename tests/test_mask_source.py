@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -24,7 +23,7 @@ class Generator:
 
     names = NAMES
     source = {"weights": "these"}
-    covariates = SimpleNamespace(kinds={}, read=dict)
+    conditions: dict[str, Any] = {}
 
     def __init__(self) -> None:
         self.prepared: list[str] = []
@@ -35,6 +34,9 @@ class Generator:
         if not request.mask.array.any():
             raise FibldmError(f"{request.name}: no voxel has a label")
         return PreparedMask(request, request.mask.canonical(), request.mask.grid, {}, [])
+
+    def read(self, covariates: dict[str, Any], conditions: dict[str, Any]) -> dict[str, Any]:
+        return {"covariates": covariates, **conditions}
 
     def draw(self, prepared: list[PreparedMask], *, settings: object) -> list[Synthesis]:
         masks = [part.request.mask for part in prepared]

@@ -61,7 +61,7 @@ def test_h6_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path)
     whole, part = {"diffusion::times": {"shift": 1}}, {"diffusion::times::shift": 3}
     for given in ({**whole, **part}, {**part, **whole}):
         recipe = Recipe.read(str(file), overrides=given)
-        assert recipe.diffusion == {"times": {"shift": 1}, "times::shift": 3}
+        assert recipe.of_stages["diffusion"] == {"times": {"shift": 1}, "times::shift": 3}
 
 
 @pytest.mark.parametrize(

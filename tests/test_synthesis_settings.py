@@ -13,12 +13,12 @@ from fibldm.delivery.configurations import inference_configuration
 from fibldm.errors import FibldmError
 from fibldm.pipeline import Recipe
 from fibldm.synthesis import FileFormat, SamplingSettings, SynthesisSettings, synthesize_files
-from fibldm.synthesis.settings import OPTIONS
+from fibldm.synthesis.settings import OF_SAMPLING, OPTIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS = {
     part.name: part.default for kind in (SamplingSettings, FileFormat, SynthesisSettings) for part in fields(kind)
-} | {"covariates": {}}
+} | {"covariates": {}, "conditions": {}}
 
 
 def test_options_are_laid_over_settings_by_their_names() -> None:
@@ -68,10 +68,14 @@ def test_a_recipe_takes_the_same_options_but_writes_what_is_measured() -> None:
 
 
 def test_the_command_has_every_option_with_its_default() -> None:
-    renamed = {"format": "output_format", "covariates": "covariate"}
+    """None of sampling, for which a bundle has its own."""
+    renamed = {"format": "output_format", "covariates": "covariate", "conditions": "condition"}
     taken = inspect.signature(synthesize).parameters
     given = {name: taken[renamed.get(name, name)].default for name in OPTIONS}
-    assert given == {name: DEFAULTS[name] for name in OPTIONS} | {"covariates": []}
+    assert given == {name: None if name in OF_SAMPLING else DEFAULTS[name] for name in OPTIONS} | {
+        "covariates": [],
+        "conditions": [],
+    }
 
 
 def test_the_configuration_has_every_option_with_its_default_and_hands_it_on() -> None:
@@ -87,7 +91,7 @@ def test_the_configuration_has_every_option_with_its_default_and_hands_it_on() -
 
 
 def test_a_bundle_has_every_option_but_those_of_sampling() -> None:
-    facts = {"space": {"mean": [0.0]}, "sees_mask": True, "network": {}, "autoencoder": {}}
+    facts = {"space": {"mean": [0.0]}, "sees_mask": True, "network": {}, "autoencoder": {}, "sampling": {}}
     config = inference_configuration(facts)
     sampling = {part.name for part in fields(SamplingSettings)}
     for name in set(OPTIONS) - sampling - {"count"}:

@@ -29,7 +29,8 @@ from fibldm.evaluation.segmentation_metrics import hd95
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum
 from fibldm.files import read_json
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import STAGE_FILES, Configuration, shipped, stage_configuration
+from fibldm.runs.configuration import Configuration, shipped, stage_configuration
+from fibldm.runs.stages import TABLE
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.grid import Grid, ModelGrid
@@ -287,7 +288,7 @@ def test_e3_e4_slices_from_contours_by_the_presets(slice_stage: SliceStage, slic
 
 
 def test_e1_a16_the_preset_makes_16_x_16_cells_of_8_channels_of_256_x_256_voxels() -> None:
-    names = ("common", *STAGE_FILES["autoencoder"], "data_chest_slices", "autoencoder_slices")
+    names = ("common", *TABLE["autoencoder"].files, "data_chest_slices", "autoencoder_slices")
     parser = ConfigParser(ConfigParser.load_config_files([str(shipped(name)) for name in names]))
     parser["image_channels"] = 1
     network = parser.get_parsed_content("network_def")

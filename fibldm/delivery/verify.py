@@ -4,6 +4,7 @@ A check gives a sentence on what it saw, or raises what is wrong.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
-from fibldm.files import hash_file, read_json
+from fibldm.files import hash_file, read_json, write_json
 from fibldm.manifest import MANIFEST, check_manifest, differences
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
+from fibldm.runs.renamed import current
 from fibldm.synthesis import Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, inside
 from fibldm.verbatim import as_argument, verbatim
@@ -146,6 +148,19 @@ class Trial:
         return Synthesizer.from_bundle(self.bundle, trust=self.trust)
 
     @cached_property
+    def current(self) -> Path:
+        """The bundle with today's names of classes, which MONAI finds; one of before is copied for it."""
+        names = ("inference.json", "train.json")
+        made = {name: current(read_json(inside(self.bundle, f"configs/{name}"))) for name in names}
+        if all(made[name] == read_json(self.bundle / "configs" / name) for name in names):
+            return self.bundle
+        copy = self.folder / "current" / self.bundle.name
+        shutil.copytree(self.bundle, copy, symlinks=True)
+        for name, content in made.items():
+            write_json(copy / "configs" / name, content)
+        return copy
+
+    @cached_property
     def mask(self) -> Path:
         """A mask of the size of the model grid with every label in it."""
         made = self.synthesizer
@@ -246,7 +261,7 @@ def _inference_properties(trial: Trial) -> str:
             "trust": trial.trust,
         }
     )
-    configuration = inside(trial.bundle, "configs/inference.json")
+    configuration = inside(trial.current, "configs/inference.json")
     workflow = create_workflow(config_file=str(configuration), workflow_type="inference", **given)
     if missing := workflow.check_properties():
         raise FibldmError(f"properties are missing: {', '.join(missing)}")
@@ -270,7 +285,8 @@ def _train_properties(trial: Trial) -> str:
 def _load(trial: Trial) -> str:
     from monai.bundle import load
 
-    network: Any = load(trial.bundle.name, bundle_dir=str(trial.bundle.parent), workflow_type="train", device="cpu")
+    bundle = trial.current
+    network: Any = load(bundle.name, bundle_dir=str(bundle.parent), workflow_type="train", device="cpu")
     kept = trial.synthesizer.network.state_dict()
     if any(not torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items()):
         raise FibldmError("models/model.pt must hold the weights of models/network.safetensors; it does not")
@@ -334,7 +350,7 @@ def _synthesis(trial: Trial) -> str:
     (file,) = synthesize_files(
         *(None, trial.masks, out),
         count=1,
-        sampling={"steps": _STEPS},
+        steps=_STEPS,
         bundle=trial.bundle,
         trust=trial.trust,
         allow_extrapolation=True,
