@@ -44,7 +44,7 @@ NOT_RUN = {
     "sbatch": "needs a cluster",
     "srun": "needs a cluster",
     "RANK=": "needs a cluster",
-    "fibldm train diffusion --data work --run runs/mine --config my_data.yaml --devices": "see test_distributed.py",
+    "fibldm train diffusion --data work --run runs/mine --config my_data.yaml --config mask_concat --devices": "see test_distributed.py",
     "torchrun": "starts processes of its own; see test_distributed.py",
     "docker": "needs Docker",
     "python -m monai.bundle ckpt_export": "see test_bundles.py",
@@ -221,6 +221,9 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
         assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0
+    if "--synthetic synthetic_test" in block.text and "fibldm synthesize" not in block.text:
+        draw = "synthesize --run runs/mine --data work --split test --out synthetic_test --allow-extrapolation"
+        assert run(draw.split()) == 0
     if "--with-controlnet" in block.text:
         train_without_mask(desk, "lungs", "diffusion", "controlnet")
         shutil.copytree(desk / "runs" / "lungs", desk / "runs" / "lesions", dirs_exist_ok=True)

@@ -8,10 +8,10 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write everything to.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Decides phantoms, training and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of phantoms, training and samples.")] = 0,
     minutes: Annotated[
         float | None,
-        typer.Option(help="How long all of it may take; by default 13, or 5 with a GPU or AMX. More is better."),
+        typer.Option(help="Total time; default 13, or 5 with a GPU or AMX. More gives better volumes."),
     ] = None,
 ) -> dict[str, Any]:
     """Make chest CT phantoms with fibrosis, train all stages, synthesize from unseen masks, and write a report."""

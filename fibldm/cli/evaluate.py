@@ -7,21 +7,23 @@ import typer
 
 from fibldm.cli.train import Work
 
-Run = Annotated[Path | None, typer.Option("--run", help="Run folder, which gets the figures; or --bundle and --out.")]
-Synthetic = Annotated[Path, typer.Option("--synthetic", help="Folder of `fibldm synthesize`.")]
-Settings = Annotated[
-    list[str], typer.Option("--set", help="key::sub=value, changes of the segmenter's configuration (train_segmenter).")
+Run = Annotated[
+    Path | None, typer.Option("--run", help="Run folder, where metrics are written; or give --bundle and --out.")
 ]
-Bundle = Annotated[Path | None, typer.Option(help="Measured in place of a run; needs --out.")]
-Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: folder for the figures.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
+Synthetic = Annotated[Path, typer.Option("--synthetic", help="Output folder of `fibldm synthesize`.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", help="Override of the segmenter's configuration, key::sub=value; repeatable.")
+]
+Bundle = Annotated[Path | None, typer.Option(help="Bundle to measure instead of a run; needs --out.")]
+Out = Annotated[Path | None, typer.Option("--out", help="With --bundle: output folder of the metrics.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")]
 Weights = Annotated[
     str | None,
     typer.Option(
-        "--weights", help="Volumes of these weights instead (checkpoint, strength): sidecar's source, weights."
+        "--weights", help="Measure volumes made with these weights (as the sidecar's source says), not the run's."
     ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: take what changed since its export.")]
+Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: accept changes since export.")]
 Perceptual = Annotated[
     Path | None, typer.Option("--perceptual", help="Weights of a ResNet of slices, a local file, for LPIPS.")
 ]

@@ -7,21 +7,24 @@ import typer
 
 
 def export(
-    run: Annotated[Path, typer.Option("--run", help="Run folder, trained to the end.")],
+    run: Annotated[Path, typer.Option("--run", help="Run folder with all stages finished.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; words in its export.yaml are used.")],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
-        Path | None, typer.Option(help="Text of the licence, where FibLDM does not know it.")
+        Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep weights in half precision.")] = False,
-    name: Annotated[str | None, typer.Option(help="Of the bundle; by default that of its folder.")] = None,
-    version: Annotated[str, typer.Option(help="Of the bundle.")] = "0.1.0",
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the folder's name.")] = None,
+    version: Annotated[str, typer.Option(help="Version of the bundle.")] = "0.1.0",
     unconditional: Annotated[
-        bool, typer.Option("--unconditional", help="A generator without masks: stage 2 alone, where that knows none.")
+        bool,
+        typer.Option(
+            "--unconditional", help="Export an unconditional generator: stage 2 alone, if it was trained without masks."
+        ),
     ] = False,
     settings: Annotated[
         list[str],
-        typer.Option("--set", help="key=value of sampling by default, such as steps=5; else as was measured."),
+        typer.Option("--set", help="Default sampling of the bundle, such as steps=5; default: as measured."),
     ] = [],
 ) -> dict[str, Any]:
     """Write a run as a MONAI bundle, which draws by default as was measured: weights, configurations, model card."""

@@ -7,9 +7,9 @@ import typer
 
 
 def fetch(
-    url: Annotated[str, typer.Argument(help="Address of the file.")],
+    url: Annotated[str, typer.Argument(help="URL of the file.")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    sha256: Annotated[str, typer.Option(help="Hash that the file must have.")],
+    sha256: Annotated[str, typer.Option(help="Expected SHA-256 of the file.")],
 ) -> dict[str, Any]:
     """Download a file, such as published weights; kept only if it has the hash. Nothing else ever downloads."""
     from fibldm.delivery.fetch import fetch as download

@@ -11,37 +11,37 @@ def import_weights(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
-        Path | None, typer.Option(help="Text of the licence, where FibLDM does not know it.")
+        Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="autoencoder, vqvae, unet, controlnet, or auto: all that are there.")
+        str, typer.Option(help="Network to import: autoencoder, vqvae, unet, controlnet, or auto (all found).")
     ] = "auto",
     network: Annotated[
-        Path | None, typer.Option(help="JSON or YAML with what the networks were built with; beyond what shapes say.")
+        Path | None, typer.Option(help="JSON or YAML with network arguments that weight shapes do not reveal.")
     ] = None,
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="An argument of the network; may be repeated.")
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Network argument as key=value; repeatable.")
     ] = [],
     fix: Annotated[
         list[str],
         typer.Option(
             metavar="NAME=NUMBERS",
-            help="Value of a further input for which it is imported: class=1, spacing=1.5,1.5,1.5, top_region=0,1,0,0, "
+            help="Fix a further input to a value: class=1, spacing=1.5,1.5,1.5, top_region=0,1,0,0, "
             "bottom_region=0,0,1,0.",
         ),
     ] = [],
     prediction: Annotated[
         str | None,
         typer.Option(
-            help="What the UNet says: epsilon, sample, v, flow, or rflow, which MONAI's RFlowScheduler wants."
+            help="Prediction target of the UNet: epsilon, sample, v, flow, or rflow (MONAI's RFlowScheduler)."
         ),
     ] = None,
     scale_factor: Annotated[
-        float | None, typer.Option(help="By which latents were multiplied; by default as the checkpoint says.")
+        float | None, typer.Option(help="Scale factor of the latents; default: from the checkpoint.")
     ] = None,
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="Run expressions of the bundle as code; take one changed since its export."),
+        typer.Option("--trust", help="Trust the bundle: run its expressions as code, accept changes since export."),
     ] = False,
 ) -> dict[str, Any]:
     """Import weights of monai-generative, MONAI's model zoo or MAISI, and compare both networks' outputs."""

@@ -12,7 +12,7 @@ def phantoms(
     seed: Annotated[int, typer.Option(help="Same seed, same phantoms.")] = 0,
     spacing: Annotated[
         tuple[float, float, float] | None,
-        typer.Option(metavar="X,Y,Z", help="mm of a voxel; about 5 along each axis if left out."),
+        typer.Option(metavar="X,Y,Z", help="Voxel size in mm; default: about 5 along each axis."),
     ] = None,
 ) -> dict[str, Any]:
     """Write procedural chest CT with fibrosis and its labels: no network, no patient."""

@@ -12,13 +12,15 @@ def picture(
     ],
     out: Annotated[Path, typer.Option("--out", help="File to write, .html or .png.")],
     split: Annotated[
-        str | None, typer.Option(help="Of a work folder: training, validation or test; by default all.")
+        str | None, typer.Option(help="Split of a work folder: training, validation or test; default: all.")
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Values shown black and white; by default the run's, or percentiles."),
+        typer.Option(
+            metavar="LOW HIGH", help="Display window: values shown black and white; default: the run's, or percentiles."
+        ),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="How many volumes are shown.")] = 24,
+    most: Annotated[int, typer.Option(min=1, help="Number of volumes shown.")] = 24,
 ) -> dict[str, Any]:
     """Draw three planes of each volume with the outlines of its mask; one file, to be opened without a network."""
     from fibldm.report.gallery import volumes_of, write_gallery

@@ -7,24 +7,27 @@ import typer
 
 
 def pipeline(
-    source: Annotated[Path, typer.Argument(help="Dataset, as `fibldm prepare` takes it.")],
+    source: Annotated[Path, typer.Argument(help="Dataset, as for `fibldm prepare`.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of everything: work, run, synthetic, bundle.")],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
-        Path | None, typer.Option(help="Text of the licence, where FibLDM does not know it.")
+        Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Path, or name of a shipped recipe: what each step does; else the defaults.")
+        str | None, typer.Option(help="Path or name of a shipped recipe; default: the default recipe.")
     ] = None,
     config: Annotated[
         list[str], typer.Option("--config", help="Configuration of all stages, such as the model grid; repeatable.")
     ] = [],
     overrides: Annotated[
-        list[str], typer.Option("--set", help="step::key=value, such as diffusion::epochs=60, on top of the recipe.")
+        list[str],
+        typer.Option(
+            "--set", help="Override of the recipe, step::key=value, such as diffusion::epochs=60; repeatable."
+        ),
     ] = [],
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", help="Time for all stages of training together; else all epochs are trained."),
+        typer.Option("--minutes", help="Time budget of all training stages together; default: all epochs are trained."),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
 ) -> dict[str, Any]:

@@ -11,12 +11,12 @@ def plan(
     data: Work,
     config: Configs = [],
     autoencoder_config: Annotated[
-        list[str], typer.Option("--autoencoder-config", help="As --config, for stage 1 alone; may be repeated.")
+        list[str], typer.Option("--autoencoder-config", help="Like --config, for stage 1 only; repeatable.")
     ] = [],
     overrides: Overrides = [],
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; cuda where there is one.")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: cuda if available.")] = "",
     memory: Annotated[
-        float | None, typer.Option("--memory", help="GB of the device; this machine's if left out.")
+        float | None, typer.Option("--memory", help="Device memory in GB; default: this machine's.")
     ] = None,
 ) -> dict[str, Any]:
     """Say how much memory and time each stage will need, and which batch would fit; only a few steps are tried out."""

@@ -10,15 +10,19 @@ import typer
 def prepare(
     source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
     out: Annotated[Path, typer.Option("--out", help="Work folder to write.")],
-    layout: Annotated[str, typer.Option(help="auto, decathlon, nnunet, bids, folders, csv, dicom or organs.")] = "auto",
-    modality: Annotated[str | None, typer.Option(help="ct, mr or other; by default what the dataset says.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Layout: auto, decathlon, nnunet, bids, folders, csv, dicom, organs or pack.")
+    ] = "auto",
+    modality: Annotated[
+        str | None, typer.Option(help="Modality: ct, mr or other; default: what the dataset states.")
+    ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW,HIGH", help="CT only: HU that become -1 and 1 (default -1000 1000)."),
+        typer.Option(metavar="LOW,HIGH", help="CT only: HU window mapped to -1 and 1 (default -1000 1000)."),
     ] = None,
     intensity_range: Annotated[
         tuple[float, float] | None,
-        typer.Option("--range", help="Modality other: values that become -1 and 1, such as 0 255."),
+        typer.Option("--range", help="Modality other: values mapped to -1 and 1, such as 0 255."),
     ] = None,
     labels: Annotated[str | None, typer.Option(help='Names, for example "1=right lung,2=left lung".')] = None,
     remap: Annotated[str | None, typer.Option(help='Label values to change, for example "2=1,4=1".')] = None,
@@ -31,35 +35,35 @@ def prepare(
     bids_mask: Annotated[str | None, typer.Option(help="Pattern of the mask files of a BIDS dataset.")] = None,
     spacing: Annotated[
         tuple[float, float, float] | None,
-        typer.Option(metavar="X,Y,Z", help="mm, for formats that state none (PNG, HDF5, .mat)."),
+        typer.Option(metavar="X,Y,Z", help="Voxel spacing in mm, for formats that state none (PNG, HDF5, .mat)."),
     ] = None,
     resample_masks: Annotated[
-        bool, typer.Option("--resample-masks", help="Bring masks on another grid to their image's.")
+        bool, typer.Option("--resample-masks", help="Resample masks on another grid to their image's grid.")
     ] = False,
-    derive: Annotated[str | None, typer.Option(help="lung: make lung masks from HU for CT without masks.")] = None,
+    derive: Annotated[str | None, typer.Option(help="lung: derive lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
     keep_columns: Annotated[
-        str | None, typer.Option(help="Columns to carry along although they may tell the patient.")
+        str | None, typer.Option(help="Columns to keep although they may identify the patient.")
     ] = None,
     facts: Annotated[
-        str | None, typer.Option(help="spacing: carry the files' own along, as covariates spacing_x_mm, ...")
+        str | None, typer.Option(help="spacing: add the voxel spacing of each file as covariates spacing_x_mm, ...")
     ] = None,
     hide_names: Annotated[
-        bool, typer.Option("--hide-names", help="Name cases by hashes, not by files (DICOM always).")
+        bool, typer.Option("--hide-names", help="Name cases by hashes instead of file names (always for DICOM).")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad/--strict", help="Leave cases with errors out, or fail (default).")
+        bool, typer.Option("--skip-bad/--strict", help="Skip cases with errors, or fail (default).")
     ] = False,
     subject_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression on the image path; its first group is the patient.")
+        str | None, typer.Option(help="Regular expression matched on the image path; its first group is the patient.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into training, validation and test.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one for each CPU core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of processes; default: one per CPU core.")] = None,
     keep_salt: Annotated[
-        bool, typer.Option("--keep-salt", help="Write the salt of the patients' names into the work folder.")
+        bool, typer.Option("--keep-salt", help="Store the salt of the pseudonyms in the work folder.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Write a work folder anew that was made otherwise.")
+        bool, typer.Option("--restart", help="Replace a work folder that was prepared with other settings.")
     ] = False,
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""

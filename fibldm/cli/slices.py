@@ -10,7 +10,7 @@ import typer
 def slices(
     work: Annotated[Path, typer.Argument(help="Work folder of fibldm prepare, with volumes.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; fibldm prepare makes a work folder of it.")],
-    every: Annotated[float, typer.Option(help="mm from one slice to the next.")] = 10.0,
+    every: Annotated[float, typer.Option(help="Slice distance in mm.")] = 10.0,
 ) -> dict[str, Any]:
     """Cut the volumes of a work folder into axial slices; a patient's slices stay in one split."""
     from fibldm.datasets.slices import write_slices

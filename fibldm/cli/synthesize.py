@@ -11,31 +11,31 @@ _ELSE = "by default the bundle's, else"
 
 def synthesize(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder, trained to the end.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder with all stages finished.")] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Instead of --run: folder or zip of fibldm export.")
     ] = None,
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="With --bundle: take what changed since its export, and run any class it names."),
+        typer.Option("--trust", help="With --bundle: accept changes since export, and instantiate any class it names."),
     ] = False,
     masks: Annotated[
         list[Path],
-        typer.Option("--masks", help="Mask (NIfTI, NRRD, MetaImage, DICOM-SEG) or folder of them; may be repeated."),
+        typer.Option("--masks", help="Mask (NIfTI, NRRD, MetaImage, DICOM-SEG) or folder of masks; repeatable."),
     ] = [],
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Work folder whose masks of --split are taken, beside those of --masks."),
+        typer.Option("--data", help="Work folder whose masks of --split are used, in addition to --masks."),
     ] = None,
     split: Annotated[str, typer.Option(help="With --data: training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are sampled together.")] = 1,
-    seed: Annotated[int | None, typer.Option(help=f"Same seed, mask and number: same volume; {_ELSE} 0.")] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Steps of the sampler; {_ELSE} 10.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")] = None,
-    eta: Annotated[
-        float | None, typer.Option(help="Sampler ddim only: 0 is deterministic, 1 is ancestral, between them mixes.")
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of sampling.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Random seed; same seed, mask and number give the same volume; {_ELSE} 0.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Sampler steps; {_ELSE} 10.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Sampler ddim only: 0 = deterministic, 1 = ancestral.")] = None,
     guidance: Annotated[float | None, typer.Option(help=f"1 is none; more follows the mask harder; {_ELSE} 1.")] = None,
     guidance_rescale: Annotated[
         float | None,
@@ -43,63 +43,77 @@ def synthesize(
     ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW,HIGH", help=f"Guide between these times only, 0 data, 1 noise; {_ELSE} 0,1."),
+        typer.Option(
+            metavar="LOW,HIGH", help=f"Apply guidance between these times only (0 = data, 1 = noise); {_ELSE} 0,1."
+        ),
     ] = None,
     shift: Annotated[
-        float | None, typer.Option(help="Above 1: more steps at high noise; by default that of training.")
+        float | None, typer.Option(help="Time shift; above 1 puts more steps at high noise; default: as in training.")
     ] = None,
     dynamic_threshold: Annotated[
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
     ] = None,
     residual_noise: Annotated[
         float | None,
-        typer.Option(help=f"Of the grain that the decoder leaves out: 1 is as in training, 0 is none; {_ELSE} 1."),
+        typer.Option(help=f"Residual noise (the grain the decoder leaves out): 1 = as measured, 0 = none; {_ELSE} 1."),
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="Weights: best, or of an epoch that keep_every kept, such as epoch_0010.")
+        str, typer.Option(help="Checkpoint: best, or an epoch kept by keep_every, such as epoch_0010.")
     ] = "best",
-    strength: Annotated[float, typer.Option(min=0, help="Of the ControlNet: 1 is as trained, 0 is off.")] = 1.0,
+    strength: Annotated[float, typer.Option(min=0, help="ControlNet strength: 1 = as trained, 0 = off.")] = 1.0,
     with_controlnet: Annotated[
         list[str],
-        typer.Option(metavar="RUN=STRENGTH", help="Add the ControlNet of a run with the same base; may be repeated."),
+        typer.Option(
+            metavar="RUN=STRENGTH", help="Add the ControlNet of another run with the same base network; repeatable."
+        ),
     ] = [],
     covariate: Annotated[
         list[str],
-        typer.Option(metavar="NAME=VALUE", help="Of the patient, such as age=63; may be repeated. Else unknown."),
+        typer.Option(
+            metavar="NAME=VALUE", help="Covariate of the patient, such as age=63; repeatable. Others are unknown."
+        ),
     ] = [],
     condition: Annotated[
         list[str],
-        typer.Option(metavar="NAME=VALUE", help="Any further condition the network was trained with; may be repeated."),
+        typer.Option(
+            metavar="NAME=VALUE", help="Further condition the network was trained with, NAME=VALUE; repeatable."
+        ),
     ] = [],
     unconditional: Annotated[
         bool,
-        typer.Option("--unconditional", help="Without masks, from a generator that knows some: volumes follow none."),
+        typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
     ] = False,
     allow_extrapolation: Annotated[
         bool,
-        typer.Option("--allow-extrapolation", help="Go on where masks or covariates lie outside the training data."),
+        typer.Option(
+            "--allow-extrapolation", help="Proceed although masks or covariates lie outside the training range."
+        ),
     ] = False,
-    output_format: Annotated[str, typer.Option("--format", help="nifti, or dicom: a series and its mask.")] = "nifti",
+    output_format: Annotated[
+        str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
+    ] = "nifti",
     template: Annotated[
-        Path | None, typer.Option(help="DICOM only: folder of the series that gives technical tags, never patient's.")
+        Path | None,
+        typer.Option(help="DICOM only: folder of a series whose technical tags are copied (never patient tags)."),
     ] = None,
     label_codes: Annotated[
         Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
     ] = None,
     patient_position: Annotated[
         str | None,
-        typer.Option(help="DICOM only: HFS, FFS, ..., which no mask tells; by default the template's, or empty."),
+        typer.Option(help="DICOM only: Patient Position (HFS, FFS, ...); default: the template's, or empty."),
     ] = None,
     bids: Annotated[
         str | None,
         typer.Option(metavar="SUFFIX", help="NIfTI only: also write OUT/bids; T1w, T2w, FLAIR, ..., or ct."),
     ] = None,
     skull_stripped: Annotated[
-        bool | None, typer.Option("--skull-stripped/--no-skull-stripped", help="With --bids, of MR: as BIDS asks.")
+        bool | None,
+        typer.Option(
+            "--skull-stripped/--no-skull-stripped", help="With --bids, MR only: whether the volumes are skull-stripped."
+        ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")] = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar.
 

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 _TOGETHER, _STAGES = "multi_gpu", trained()
 
 Work = Annotated[Path, typer.Option("--data", help="Work folder of `fibldm prepare`.")]
-Run = Annotated[Path, typer.Option("--run", help="Run folder; each stage has a folder in it.")]
-Configs = Annotated[
-    list[str], typer.Option("--config", help="Path, or name of a shipped configuration; may be repeated.")
+Run = Annotated[Path, typer.Option("--run", help="Run folder, with a subfolder for each stage.")]
+Configs = Annotated[list[str], typer.Option("--config", help="Path or name of a shipped configuration; repeatable.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Override of the configuration, key::sub=value; repeatable.")
 ]
-Overrides = Annotated[list[str], typer.Option("--set", help="key::sub=value, on top of the configurations.")]
 Devices = Annotated[
     int, typer.Option("--devices", help="Processes that share the work, each with a GPU; on a CPU with a part of it.")
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Only print the merged configuration, with where each part comes from.")
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; what was there is kept beside it.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Start over; the old folder is kept as NAME.replaced-1.")]
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
     config: Configs = [],
     overrides: Overrides = [],
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Time for all of the stage: as many epochs as fit are trained.")
+        float | None, typer.Option("--minutes", help="Time budget of the stage; as many epochs as fit are trained.")
     ] = None,
     devices: Devices = 1,
     restart: Restart = False,

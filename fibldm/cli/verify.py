@@ -10,11 +10,11 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     update_manifest: Annotated[
         bool,
-        typer.Option("--update-manifest", help="First say that its files are right as they are now: you changed them."),
+        typer.Option(
+            "--update-manifest", help="Rewrite the manifest first: accept the bundle's files as they are now."
+        ),
     ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run what it holds although files changed since its export.")
-    ] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the bundle although files changed since export.")] = False,
 ) -> dict[str, Any]:
     """Try out everything that is promised of a bundle, in a fresh process; its configurations run as code."""
     from dataclasses import asdict
