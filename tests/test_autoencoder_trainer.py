@@ -1,4 +1,4 @@
-"""The engine of stage 1: alone as MONAI's, against discriminators by the formulas of the papers (A11, B13)."""
+"""The engine of stage 1: alone as MONAI's, against discriminators by the formulas of the papers."""
 
 import math
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def judgement(*logits: float, features: list[Tensor] | None = None, weight: tupl
         ("least_squares", 0.5 * (9 + 4) / 2, 0.5 * ((0.5625 + 9) / 2 + (4 + 9) / 2)),
     ],
 )
-def test_b13_c16_both_sides_minimise_what_the_papers_say(kind: Any, generator: float, discriminator: float) -> None:
+def test_both_sides_minimise_what_the_papers_say(kind: Any, generator: float, discriminator: float) -> None:
     real, fake = judgement(0.25, 4.0), judgement(-2.0, 3.0)
     assert float(generator_loss(fake, kind)) == pytest.approx(generator)
     assert float(discriminator_loss(real, fake, kind)) == pytest.approx(discriminator)
@@ -86,13 +86,13 @@ def test_patches_of_padding_do_not_count() -> None:
     assert float(discriminator_loss(real, real, "hinge")) == pytest.approx(0.5 * (1 / 1.5 + (1 + 0.5 * 3) / 1.5))
 
 
-def test_b13_features_are_matched_in_every_layer() -> None:
+def test_features_are_matched_in_every_layer() -> None:
     real = judgement(0.0, features=[torch.zeros(1, 2, 1, 1), torch.ones(1, 4, 1, 1)])
     fake = judgement(0.0, features=[torch.full((1, 2, 1, 1), -3.0), torch.ones(1, 4, 1, 1)])
     assert float(feature_distance(fake, real)) == (3 + 0) / 2
 
 
-def test_a11_the_adaptive_weight_of_a_linear_generator() -> None:
+def test_the_adaptive_weight_of_a_linear_generator() -> None:
     """The volume is ``w * x``, so the gradients at ``w`` are known."""
     x, y = torch.tensor([1.0, -2.0, 4.0]), torch.tensor([3.0, 0.5, -1.0])
     w = torch.tensor([2.0], requires_grad=True)
@@ -124,7 +124,7 @@ def discriminators(**settings: Any) -> Discriminators:
     return Discriminators(**networks, **settings)
 
 
-def test_b13_slices_are_those_along_their_axis() -> None:
+def test_slices_are_those_along_their_axis() -> None:
     volume = torch.arange(2 * 3 * 4 * 5 * 6.0).reshape(2, 3, 4, 5, 6)
     for axis in range(3):
         positions = torch.tensor([[1, 3], [2, 0]])
@@ -133,7 +133,7 @@ def test_b13_slices_are_those_along_their_axis() -> None:
         assert torch.equal(taken, torch.stack(expected))
 
 
-def test_b13_the_slices_of_a_sample_are_the_same_in_any_batch() -> None:
+def test_the_slices_of_a_sample_are_the_same_in_any_batch() -> None:
     both = random_slices((4, 50, 600), torch.tensor([7, 8]), 3)
     alone = random_slices((4, 50, 600), torch.tensor([8]), 3)
     assert [tuple(positions.shape) for positions in both] == [(2, 3)] * 3
@@ -142,7 +142,7 @@ def test_b13_the_slices_of_a_sample_are_the_same_in_any_batch() -> None:
     assert [int(positions.max()) < length for positions, length in zip(both, (4, 50, 600), strict=True)] == [True] * 3
 
 
-def test_b13_both_kinds_of_discriminators_share_the_loss() -> None:
+def test_both_kinds_of_discriminators_share_the_loss() -> None:
     both = discriminators(volume_weight=3.0, slice_weight=1.0, slices_per_axis=2)
     volume, weight = torch.randn(2, 1, *SIZE), torch.ones(2, 1, *SIZE)
     found = both(volume, weight, random_slices(SIZE, torch.tensor([1, 2]), 2))
@@ -268,7 +268,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-def test_d10_plain_training_is_that_of_monai_to_the_bit() -> None:
+def test_plain_training_is_that_of_monai_to_the_bit() -> None:
     data = batches(5)
     ours, theirs = (trainer(data, engine=engine) for engine in (AutoencoderTrainer, SupervisedTrainer))
     start = weights(ours)
@@ -281,7 +281,7 @@ def test_d10_plain_training_is_that_of_monai_to_the_bit() -> None:
     assert torch.equal(ours.state.output[0]["loss"], theirs.state.output["loss"])
 
 
-def test_d11_the_output_tells_every_term() -> None:
+def test_the_output_tells_every_term() -> None:
     engine = trainer(batches(1), epochs=1)
     engine.run()
     output = engine.state.output[0]
@@ -305,7 +305,7 @@ def test_two_batches_of_one_are_one_of_two() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_b13_two_batches_of_one_are_one_of_two_against_discriminators_too() -> None:
+def test_two_batches_of_one_are_one_of_two_against_discriminators_too() -> None:
     pairs = batches(3, size=2)
     singles = [{name: value[[at]] for name, value in pair.items()} for pair in pairs for at in range(2)]
     rivals = [adversary(slice_weight=0.3, adaptive=False, feature_weight=0.2) for _ in range(2)]
@@ -388,7 +388,7 @@ def test_discriminators_run_in_the_precision_of_the_training() -> None:
     assert told[1] == pytest.approx(told[0], rel=0.05, abs=0.01)
 
 
-def test_a11_the_adversary_begins_at_its_step() -> None:
+def test_the_adversary_begins_at_its_step() -> None:
     data = batches(4)
     rival = adversary(start=3, slice_weight=0.3, feature_weight=1.0)
     engine, plain = trainer(data, epochs=1, adversary=rival), trainer(data, epochs=1)
@@ -462,7 +462,7 @@ def test_what_is_in_the_padding_is_nobodys_business() -> None:
     assert all(one != other for one, other in zip(found[0], found[2], strict=True))
 
 
-def test_a11_the_adversary_pulls_as_hard_as_the_rest() -> None:
+def test_the_adversary_pulls_as_hard_as_the_rest() -> None:
     """With an adaptive weight the gradients at the last layer have norms in the ratio of the weight."""
     engine = trainer(batches(1), epochs=1, adversary=adversary(volume_weight=0.5))
     start = [weight.detach().clone() for weight in engine.network.parameters()]
@@ -502,7 +502,7 @@ def case(label: bool = True) -> dict[str, Tensor]:
     return {"image": image} | ({"label": mask} if label else {})
 
 
-def test_a29_b5_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
+def test_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
     crop = RandForegroundCropd(["image", "label"], (8, 8, 10), foreground=1.0)
     for seed in range(5):
         cut = crop.set_random_state(seed)(case())
@@ -513,27 +513,27 @@ def test_a29_b5_a_patch_has_a_labelled_voxel_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_a29_b5_the_other_patches_are_anywhere(label: bool) -> None:
+def test_the_other_patches_are_anywhere(label: bool) -> None:
     crop = RandForegroundCropd(["image", "label"], (8, 24, 40), foreground=0.0 if label else 1.0)
     starts = {float(crop.set_random_state(seed)(case(label))["image"][0, 0, 0, 0]) / (24 * 28) for seed in range(200)}
     assert starts == set(range(13))
     assert crop(case(label))["image"].shape == (1, 8, 24, 28)
 
 
-def test_b5_a_third_of_the_patches_is_about_a_label() -> None:
+def test_a_third_of_the_patches_is_about_a_label() -> None:
     crop = RandForegroundCropd(["label"], (1, 1, 1)).set_random_state(0)
     hits = sum(int(crop(case())["label"]) == 2 for _ in range(600))
     assert hits / 600 == pytest.approx(1 / 3, abs=0.06)
 
 
-def test_b5_a_mask_that_is_background_or_unknown_has_no_label_to_look_for() -> None:
+def test_a_mask_that_is_background_or_unknown_has_no_label_to_look_for() -> None:
     mask = torch.zeros(1, 20, 24, 28, dtype=torch.uint8)
     mask[..., 5:] = 255
     crop = RandForegroundCropd(["label"], (1, 1, 1), foreground=1.0).set_random_state(0)
     assert {int(crop({"label": mask})["label"]) for _ in range(50)} == {0, 255}
 
 
-def test_b5_a_probability_outside_0_and_1_is_refused() -> None:
+def test_a_probability_outside_0_and_1_is_refused() -> None:
     with pytest.raises(FibldmError, match="foreground must be a probability from 0 to 1; got 1.5; change foreground"):
         RandForegroundCropd(["image"], (1, 1, 1), foreground=1.5)
 
@@ -561,7 +561,7 @@ def against(work: Path, data: Path, run: Path, **overrides: Any) -> Configuratio
     return stage_configuration("autoencoder", work=work, run_dir=run, configs=configs, overrides=settings)
 
 
-def test_h7_training_against_discriminators_goes_on_to_the_bit(
+def test_training_against_discriminators_goes_on_to_the_bit(
     phantom_work: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     against(phantom_work, tiny_data, tmp_path / "whole").run()
@@ -601,7 +601,7 @@ def test_h7_training_against_discriminators_goes_on_to_the_bit(
         ({}, ["slices", "volume"]),
     ],
 )
-def test_b13_a_weight_of_0_builds_no_network(tmp_path: Path, overrides: dict[str, Any], built: list[str]) -> None:
+def test_a_weight_of_0_builds_no_network(tmp_path: Path, overrides: dict[str, Any], built: list[str]) -> None:
     settings = against(tmp_path, shipped("data_chest_phantom"), tmp_path, **overrides)
     parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in settings.files]))
     for key, value in {**settings.overrides, "image_channels": 1}.items():

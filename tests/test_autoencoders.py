@@ -116,8 +116,8 @@ FIRST_STAGES: dict[str, Callable[[], Autoencoder]] = {
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
-def test_c2_every_first_stage_has_one_interface(name: str) -> None:
-    """A9, A10, B12, C2: sizes, compression, a posterior, and gradients in every trained weight."""
+def test_every_first_stage_has_one_interface(name: str) -> None:
+    """Sizes, compression, a posterior, and gradients in every trained weight."""
     stage, volume, mask = FIRST_STAGES[name](), normal(2, 1, 16, 8, 24), torch.rand(2, 4, 16, 8, 24)
     step = 8 if "wavelet" in name else 4
     assert stage.compression == (step,) * 3
@@ -143,7 +143,7 @@ def test_c2_every_first_stage_has_one_interface(name: str) -> None:
 @pytest.mark.parametrize("wavelet", [True, False])
 @pytest.mark.parametrize("quantised", [True, False])
 def test_slices_have_first_stages_too(quantised: bool, wavelet: bool) -> None:
-    """E1: two dimensions and three channels: 4 bands, one voxel along Z, which is neither compressed nor encoded."""
+    """Two dimensions and three channels: 4 bands, one voxel along Z, which is neither compressed nor encoded."""
     inputs, step = (12, 8) if wavelet else (3, 4)
     stage: Autoencoder
     if quantised:
@@ -191,8 +191,8 @@ def started(**changes: object) -> VectorQuantisedAutoencoder:
     return stage.eval()
 
 
-def test_a9_latents_are_taken_before_or_after_the_codebook() -> None:
-    """A9, B14: encoder outputs as in CompVis, or codes as in MONAI's `encode_stage_2_inputs`; both decode alike."""
+def test_latents_are_taken_before_or_after_the_codebook() -> None:
+    """Encoder outputs as in CompVis, or codes as in MONAI's `encode_stage_2_inputs`; both decode alike."""
     before, after = started(), started(quantised_latents=True)
     volume = normal(1, 1, 16, 8, 24, seed=3)
     with torch.no_grad():
@@ -206,8 +206,8 @@ def test_a9_latents_are_taken_before_or_after_the_codebook() -> None:
         torch.testing.assert_close(before(volume).volume, before.decode(plain.mean))
 
 
-def test_b14_the_codebook_loss_and_the_perplexity_are_those_of_the_definition() -> None:
-    """B14: commitment 0.25 |z - code|^2 and exp of the entropy of the codes' use."""
+def test_the_codebook_loss_and_the_perplexity_are_those_of_the_definition() -> None:
+    """Commitment 0.25 |z - code|^2 and exp of the entropy of the codes' use."""
     stage, volume = started(), normal(2, 1, 16, 8, 24, seed=4)
     with torch.no_grad():
         made = stage(volume)
@@ -221,7 +221,7 @@ def test_b14_the_codebook_loss_and_the_perplexity_are_those_of_the_definition() 
     assert made.quantisation.perplexity > 2
 
 
-def test_b14_evaluation_and_decoding_leave_the_codebook_alone() -> None:
+def test_evaluation_and_decoding_leave_the_codebook_alone() -> None:
     stage = started()
     before = copy.deepcopy(stage.state_dict())
     stage(normal(1, 1, 8, 8, 8))
@@ -234,8 +234,8 @@ def is_among(codes: Tensor, vectors: Tensor) -> Tensor:
     return (codes[:, None] == vectors[None]).all(dim=-1).any(dim=1)
 
 
-def test_b14_the_codebook_starts_with_outputs_of_the_encoder_and_dead_codes_come_back_as_such() -> None:
-    """B14: a code that nothing is near takes the place of an encoder output; used codes stay."""
+def test_the_codebook_starts_with_outputs_of_the_encoder_and_dead_codes_come_back_as_such() -> None:
+    """A code that nothing is near takes the place of an encoder output; used codes stay."""
     stage, volume = vector_quantised(), normal(2, 1, 16, 16, 16)
     outputs = stage.eval().network.encode(volume).detach().movedim(1, -1).flatten(0, -2)
     book = stage.network.quantizer.quantizer
@@ -251,8 +251,8 @@ def test_b14_the_codebook_starts_with_outputs_of_the_encoder_and_dead_codes_come
     assert float(book.ema_cluster_size[3]) == 2 * 4**3 / 16
 
 
-def test_b14_without_revival_codes_die_and_with_it_they_are_used() -> None:
-    """C2: on the same data, training lowers the loss and more codes are in use at the end."""
+def test_without_revival_codes_die_and_with_it_they_are_used() -> None:
+    """On the same data, training lowers the loss and more codes are in use at the end."""
     volume = normal(4, 1, 8, 8, 8).cumsum(2).cumsum(3).cumsum(4).tanh()
 
     def train(revive_below: float) -> tuple[float, float, float]:
@@ -273,8 +273,8 @@ def test_b14_without_revival_codes_die_and_with_it_they_are_used() -> None:
     assert perplexity > 3 > train(0.0)[2]
 
 
-def test_b14_training_goes_on_exactly_from_a_checkpoint() -> None:
-    """B14, F1: codebook, use and the draw of revived vectors are all in the state; no other random number is asked."""
+def test_training_goes_on_exactly_from_a_checkpoint() -> None:
+    """Codebook, use and the draw of revived vectors are all in the state; no other random number is asked."""
     volumes = [normal(2, 1, 8, 8, 8, seed=seed) for seed in range(6)]
 
     def go(stage: VectorQuantisedAutoencoder, seeds: range) -> None:
@@ -293,8 +293,8 @@ def test_b14_training_goes_on_exactly_from_a_checkpoint() -> None:
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in other.state_dict().items())
 
 
-def test_b17_an_average_of_the_weights_has_the_codebook_of_the_network() -> None:
-    """B14, B17: the codebook is no parameter, which an average would leave as it was at the start."""
+def test_an_average_of_the_weights_has_the_codebook_of_the_network() -> None:
+    """The codebook is no parameter, which an average would leave as it was at the start."""
     stage = vector_quantised().train()
     average = EMA(stage, momentum=0.1)
     assert not any("embedding" in name for name, _ in stage.named_parameters())
@@ -306,7 +306,7 @@ def test_b17_an_average_of_the_weights_has_the_codebook_of_the_network() -> None
         assert torch.equal(average.ema_model.state_dict()[key], stage.state_dict()[key])
 
 
-def test_b14_half_precision_does_not_round_the_codebook() -> None:
+def test_half_precision_does_not_round_the_codebook() -> None:
     """The sums over vectors are of float32 although the network computes in bfloat16."""
     stage, volume = started().train(), normal(1, 1, 8, 8, 8, seed=5)
     book = stage.network.quantizer.quantizer
@@ -337,10 +337,10 @@ def stage_codes_before(ema_w: Tensor, size: Tensor) -> Tensor:
         ([[2, 2, 1], [2, 1, 1]], True, (8, 4, 2)),
     ],
 )
-def test_b8_the_axes_may_be_compressed_differently(
+def test_the_axes_may_be_compressed_differently(
     strides: list[list[int]], wavelet: bool, compression: tuple[int, ...]
 ) -> None:
-    """B8, A5: shapes there and back, and the arithmetic of what does not fit, per axis."""
+    """Shapes there and back, and the arithmetic of what does not fit, per axis."""
     stage = Autoencoder(kl_network(channels=8 if wavelet else 1), wavelet=wavelet, local_norm=True, strides=strides)
     assert stage.compression == compression
     size = tuple(step * cells for step, cells in zip(compression, (2, 3, 5), strict=True))
@@ -356,7 +356,7 @@ def test_b8_the_axes_may_be_compressed_differently(
     assert raised.value.remedy == f"pad to {padded}, for example with DivisiblePadd(k={compression})"
 
 
-def test_b8_strides_of_2_are_monais_network_to_the_bit() -> None:
+def test_strides_of_2_are_monais_network_to_the_bit() -> None:
     """The names of the weights stay, so foreign weights fit; an axis of stride 1 is centred as in any convolution."""
     plain, same = kl_network(), kl_network()
     set_strides(same, [[2, 2, 2], [2, 2, 2]])
@@ -366,7 +366,7 @@ def test_b8_strides_of_2_are_monais_network_to_the_bit() -> None:
     assert torch.equal(plain.reconstruct(volume), same.reconstruct(volume))
 
 
-def test_b8_an_axis_that_is_kept_stays_symmetric() -> None:
+def test_an_axis_that_is_kept_stays_symmetric() -> None:
     """Turned around, an axis without compression gives the latent turned around, if the weights are symmetric."""
     stage = Autoencoder(kl_network(), local_norm=True, strides=[[2, 2, 1], [2, 2, 1]])
     with torch.no_grad():
@@ -389,12 +389,12 @@ def test_b8_an_axis_that_is_kept_stays_symmetric() -> None:
         (lambda: GenerativeAutoencoderKL(**generative_numbers()), [[2, 2, 1]] * 2, "got generative.*AutoencoderKL"),
     ],
 )
-def test_b8_strides_that_do_not_fit_are_refused(network: object, strides: list[list[int]], message: str) -> None:
+def test_strides_that_do_not_fit_are_refused(network: object, strides: list[list[int]], message: str) -> None:
     with pytest.raises(FibldmError, match=message):
         Autoencoder(network(), strides=strides)  # type: ignore[operator]
 
 
-def test_a5_one_divisor_or_one_per_axis() -> None:
+def test_one_divisor_or_one_per_axis() -> None:
     check_divisible((8, 12), 4, "x")
     check_divisible((8, 12, 3), (4, 6, 1), "x")
     with pytest.raises(FibldmError, match=r"\(8, 9, 3\) must be divisible by \(4, 6, 1\) \(x\): .*9 = 1 x 6 \+ 3"):
@@ -402,10 +402,10 @@ def test_a5_one_divisor_or_one_per_axis() -> None:
 
 
 @pytest.mark.parametrize(("compression", "detail", "parts"), [((4, 2, 1), 2, (2, 2, 1)), ((2, 4, 2), 2, (2, 2, 2))])
-def test_b8_a_mask_is_encoded_at_the_size_of_an_anisotropic_latent(
+def test_a_mask_is_encoded_at_the_size_of_an_anisotropic_latent(
     compression: tuple[int, ...], detail: int, parts: tuple[int, ...]
 ) -> None:
-    """A4, B8: fractions of the parts by the definition; axes that are not compressed are not cut."""
+    """Fractions of the parts by the definition; axes that are not compressed are not cut."""
     encoding = MaskEncoding((0, 1, 2), list(compression), detail)
     labels = torch.randint(3, (1, 1, 8, 4, 6), generator=torch.Generator().manual_seed(0))
     encoded = encoding.encode(labels)
@@ -428,7 +428,7 @@ def test_b8_a_mask_is_encoded_at_the_size_of_an_anisotropic_latent(
 
 
 @pytest.mark.parametrize(("splits", "axis", "length"), [(2, 0, 32), (3, 1, 48), (2, 2, 40)])
-def test_a10_slabs_of_maisi_give_what_the_whole_gives(splits: int, axis: int, length: int) -> None:
+def test_slabs_of_maisi_give_what_the_whole_gives(splits: int, axis: int, length: int) -> None:
     size = [8, 8, 8]
     size[axis] = length
     whole, slabs = MaisiAutoencoder(maisi_network()).eval(), MaisiAutoencoder(maisi_network(splits, axis=axis)).eval()
@@ -439,7 +439,7 @@ def test_a10_slabs_of_maisi_give_what_the_whole_gives(splits: int, axis: int, le
         torch.testing.assert_close(slabs.decode(latent), whole.decode(latent))
 
 
-def test_a10_slabs_of_maisi_that_would_lose_voxels_are_refused() -> None:
+def test_slabs_of_maisi_that_would_lose_voxels_are_refused() -> None:
     """MONAI's network gives 32 voxels back for 36, and says nothing."""
     network = maisi_network(2).eval()
     with torch.no_grad():
@@ -454,7 +454,7 @@ def test_a10_slabs_of_maisi_that_would_lose_voxels_are_refused() -> None:
         stage.encode(normal(1, 1, 16, 8, 8))
 
 
-def test_a10_norms_of_maisi_in_float16_are_refused_on_the_cpu() -> None:
+def test_norms_of_maisi_in_float16_are_refused_on_the_cpu() -> None:
     with pytest.raises(RuntimeError, match="should be the same"):
         maisi_network(norm_float16=True).encode(normal(1, 1, 8, 8, 8))
     with pytest.raises(
@@ -467,8 +467,8 @@ def test_a10_norms_of_maisi_in_float16_are_refused_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_a10_the_network_of_monai_generative_is_monais_on_equal_weights(attention: bool) -> None:
-    """A10: through MONAI's `load_old_state_dict`, and behind the same wavelet and norms."""
+def test_the_network_of_monai_generative_is_monais_on_equal_weights(attention: bool) -> None:
+    """Through MONAI's `load_old_state_dict`, and behind the same wavelet and norms."""
     changes = {"attention_levels": (False, False, attention), "with_encoder_nonlocal_attn": attention}
     old = GenerativeAutoencoderKL(**generative_numbers(**changes, in_channels=8, out_channels=8))
     new = AutoencoderKL(**{**kl_numbers(channels=8), **changes}, include_fc=False)
@@ -485,14 +485,14 @@ def test_a10_the_network_of_monai_generative_is_monais_on_equal_weights(attentio
         torch.testing.assert_close(one.decode(latent), other.decode(latent), rtol=1e-4, atol=1e-4)
 
 
-def test_a9_the_vqvae_of_monai_generative_is_monais_on_equal_weights() -> None:
+def test_the_vqvae_of_monai_generative_is_monais_on_equal_weights() -> None:
     old, new = VectorQuantisedAutoencoder(vq_network(GenerativeVQVAE)).eval(), vector_quantised().eval()
     new.load_state_dict(old.state_dict())
     volume = normal(1, 1, 8, 8, 16)
     torch.testing.assert_close(old(volume).volume, new(volume).volume)
 
 
-def test_a14_weights_of_another_network_are_refused() -> None:
+def test_weights_of_another_network_are_refused() -> None:
     with pytest.raises(RuntimeError, match="Missing key"):
         vector_quantised().load_state_dict(Autoencoder(kl_network()).state_dict())
 
@@ -500,7 +500,7 @@ def test_a14_weights_of_another_network_are_refused() -> None:
 # --- mask-conditioned
 
 
-def test_b12_the_decoder_sees_the_mask_and_the_encoder_does_not() -> None:
+def test_the_decoder_sees_the_mask_and_the_encoder_does_not() -> None:
     stage, labels = SpadeAutoencoder(spade_network()).eval(), torch.zeros(1, 1, 16, 8, 24)
     labels[..., 5:9] = 2
     mask = MaskEncoding((0, 1, 2), compression=1).encode(labels)
@@ -510,7 +510,7 @@ def test_b12_the_decoder_sees_the_mask_and_the_encoder_does_not() -> None:
         torch.testing.assert_close(stage.decode(latent, mask), stage.network.decode(latent, mask))
 
 
-def test_b12_a_decoder_that_sees_the_mask_needs_it() -> None:
+def test_a_decoder_that_sees_the_mask_needs_it() -> None:
     stage, latent = SpadeAutoencoder(spade_network()), normal(1, 3, 2, 2, 3)
     with pytest.raises(FibldmError, match="decodes with the mask at hand; got a latent alone; give decode the mask"):
         stage(normal(1, 1, 8, 8, 12))
@@ -521,7 +521,7 @@ def test_b12_a_decoder_that_sees_the_mask_needs_it() -> None:
         stage.decode(latent, torch.rand(1, 3, 8, 8, 12))
 
 
-def test_b12_training_gives_the_mask_beside_the_volume() -> None:
+def test_training_gives_the_mask_beside_the_volume() -> None:
     label = torch.tensor([0, 4, 255, 4]).view(1, 1, 1, 2, 2)
     batch = {"image": normal(1, 1, 1, 2, 2), "valid": torch.ones(1, 1, 1, 2, 2), "label": label}
     batch["seed"] = torch.tensor([5])
@@ -537,7 +537,7 @@ def test_b12_training_gives_the_mask_beside_the_volume() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_c2_every_first_stage_trains_from_the_same_configuration_and_a_small_file(
+def test_every_first_stage_trains_from_the_same_configuration_and_a_small_file(
     name: str, phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """C2, C3, A9, A12, B8, B12, C13."""
@@ -558,10 +558,8 @@ def test_c2_every_first_stage_trains_from_the_same_configuration_and_a_small_fil
         assert int(trained.passes) == 2
 
 
-def test_b8_a_run_with_anisotropic_latents_goes_all_the_way(
-    phantom_work: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """B8: encode, base network and ControlNet at a latent of 8 x 8 x 16 cells."""
+def test_a_run_with_anisotropic_latents_goes_all_the_way(phantom_work: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Encode, base network and ControlNet at a latent of 8 x 8 x 16 cells."""
     for stage in STAGES:
         extra = ["autoencoder_anisotropic"] if stage == "autoencoder" else []
         stage_configuration(
@@ -575,8 +573,8 @@ def test_b8_a_run_with_anisotropic_latents_goes_all_the_way(
     assert StageFolder(tmp_path, "controlnet").component("mask").factors == (4, 4, 2)
 
 
-def test_c13_the_presets_compress_4_and_8_times_with_attention_at_the_smallest_size() -> None:
-    """A12, C13: as the shipped files say, without the tiny sizes."""
+def test_the_presets_compress_4_and_8_times_with_attention_at_the_smallest_size() -> None:
+    """As the shipped files say, without the tiny sizes."""
     from monai.bundle import ConfigParser
 
     def network(*names: str) -> Autoencoder:

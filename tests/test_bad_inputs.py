@@ -1,4 +1,4 @@
-"""Every input of the corpus ends in its named error or its right volume (A2, A6, B5, H2, H13)."""
+"""Every input of the corpus ends in its named error or its right volume."""
 
 import errno
 import os

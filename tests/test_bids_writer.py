@@ -33,7 +33,7 @@ def outputs(folder: Path, licence: str | None = "CC-BY-SA-4.0") -> list[Path]:
 
 
 def test_dataset_of_mr(tmp_path):
-    """A32: names, description, label table and sidecars as the standard has them; H1: the mark goes along."""
+    """Names, description, label table and sidecars as the standard has them; H1: the mark goes along."""
     folder = tmp_path / "bids"
     volumes = outputs(tmp_path)
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_dataset_of_mr(tmp_path):
 
 
 def test_ct_is_left_out_of_validation(tmp_path):
-    """A32: the standard has no CT yet."""
+    """The standard has no CT yet."""
     write_bids(tmp_path / "bids", outputs(tmp_path, None), suffix="ct", names=NAMES)
     assert (tmp_path / "bids" / ".bidsignore").read_text() == "**/ct\n"
     assert len(list((tmp_path / "bids").glob("sub-*/ct/*_desc-synthetic_ct.nii.gz"))) == 3
@@ -68,7 +68,7 @@ def test_ct_is_left_out_of_validation(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "stripped"), [("ct", None), ("T1w", False), ("FLAIR", True)])
 def test_the_validator_of_bids_finds_no_error(tmp_path, suffix, stripped):
-    """A32: as the community's own program judges it; who the authors are it must be told by the user."""
+    """As the community's own program judges it; who the authors are it must be told by the user."""
     program = shutil.which("bids-validator-deno") or shutil.which(
         "bids-validator-deno", path=Path(sys.executable).parent
     )

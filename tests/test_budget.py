@@ -547,7 +547,7 @@ def test_wall_time_stops_and_the_minutes_go_on(folder: Path) -> None:
 
 
 def test_decisions_are_those_of_the_first_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E5: the clock of another rank, here one that stands, decides nothing."""
+    """The clock of another rank, here one that stands, decides nothing."""
     told: list[Any] = []
 
     def on_first_rank(function: Callable[[], Any]) -> Any:

@@ -79,7 +79,7 @@ def a_mask(mask_file: str) -> Volume:
 
 
 def test_a_bundle_makes_what_its_run_makes(tiny_run: Path, bundle: Path, a_mask: Volume) -> None:
-    """C7, H1: to the bit, from weights, scale, conditions, intensity, grid and grain."""
+    """To the bit, from weights, scale, conditions, intensity, grid and grain."""
     one, other = Synthesizer.from_run(tiny_run), Synthesizer.from_bundle(bundle)
     assert np.array_equal(one(a_mask, settings=QUICK).volume.array, other(a_mask, settings=QUICK).volume.array)
     assert (one.mask, one.grid, one.envelope, one.names) == (other.mask, other.grid, other.envelope, other.names)
@@ -88,8 +88,8 @@ def test_a_bundle_makes_what_its_run_makes(tiny_run: Path, bundle: Path, a_mask:
     assert other.source["bundle"] == "tiny 0.1.0" and other.source["licence"] == "CC0-1.0"
 
 
-def test_c7_sampling_is_chosen_on_the_call(tiny_run: Path, a_mask: Volume) -> None:
-    """C7: by the names of `SamplingSettings`, on top of those that are given as a whole."""
+def test_sampling_is_chosen_on_the_call(tiny_run: Path, a_mask: Volume) -> None:
+    """By the names of `SamplingSettings`, on top of those that are given as a whole."""
     made = Synthesizer.from_run(tiny_run)
     wanted = made(a_mask, settings=SamplingSettings(seed=1, steps=2, guidance=1.5))
     assert np.array_equal(made(a_mask, seed=1, steps=2, guidance=1.5).volume.array, wanted.volume.array)
@@ -137,7 +137,7 @@ def test_half_precision_halves_the_weights_and_changes_little(
 
 
 def test_the_words_of_a_person_are_in_the_card(tiny_run: Path, tmp_path: Path) -> None:
-    """H16: the front matter is what Hugging Face reads; what was not measured is said to be."""
+    """The front matter is what Hugging Face reads; what was not measured is said to be."""
     words = {
         "title": "Lungs that never were",
         "attribution": "Phantoms, made by FibLDM",
@@ -284,7 +284,7 @@ says_that_it_is_code = pytest.mark.filterwarnings("ignore:parsing config_file:Us
 
 @pytest.mark.slow
 def test_inference_by_monai_from_another_folder(bundle: Path, mask_file: str, tmp_path: Path) -> None:
-    """C7, G8: the same volume as by FibLDM's own command, but for the rounding of other threads."""
+    """The same volume as by FibLDM's own command, but for the rounding of other threads."""
     given = ["--bundle_root", bundle, "--masks", mask_file, "--output_dir", tmp_path / "monai", "--inferer::steps", 2]
     command = [
         sys.executable,
@@ -337,7 +337,7 @@ def test_monai_verifies_what_goes_in_and_out(bundle: Path) -> None:
 
 
 def test_one_tensor_is_enough(bundle: Path) -> None:
-    """G10: latent, time, mask as one tensor are the network's own answer; encoder and decoder are the autoencoder's."""
+    """Latent, time, mask as one tensor are the network's own answer; encoder and decoder are the autoencoder's."""
     made = Synthesizer.from_bundle(bundle)
     channels, masks = len(made.space.mean), made.mask.channels
     z, mask, time = torch.randn(2, channels, 8, 8, 8), torch.rand(2, masks, 8, 8, 8), torch.tensor([30.0, 700.0])
@@ -628,7 +628,7 @@ def test_a_bundle_that_cannot_be_written_to_is_enough(copy: Path, a_mask: Volume
 def test_a_bundle_is_verified_in_a_fresh_process(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G8: every check holds, and says what it saw; MONAI takes the folder's name for nothing else."""
+    """Every check holds, and says what it saw; MONAI takes the folder's name for nothing else."""
     copy = shutil.copytree(bundle, tmp_path / "trial #1" / "@home")
     assert run(["verify", str(copy), "--json"]) == 0
     said = capsys.readouterr()
@@ -639,7 +639,7 @@ def test_a_bundle_is_verified_in_a_fresh_process(
     assert len(tried) >= len(CHECKS) - 1 and said.err.count("ok  ") == len(tried)
 
 
-def test_g10_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Path) -> None:
+def test_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Path) -> None:
     """G10."""
     (check,) = run_checks(bundle, tmp_path, ["ONNX"])
     there = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -647,7 +647,7 @@ def test_g10_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Pat
 
 
 def test_one_tensor_takes_the_weights_of_the_network_inside(bundle: Path) -> None:
-    """G10: as MONAI's exporters load them; a name that belongs nowhere is still an error."""
+    """As MONAI's exporters load them; a name that belongs nowhere is still an error."""
     made = Synthesizer.from_bundle(bundle)
     empty = OneTensorNetwork(copy_of(made.network), len(made.space.mean))
     state = load_file(bundle / "models" / "network.safetensors")
@@ -711,7 +711,7 @@ def test_training_begins_with_a_bundle(bundle: Path, tiny_run: Path, tiny_stage:
 def test_what_went_through_a_bundle_and_training_is_exported_the_same(
     bundle: Path, tiny_stage: TinyStage, tmp_path: Path
 ) -> None:
-    """G8, D3: all stages begin with the bundle and learn nothing; the same tensors leave."""
+    """All stages begin with the bundle and learn nothing; the same tensors leave."""
     run_dir = tmp_path / "run"
     tiny_stage("autoencoder", run_dir, "autoencoder_as_given", init_from=str(bundle)).run()
     tiny_stage("latents", run_dir).run()
@@ -728,7 +728,7 @@ def test_what_went_through_a_bundle_and_training_is_exported_the_same(
 def test_the_command_measures_a_bundle(
     bundle: Path, phantom_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """C7: with no run at hand."""
+    """With no run at hand."""
     given = ["--data", str(phantom_work), "--out", str(tmp_path), "--bundle", str(bundle)]
     small = ["--set", "steps=2", "--set", "segmenter_channels=[4, 8, 8]"]
     assert run(["evaluate", "reconstruction", *given, *small]) == 0
@@ -773,7 +773,7 @@ def test_figures_of_a_bundle_do_not_go_into_a_run(bundle: Path, tiny_run: Path, 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_bundle_that_comes_along_is_whole(name: str, tmp_path: Path) -> None:
-    """G8: its files are those that were exported, and it draws a volume."""
+    """Its files are those that were exported, and it draws a volume."""
     quick = ("manifest", "layout", "generator", "metadata", "train properties", "synthesis")
     checks = list(run_checks(BUNDLES / name, tmp_path, quick))
     assert [check.saw for check in checks if not check.ok] == []

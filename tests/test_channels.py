@@ -1,4 +1,4 @@
-"""Images of several channels, and cases without a mask, from the work folder to what is measured (A2)."""
+"""Images of several channels, and cases without a mask, from the work folder to what is measured."""
 
 import shutil
 from collections.abc import Callable
@@ -145,7 +145,7 @@ def evaluated(work: Path, run: Path, tmp_path: Path) -> Evaluated:
 # --- several channels
 
 
-def test_c21_two_channels_go_through_every_stage(run: Path) -> None:
+def test_two_channels_go_through_every_stage(run: Path) -> None:
     facts = read_json(run / "latents" / "latents.json")
     assert facts["channels"] == ["T1", "FLAIR"]
     assert facts["intensity"]["output_high"] == [11.0, 1200.0]

@@ -109,8 +109,8 @@ def test_doctor_prints_a_line_per_finding(capsys: pytest.CaptureFixture[str]) ->
     assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
 
 
-def test_b3_every_package_of_every_extra_has_an_exact_version() -> None:
-    """B3: one install command gives everybody the same, within the ranges that are promised."""
+def test_every_package_of_every_extra_has_an_exact_version() -> None:
+    """One install command gives everybody the same, within the ranges that are promised."""
     root = Path(__file__).parents[1]
     lines = (root / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -23,7 +23,7 @@ def mask_of(labels: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [1, 3, 182])
-def test_a4_a17_fractions_keep_the_volume_of_every_label(count: int) -> None:
+def test_fractions_keep_the_volume_of_every_label(count: int) -> None:
     encoding, mask = MaskEncoding(tuple(range(count)), 4), mask_of(tuple(range(count)))
     before = mask.clone()
     fractions = encoding.encode(mask)
@@ -35,7 +35,7 @@ def test_a4_a17_fractions_keep_the_volume_of_every_label(count: int) -> None:
     assert torch.equal(mask, before)
 
 
-def test_a4_a_thin_label_survives() -> None:
+def test_a_thin_label_survives() -> None:
     mask = torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
     mask[0, 0, 3, 5, :] = 7
     fractions = MaskEncoding(LABELS, 4).encode(mask)
@@ -43,7 +43,7 @@ def test_a4_a_thin_label_survives() -> None:
     assert float(fractions[0, 3].sum()) == 8 / 64
 
 
-def test_a19_unknown_voxels_go_to_the_last_channel() -> None:
+def test_unknown_voxels_go_to_the_last_channel() -> None:
     mask = torch.full((1, 1, 4, 4, 4), UNKNOWN_LABEL, dtype=torch.uint8)
     encoding = MaskEncoding(LABELS, 4)
     assert encoding.encode(mask).flatten().tolist() == [0, 0, 0, 0, 1]
@@ -51,19 +51,19 @@ def test_a19_unknown_voxels_go_to_the_last_channel() -> None:
 
 
 @pytest.mark.parametrize("wrong", [3, 4.5])
-def test_h10_a_label_that_the_data_do_not_have_is_refused(wrong: float) -> None:
+def test_a_label_that_the_data_do_not_have_is_refused(wrong: float) -> None:
     mask = torch.zeros(1, 1, 4, 4, 4)
     mask[0, 0, 1, 2, 3] = wrong
     with pytest.raises(FibldmError, match=rf"\[0, 1, 4, 7\] or 255 \(unknown\); got also \[{wrong:.1f}\]"):
         MaskEncoding(LABELS, 4).encode(mask)
 
 
-def test_a5_a_mask_that_does_not_fit_is_refused() -> None:
+def test_a_mask_that_does_not_fit_is_refused() -> None:
     with pytest.raises(FibldmError, match="must be divisible by 4"):
         MaskEncoding(LABELS, 4).encode(torch.zeros(1, 1, 4, 4, 6))
 
 
-def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing_else() -> None:
+def test_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing_else() -> None:
     encoding = MaskEncoding(LABELS, 4)
     fractions = encoding.encode(mask_of(LABELS))
     before = fractions.clone()
@@ -77,7 +77,7 @@ def test_h10_dropping_a_label_moves_it_and_the_background_to_unknown_and_nothing
 
 
 @pytest.mark.parametrize("labels", [(0,), (0, 1), LABELS])
-def test_c10_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]) -> None:
+def test_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]) -> None:
     encoding = MaskEncoding(labels, 4)
     fractions = encoding.encode(mask_of(labels))
     all_dropped = encoding.drop(fractions, torch.ones(2, len(labels), dtype=torch.bool))
@@ -85,8 +85,8 @@ def test_c10_the_null_of_guidance_is_the_null_of_dropout(labels: tuple[int, ...]
 
 
 @pytest.mark.parametrize("detail", [1, 2, 4])
-def test_a19_mask_detail_says_where_in_a_cell_a_label_lies(detail):
-    """A4, A19: the parts of a cell average to its fraction; one voxel fills one part, in the order of the axes."""
+def test_mask_detail_says_where_in_a_cell_a_label_lies(detail):
+    """The parts of a cell average to its fraction; one voxel fills one part, in the order of the axes."""
     labels = torch.randint(0, 3, (2, 1, 8, 12, 4))
     coarse, fine = MaskEncoding((0, 1, 2), 4).encode(labels), MaskEncoding((0, 1, 2), 4, detail).encode(labels)
     assert fine.shape == (2, 4 * detail**3, 2, 3, 1)
@@ -97,8 +97,8 @@ def test_a19_mask_detail_says_where_in_a_cell_a_label_lies(detail):
     assert MaskEncoding((0, 1), 4, detail).encode(voxel)[0, detail**3 :][: detail**3].flatten().nonzero().item() == part
 
 
-def test_a19_dropping_every_label_of_a_detailed_mask_is_its_null():
-    """C10, H10: dropout and guidance share the null, whatever the detail."""
+def test_dropping_every_label_of_a_detailed_mask_is_its_null():
+    """Dropout and guidance share the null, whatever the detail."""
     mask = MaskEncoding((0, 1, 2), 4, 2)
     encoded = mask.encode(torch.randint(0, 3, (2, 1, 8, 8, 8)))
     torch.testing.assert_close(mask.drop(encoded, torch.ones(2, 3, dtype=torch.bool)), mask.null(encoded))
@@ -116,7 +116,7 @@ def box() -> Tensor:
     return labels
 
 
-def test_a19_nearest_asks_the_voxel_in_the_middle_of_a_cell() -> None:
+def test_nearest_asks_the_voxel_in_the_middle_of_a_cell() -> None:
     labels = mask_of(LABELS)
     encoded = MaskEncoding(LABELS, 4, resize="nearest").encode(labels)
     for channel, label in enumerate([*LABELS, UNKNOWN_LABEL]):
@@ -127,7 +127,7 @@ def test_a19_nearest_asks_the_voxel_in_the_middle_of_a_cell() -> None:
     assert float(MaskEncoding(LABELS, 4).encode(thin)[0, 3].sum()) == 1.0
 
 
-def test_a19_signed_distances_are_millimetres_to_the_border() -> None:
+def test_signed_distances_are_millimetres_to_the_border() -> None:
     """Along one axis by hand, everywhere against scipy on the upsampled volume's spacing."""
     shape = box()[:, 0][:, None] == 1
     distance = signed_distance(shape, (1.0, 2.0, 3.0), reach=100.0)[0, 0] * 100
@@ -143,7 +143,7 @@ def test_a19_signed_distances_are_millimetres_to_the_border() -> None:
     assert bool((made[0, 0] == -1).all()) and bool((made[0, 1] == 1).all())
 
 
-def test_e3_a_contour_is_that_of_monai_but_for_the_edges_of_the_volume() -> None:
+def test_a_contour_is_that_of_monai_but_for_the_edges_of_the_volume() -> None:
     shape = box() == 1
     ours = contour(shape)
     assert ours.sum() == 5 * 3 * 7 - 3 * 1 * 5
@@ -158,8 +158,8 @@ def test_e3_a_contour_is_that_of_monai_but_for_the_edges_of_the_volume() -> None
 
 @pytest.mark.parametrize("feature", ["signed_distance", "contour"])
 @pytest.mark.parametrize("detail", [1, 2])
-def test_h10_dropping_a_label_leaves_no_trace_of_its_shape(feature: str, detail: int) -> None:
-    """H10, C10: a mask whose label was dropped is the mask in which nobody drew it."""
+def test_dropping_a_label_leaves_no_trace_of_its_shape(feature: str, detail: int) -> None:
+    """A mask whose label was dropped is the mask in which nobody drew it."""
     mask = MaskEncoding(LABELS, 4, detail, feature=feature, spacing=(1.0, 2.0, 3.0))  # type: ignore[arg-type]
     labels = box()
     labels[0, 0, 10:14, 1:7, 3:11] = 4
@@ -193,7 +193,7 @@ def dropped_by_its_formula(mask: MaskEncoding, encoded: Tensor, dropped: Tensor)
 
 @pytest.mark.parametrize("feature", [None, "signed_distance", "contour"])
 @pytest.mark.parametrize(("compression", "detail"), [(4, 1), (4, 2), ((4, 4, 1), 2), (3, 3), (6, 2)], ids=str)
-def test_h10_dropping_labels_is_its_formula(compression: object, detail: int, feature: object) -> None:
+def test_dropping_labels_is_its_formula(compression: object, detail: int, feature: object) -> None:
     """Exactly, where fractions are sums of powers of 2, as of 8 voxels; else but for the rounding of sums."""
     mask = MaskEncoding(LABELS, compression, detail, feature=feature)  # type: ignore[arg-type]
     size = [2 * factor for factor in mask.factors]
@@ -218,7 +218,7 @@ def test_h10_dropping_labels_is_its_formula(compression: object, detail: int, fe
         ({"feature": "edges"}, "mask feature must be one of signed_distance, contour; got 'edges'"),
     ],
 )
-def test_a19_unknown_choices_are_refused(choice: dict[str, str], message: str) -> None:
+def test_unknown_choices_are_refused(choice: dict[str, str], message: str) -> None:
     with pytest.raises(FibldmError, match=message):
         MaskEncoding(LABELS, 4, **choice)  # type: ignore[arg-type]
 
@@ -226,8 +226,8 @@ def test_a19_unknown_choices_are_refused(choice: dict[str, str], message: str) -
 # --- what a network sees
 
 
-def test_a21_the_mask_as_encoded_or_as_one_grey_value() -> None:
-    """A19: values are the labels' places in their order; unknown has a channel of its own."""
+def test_the_mask_as_encoded_or_as_one_grey_value() -> None:
+    """Values are the labels' places in their order; unknown has a channel of its own."""
     mask, labels = MaskEncoding(LABELS, 4), torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
     labels[..., :4, :, :] = 4
     labels[..., 4:, :2, :] = 7
@@ -240,7 +240,7 @@ def test_a21_the_mask_as_encoded_or_as_one_grey_value() -> None:
     assert grey[0, 1, :, :, 0].tolist() == [[0, 0], [0, 1]]
 
 
-def test_e3_the_feature_alone_hides_what_the_labels_fill() -> None:
+def test_the_feature_alone_hides_what_the_labels_fill() -> None:
     mask = MaskEncoding((0, 1), 4, feature="contour")
     solid, hollow = box(), box()
     hollow[0, 0, 5:8, 3, 2:7] = 0  # the inside of label 1
@@ -252,7 +252,7 @@ def test_e3_the_feature_alone_hides_what_the_labels_fill() -> None:
         FeatureOnly(MaskEncoding((0, 1), 4))
 
 
-def test_a20_the_rescaler_is_a_mixture_of_every_cell_and_learns() -> None:
+def test_the_rescaler_is_a_mixture_of_every_cell_and_learns() -> None:
     mask = MaskEncoding(tuple(range(182)), 4)
     encoded = mask.encode(torch.arange(182)[torch.randint(182, (1, 1, 8, 4, 12))])
     rescaler = MaskRescaler(mask, 3)
@@ -264,7 +264,7 @@ def test_a20_the_rescaler_is_a_mixture_of_every_cell_and_learns() -> None:
 
 
 @pytest.mark.parametrize("compression", [4, (4, 4, 2), (16, 16, 1)], ids=str)
-def test_b11_convolutions_see_the_mask_at_its_full_size(compression: object) -> None:
+def test_convolutions_see_the_mask_at_its_full_size(compression: object) -> None:
     """A shift of one voxel changes the condition; the parts of a cell are laid out as the voxels they are."""
     detail = 2 if compression == (4, 4, 2) else math.lcm(*(compression if isinstance(compression, tuple) else (4,)))
     mask = MaskEncoding((0, 1), compression, detail)  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def check_all(merged: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("stage", "data", "extra"), COMBINATIONS, ids=str)
-def test_d7_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
+def test_every_part_of_a_configuration_exists(stage: str, data: str, extra: tuple[str, ...]) -> None:
     check_all(files(stage, data, *extra))
 
 
@@ -247,8 +247,8 @@ def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None
     assert option.group(1) in ConfigParser(ConfigParser.load_config_files(files(stage, DATA[0])))
 
 
-def test_c8_presets_of_three_sizes_have_the_parameters_that_the_docs_say(tiny_run: Path, tiny_data: Path) -> None:
-    """C8: docs/training.md lists them, in millions, with the mask as a further input."""
+def test_presets_of_three_sizes_have_the_parameters_that_the_docs_say(tiny_run: Path, tiny_data: Path) -> None:
+    """Docs/training.md lists them, in millions, with the mask as a further input."""
     told = re.findall(r"`(unet_[sml])` \| .* \| ([\d.]+) \|", (ROOT / "docs" / "training.md").read_text())
     assert [name for name, _ in told] == list(SIZES)
     for name, millions in told:
@@ -286,7 +286,7 @@ def make(stage: str = "autoencoder", *configs: str, **overrides: Any) -> Configu
         ("views", "views"),
     ],
 )
-def test_a13_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -> None:
+def test_a_mistyped_override_names_the_nearest_key(key: str, nearest: str) -> None:
     with pytest.raises(FibldmError, match=f"key '{key}' is not known") as raised:
         make("autoencoder", **{key: 1})
     if key != "views":  # a key of another stage is no key of this one
@@ -389,7 +389,7 @@ def test_a_mistyped_key_in_a_file_names_the_nearest_key(tmp_path: Path, content:
     assert raised.value.remedy == f"did you mean '{nearest}'?"
 
 
-def test_b2_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
+def test_a_file_may_change_any_stage_and_name_values_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "views: 2\nunet_channels: [8, 8]\nhalf: 0.5\nlearning_rate: '$@half / 100'\nstage::name: autoencoder"
@@ -454,10 +454,10 @@ def grid_of(work: Path, size: list[int], *configs: str, **overrides: object) -> 
         ([64, 64, 16], "autoencoder_anisotropic", None),
     ],
 )
-def test_h13_a_grid_that_stage_2_refuses_is_told_before_stage_1(
+def test_a_grid_that_stage_2_refuses_is_told_before_stage_1(
     phantom_work: Path, size: list[int], autoencoder: str | None, fitting: tuple[int, ...] | None
 ) -> None:
-    """H13: the sizes that would do are named; a single slice stays one."""
+    """The sizes that would do are named; a single slice stays one."""
     configs = () if autoencoder is None else (autoencoder,)
     if fitting is None:
         return grid_of(phantom_work, size, *configs)
@@ -465,8 +465,8 @@ def test_h13_a_grid_that_stage_2_refuses_is_told_before_stage_1(
         grid_of(phantom_work, size, *configs)
 
 
-def test_h13_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: Path, tmp_path: Path) -> None:
-    """H13: one without ``unet::channels`` may divide otherwise; expressions of the configuration are followed."""
+def test_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: Path, tmp_path: Path) -> None:
+    """One without ``unet::channels`` may divide otherwise; expressions of the configuration are followed."""
     (tmp_path / "mine.yaml").write_text("unet: {_target_: mine.Network, width: 8}")
     (tmp_path / "grid.yaml").write_text("edge: 52\nspacing: [1.0, 1.0, 1.0]\nsize: '$[@edge, 64, 48]'")
     one, two = (tuple(map(shipped, ("common", *TABLE[stage].files))) for stage in ("autoencoder", "diffusion"))
@@ -476,8 +476,8 @@ def test_h13_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: P
         check_grid(first)
 
 
-def test_h13_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -> None:
-    """H13: what the autoencoder refuses comes as itself, without MONAI's wrapping."""
+def test_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -> None:
+    """What the autoencoder refuses comes as itself, without MONAI's wrapping."""
     with pytest.raises(FibldmError, match="strides") as refused:
         grid_of(phantom_work, [64, 64, 1], "autoencoder_anisotropic")
     assert not isinstance(refused.value, UnfitGrid)
@@ -502,7 +502,7 @@ def test_an_unknown_stage_lists_the_stages() -> None:
         make("autoencodr")
 
 
-def test_b2_overrides_are_yaml() -> None:
+def test_overrides_are_yaml() -> None:
     assert parse_overrides(["a=3", "b::c=[1, 2]", "d=1e-4", "e=text", "f=", "g=a=b", "h=true"]) == {
         "a": 3,
         "b::c": [1, 2],
@@ -514,7 +514,7 @@ def test_b2_overrides_are_yaml() -> None:
     }
 
 
-def test_a23_a31_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
+def test_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
     """As docs/training.md says it: an expression as a value, on a schedule; by Muon, or by AdamW if asked for."""
     overrides = parse_overrides(["learning_rate=$1e-5 * @batch_size * @accumulation_steps", "batch_size=4"])
     changes = {"accumulation_steps": 2, "warmup_steps": 10, "lr_scheduler::t_total": 100, **overrides}
@@ -570,7 +570,7 @@ def test_a_work_folder_that_is_none_is_bad_input(capsys: pytest.CaptureFixture[s
 def test_the_command_line_trains_and_says_how_monai_would(
     capsys: pytest.CaptureFixture[str], phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """H13: and warns of a grid that the later stages will not take as they ship."""
+    """And warns of a grid that the later stages will not take as they ship."""
     chosen = ["--config", str(tiny_data), "--config", "tiny", "--set", "device=cpu", "--set", "size=[36, 32, 32]"]
     places = ["--data", str(phantom_work), "--run", str(tmp_path / "run")]
     assert run(["train", "autoencoder", *places, *chosen, "--json"]) == 0
@@ -721,7 +721,7 @@ def test_a_configuration_that_is_refused_is_not_printed(capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "controlnet"])
-def test_d9_the_plain_monai_command_trains_the_same(
+def test_the_plain_monai_command_trains_the_same(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, stage: str
 ) -> None:
     """With the name of what runs that MONAI's cards have, and the labels' weights of the user's own file."""

@@ -192,7 +192,7 @@ def controlnet(**changes: object) -> ControlNet:
     )
 
 
-def test_a28_c9_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learned_one() -> None:
+def test_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learned_one() -> None:
     torch.manual_seed(0)
     tokens = CovariateTokens(ENCODING, WIDTH)
     made = tokens(ENCODING.encode([{"age": 40, "sex": "F"}, {"age": 50, "sex": "M", "centre": "2"}, {"age": 50}]))
@@ -205,7 +205,7 @@ def test_a28_c9_every_covariate_has_a_token_of_its_own_and_unknown_ones_a_learne
 
 
 @pytest.mark.parametrize("kind", ["plain", "spade", "2d", "control"])
-def test_a15_covariates_change_what_a_network_says_and_the_null_is_unknown(kind: str) -> None:
+def test_covariates_change_what_a_network_says_and_the_null_is_unknown(kind: str) -> None:
     network = base("plain" if kind == "control" else kind)
     if kind == "control":
         network = awake(steered(network, controlnet(), conditions=SHOWN))  # type: ignore[assignment]
@@ -221,7 +221,7 @@ def test_a15_covariates_change_what_a_network_says_and_the_null_is_unknown(kind:
     torch.testing.assert_close(one, torch.stack([old[0], null[1]]))
 
 
-def test_e13_a_new_controlnet_on_a_base_with_covariates_changes_nothing_and_sees_them() -> None:
+def test_a_new_controlnet_on_a_base_with_covariates_changes_nothing_and_sees_them() -> None:
     plain, network = base(), steered(base(), controlnet(), conditions=SHOWN).eval()
     cases: tuple[dict[str, Any], ...] = ({"age": 60}, {"sex": "M"})
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_without_covariates_there_is_nothing_new_in_a_network() -> None:
 
 
 def test_tokens_go_with_reduced_precision_and_activation_checkpointing() -> None:
-    """D8: gradients are the same, and reach the tokens."""
+    """Gradients are the same, and reach the tokens."""
     plain, saving, covariates = base().train(), base().train(), asked(None, {"age": 60}, {"sex": "M"})
     assert checkpoint_activations(saving)
     for network in (plain, saving):
@@ -327,7 +327,7 @@ def test_training_draws_the_same_with_and_without_covariates() -> None:
     assert torch.equal(torch.cat([known([one], 0.5) for one in items]), more["covariates"])
 
 
-def test_c10_dropout_makes_single_covariates_or_all_of_them_unknown() -> None:
+def test_dropout_makes_single_covariates_or_all_of_them_unknown() -> None:
     items = [item(number, age=47, sex="M", centre="2") for number in range(2000)]
     kept = known(items, 0.2)
     there = kept[..., 1] > 0
@@ -340,8 +340,8 @@ def test_c10_dropout_makes_single_covariates_or_all_of_them_unknown() -> None:
     assert torch.equal(kept, items[0]["covariates"].expand(9, -1, -1))
 
 
-def test_c5_every_covariate_may_have_a_dropout_of_its_own() -> None:
-    """C5: and all together one; what is not named is dropped with all or the mask only."""
+def test_every_covariate_may_have_a_dropout_of_its_own() -> None:
+    """And all together one; what is not named is dropped with all or the mask only."""
     items = [item(number, age=47, sex="M", centre="2") for number in range(2000)]
     by_name = {"age": 0.5, "sex": 0.1, "all": 0.2}
     kept = known(items, by_name)
@@ -360,7 +360,7 @@ def test_c5_every_covariate_may_have_a_dropout_of_its_own() -> None:
             known(items[:1], wrong)
 
 
-def test_c10_with_the_whole_mask_goes_what_is_known() -> None:
+def test_with_the_whole_mask_goes_what_is_known() -> None:
     """Guidance asks for neither, so training must show both unknown together."""
     items = [item(number, age=47, sex="M") for number in range(400)]
     _, _, (_, shown), _ = prepared(items, dropout={"mask": {"all": 0.4}}, covariates=ENCODING)
@@ -371,7 +371,7 @@ def test_c10_with_the_whole_mask_goes_what_is_known() -> None:
 
 
 @pytest.mark.slow
-def test_a15_a_network_learns_what_depends_on_covariates() -> None:
+def test_a_network_learns_what_depends_on_covariates() -> None:
     """One channel is the age, one the sex: what is said at pure noise is the mean of such patients."""
     cases = [{"age": float(age), "sex": sex} for age in (20, 35, 50, 65, 80) for sex in "FM"]
     encoding = CovariateEncoding.fit(["age", "sex"], cases)
@@ -456,7 +456,7 @@ def test_latents_know_covariates_by_case(told: Callable[..., Path], tiny_run: Pa
         plain.covariates(["age"])
 
 
-def test_h7_a_stage_with_covariates_that_broke_off_ends_with_the_same_weights(
+def test_a_stage_with_covariates_that_broke_off_ends_with_the_same_weights(
     told: Callable[..., Path], tiny_stage: TinyStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A8 too: the tokens are averaged, and it is their average that is kept."""
@@ -565,7 +565,7 @@ def test_a_volume_with_covariates_is_the_same_in_any_batch(synthesizer: Synthesi
 
 
 def test_guidance_goes_from_all_unknown_to_what_is_asked(synthesizer: Synthesizer, mask_file: Path) -> None:
-    """C10: guidance 0 is the null, whatever is asked; 1 never looks at it."""
+    """Guidance 0 is the null, whatever is asked; 1 never looks at it."""
     mask, given = read_volume(str(mask_file)), {"name": "a", "allow_extrapolation": True}
 
     def made(guidance: float, **covariates: Any) -> np.ndarray:
@@ -607,10 +607,10 @@ def bundle(told: Callable[..., Path], tiny_stage: TinyStage, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
-def test_a15_every_door_takes_covariates(
+def test_every_door_takes_covariates(
     bundle: Path, mask_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A15: card, ``inference.json`` and watch folder, by the same names; what is left out is said to be unknown."""
+    """Card, ``inference.json`` and watch folder, by the same names; what is left out is said to be unknown."""
     age = Synthesizer.from_bundle(bundle).covariates.kinds["age"]
     assert isinstance(age, Numeric)
     card = (bundle / "docs" / "README.md").read_text()
@@ -657,10 +657,10 @@ def test_a15_every_door_takes_covariates(
     assert left.value.code == 2 and "sex must be one of F, M" in capsys.readouterr().out
 
 
-def test_a15_a_recipe_is_refused_before_training_where_its_covariates_are(
+def test_a_recipe_is_refused_before_training_where_its_covariates_are(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A15: names by the recipe itself, values by the prepared cases."""
+    """Names by the recipe itself, values by the prepared cases."""
     recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={"diffusion::covariates": ["age", "sex"]})
     (step,) = (step for step in recipe.stages() if step.name == "diffusion")
     monkeypatch.setattr("fibldm.pipeline.load_datalist", lambda *_, **__: CASES)
@@ -689,10 +689,10 @@ def write_table(source: Path, file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [(), ("mask_concat",)])
-def test_a15_g11_from_a_table_to_volumes_of_such_patients(
+def test_from_a_table_to_volumes_of_such_patients(
     phantom_work: Path, tiny_data: Path, tmp_path: Path, way: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A15, A28, C10: prepare, every stage with the shipped configuration, and the command that asks for a patient."""
+    """Prepare, every stage with the shipped configuration, and the command that asks for a patient."""
     write_table(phantom_work.parent / "source", tmp_path / "cases.csv")
     work, run, out = tmp_path / "work", tmp_path / "run", tmp_path / "out"
     prepare(tmp_path / "cases.csv", work, PrepareSettings(modality="ct"), progress=False)

@@ -1,4 +1,4 @@
-"""What the model grid holds of volumes and labels (A27): a label that no network would see is refused."""
+"""What the model grid holds of volumes and labels: a label that no network would see is refused."""
 
 import json
 import logging

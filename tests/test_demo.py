@@ -18,7 +18,7 @@ def figures_of(section):
 
 @pytest.mark.slow
 def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, capsys):
-    """D6, E17, H6: one command from nothing to a report; finished steps are skipped."""
+    """One command from nothing to a report; finished steps are skipped."""
     figures = demo(tmp_path, TINY)
     assert json.loads((tmp_path / "metrics.json").read_text()) == figures
     names = "run masks outputs lung_dice lung_dice_real lung_dice_shuffled fibrosis_contrast_ratio texture_ratio"
@@ -45,7 +45,7 @@ def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, caps
 
 
 def test_demo_refuses_a_folder_of_other_phantoms(tmp_path):
-    """D1: nothing is mixed; the error says what to do."""
+    """Nothing is mixed; the error says what to do."""
     (tmp_path / "phantoms").mkdir(parents=True)
     (tmp_path / "phantoms" / "dataset.json").write_text('{"name": "mine"}')
     with pytest.raises(FibldmError, match="phantoms"):

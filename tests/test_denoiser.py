@@ -48,7 +48,7 @@ TIMES = torch.tensor([0.2, 0.5, 0.8])
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v"])
-def test_d14_a_network_of_twice_the_channels_has_learned_a_variance(target):
+def test_a_network_of_twice_the_channels_has_learned_a_variance(target):
     process, z = VariancePreserving(), normal(0)
     made = Denoiser(Doubling(4), process, target)(z, TIMES)  # type: ignore[arg-type]
     torch.testing.assert_close(made.z_0, process.to_z_0(target, z, z, TIMES))
@@ -155,7 +155,7 @@ def volumes() -> Tensor:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.995, 1.0])
-def test_d14_dynamic_thresholding_is_that_of_saharia(share):
+def test_dynamic_thresholding_is_that_of_saharia(share):
     """In volumes, whatever the scale of the latents; the k-th value of numpy is the reference."""
     space = LatentSpace((0.3, -0.5), (0.4, 2.0), "none")
     given, log_variance = volumes(), normal(6)
@@ -194,7 +194,7 @@ def test_thresholding_keeps_guided_samples_in_range():
     assert largest(thresholded(beyond, space, 0.995)) <= 1 + 1e-6
 
 
-def test_c10_guidance_of_1_costs_no_second_call() -> None:
+def test_guidance_of_1_costs_no_second_call() -> None:
     def conditional(z_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(z_t)
 
@@ -205,14 +205,14 @@ def test_c10_guidance_of_1_costs_no_second_call() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
-def test_c10_guidance_goes_along_the_line_from_the_null_to_the_condition(scale: float) -> None:
+def test_guidance_goes_along_the_line_from_the_null_to_the_condition(scale: float) -> None:
     given, null = normal(0), normal(1)
     denoise = guided(lambda z, t: Prediction(given), lambda z, t: Prediction(null), scale)
     result = denoise(given, torch.ones(len(given))).z_0
     torch.testing.assert_close(result, null + scale * (given - null))
 
 
-def test_c10_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise() -> None:
+def test_guidance_in_terms_of_the_latent_is_guidance_in_terms_of_the_noise() -> None:
     """Ho & Salimans 2022, eq. 6: the latent of the guided noise is the guided latent."""
     process, t = RectifiedFlow(), torch.tensor([0.4])
     z_t, eps_c, eps_n = (normal(seed, (1, 1, 2, 2, 2)) for seed in range(3))

@@ -102,7 +102,7 @@ def matches(tmp_path) -> list[Match]:
 
 
 def test_measure(matches):
-    """A4: the shuffled Dice is the lower one; ratios are those that were put in."""
+    """The shuffled Dice is the lower one; ratios are those that were put in."""
     figures = measure(matches)
     assert figures["lung_dice"] == figures["lung_dice_real"] == 1
     assert figures["lung_dice_shuffled"] < 0.6

@@ -70,7 +70,7 @@ def one_hot(labels: Labels) -> Labels:
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_segmentation_lands_where_its_voxels_are(tmp_path: Path, labels: Labels, kind: str, orientation: str) -> None:
-    """H2: every kind, every orientation; slices without a label are not in the file."""
+    """Every kind, every orientation; slices without a label are not in the file."""
     directions = ORIENTATIONS[orientation]
     pixels = labels if kind == "LABELMAP" else one_hot(labels).astype(float if kind == "FRACTIONAL" else np.uint8)
     file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path, directions), pixels, kind)
@@ -86,7 +86,7 @@ def test_segmentation_lands_where_its_voxels_are(tmp_path: Path, labels: Labels,
 
 
 def test_segmentation_agrees_with_simpleitk(tmp_path: Path, labels: Labels) -> None:
-    """H2: frames and places as ITK reads them."""
+    """Frames and places as ITK reads them."""
     file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), one_hot(labels)[..., :1], names=["Lung"])
     image = SimpleITK.ReadImage([str(path) for path in sorted(tmp_path.glob("0*.dcm"))])
 
@@ -371,7 +371,7 @@ def box(columns: tuple[float, float], rows: tuple[float, float], place: float) -
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_boxes_with_holes_are_exact(tmp_path: Path, orientation: str) -> None:
-    """H2: the centres inside, and no others; an inner contour is a hole, one within it an island."""
+    """The centres inside, and no others; an inner contour is a hole, one within it an island."""
     directions = ORIENTATIONS[orientation]
     drawn = [
         box((0.5, 7.5), (0.5, 5.5), 1),

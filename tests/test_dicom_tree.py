@@ -58,7 +58,7 @@ def case_of(cases: tuple[Case, ...], study: str) -> Case:
 
 
 def test_studies_become_private_cases(tmp_path: Path) -> None:
-    """H2: masks are found by what they refer to, wherever they lie; their names are numbered over all of them."""
+    """Masks are found by what they refer to, wherever they lie; their names are numbered over all of them."""
     first = add_study(tmp_path / NAME / "one", "study one")
     second = add_study(tmp_path / "b" / "two", "study two", patient="ID-2")
     third = add_study(tmp_path / "c" / "three", "study three", patient="ID-2")
@@ -90,7 +90,7 @@ def test_studies_become_private_cases(tmp_path: Path) -> None:
 
 
 def test_case_reads_as_drawn(tmp_path: Path) -> None:
-    """H2: the segmentation lies on its image, voxel for voxel."""
+    """The segmentation lies on its image, voxel for voxel."""
     segment(add_study(tmp_path / "ct", "study"), tmp_path / "seg.dcm")
     (case,) = dicom_tree(tmp_path).cases
 
@@ -563,7 +563,7 @@ def test_modality_that_no_tag_states_is_that_of_the_object(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", [b"", bytes(2000)], ids=["empty", "zeroed"])
 def test_slices_that_hold_no_dicom_any_more_are_said(tmp_path: Path, content: bytes) -> None:
-    """H2: a series does not become shorter without a word."""
+    """A series does not become shorter without a word."""
     for number, name in enumerate(("0006.dcm", "IM7", "8")):
         folder = add_study(tmp_path / name, f"study {number}")
         (folder / name).write_bytes(content)
@@ -582,7 +582,7 @@ def test_tree_without_images_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_real_study_with_a_flipped_nifti(data_folder: Path) -> None:
-    """H2: a JPEG 2000 series and a NIfTI segmentation that is stored upside down: soft tissue where it says so."""
+    """A JPEG 2000 series and a NIfTI segmentation that is stored upside down: soft tissue where it says so."""
     (case,) = (source := dicom_tree(data_folder / "dicom_tricky" / "totalsegmentator-jpeg2000")).cases
     assert source.modality == "CT" and source.labels == {}
 

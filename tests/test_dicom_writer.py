@@ -134,7 +134,7 @@ def test_two_libraries_read_the_same_voxels_at_the_same_places(tmp_path, modalit
 
 @pytest.mark.parametrize("modality", RANGES)
 def test_stored_values_are_the_same_for_all_readers(written, modality):
-    """H5: to the bit."""
+    """To the bit."""
     slices = read_all(written / modality)
     slope, intercept = float(slices[0].RescaleSlope), float(slices[0].RescaleIntercept)
     stored = np.stack([item.pixel_array for item in slices]).transpose(2, 1, 0)
@@ -171,7 +171,7 @@ def test_dcm2niix_converts_it_to_the_same_volume(written, tmp_path, modality):
     flips=st.tuples(*[st.sampled_from([-1, 1])] * 3),
 )
 def test_any_orientation_comes_back(angles, spacing, origin, flips):
-    """H5: oblique, mirrored, anisotropic; slices in order along their normal."""
+    """Oblique, mirrored, anisotropic; slices in order along their normal."""
     turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     affine = nibabel.affines.from_matvec(turn @ np.diag(np.multiply(spacing, flips)), origin)
     slices = series("ct", affine)
@@ -200,7 +200,7 @@ def test_one_slice(tmp_path):
 
 @pytest.mark.parametrize("modality", RANGES)
 def test_series_says_that_it_is_synthetic(written, modality):
-    """H1: in every file, and the key decides the UIDs."""
+    """In every file, and the key decides the UIDs."""
     slices = read_all(written / modality)
     for item in slices:
         assert (item.SyntheticData, item.ContentQualification, item.BurnedInAnnotation) == ("YES", "RESEARCH", "NO")
@@ -232,7 +232,7 @@ def test_the_same_request_gives_the_same_files_and_another_one_none_of_their_uid
 
 @pytest.mark.parametrize("plane", AFFINES)
 def test_the_mask_as_segmentation(tmp_path, plane):
-    """H1, H5: each label on its voxels, with name, codes, side, and a reference to every slice."""
+    """Each label on its voxels, with name, codes, side, and a reference to every slice."""
     slices = series("ct", AFFINES[plane])
     read = highdicom.seg.segread(segment(tmp_path / "mask.dcm", slices, mask(AFFINES[plane])))
     full = read.get_volume(combine_segments=True)
@@ -258,7 +258,7 @@ def test_the_mask_as_segmentation(tmp_path, plane):
 
 @pytest.mark.parametrize("modality", RANGES)
 def test_dciodvfy_finds_no_error(written, tmp_path, modality):
-    """H1: but for the Synthetic Data attribute, which is younger than the program's dictionary."""
+    """But for the Synthetic Data attribute, which is younger than the program's dictionary."""
     program = _program("dciodvfy")
     write_series(tmp_path / "out", series(modality, template=read_template(planted(tmp_path / "source", modality))))
     kind = {"ct": "CTImage", "mr": "MRImage"}[modality]
@@ -298,7 +298,7 @@ def orthanc(tmp_path: Path) -> Iterator[str]:
 
 
 def test_orthanc_keeps_it_unchanged(written, orthanc):
-    """H1: every file comes back as the same bytes; each series and its mask end in one study."""
+    """Every file comes back as the same bytes; each series and its mask end in one study."""
     for modality in RANGES:
         files = [*sorted((written / modality).iterdir()), written / f"{modality}.dcm"]
         for file in files:
@@ -384,7 +384,7 @@ def planted(folder: Path, modality: str, affine: NDArray[np.float64] = AFFINES["
 
 @pytest.mark.parametrize("modality", RANGES)
 def test_template_gives_technical_tags_and_nothing_of_the_patient(tmp_path, modality):
-    """H2: no planted value and no UID of the template appears; the marks stay."""
+    """No planted value and no UID of the template appears; the marks stay."""
     source = planted(tmp_path / "source", modality)
     template = read_template(source)
     assert {item.keyword for item in template.tags} <= set(TECHNICAL[template.modality])
@@ -410,7 +410,7 @@ def _read_if_dicom(file: Path) -> pydicom.Dataset | None:
 
 @pytest.mark.data
 def test_a_template_of_a_real_series(data_folder):
-    """H2: the tags of a Siemens CT, on its own grid."""
+    """The tags of a Siemens CT, on its own grid."""
     template = read_template(data_folder / "dicom" / "lungdx-a0002_B40f_8mm" / "series")
     lungs = nibabel.load(data_folder / "dicom" / "lungdx-a0002_B40f_8mm" / "lung_derived.nii.gz")
     template.check("ct", Volume(np.asanyarray(lungs.dataobj), lungs.affine).grid)
@@ -418,7 +418,7 @@ def test_a_template_of_a_real_series(data_folder):
 
 
 def test_templates_that_do_not_fit_are_refused(tmp_path):
-    """H5: says what differs."""
+    """Says what differs."""
     template = read_template(planted(tmp_path / "source", "ct"))
     volume = image("ct")
     template.check("ct", volume.grid)
@@ -517,7 +517,7 @@ def _full_disk(_: int) -> None:
 
 
 def test_every_code_of_the_shipped_table_is_in_the_dictionaries():
-    """H2: code and meaning as pydicom has them, categories of DICOM's own list; the phantoms' labels are there."""
+    """Code and meaning as pydicom has them, categories of DICOM's own list; the phantoms' labels are there."""
     known = {
         (code.scheme_designator, code.value, code.meaning)
         for scheme in (codes.SCT, codes.DCM)
@@ -581,7 +581,7 @@ def test_unknown_labels_and_unsound_tables_are_refused(tmp_path):
 
 
 def test_output_with_sidecar(tmp_path):
-    """H1: series, mask and sidecar; the mask's name, which may tell a patient, is in no DICOM file."""
+    """Series, mask and sidecar; the mask's name, which may tell a patient, is in no DICOM file."""
     output = DicomOutput.read()
     assert isinstance(output.codes, LabelCodes) and SHIPPED.exists()
     request = {"mask": "Planted.nii.gz", "mask_sha256": "abc", "request": "1"}
@@ -608,7 +608,7 @@ def test_several_channels_are_refused():
 
 @pytest.mark.parametrize(("stated", "position", "written"), [("", None, ""), ("", "FFP", "FFP"), ("HFS", None, "HFS")])
 def test_patient_position_is_known_or_empty(tmp_path, stated, position, written):
-    """H5: a grid is the same whichever way the patient lay."""
+    """A grid is the same whichever way the patient lay."""
     template = series("ct", AFFINES["axial"])
     for item in template:
         item.PatientPosition = stated

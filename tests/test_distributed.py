@@ -1,4 +1,4 @@
-"""Several ranks train as one process does: the same draws, batches, steps and files (E5, B19, H7)."""
+"""Several ranks train as one process does: the same draws, batches, steps and files."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def draws_of_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int, **settings: Any)
 
 @pytest.mark.parametrize("ranks", [2, 5])
 def test_the_batches_of_all_ranks_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    """E5: and with them every seed, so that what is random does not depend on the number of ranks."""
+    """And with them every seed, so that what is random does not depend on the number of ranks."""
     (alone,) = draws_of_ranks(monkeypatch, 1)
     shared = draws_of_ranks(monkeypatch, ranks)
     for step in range(10 // ranks):
@@ -61,7 +61,7 @@ def test_the_batches_of_all_ranks_are_those_of_one_process(monkeypatch: pytest.M
 
 
 def test_ranks_have_as_many_draws_though_they_cannot_be_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """E5: a rank with fewer would let the others wait for ever."""
+    """A rank with fewer would let the others wait for ever."""
     (alone,) = draws_of_ranks(monkeypatch, 1)
     shared = draws_of_ranks(monkeypatch, 4)
     assert [len(draws) for draws in shared] == [3, 3, 3, 3]
@@ -102,7 +102,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch: pyte
 
 
 def test_parts_of_ranks_make_the_mean_over_all_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """E5: two ranks with 1 and 3 places that count."""
+    """Two ranks with 1 and 3 places that count."""
     weights, means = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])], [torch.tensor(4.0), torch.tensor(8.0)]
     assert float(part_of_mean(means[0], weights[0])) == 4.0
     as_rank(monkeypatch, 0, 2)
@@ -112,7 +112,7 @@ def test_parts_of_ranks_make_the_mean_over_all_their_places(monkeypatch: pytest.
 
 
 def test_a_refusal_of_the_first_rank_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """E5: no rank waits for one that has given up, and only the first one acts."""
+    """No rank waits for one that has given up, and only the first one acts."""
     told: list[Any] = []
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda outcome: told.extend(outcome))
 
@@ -137,7 +137,7 @@ def test_a_refusal_of_the_first_rank_is_that_of_all(monkeypatch: pytest.MonkeyPa
 # --- started by --devices
 
 
-def test_b1_devices_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -154,7 +154,7 @@ def test_b1_devices_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPat
         check_devices(2)
 
 
-def test_b1_the_command_of_several_devices_is_that_of_torchrun(tiny_stage: TinyStage, tmp_path: Path) -> None:
+def test_the_command_of_several_devices_is_that_of_torchrun(tiny_stage: TinyStage, tmp_path: Path) -> None:
     configuration = tiny_stage("diffusion", tmp_path, "multi_gpu")
     begin = "torchrun --standalone --nproc-per-node 4 -m monai.bundle run --config_file "
     assert configuration.command_of(4) == configuration.command.replace(
@@ -163,10 +163,10 @@ def test_b1_the_command_of_several_devices_is_that_of_torchrun(tiny_stage: TinyS
 
 
 @pytest.mark.slow
-def test_b1_devices_train_as_torchrun_does_and_say_once_what_is_refused(
+def test_devices_train_as_torchrun_does_and_say_once_what_is_refused(
     latents: Path, phantom_work: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """B1: two processes on a CPU; a batch that cannot be shared is refused by both, and told by one."""
+    """Two processes on a CPU; a batch that cannot be shared is refused by both, and told by one."""
     run = Path(shutil.copytree(latents, tmp_path / "run"))
     given = ["train", "diffusion", "--data", str(phantom_work), "--run", str(run), "--config", str(tiny_data)]
     given += ["--config", "tiny", "--set", "views=4", "--set", "device=cpu", "--devices", "2", "--json"]
@@ -242,7 +242,7 @@ def rows(run: Path) -> list[list[str]]:
 def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
     tiny_stage: TinyStage, latents: Path, tmp_path: Path
 ) -> None:
-    """E5, H7: two gloo processes with half the batch each; after 52 steps, weights of up to 1 agree to 1e-4."""
+    """Two gloo processes with half the batch each; after 52 steps, weights of up to 1 agree to 1e-4."""
     runs = {name: tmp_path / name for name in ("one", "two", "killed")}
     for run in runs.values():
         shutil.copytree(latents, run)

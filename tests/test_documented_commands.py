@@ -34,6 +34,8 @@ PAGES = (
     "docs/training.md",
 )
 
+ON_MINE = "fibldm train diffusion --data work --run runs/mine --config my_data.yaml --config mask_concat"
+
 # The beginning of commands that are not run, and why.
 NOT_RUN = {
     "./scripts/demo.sh": "takes minutes; it is a proof with recorded results",
@@ -44,7 +46,7 @@ NOT_RUN = {
     "sbatch": "needs a cluster",
     "srun": "needs a cluster",
     "RANK=": "needs a cluster",
-    "fibldm train diffusion --data work --run runs/mine --config my_data.yaml --config mask_concat --devices": "see test_distributed.py",
+    f"{ON_MINE} --devices": "see test_distributed.py",
     "torchrun": "starts processes of its own; see test_distributed.py",
     "docker": "needs Docker",
     "python -m monai.bundle ckpt_export": "see test_bundles.py",

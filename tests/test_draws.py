@@ -1,4 +1,4 @@
-"""Randomness keyed by (seed, epoch, case, view): orders, seeds and crops that depend on nothing else (H7, H8)."""
+"""Randomness keyed by (seed, epoch, case, view): orders, seeds and crops that depend on nothing else."""
 
 from collections import Counter
 
@@ -27,31 +27,31 @@ def corners(loader: DataLoader) -> list[float]:
     return [float(volume[0, 0, 0, 0]) for batch in loader for volume in batch["image"]]
 
 
-def test_h7_an_epoch_is_the_same_every_time() -> None:
+def test_an_epoch_is_the_same_every_time() -> None:
     assert draws(4) == draws(4)
 
 
 @pytest.mark.parametrize("changed", [{"epoch": 5}, {"seed": 4}])
-def test_h7_another_epoch_or_seed_is_another_order_with_other_seeds(changed: dict[str, int]) -> None:
+def test_another_epoch_or_seed_is_another_order_with_other_seeds(changed: dict[str, int]) -> None:
     one, other = draws(4), draws(**{"epoch": 4, **changed})
     assert [(draw.index, draw.view) for draw in one] != [(draw.index, draw.view) for draw in other]
     assert not {draw.seed for draw in one} & {draw.seed for draw in other}
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_h7_every_view_comes_once_in_an_epoch_with_a_seed_of_its_own(shuffle: bool) -> None:
+def test_every_view_comes_once_in_an_epoch_with_a_seed_of_its_own(shuffle: bool) -> None:
     made = draws(2, shuffle=shuffle)
     expected = {(index, view): 1 for index in range(5) for view in range(2)}
     assert Counter((draw.index, draw.view) for draw in made) == expected
     assert len({draw.seed for draw in made}) == len(made) == len(EpochSampler(5, seed=3, views=2))
 
 
-def test_h7_validation_draws_the_same_in_every_epoch() -> None:
+def test_validation_draws_the_same_in_every_epoch() -> None:
     assert draws(1, shuffle=False) == draws(7, shuffle=False)
     assert [draw.index for draw in draws(1, shuffle=False)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_h8_the_seed_of_a_draw_does_not_depend_on_how_many_cases_there_are() -> None:
+def test_the_seed_of_a_draw_does_not_depend_on_how_many_cases_there_are() -> None:
     few = {(draw.index, draw.view): draw.seed for draw in draws(4)}
     sampler = EpochSampler(9, seed=3, views=2)
     sampler.set_epoch(4)
@@ -64,7 +64,7 @@ def test_keys_in_another_order_are_other_seeds() -> None:
     assert 0 <= key_seed(2**40, 1) < 2**32
 
 
-def test_h8_a_draw_gives_the_same_crop_whatever_was_drawn_before() -> None:
+def test_a_draw_gives_the_same_crop_whatever_was_drawn_before() -> None:
     first, second = dataset(), dataset()
     draw = Draw(index=2, view=1, seed=77)
     alone = first[draw]
@@ -78,7 +78,7 @@ def test_h8_a_draw_gives_the_same_crop_whatever_was_drawn_before() -> None:
     assert not torch.equal(alone["image"], first[Draw(index=2, view=1, seed=78)]["image"])
 
 
-def test_h8_crops_are_the_same_in_any_batch_and_in_workers() -> None:
+def test_crops_are_the_same_in_any_batch_and_in_workers() -> None:
     def loaded(batch_size: int, workers: int) -> list[float]:
         sampler = EpochSampler(5, seed=3, views=2)
         sampler.set_epoch(4)

@@ -40,7 +40,7 @@ def test_a_mask_like_those_of_training_has_no_findings():
     ],
 )
 def test_one_finding_for_each_thing_that_lies_outside(labels, finding):
-    """B20: refused, unless it is allowed and then told."""
+    """Refused, unless it is allowed and then told."""
     with pytest.raises(FibldmError, match=finding) as refused:
         ENVELOPE.check(labels, allow=False)
     assert "--allow-extrapolation" in refused.value.remedy
@@ -61,7 +61,7 @@ def test_one_finding_for_each_thing_that_lies_outside(labels, finding):
     ids=["coarser by a quarter", "finer", "views within a quarter", "half", "double", "all unknown"],
 )
 def test_margins(labels):
-    """A27: a quarter for lengths, a factor 2 for volumes; finer masks are resampled and therefore inside."""
+    """A quarter for lengths, a factor 2 for volumes; finer masks are resampled and therefore inside."""
     assert ENVELOPE.outside(labels) == []
 
 

@@ -1,4 +1,4 @@
-"""Whether volumes follow their masks, and what can be learned from them, by segmenters that threshold (H4)."""
+"""Whether volumes follow their masks, and what can be learned from them, by segmenters that threshold."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -43,7 +43,7 @@ def address(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_d3_a_file_is_fetched_once_and_has_its_hash(
+def test_a_file_is_fetched_once_and_has_its_hash(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """D3, H12."""
@@ -65,7 +65,7 @@ def test_d3_a_file_is_fetched_once_and_has_its_hash(
         ("nonsense", HASH, "cannot download"),
     ],
 )
-def test_d3_what_is_not_meant_leaves_nothing(
+def test_what_is_not_meant_leaves_nothing(
     name: str, sha256: str, message: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """D3."""
@@ -75,7 +75,7 @@ def test_d3_what_is_not_meant_leaves_nothing(
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
-def test_d3_another_file_is_not_replaced(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_file_is_not_replaced(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """D3."""
     (tmp_path / "weights.pt").write_text("mine")
     assert run(["fetch", f"{address}/weights.pt", "--out", str(tmp_path / "weights.pt"), "--sha256", HASH]) == 2
@@ -83,7 +83,7 @@ def test_d3_another_file_is_not_replaced(address: str, tmp_path: Path, capsys: p
     assert (tmp_path / "weights.pt").read_text() == "mine"
 
 
-def test_d3_a_folder_is_no_file(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_no_file(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """D3."""
     assert run(["fetch", f"{address}/weights.pt", "--out", str(tmp_path), "--sha256", HASH]) == 2
     assert "lies there already" in capsys.readouterr().err.replace("\n", " ")
@@ -100,7 +100,7 @@ def test_d3_a_folder_is_no_file(address: str, tmp_path: Path, capsys: pytest.Cap
         "http://127.0.0.1/two words",
     ],
 )
-def test_d3_an_address_that_does_not_lead_anywhere_is_refused(
+def test_an_address_that_does_not_lead_anywhere_is_refused(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """D3."""

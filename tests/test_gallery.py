@@ -47,7 +47,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def test_outlines_lie_where_the_mask_is(synthetic: Path, tmp_path: Path) -> None:
-    """B20: around what is bright, in every plane; nothing is drawn of background and unknown."""
+    """Around what is bright, in every plane; nothing is drawn of background and unknown."""
     assert run(["picture", str(synthetic), "--out", str(tmp_path / "look.html")]) == 0
     html = (tmp_path / "look.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)|url\(|@import|<script""", html)
@@ -78,7 +78,7 @@ def test_one_png_shows_no_more_than_is_asked_for(synthetic: Path, tmp_path: Path
 
 
 def test_work_folders_and_pairs_of_folders_are_shown(phantom_work: Path, tmp_path: Path) -> None:
-    """A32: with the names of the labels; a split alone."""
+    """With the names of the labels; a split alone."""
     shown, names = volumes_of(phantom_work, "test")
     assert names[1] == "left lung" or "left lung" in names.values()
     assert (

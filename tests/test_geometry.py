@@ -1,4 +1,4 @@
-"""In and out by every way: the same voxels at the same places, whatever the axes (H2, H5)."""
+"""In and out by every way: the same voxels at the same places, whatever the axes."""
 
 import tempfile
 from pathlib import Path
@@ -43,7 +43,7 @@ def assert_same(found: Scan | Volume, volume: Volume) -> None:
 @given(angles=ANGLES, spacing=SPACINGS, origin=ORIGINS, flips=FLIPS)
 @settings(max_examples=40, deadline=None)
 def test_nifti_and_dicom_out_give_one_volume(angles: tuple, spacing: tuple, origin: tuple, flips: tuple) -> None:
-    """H2, H5: written as NIfTI and as DICOM and read back, a volume has its voxels at the same places."""
+    """Written as NIfTI and as DICOM and read back, a volume has its voxels at the same places."""
     volume = volume_of(angles, spacing, origin, flips)
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic(Path(folder) / "a.nii.gz", volume, {})
@@ -57,7 +57,7 @@ def test_nifti_and_dicom_out_give_one_volume(angles: tuple, spacing: tuple, orig
 @given(angles=ANGLES, spacing=SPACINGS, origin=ORIGINS)
 @settings(max_examples=25, deadline=None)
 def test_nifti_and_dicom_in_give_one_volume(angles: tuple, spacing: tuple, origin: tuple) -> None:
-    """H2: a scanner's series and the NIfTI of the same volume are read as one array and affine."""
+    """A scanner's series and the NIfTI of the same volume are read as one array and affine."""
     turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     geometry = {"spacing": spacing, "origin": origin, "orientation": (*turn[:, 0], *turn[:, 1])}
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def test_nifti_and_dicom_in_give_one_volume(angles: tuple, spacing: tuple, origi
 
 @pytest.mark.parametrize("shear", [0.05, -0.3])
 def test_sheared_volumes_are_refused_by_every_way(tmp_path: Path, shear: float) -> None:
-    """H2: nothing is straightened by guess."""
+    """Nothing is straightened by guess."""
     volume = volume_of((10, 20, 30), (1, 2, 3), (5, 6, 7), (1, 1, 1))
     sheared = Volume(volume.array, volume.affine @ nibabel.affines.from_matvec([[1, shear, 0], [0, 1, 0], [0, 0, 1]]))
     nibabel.save(nibabel.Nifti1Image(sheared.array, sheared.affine), tmp_path / "a.nii.gz")

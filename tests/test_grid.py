@@ -103,7 +103,7 @@ def test_canonical_axes_point_to_right_front_and_head():
     kind=st.sampled_from(["image", "label"]),
 )
 def test_model_grid_voxels_do_not_depend_on_the_stored_axis_order(turn, shape, spacing, angles, kind):
-    """H5, A27: the networks see the very same voxels."""
+    """The networks see the very same voxels."""
     affine = nibabel.affines.from_matvec(rotation(*angles) @ np.diag(spacing), (13.0, -80.0, 5.0))
     plain, model = asymmetric(shape, affine), ModelGrid((5.0, 5.0, 5.0), (8, 8, 8))
     seen = []
@@ -116,7 +116,7 @@ def test_model_grid_voxels_do_not_depend_on_the_stored_axis_order(turn, shape, s
 
 @pytest.mark.parametrize("spacing", [(2.0, 3.5, 5.0), (5.0, 5.0, 5.0), (5.3, 4.8, 5.0), (6.0, 7.5, 9.0)])
 def test_world_ramp_stays_right_on_the_training_grid(spacing):
-    """H5, A3: oblique, anisotropic, flipped, cropped at some sides and padded at others."""
+    """Oblique, anisotropic, flipped, cropped at some sides and padded at others."""
     source = Grid((40, 26, 17), oblique_affine(spacing))
     stored = stored_as(ramp_on(source), AXIS_ORDERS[29])
     canonical = stored.canonical()
@@ -143,8 +143,8 @@ def test_world_ramp_survives_the_way_to_the_synthesis_grid_and_back(spacing):
 
 
 @pytest.mark.parametrize("shape", [(15, 16, 17), (21, 8, 16)])
-def test_a29_training_grid_of_a_volume_at_the_model_spacing_moves_whole_voxels(shape):
-    """H5: nothing is interpolated where nothing has to be, whether odd or even."""
+def test_training_grid_of_a_volume_at_the_model_spacing_moves_whole_voxels(shape):
+    """Nothing is interpolated where nothing has to be, whether odd or even."""
     volume = asymmetric(shape, oblique_affine((5.0, 5.0, 5.0)))
     grid = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16)).training_grid(volume.grid)
     moved = resample(volume, grid, kind="image", fill=-1)
@@ -171,7 +171,7 @@ def test_labels_never_get_a_new_value():
     multiple=st.sampled_from([1, 4, 8, 16, 24, (16, 16, 4), (1, 24, 8)]),
 )
 def test_synthesis_grid_covers_the_mask_and_is_divisible(shape, spacing, multiple):
-    """A5, A27, B8: every voxel of the mask lies within the grid, in multiples of one number or one per axis."""
+    """Every voxel of the mask lies within the grid, in multiples of one number or one per axis."""
     source, model = Grid(shape, oblique_affine(spacing)), ModelGrid((2.0, 2.0, 3.0), (64, 64, 64))
     grid = model.synthesis_grid(source, multiple)
     multiples = (multiple,) * 3 if isinstance(multiple, int) else multiple
@@ -186,8 +186,8 @@ def test_synthesis_grid_covers_the_mask_and_is_divisible(shape, spacing, multipl
     assert resampled or (kept and near)
 
 
-def test_b8_every_axis_is_padded_to_its_own_multiple():
-    """A5, B8: no axis grows more than its own multiple asks for."""
+def test_every_axis_is_padded_to_its_own_multiple():
+    """No axis grows more than its own multiple asks for."""
     model, source = ModelGrid((2.0, 2.0, 5.0), (1, 1, 1)), Grid((17, 33, 9), oblique_affine((2.0, 2.0, 5.0)))
     assert model.synthesis_grid(source, (16, 8, 4)).shape == (32, 40, 12)
     assert model.synthesis_grid(source, [1, 16, 8]).shape == (17, 48, 16)
@@ -222,7 +222,7 @@ def test_a_mask_within_ten_percent_is_resampled_rather_than_given_a_larger_grid(
 
 
 def test_going_coarser_smooths_and_going_finer_does_not():
-    """H5: detail finer than the target must not alias."""
+    """Detail finer than the target must not alias."""
     index = np.indices((32, 32, 32)).sum(axis=0)
     board = Volume(np.where(index % 2, 1.0, -1.0).astype(np.float32), np.diag([1.0, 1, 1, 1]))
     coarse = resample(board, ModelGrid((3.0, 3.0, 3.0), (10, 10, 10)).training_grid(board.grid), kind="image")
@@ -233,7 +233,7 @@ def test_going_coarser_smooths_and_going_finer_does_not():
 
 @pytest.mark.parametrize("turn", AXIS_ORDERS[::7])
 def test_resample_takes_any_axis_order(turn):
-    """H5: also where only one axis goes coarser and is smoothed."""
+    """Also where only one axis goes coarser and is smoothed."""
     rng = np.random.default_rng(5)
     plain = Volume(rng.normal(size=(9, 10, 24)).astype(np.float32), oblique_affine((2.0, 3.0, 1.0)))
     grid = ModelGrid((2.0, 3.0, 4.0), (9, 10, 6)).training_grid(plain.grid)
@@ -243,7 +243,7 @@ def test_resample_takes_any_axis_order(turn):
 
 @pytest.mark.parametrize("kind", ["image", "label"])
 def test_the_field_of_view_ends_at_the_edge_of_the_outermost_voxels(kind):
-    """H5: what lies between their centres and their edges is no padding."""
+    """What lies between their centres and their edges is no padding."""
     thick = Volume(np.full((2, 2, 2), 3, dtype=np.uint8), np.diag([10.0, 10, 10, 1]))
     grid = ModelGrid((2.5, 2.5, 2.5), (10, 10, 10)).training_grid(thick.grid)
     moved = resample(thick, grid, kind=kind, fill=UNKNOWN_LABEL).array
@@ -321,7 +321,7 @@ def test_a_volume_is_three_dimensional():
 
 @pytest.mark.parametrize("turn", [AXIS_ORDERS[0], AXIS_ORDERS[29]], ids=["RAS", "turned"])
 def test_image_and_label_move_together(turn):
-    """A3: a ramp and the thresholded ramp agree after the move, and padding is -1, unknown and not valid."""
+    """A ramp and the thresholded ramp agree after the move, and padding is -1, unknown and not valid."""
     source = Grid((40, 26, 17), oblique_affine((2.0, 3.5, 5.0)))
     ramp = ramp_on(source)
     middle = float(ramp.array.mean())
@@ -362,7 +362,7 @@ def _interior(grid: Grid, source: Grid, margin: float) -> NDArray[np.bool_]:
 
 
 def test_training_keeps_the_voxels_of_a_volume_within_ten_percent_that_fits():
-    """A3, H5: nothing is interpolated; a larger one is brought to the model spacing and cropped."""
+    """Nothing is interpolated; a larger one is brought to the model spacing and cropped."""
     model = ModelGrid((5.0, 5.0, 5.0), (16, 16, 16))
     near = asymmetric((12, 16, 11), oblique_affine((5.4, 4.6, 5.0)))
     kept = model.training_grid(near.grid)

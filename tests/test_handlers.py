@@ -37,8 +37,8 @@ def engine_of(step: Callable[[Engine, Any], Any], accumulation: int = 1) -> Engi
 # --- steps of several batches
 
 
-def test_b19_steps_are_where_monai_steps() -> None:
-    """B19, C15: every third of seven batches, and at the end of the epoch."""
+def test_steps_are_where_monai_steps() -> None:
+    """Every third of seven batches, and at the end of the epoch."""
     seen: list[tuple[bool, int]] = []
     engine = engine_of(lambda engine, item: seen.append((is_step(engine), steps_done(engine))), accumulation=3)
     engine.run(range(7), max_epochs=2)
@@ -72,8 +72,8 @@ def linear_trainer(accumulation: int, batch: int, **settings: Any) -> tuple[Scal
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_a31_b19_batches_of_a_step_are_as_one_batch(accumulation: int) -> None:
-    """B19, C15: gradient, clipping, average and schedule."""
+def test_batches_of_a_step_are_as_one_batch(accumulation: int) -> None:
+    """Gradient, clipping, average and schedule."""
     trainer, network, ema = linear_trainer(accumulation, 4 // accumulation)
     trainer.run()
     whole, expected, expected_ema = linear_trainer(1, 4)
@@ -84,8 +84,8 @@ def test_a31_b19_batches_of_a_step_are_as_one_batch(accumulation: int) -> None:
     assert rates == pytest.approx([0.025, 0.025])
 
 
-def test_e6_a_gradient_scaler_of_a_power_of_two_changes_nothing() -> None:
-    """E6: what is clipped and logged is the gradient itself, not the scaled one."""
+def test_a_gradient_scaler_of_a_power_of_two_changes_nothing() -> None:
+    """What is clipped and logged is the gradient itself, not the scaled one."""
     trainer, network, _ = linear_trainer(2, 2, scaler=GradScaler("cpu", init_scale=2.0**10))
     trainer.run()
     plain, expected, _ = linear_trainer(2, 2)
@@ -94,8 +94,8 @@ def test_e6_a_gradient_scaler_of_a_power_of_two_changes_nothing() -> None:
     assert trainer.state.gradient_norm == plain.state.gradient_norm
 
 
-def test_e6_a_gradient_that_is_too_large_for_its_scale_is_left_out_and_lowers_it() -> None:
-    """E6: the scale lives in the scaler that was given, which a checkpoint keeps."""
+def test_a_gradient_that_is_too_large_for_its_scale_is_left_out_and_lowers_it() -> None:
+    """The scale lives in the scaler that was given, which a checkpoint keeps."""
     scaler = GradScaler("cpu", init_scale=2.0**127)
     trainer, network, _ = linear_trainer(1, 4, scaler=scaler)
     before = network.weight.detach().clone()
@@ -126,7 +126,7 @@ def output(loss: float, **parts: float) -> list[dict[str, Any]]:
     return [{"loss": torch.tensor(loss), "losses": losses}]
 
 
-def test_d19_every_part_of_the_loss_has_a_column_from_the_epoch_on_that_has_it(tmp_path: Path) -> None:
+def test_every_part_of_the_loss_has_a_column_from_the_epoch_on_that_has_it(tmp_path: Path) -> None:
     """D19, B14."""
     rows = watched(tmp_path, [output(1.0, kl=0.25), output(2.0, kl=0.5, generator=3.0)])
     assert [(row["loss"], row["loss/kl"], row["loss/generator"]) for row in rows] == [
@@ -139,8 +139,8 @@ def test_d19_every_part_of_the_loss_has_a_column_from_the_epoch_on_that_has_it(t
     assert [row["loss/generator"] for row in rows] == ["", "3", "5"]
 
 
-def test_f1_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path: Path) -> None:
-    """F1: the mean over the steps of an epoch; nothing is clipped by a norm of 0."""
+def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path: Path) -> None:
+    """The mean over the steps of an epoch; nothing is clipped by a norm of 0."""
     weight = nn.Parameter(torch.zeros(2))
     engine = Engine(lambda engine, item: output(1.0))
     engine.register_events(*IterationEvents)
@@ -168,8 +168,8 @@ def stepped(folder: Path, losses: list[float], *, every: int, accumulation: int 
     return [line.split(",") for line in (folder / "steps.csv").read_text().splitlines()]
 
 
-def test_a24_losses_of_single_steps_are_kept_if_asked(tmp_path: Path) -> None:
-    """A24: every so many; a step is the mean of its iterations, and a resume does its own again."""
+def test_losses_of_single_steps_are_kept_if_asked(tmp_path: Path) -> None:
+    """Every so many; a step is the mean of its iterations, and a resume does its own again."""
     rows = stepped(tmp_path, [1.0, 2.0, 3.0], every=2)
     assert rows == [["step", "loss", "loss/kl"], ["2", "2", "1"], ["4", "1", "1"], ["6", "3", "1"]]
     again = stepped(tmp_path, [5.0, 5.0, 5.0], every=2, after=1)
@@ -187,7 +187,7 @@ def test_a24_losses_of_single_steps_are_kept_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, -math.inf])
-def test_d19_a_loss_that_is_not_finite_ends_the_training_within_the_epoch(tmp_path: Path, loss: float) -> None:
+def test_a_loss_that_is_not_finite_ends_the_training_within_the_epoch(tmp_path: Path, loss: float) -> None:
     """D19."""
     losses = [1.0, 1.0, 1.0, loss, 1.0]
     engine = Engine(lambda engine, item: output(losses[item]))
@@ -197,8 +197,8 @@ def test_d19_a_loss_that_is_not_finite_ends_the_training_within_the_epoch(tmp_pa
     assert engine.state.iteration == 4
 
 
-def test_d19_a_gradient_that_is_not_finite_ends_the_training_before_it_is_used() -> None:
-    """D19: the loss of that step is still finite, and weights would be saved that are not."""
+def test_a_gradient_that_is_not_finite_ends_the_training_before_it_is_used() -> None:
+    """The loss of that step is still finite, and weights would be saved that are not."""
     trainer, network, _ = linear_trainer(1, 4)
     network.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FibldmError, match="gradient must stay finite; its norm is (nan|inf) in epoch 1, iteration 1"):
@@ -227,8 +227,8 @@ def kept(folder: Path, losses: list[float | None], **settings: int) -> list[str]
     return sorted(file.stem for file in folder.glob("epoch_*.pt"))
 
 
-def test_d19_the_best_epochs_are_kept(tmp_path: Path) -> None:
-    """D19: beside those that are kept regularly, and the best of all."""
+def test_the_best_epochs_are_kept(tmp_path: Path) -> None:
+    """Beside those that are kept regularly, and the best of all."""
     losses = [5.0, 3.0, 4.0, None, 2.0, 6.0, 3.0]
     assert kept(tmp_path / "one", losses, keep_best=2) == ["epoch_0002", "epoch_0005"]
     assert kept(tmp_path / "two", losses, keep_best=3) == ["epoch_0002", "epoch_0005", "epoch_0007"]
@@ -264,10 +264,10 @@ def checkpointed(folder: Path, losses: list[float], **settings: Any) -> tuple[En
     ("losses", "stopped"),
     [([3.0, 1.0, 2.0, 2.0, 0.5], 4), ([3.0, 1.0, 2.0, 0.5, 0.7], 5), ([3.0, 1.0, 1.0, 1.0, 0.1], 4)],
 )
-def test_f1_training_stops_when_the_validation_loss_falls_no_more(
+def test_training_stops_when_the_validation_loss_falls_no_more(
     tmp_path: Path, losses: list[float], stopped: int
 ) -> None:
-    """F1, D19: after two validations without a lower loss, with a checkpoint, and a resume stops there as well."""
+    """After two validations without a lower loss, with a checkpoint, and a resume stops there as well."""
     engine, checkpoints = checkpointed(tmp_path, losses)
     patience = Patience(checkpoints, patience=2, interval=1)
     patience.attach(engine)
@@ -278,7 +278,7 @@ def test_f1_training_stops_when_the_validation_loss_falls_no_more(
     assert Patience(checkpoints, patience=2, interval=1).is_over(stopped) == (stopped < len(losses))
 
 
-def test_f1_patience_counts_validations_and_not_epochs(tmp_path: Path) -> None:
+def test_patience_counts_validations_and_not_epochs(tmp_path: Path) -> None:
     """F1."""
     _, checkpoints = checkpointed(tmp_path, [1.0])
     checkpoints.best = {"epoch": 10}
@@ -313,10 +313,10 @@ def gapped(folder: Path, gaps: list[float | None], patience: int) -> tuple[Engin
         ([0.5, 0.5, -0.5], 1, 3),
     ],
 )
-def test_f1_training_stops_when_the_gap_stays_too_large(
+def test_training_stops_when_the_gap_stays_too_large(
     tmp_path: Path, gaps: list[float | None], patience: int, stopped: int
 ) -> None:
-    """F1: with a checkpoint; a resume reads the validations before from the file, and stops there as well."""
+    """With a checkpoint; a resume reads the validations before from the file, and stops there as well."""
     engine, _, limit = gapped(tmp_path, gaps, patience)
     engine.run([0], max_epochs=len(gaps))
     assert engine.state.epoch == stopped
@@ -327,7 +327,7 @@ def test_f1_training_stops_when_the_gap_stays_too_large(
     assert [epoch for epoch in range(1, stopped) if again.is_over(epoch)] == []
 
 
-def test_f1_the_limit_of_a_gap_is_above_0_or_none(tmp_path: Path) -> None:
+def test_the_limit_of_a_gap_is_above_0_or_none(tmp_path: Path) -> None:
     """F1."""
     engine, checkpoints, limit = gapped(tmp_path, [9.0], 0)
     engine.run([0], max_epochs=1)
@@ -339,7 +339,7 @@ def test_f1_the_limit_of_a_gap_is_above_0_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "stopped"), [(0.5, 1), (9.0, 3), (10.0, 4), (20.0, 5), (None, 5)])
 def test_a_stage_stops_before_its_wall_time_is_over(tmp_path: Path, limit: float | None, stopped: int) -> None:
-    """H7: epochs of 2, 3, 2, 3, 2 seconds, one of them before the epoch; the next may be as long as the longest."""
+    """Epochs of 2, 3, 2, 3, 2 seconds, one of them before the epoch; the next may be as long as the longest."""
     now = 0.0
 
     def wait(seconds: float) -> None:
@@ -373,7 +373,7 @@ class Counter:
         self.value = state["value"]
 
 
-def test_h7_whatever_else_a_stage_names_is_saved_and_restored(tmp_path: Path) -> None:
+def test_whatever_else_a_stage_names_is_saved_and_restored(tmp_path: Path) -> None:
     """H7, D24."""
     engine, _ = checkpointed(tmp_path, [1.0], counter=Counter(5))
     engine.run([0], max_epochs=1)
@@ -386,7 +386,7 @@ def test_h7_whatever_else_a_stage_names_is_saved_and_restored(tmp_path: Path) ->
         checkpoints.resume(engine)
 
 
-def test_h7_what_a_kill_left_is_gone_after_a_resume(tmp_path: Path) -> None:
+def test_what_a_kill_left_is_gone_after_a_resume(tmp_path: Path) -> None:
     """H7."""
     engine, checkpoints = checkpointed(tmp_path, [1.0])
     engine.run([0], max_epochs=1)
@@ -404,8 +404,8 @@ def weights(run: Path) -> str:
     return done
 
 
-def test_h7_a_stage_of_several_short_runs_ends_as_one_of_a_long_one(tiny_stage: TinyStage, tmp_path: Path) -> None:
-    """H7: by the command line, which exits with 0 and says what to do."""
+def test_a_stage_of_several_short_runs_ends_as_one_of_a_long_one(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    """By the command line, which exits with 0 and says what to do."""
     tiny_stage("autoencoder", tmp_path / "whole", epochs=3).run()
     settings = {"epochs": 3, "wall_time": 0.001}
     for epoch in (1, 2):
@@ -418,10 +418,8 @@ def test_h7_a_stage_of_several_short_runs_ends_as_one_of_a_long_one(tiny_stage: 
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_d19_d20_a_stage_follows_what_is_asked_of_its_watching(
-    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
-) -> None:
-    """D19, D20: fewer batches of validation, losses by step, and the best epochs; none of it is another training."""
+def test_a_stage_follows_what_is_asked_of_its_watching(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+    """Fewer batches of validation, losses by step, and the best epochs; none of it is another training."""
     for stage in ("autoencoder", "latents"):
         (tmp_path / stage).symlink_to(tiny_run / stage)
     settings = {"epochs": 3, "batch_size": 1, "keep_best": 2, "limit_val_batches": 1, "log_every": 1}
@@ -453,8 +451,8 @@ def test_the_command_line_says_that_a_stage_is_not_done(
     assert "autoencoder is done" in capsys.readouterr().out
 
 
-def test_f1_a_stage_without_patience_left_is_done(tiny_stage: TinyStage, tmp_path: Path) -> None:
-    """F1: with a rate of 0 the weights and so the validation loss never change."""
+def test_a_stage_without_patience_left_is_done(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    """With a rate of 0 the weights and so the validation loss never change."""
     settings = {"epochs": 6, "learning_rate": 0.0, "patience": 2}
     tiny_stage("autoencoder", tmp_path / "run", **settings).run()
     folder = StageFolder(tmp_path / "run", "autoencoder")

@@ -144,7 +144,7 @@ def assert_equal(ours: Tensor, theirs: Tensor, *, tolerance: float = 1e-5) -> No
 @pytest.mark.parametrize("changes", [{}, {"with_decoder_nonlocal_attn": True}, {"spatial_dims": 2}])
 @torch.no_grad()
 def test_autoencoder_of_monai_generative(changes: dict[str, Any], tmp_path: Path) -> None:
-    """G8: encoder and decoder by FibLDM's interface say what the old ones say."""
+    """Encoder and decoder by FibLDM's interface say what the old ones say."""
     arguments = {**AUTOENCODER, **changes}
     network = random_weights(old.AutoencoderKL(**arguments))
     facts = imported(network.state_dict(), tmp_path / "out", arguments=hidden(arguments))
@@ -321,7 +321,7 @@ def test_a_stage_begins_with_what_was_imported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_stages_go_on_from_what_was_imported(tiny_stage: Any, tmp_path: Path) -> None:
-    """D3, D4, G8: an autoencoder as it is, its latents, a UNet and a ControlNet, each trained two steps further."""
+    """An autoencoder as it is, its latents, a UNet and a ControlNet, each trained two steps further."""
     parts = {
         "autoencoder": old.AutoencoderKL(**{**AUTOENCODER, "out_channels": 1}),
         "diffusion": old.DiffusionModelUNet(**UNET),

@@ -23,8 +23,8 @@ class Seen(nn.Module):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_e6_autocast_computes_in_the_precision_and_returns_float32(precision, dtype):
-    """E6, C15: the parts of a reconstruction come back in float32, in their own types."""
+def test_autocast_computes_in_the_precision_and_returns_float32(precision, dtype):
+    """The parts of a reconstruction come back in float32, in their own types."""
     network = Seen()
     output = AutocastInferer(precision)(torch.zeros(1, 1, 4, 4, 4), network)
     assert network.dtype == dtype
@@ -32,8 +32,8 @@ def test_e6_autocast_computes_in_the_precision_and_returns_float32(precision, dt
     assert output.volume.dtype == output.posterior.std.dtype == torch.float32
 
 
-def test_e6_auto_is_bfloat16_only_where_that_is_fast():
-    """E6: a CPU without matrix units keeps float32."""
+def test_auto_is_bfloat16_only_where_that_is_fast():
+    """A CPU without matrix units keeps float32."""
     network = Seen()
     AutocastInferer("auto")(torch.zeros(1, 1, 4, 4, 4), network)
     assert network.dtype == (torch.bfloat16 if fast_bfloat16("cpu") else torch.float32)

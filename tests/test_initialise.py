@@ -39,8 +39,8 @@ def state(seed: int = 7) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("nesting", [(), ("state_dict",), ("objects", "network")])
-def test_d3_weights_come_from_files_of_several_kinds(tmp_path: Path, nesting: tuple[str, ...]) -> None:
-    """D3, A14: plain, as Lightning nests them, and as a checkpoint of a run does."""
+def test_weights_come_from_files_of_several_kinds(tmp_path: Path, nesting: tuple[str, ...]) -> None:
+    """Plain, as Lightning nests them, and as a checkpoint of a run does."""
     content: Any = state()
     for name in reversed(nesting):
         content = {"epoch": 3, name: content}
@@ -50,12 +50,12 @@ def test_d3_weights_come_from_files_of_several_kinds(tmp_path: Path, nesting: tu
     assert all(torch.equal(value, state()[name]) for name, value in made.state_dict().items())
 
 
-def test_d3_safetensors_are_read(tmp_path: Path) -> None:
+def test_safetensors_are_read(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "weights.safetensors")
     assert torch.equal(read_weights(tmp_path / "weights.safetensors")["0.bias"], state()["0.bias"])
 
 
-def test_d4_weights_that_do_not_fit_are_refused_with_a_report(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_with_a_report(tmp_path: Path) -> None:
     """D4, A14."""
     torch.save({**state(), "0.bias": torch.zeros(5), "other.bias": torch.zeros(1)}, tmp_path / "weights.pt")
     expected = (
@@ -66,8 +66,8 @@ def test_d4_weights_that_do_not_fit_are_refused_with_a_report(tmp_path: Path) ->
         initialise(network(), tmp_path / "weights.pt")
 
 
-def test_d4_those_that_fit_are_taken_and_the_others_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """D4, A14: a network that is not touched by an error, and a log that says what happened."""
+def test_those_that_fit_are_taken_and_the_others_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A network that is not touched by an error, and a log that says what happened."""
     torch.save({name: value for name, value in state().items() if name != "1.bias"}, tmp_path / "weights.pt")
     made = network()
     bias = made[1].bias.detach().clone()
@@ -98,10 +98,8 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "none.pt")
 
 
-def test_d3_a_stage_begins_with_the_weights_of_another_run(
-    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
-) -> None:
-    """D3, D4: with a rate of 0 it ends with them, and the frozen ones are said to be so."""
+def test_a_stage_begins_with_the_weights_of_another_run(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+    """With a rate of 0 it ends with them, and the frozen ones are said to be so."""
     settings = {"init_from": str(tiny_run), "freeze": ["*encoder*"], "learning_rate": 0.0}
     tiny_stage("autoencoder", tmp_path / "run", **settings).run()
     made, given = (StageFolder(run, "autoencoder") for run in (tmp_path / "run", tiny_run))
@@ -112,14 +110,14 @@ def test_d3_a_stage_begins_with_the_weights_of_another_run(
 # --- frozen weights
 
 
-def test_d4_weights_are_frozen_by_name() -> None:
+def test_weights_are_frozen_by_name() -> None:
     """D4."""
     made = network()
     assert freeze(made, ["0.*", "*.bias"]) == 3
     assert [name for name, weight in made.named_parameters() if weight.requires_grad] == ["1.weight"]
 
 
-def test_d4_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
+def test_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
     """D4."""
     with pytest.raises(FibldmError, match=r"'2\.\*' fits none; they have names such as 0\.weight, 0\.bias"):
         freeze(network(), ["0.*", "2.*"])
@@ -130,8 +128,8 @@ def test_d4_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
 # --- rates
 
 
-def test_d4_layers_have_rates_of_their_own() -> None:
-    """D4: shares of all patterns that fit are multiplied, in any order; what is not trained is in no group."""
+def test_layers_have_rates_of_their_own() -> None:
+    """Shares of all patterns that fit are multiplied, in any order; what is not trained is in no group."""
     made = network()
     made[0].bias.requires_grad_(False)
     for shares in ({"1.*": 0.5, "*.weight": 0.1}, {"*.weight": 0.1, "1.*": 0.5}):
@@ -150,14 +148,14 @@ def test_d4_layers_have_rates_of_their_own() -> None:
         (["*.bias"], "layer_rates must give names"),
     ],
 )
-def test_d4_rates_of_nothing_are_refused(shares: Any, message: str) -> None:
+def test_rates_of_nothing_are_refused(shares: Any, message: str) -> None:
     """D4."""
     with pytest.raises(FibldmError, match=message):
         rate_groups(network(), 0.1, shares)
 
 
-def test_d4_shares_hold_from_the_first_step_to_the_last() -> None:
-    """D4: in warm-up, in the middle, and where the schedule ends at a floor."""
+def test_shares_hold_from_the_first_step_to_the_last() -> None:
+    """In warm-up, in the middle, and where the schedule ends at a floor."""
     made = network()
     optimizer = torch.optim.SGD(rate_groups(made, 0.1, {"1.*": 0.01}))
     schedule = Schedule(
@@ -177,8 +175,8 @@ def test_d4_shares_hold_from_the_first_step_to_the_last() -> None:
 # --- a share of the patients
 
 
-def test_f1_a_subset_is_by_patient_and_holds_the_smaller_ones() -> None:
-    """F1, B1: both scans of a patient, in their order, whatever the share."""
+def test_a_subset_is_by_patient_and_holds_the_smaller_ones() -> None:
+    """Both scans of a patient, in their order, whatever the share."""
     items = [{"subject": f"s{n}", "case": f"{n}-{scan}"} for n in range(20) for scan in range(2)]
     kept = {share: take_subset(items, share) for share in (0.05, 0.1, 0.3, 0.31, 1.0)}
     assert [len(part) // 2 for part in kept.values()] == [1, 2, 6, 7, 20]
@@ -188,8 +186,8 @@ def test_f1_a_subset_is_by_patient_and_holds_the_smaller_ones() -> None:
     assert {item["subject"] for item in kept[0.1]} != {"s0", "s1"}
 
 
-def test_f1_another_preparation_has_the_same_subset() -> None:
-    """F1: patients have other pseudonyms then, and cases perhaps another order; the cases' names stay."""
+def test_another_preparation_has_the_same_subset() -> None:
+    """Patients have other pseudonyms then, and cases perhaps another order; the cases' names stay."""
     cases = [{"subject": f"{n:02d}", "case": f"scan{40 - 2 * n - scan}"} for n in range(20) for scan in range(2)]
     renamed = [{**case, "subject": f"sub-{(7 * int(case['subject'])) % 20}"} for case in reversed(cases)]
     one, other = ({case["case"] for case in take_subset(items, 0.4)} for items in (cases, renamed))
@@ -197,7 +195,7 @@ def test_f1_another_preparation_has_the_same_subset() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
-def test_f1_a_share_of_nothing_is_refused(share: float) -> None:
+def test_a_share_of_nothing_is_refused(share: float) -> None:
     """F1."""
     with pytest.raises(FibldmError, match="subset must be a share above 0 and at most 1"):
         take_subset([{"subject": "a", "case": "1"}], share)
@@ -235,7 +233,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("make", "inputs", "least"), CASES, ids=["controlnet", "autoencoder"])
-def test_c14_activation_checkpointing_changes_neither_gradients_nor_names(
+def test_activation_checkpointing_changes_neither_gradients_nor_names(
     make: Callable[[], nn.Module], inputs: tuple[Any, ...], least: int
 ) -> None:
     """C14, B4."""
@@ -261,15 +259,15 @@ def kept_for_the_backward_pass(made: nn.Module, *inputs: Any) -> int:
     return sum(sizes.values())
 
 
-def test_c14_activation_checkpointing_keeps_less() -> None:
-    """C14: less than half of a UNet's."""
+def test_activation_checkpointing_keeps_less() -> None:
+    """Less than half of a UNet's."""
     checkpointed = controlled()
     checkpoint_activations(checkpointed)
     inputs = CASES[0][1]
     assert kept_for_the_backward_pass(checkpointed, *inputs) < 0.5 * kept_for_the_backward_pass(controlled(), *inputs)
 
 
-def test_c14_a_network_without_blocks_is_refused() -> None:
+def test_a_network_without_blocks_is_refused() -> None:
     """C14."""
     with pytest.raises(FibldmError, match=r"needs blocks of a class named \*ResBlock, .*; Sequential has none"):
         checkpoint_activations(network())
@@ -286,7 +284,7 @@ def test_channels_last_is_an_order_of_memory_and_no_other_network() -> None:
     torch.testing.assert_close(made(volume), before)
 
 
-def test_e6_float16_is_refused_on_a_cpu() -> None:
+def test_float16_is_refused_on_a_cpu() -> None:
     """E6, C15."""
     with pytest.raises(FibldmError, match="float16 trains on CUDA only; the device is 'cpu'.*bfloat16"):
         gradient_scaler("float16", "cpu")
@@ -299,7 +297,7 @@ def test_e6_float16_is_refused_on_a_cpu() -> None:
 def test_a_stage_trains_the_same_with_less_memory_and_compiled(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """C14: equal to the bit; a compiled network has the same names and nearly the same weights."""
+    """Equal to the bit; a compiled network has the same names and nearly the same weights."""
     for name, settings in {
         "less": {"activation_checkpointing": True},
         "compiled": {"compile": "aot_eager", "channels_last": True, "tf32": False},

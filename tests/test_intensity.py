@@ -1,4 +1,4 @@
-"""Intensity: fixed window or percentiles to [-1, 1] and back (A6)."""
+"""Intensity: fixed window or percentiles to [-1, 1] and back."""
 
 import numpy as np
 import pytest
@@ -198,7 +198,7 @@ def test_missing_file_is_named(tmp_path) -> None:
 
 
 def test_a_declared_range_is_exact_inside_and_comes_back() -> None:
-    """C21: whatever is neither CT nor MR, of any number of channels."""
+    """Whatever is neither CT nor MR, of any number of channels."""
     intensity = Intensity("range", low=-2.5, high=7.5)
     volume = np.linspace(-2.5, 7.5, 24, dtype=np.float32).reshape(2, 3, 4, 1)
     tensor = intensity.normalise(volume)

@@ -84,7 +84,7 @@ def hashes(run: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in files if path.name not in ("inputs.json", "done.json")}
 
 
-def test_e10_h7_ranks_that_come_one_after_the_other_write_what_one_process_writes(
+def test_ranks_that_come_one_after_the_other_write_what_one_process_writes(
     encode: Callable[..., None], trained: Callable[[str], Path]
 ) -> None:
     whole, shared = trained("whole"), trained("shared")
@@ -218,7 +218,7 @@ def test_the_compression_of_an_older_run_counts_for_all_axes() -> None:
     torch.testing.assert_close(older.encode(labels), newer.encode(labels))
 
 
-def test_c1_compression_may_differ_by_axis(tiny_run: Path) -> None:
+def test_compression_may_differ_by_axis(tiny_run: Path) -> None:
     space = LatentSpace((0.0,), (1.0,), "ae").to_dict()
     mask = Latents(tiny_run, {"compression": [4, 4, 2], "labels": {"0": ""}, "space": space, "grid": GRID}).mask(1)
     assert mask.encode(torch.zeros(1, 1, 8, 12, 8, dtype=torch.long)).shape[2:] == (2, 3, 4)
@@ -242,7 +242,7 @@ def reported(*parts: Posterior, validation: tuple[Posterior, ...] = ()) -> Laten
     return report_latents(parts, LatentSpace.fit(parts, "ae"), validation)
 
 
-def test_f2_figures_of_points_are_those_of_scipy() -> None:
+def test_figures_of_points_are_those_of_scipy() -> None:
     points = torch.stack([normal(5000).exp(), 3 + 2 * normal(5000, seed=1), normal(5000, seed=2) ** 3])
     points[1] += 0.5 * points[0]
     report = reported(posterior(points[:, :1800], 0.0), posterior(points[:, 1800:], 0.0))
@@ -260,7 +260,7 @@ def test_f2_figures_of_points_are_those_of_scipy() -> None:
     assert report.cells == 5000
 
 
-def test_f2_figures_of_posteriors_are_those_of_what_is_drawn_from_them() -> None:
+def test_figures_of_posteriors_are_those_of_what_is_drawn_from_them() -> None:
     mean, std = normal(2, 400) ** 3, 0.1 + 2 * normal(2, 400, seed=1).abs()
     mean[1] -= 0.8 * mean[0]
     report = reported(posterior(mean, std))
@@ -277,7 +277,7 @@ def test_f2_figures_of_posteriors_are_those_of_what_is_drawn_from_them() -> None
     assert report.correlation[0][0] == 1
 
 
-def test_f2_the_divergence_is_that_of_torch_in_the_scale_of_the_autoencoder() -> None:
+def test_the_divergence_is_that_of_torch_in_the_scale_of_the_autoencoder() -> None:
     mean, std = 5 * normal(2, 30), 0.1 + normal(2, 30, seed=1).abs()
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
@@ -285,7 +285,7 @@ def test_f2_the_divergence_is_that_of_torch_in_the_scale_of_the_autoencoder() ->
     assert [channel.kl for channel in reported(posterior(mean, std)).channels] == pytest.approx(expected.tolist())
 
 
-def test_b18_a_constant_scale_leaves_what_it_does_not_take_away() -> None:
+def test_a_constant_scale_leaves_what_it_does_not_take_away() -> None:
     points = 7 + 3 * normal(1, 1000)
     report = report_latents([posterior(points, 0.0)], LatentSpace.constant(0.5, 1, "ae"))
     assert report.channels[0].mean == pytest.approx(points.mean().item())
@@ -294,7 +294,7 @@ def test_b18_a_constant_scale_leaves_what_it_does_not_take_away() -> None:
     assert report.channels[0].outside == pytest.approx((points * 0.5 > 4).double().mean().item())
 
 
-def test_b18_latents_get_the_scale_that_weights_were_trained_with(
+def test_latents_get_the_scale_that_weights_were_trained_with(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_run / "autoencoder", tmp_path / "autoencoder")
@@ -315,14 +315,14 @@ FIT = Channel(mean=0.0, std=1.0, signal=0.99, skewness=0.0, kurtosis=0.0, outsid
         ([1.0, 0.5], [0.1, 1.0], r"channel 1 must be more volume than noise; only 2\d% of its variance is not noise"),
     ],
 )
-def test_f2_a_channel_of_noise_is_warned_of(means: list[float], stds: list[float], warning: str) -> None:
+def test_a_channel_of_noise_is_warned_of(means: list[float], stds: list[float], warning: str) -> None:
     scale, spread = (torch.tensor(row, dtype=torch.float64)[:, None] for row in (means, stds))
     report = reported(posterior(scale * normal(2, 500), (spread * torch.ones(2, 500))))
     assert len(report.warnings) == 1
     assert re.search(warning, report.warnings[0])
 
 
-def test_f2_heavy_tails_are_warned_of_and_those_of_laplace_are_not() -> None:
+def test_heavy_tails_are_warned_of_and_those_of_laplace_are_not() -> None:
     uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     laplace = torch.from_numpy(stats.laplace.ppf(uniform.numpy()))
     assert reported(posterior(laplace[None], 0.0)).warnings == []
@@ -332,7 +332,7 @@ def test_f2_heavy_tails_are_warned_of_and_those_of_laplace_are_not() -> None:
     )
 
 
-def test_f2_channels_that_say_the_same_are_warned_of() -> None:
+def test_channels_that_say_the_same_are_warned_of() -> None:
     points = normal(3, 2000)
     points[2] = 0.02 * points[2] - points[0]
     (warning,) = reported(posterior(points, 0.1)).warnings
@@ -342,7 +342,7 @@ def test_f2_channels_that_say_the_same_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("scale", "shift", "warned"), [(1.0, 0.0, False), (1.0, 1.5, True), (0.3, 0.0, True), (3.0, 0.0, True)]
 )
-def test_f2_validation_latents_that_lie_elsewhere_are_warned_of(scale: float, shift: float, warned: bool) -> None:
+def test_validation_latents_that_lie_elsewhere_are_warned_of(scale: float, shift: float, warned: bool) -> None:
     train, other = normal(1, 2000), shift + scale * normal(1, 2000, seed=1)
     report = reported(posterior(train, 0.1), validation=(posterior(other, 0.1),))
     assert report.channels[0].validation_std == pytest.approx(math.hypot(scale, 0.1), rel=0.05)
@@ -351,7 +351,7 @@ def test_f2_validation_latents_that_lie_elsewhere_are_warned_of(scale: float, sh
     ] * warned
 
 
-def test_f2_latents_that_are_fit_are_not_warned_of() -> None:
+def test_latents_that_are_fit_are_not_warned_of() -> None:
     report = LatentReport((FIT, FIT), ((1.0, -0.4), (-0.4, 1.0)), cells=10)
     assert report.warnings == []
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["channels"][1]["signal"] == 0.99
@@ -363,7 +363,7 @@ def test_a_report_of_nothing_is_refused() -> None:
         report_latents([], LatentSpace((0.0,), (1.0,), "ae"))
 
 
-def test_a16_f2_the_encode_stage_writes_the_report_and_says_the_warnings(
+def test_the_encode_stage_writes_the_report_and_says_the_warnings(
     encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = trained("run")
@@ -408,12 +408,12 @@ def grays(picture: np.ndarray) -> list[int]:
     return [int(np.bincount(part[part.shape[0] // 4 : part.shape[0] // 2].ravel()).argmax()) for part in middle]
 
 
-def test_f2_the_strip_goes_from_one_case_to_the_other(tmp_path: Path) -> None:
+def test_the_strip_goes_from_one_case_to_the_other(tmp_path: Path) -> None:
     expected = [255 * (value + 1) / 2 for value in (-1, -0.5, -0.25, 0, 0.25, 0.5, 1)]
     assert grays(strip(tmp_path)) == pytest.approx(expected, abs=1)
 
 
-def test_f2_a_mask_that_is_needed_goes_along(tmp_path: Path) -> None:
+def test_a_mask_that_is_needed_goes_along(tmp_path: Path) -> None:
     empty, full = torch.zeros(2, 8, 16, 12), torch.ones(2, 8, 16, 12)
     expected = [255 * (value + 1) / 2 for value in (-1, -0.5, 0, 0.5, 1, 1, 1)]
     assert grays(strip(tmp_path, masks=(empty, full))) == pytest.approx(expected, abs=1)
@@ -428,7 +428,7 @@ def test_one_patient_alone_has_no_strip(caplog: pytest.LogCaptureFixture, tmp_pa
     assert "no interpolation.png, it takes two patients" in caplog.text
 
 
-def test_h14_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
+def test_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
     facts = read_json(tiny_run / "latents" / "latents.json")
     cells, everything = [], []
     for item in facts["items"]["training"]:
@@ -450,8 +450,8 @@ def test_h14_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
 # --- means
 
 
-def test_e14_latents_may_be_means(encode: Callable[..., None], trained: Callable[[str], Path], tiny_run: Path) -> None:
-    """E14: what is trained on is the middle of the posterior, every time, and the scale is that of means."""
+def test_latents_may_be_means(encode: Callable[..., None], trained: Callable[[str], Path], tiny_run: Path) -> None:
+    """What is trained on is the middle of the posterior, every time, and the scale is that of means."""
     run = trained("means")
     encode(run, 0, 1, views=1, latent_draw="mean")
     latents, drawn = Latents.open(run), Latents.open(tiny_run)

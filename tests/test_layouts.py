@@ -1,4 +1,4 @@
-"""Layouts of datasets: found by themselves, read whole, refused with every finding (A2, B5, D2, E15, F6, F7)."""
+"""Layouts of datasets: found by themselves, read whole, refused with every finding."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def relative(case: Case, root: Path) -> list[str]:
     return [file.relative_to(root).as_posix() for file in case.files]
 
 
-# Which layout it is (A2)
+# Which layout it is
 
 
 def test_the_only_layout_that_fits_is_taken_a2(tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ def test_labels_may_be_folders_of_binary_masks_d2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["label.csv", "labels.csv"])
 def test_the_older_table_has_image_and_mask_in_its_first_columns_e15(tmp_path: Path, name: str) -> None:
-    """E15, F6, F7: header names are ignored."""
+    """Header names are ignored."""
     source = make_table(tmp_path, "ct_path,image,z\nsite-1/ct.nii.gz,site-1/lung.nii.gz,3\n", name)
     found = find(source)
     assert relative(found.cases[0], source) == ["site-1/ct.nii.gz", "site-1/lung.nii.gz"]
@@ -656,7 +656,7 @@ def test_a_tree_of_dicom_files_is_found_by_their_content_h2(tmp_path: Path, monk
 
 
 def test_series_of_one_patient_are_known_by_their_files_h13(tmp_path: Path) -> None:
-    """H13: a table without the column subject does not tear the series of one patient apart."""
+    """A table without the column subject does not tear the series of one patient apart."""
     for name, patient in (("a", "P1"), ("b", "P2"), ("c", "P1")):
         write_series(tmp_path / name, example(), patient=patient, series=name)
     (tmp_path / "cases.csv").write_text("image\na\nb\nc\n")

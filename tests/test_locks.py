@@ -1,4 +1,4 @@
-"""One process at a time: who holds a lock is named, and nobody who was killed keeps one (B5, H7)."""
+"""One process at a time: who holds a lock is named, and nobody who was killed keeps one."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""What the stages minimise, against closed forms; padding weighs nothing in any of it (A11, A22, B13, B14, D14)."""
+"""What the stages minimise, against closed forms; padding weighs nothing in any of it."""
 
 import math
 import shutil
@@ -55,7 +55,7 @@ def reconstruction(volume: Tensor, **parts: Any) -> Reconstruction:
     return Reconstruction(volume, Posterior(drawn(2, 3, 2, 2, 2), drawn(2, 3, 2, 2, 2, seed=1).abs()), **parts)
 
 
-def test_b13_the_charbonnier_error_is_the_root_of_square_and_epsilon() -> None:
+def test_the_charbonnier_error_is_the_root_of_square_and_epsilon() -> None:
     target = Weighted(torch.zeros(1, 1, 3), torch.tensor([[[1.0, 3.0, 0.0]]]))
     volume = torch.tensor([[[0.0, 2.0, 100.0]]], requires_grad=True)
     error = weighted_error(volume, target, "charbonnier")
@@ -124,7 +124,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     assert number(loss(found, target)) == number(loss.objective(terms)) == pytest.approx(number(whole))
 
 
-def test_b14_a_codebook_takes_the_place_of_the_kl_divergence_and_its_perplexity_is_only_told() -> None:
+def test_a_codebook_takes_the_place_of_the_kl_divergence_and_its_perplexity_is_only_told() -> None:
     loss = AutoencoderLoss(kl_weight=100.0, codebook_weight=0.5)
     volume = drawn(2, 1, *SIZE)
     found = reconstruction(volume, quantisation=Quantisation(torch.tensor(3.0), torch.tensor(40.0)))
@@ -148,7 +148,7 @@ def test_a_weight_of_0_computes_and_builds_nothing() -> None:
     assert loss.state_dict() == {}
 
 
-def test_b13_the_learned_log_variance_is_that_of_the_error() -> None:
+def test_the_learned_log_variance_is_that_of_the_error() -> None:
     loss = AutoencoderLoss(kl_weight=0.25, log_variance=True)
     terms = {"reconstruction": torch.tensor(0.3), "kl": torch.tensor(8.0)}
     assert loss.log_variance is not None
@@ -184,7 +184,7 @@ def weights_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["slice_weights", "weights_3d"])
-def test_a11_the_perceptual_distance_is_0_for_equal_volumes_and_leads_towards_the_target(
+def test_the_perceptual_distance_is_0_for_equal_volumes_and_leads_towards_the_target(
     request: pytest.FixtureRequest, weights: str
 ) -> None:
     distance = PerceptualDistance(request.getfixturevalue(weights), slices_per_axis=2)
@@ -195,7 +195,7 @@ def test_a11_the_perceptual_distance_is_0_for_equal_volumes_and_leads_towards_th
     assert number(distance(volume - 20 * gradient, target)) < number(distance(volume, target))
 
 
-def test_a11_in_volumes_it_compares_normalised_features_of_every_layer(weights_3d: Path) -> None:
+def test_in_volumes_it_compares_normalised_features_of_every_layer(weights_3d: Path) -> None:
     volume, target = drawn(1, 2, 16, 16, 16), drawn(1, 2, 16, 16, 16, seed=1)
     network = ResNetFeatures("resnet10", pretrained=False, spatial_dims=3, in_channels=1).eval()
     stored = torch.load(weights_3d, weights_only=True)["state_dict"]
@@ -211,7 +211,7 @@ def test_a11_in_volumes_it_compares_normalised_features_of_every_layer(weights_3
     assert number(found) == pytest.approx(total / 10, rel=1e-4)
 
 
-def test_a11_slices_are_taken_along_every_axis(slice_weights: Path) -> None:
+def test_slices_are_taken_along_every_axis(slice_weights: Path) -> None:
     distance = PerceptualDistance(slice_weights, slices_per_axis=1)
     target = everywhere(drawn(1, 1, 16, 20, 24))
     for axis, middle in enumerate((8, 10, 12)):
@@ -287,7 +287,7 @@ def configured_loss(*configs: str, **changes: Any) -> DenoisingLoss:
 
 
 @pytest.mark.parametrize(("norm", "expected"), [("l1", 2.5), ("l2", 8.5), ("huber", 2.0)])
-def test_a22_a_configuration_chooses_the_error(norm: str, expected: float) -> None:
+def test_a_configuration_chooses_the_error(norm: str, expected: float) -> None:
     """The last place weighs nothing; Huber's error is quadratic up to 1."""
     weight = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3, 1, 1)
     target = Weighted(torch.zeros(1, 2, 3, 1, 1), weight)
@@ -296,7 +296,7 @@ def test_a22_a_configuration_chooses_the_error(norm: str, expected: float) -> No
     assert number(configured_loss()(prediction, target)) == 8.5
 
 
-def test_d14_the_likelihood_is_that_of_a_gaussian() -> None:
+def test_the_likelihood_is_that_of_a_gaussian() -> None:
     mean, log_variance, value = drawn(2, 3, 4, 2, 2), drawn(2, 3, 4, 2, 2, seed=1), drawn(2, 3, 4, 2, 2, seed=2)
     gaussian = torch.distributions.Normal(mean, (log_variance / 2).exp())
     expected = -gaussian.log_prob(value)[:, :, :3].mean() - math.log(2 * math.pi) / 2
@@ -305,7 +305,7 @@ def test_d14_the_likelihood_is_that_of_a_gaussian() -> None:
     torch.testing.assert_close(gaussian_likelihood(mean, log_variance, Weighted(value, weight)), expected)
 
 
-def test_d14_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
+def test_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
     output, target = drawn(2, 6, 2, 2, 2).requires_grad_(), everywhere(drawn(2, 3, 2, 2, 2, seed=1))
     plain, hybrid = DenoisingLoss(), DenoisingLoss(variance_weight=0.25, process=VariancePreserving())
     terms = hybrid.terms(output, target)
@@ -320,14 +320,14 @@ def test_d14_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
     assert list(plain.terms(output[:, :3], target)) == ["denoising"]
 
 
-def test_d14_the_shipped_configuration_learns_a_variance() -> None:
+def test_the_shipped_configuration_learns_a_variance() -> None:
     loss = configured_loss("learned_variance")
     assert loss.variance_weight == 0.001
     assert configured_loss("learned_variance", variance_weight=0.5).variance_weight == 0.5
     assert configured_loss().variance_weight == 0
 
 
-def test_d14_a_variance_is_refused_where_it_cannot_be_learned() -> None:
+def test_a_variance_is_refused_where_it_cannot_be_learned() -> None:
     with pytest.raises(FibldmError, match="needs a variance-preserving process; got RectifiedFlow; choose fibldm"):
         DenoisingLoss(variance_weight=0.001, process=RectifiedFlow())
     with pytest.raises(FibldmError, match="needs a variance-preserving process; got NoneType"):
@@ -377,7 +377,7 @@ def trained_on_gaussian(process: Process, target: Target, times: Tensor) -> Affi
 
 
 @pytest.mark.parametrize("target", ["v", "sample"])
-def test_d14_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ancestral_steps_are_exact(
+def test_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ancestral_steps_are_exact(
     target: Target,
 ) -> None:
     process = VariancePreserving("cosine")
@@ -399,7 +399,7 @@ def test_d14_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ances
 
 
 @pytest.mark.slow
-def test_d14_both_stages_learn_a_variance_that_ancestral_sampling_uses(
+def test_both_stages_learn_a_variance_that_ancestral_sampling_uses(
     tmp_path: Path, tiny_run: Path, phantom_work: Path, tiny_data: Path
 ) -> None:
     for stage in ("autoencoder", "latents"):

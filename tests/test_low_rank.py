@@ -36,7 +36,7 @@ def apply(network: nn.Module) -> torch.Tensor:
     return result
 
 
-def test_d4_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
+def test_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
     """D4."""
     plain, adapted = unet(), unet()
     count = add_low_rank(adapted, 2, ["*"])
@@ -46,8 +46,8 @@ def test_d4_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
     assert 0 < count < 0.25 * sum(weight.numel() for weight in plain.parameters())
 
 
-def test_d4_what_is_kept_is_a_plain_network_with_updates_of_that_rank() -> None:
-    """D4: names and shapes of before; every layer has moved by a matrix of rank 2, everything else not at all."""
+def test_what_is_kept_is_a_plain_network_with_updates_of_that_rank() -> None:
+    """Names and shapes of before; every layer has moved by a matrix of rank 2, everything else not at all."""
     plain, adapted = unet(), unet()
     add_low_rank(adapted, 2, ["*"])
     optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.5)
@@ -67,8 +67,8 @@ def test_d4_what_is_kept_is_a_plain_network_with_updates_of_that_rank() -> None:
     torch.testing.assert_close(apply(plain), apply(adapted))
 
 
-def test_d4_some_weights_get_updates_some_are_trained_as_they_are() -> None:
-    """D4: what was frozen before stays so."""
+def test_some_weights_get_updates_some_are_trained_as_they_are() -> None:
+    """What was frozen before stays so."""
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     network[2].weight.requires_grad_(False)
     add_low_rank(network, 1, ["0.*"], full=["1.*"])
@@ -76,8 +76,8 @@ def test_d4_some_weights_get_updates_some_are_trained_as_they_are() -> None:
     assert trained == ["0.parametrizations.weight.0.lora_a", "0.parametrizations.weight.0.lora_b", "1.weight", "1.bias"]
 
 
-def test_d4_the_sum_is_one_of_float32_under_autocast() -> None:
-    """D4: what is trained under autocast is what is kept."""
+def test_the_sum_is_one_of_float32_under_autocast() -> None:
+    """What is trained under autocast is what is kept."""
     network = nn.Sequential(nn.Linear(64, 64))
     add_low_rank(network, 4, ["*"])
     nn.init.normal_(network[0].parametrizations.weight[0].lora_b)
@@ -95,16 +95,16 @@ def test_d4_the_sum_is_one_of_float32_under_autocast() -> None:
         (1, ["*"], ["nothing.*"], r"lora_full must name weights .*'nothing\.\*' fits none"),
     ],
 )
-def test_d4_what_cannot_be_adapted_is_refused(rank: int, patterns: list[str], full: list[str], message: str) -> None:
-    """D4: before anything is changed."""
+def test_what_cannot_be_adapted_is_refused(rank: int, patterns: list[str], full: list[str], message: str) -> None:
+    """Before anything is changed."""
     network = unet()
     with pytest.raises(FibldmError, match=message):
         add_low_rank(network, rank, patterns, full)
     assert network.state_dict().keys() == unet().state_dict().keys()
 
 
-def test_d4_updates_and_activation_checkpointing_go_together() -> None:
-    """D4, C14: the names of what is kept, and those that patterns see, are of the network itself."""
+def test_updates_and_activation_checkpointing_go_together() -> None:
+    """The names of what is kept, and those that patterns see, are of the network itself."""
     plain, adapted = unet(), unet()
     add_low_rank(adapted, 2, ["*"])
     checkpoint_activations(adapted)
@@ -115,10 +115,10 @@ def test_d4_updates_and_activation_checkpointing_go_together() -> None:
     assert [(group["share"], len(group["params"])) for group in groups][1:] == [(0.5, 2)]
 
 
-def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
+def test_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """D4: from the weights of another run, with fewer numbers than they have."""
+    """From the weights of another run, with fewer numbers than they have."""
     settings = {"init_from": str(tiny_run), "lora_rank": 1, "learning_rate": 0.1}
     tiny_stage("autoencoder", tmp_path / "run", **settings).run()
     tiny_stage("autoencoder", tmp_path / "run", **settings, epochs=2).run()
@@ -130,10 +130,8 @@ def test_d4_a_stage_is_adapted_goes_on_and_ends_with_plain_weights(
     assert moved and all(torch.linalg.matrix_rank(move.flatten(1), rtol=1e-2) <= 1 for move in moved.values())
 
 
-def test_d4_weights_that_are_not_given_are_trained_in_full(
-    tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
-) -> None:
-    """D4: new inputs, which nothing was learned for, do not stay as they were drawn."""
+def test_weights_that_are_not_given_are_trained_in_full(tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path) -> None:
+    """New inputs, which nothing was learned for, do not stay as they were drawn."""
     settings = {"init_from": str(tiny_run), "init_strict": False, "lora_rank": 1}
     with pytest.raises(
         FibldmError, match=r"does not have must be trained in full; .*unet\.conv_in\.conv\.weight would stay"
@@ -154,7 +152,7 @@ def prepared(tiny_run: Path, folder: Path) -> Path:
     return folder / "run"
 
 
-def test_d4_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:
+def test_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:
     """D4."""
     with pytest.raises(FibldmError, match="lora_rank adapts weights that are there; init_from names none"):
         tiny_stage("autoencoder", tmp_path / "run", lora_rank=4).run()

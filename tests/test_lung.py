@@ -1,4 +1,4 @@
-"""Lung masks from HU (F6): against phantoms, whose lungs are known, shapes that break the steps one by one, and CT."""
+"""Lung masks from HU: against phantoms, whose lungs are known, shapes that break the steps one by one, and CT."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def found_in(hu: NDArray[np.int16]) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("subject", [1, 4, 10, 12])
 def test_lungs_of_phantoms_with_their_disease_are_found(subject):
-    """F6: also where half of the lung is fibrotic (subject 10)."""
+    """Also where half of the lung is fibrotic (subject 10)."""
     phantom = make_phantom(1, subject)
     mask = lung_mask(Volume(phantom.volume, phantom.affine))
     wanted = np.isin(phantom.labels, (1, 2, 4, 5, 6))
@@ -62,7 +62,7 @@ def test_lungs_of_phantoms_with_their_disease_are_found(subject):
 
 @pytest.mark.parametrize("codes", ["LPS", "SRA", "PIR"])
 def test_the_mask_lies_on_the_grid_of_the_ct(codes):
-    """H5: turned voxels give the same mask, turned."""
+    """Turned voxels give the same mask, turned."""
     phantom = make_phantom(1, 2, orientation="RAS")
     straight = lung_mask(Volume(phantom.volume, phantom.affine))
     turn = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(codes))
@@ -77,7 +77,7 @@ def test_plain_lungs_are_found_exactly():
 
 
 def test_lungs_that_touch_are_parted():
-    """F6: as at the anterior junction line."""
+    """As at the anterior junction line."""
     hu, labels, _ = chest(gap=-6)
     mask = found_in(hu)
     assert dice(mask > 0, labels > 0) > 0.999
@@ -153,7 +153,7 @@ def compare(ct: Path | tuple[Path, ...], derived: Path) -> list[float]:
 @pytest.mark.parametrize("name", ["lidc-idri-0001", "lidc-idri-0002", "lungdx-a0001"])
 @pytest.mark.slow
 def test_lungs_of_patients_agree_with_another_derivation(name, data_folder):
-    """F6: contrast, emphysema with lungs that touch, and a tumour."""
+    """Contrast, emphysema with lungs that touch, and a tumour."""
     folder = data_folder / "lung_ct" / name
     right, left, _ = compare(folder / "ct.nii.gz", folder / "lung_derived.nii.gz")
     assert min(right, left) > 0.96

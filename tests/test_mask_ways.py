@@ -44,10 +44,10 @@ def synthesize(run: Path, work: Path, out: Path, **choices: object) -> np.ndarra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["mask_concat", "mask_spade"])
-def test_a15_b9_a_base_network_with_the_mask_makes_volumes_alone_and_with_a_controlnet(
+def test_a_base_network_with_the_mask_makes_volumes_alone_and_with_a_controlnet(
     train: Train, phantom_work: Path, tmp_path: Path, way: str
 ) -> None:
-    """A15, A28: concat and SPADE, each by itself, and each with a ControlNet on top."""
+    """Concat and SPADE, each by itself, and each with a ControlNet on top."""
     run = tmp_path / "run"
     train("diffusion", way).run()
     network = StageFolder(run, "diffusion").trained()
@@ -66,10 +66,10 @@ def test_a15_b9_a_base_network_with_the_mask_makes_volumes_alone_and_with_a_cont
 @pytest.mark.parametrize(
     "encoding", ["mask_label_value", "mask_distance", "mask_contour", "mask_rescaler", "mask_convolutions"]
 )
-def test_a19_every_encoding_trains_and_makes_volumes(
+def test_every_encoding_trains_and_makes_volumes(
     train: Train, phantom_work: Path, tmp_path: Path, encoding: str
 ) -> None:
-    """A19, A20, B11, E3: seen by the base network, then by a ControlNet."""
+    """Seen by the base network, then by a ControlNet."""
     run = tmp_path / "run"
     train("diffusion", "mask_concat", encoding).run()
     train("controlnet", "mask_concat", encoding).run()
@@ -99,7 +99,7 @@ def test_several_controlnets_steer_together(train: Train, tiny_run: Path, phanto
 
 
 def test_without_a_mask_anywhere_the_controlnet_is_missed(tiny_run: Path, tmp_path: Path) -> None:
-    """E12: an unconditional base network is no generator."""
+    """An unconditional base network is no generator."""
     for stage in ("autoencoder", "latents", "diffusion"):
         shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
     with pytest.raises(FibldmError, match="stage 'controlnet' of .* must be finished first; it was never started"):

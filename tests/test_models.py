@@ -82,7 +82,7 @@ def test_local_norms_make_a_patch_decode_as_in_the_whole_and_group_norms_do_not(
 
 
 @pytest.mark.parametrize("wavelet", [True, False])
-def test_a5_a_volume_becomes_a_latent_at_a_quarter_of_its_size(wavelet: bool) -> None:
+def test_a_volume_becomes_a_latent_at_a_quarter_of_its_size(wavelet: bool) -> None:
     network = autoencoder(wavelet=wavelet)
     assert (network.compression, network.latent_channels) == ((4, 4, 4), 3)
     posterior = network.encode(normal(2, 1, 16, 8, 12))
@@ -92,13 +92,13 @@ def test_a5_a_volume_becomes_a_latent_at_a_quarter_of_its_size(wavelet: bool) ->
     assert network(normal(1, 1, 8, 8, 8)).volume.shape == (1, 1, 8, 8, 8)
 
 
-def test_a5_a_size_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+def test_a_size_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(FibldmError, match=r"\(16, 10, 12\) must be divisible by 4 .*10 = 2 x 4 \+ 2") as raised:
         autoencoder().encode(torch.zeros(1, 1, 16, 10, 12))
     assert raised.value.remedy == "pad to (16, 12, 12), for example with DivisiblePadd(k=4)"
 
 
-def test_a8_a_frozen_first_stage_cannot_be_trained() -> None:
+def test_a_frozen_first_stage_cannot_be_trained() -> None:
     frozen = FrozenFirstStage(autoencoder())
     model = nn.ModuleDict({"first": frozen, "other": nn.Conv3d(3, 3, 1)}).train()
     before = copy.deepcopy(frozen.state_dict())
@@ -117,7 +117,7 @@ def test_a8_a_frozen_first_stage_cannot_be_trained() -> None:
 # --- latent space
 
 
-def test_b18_the_latent_space_has_the_moments_of_drawn_latents() -> None:
+def test_the_latent_space_has_the_moments_of_drawn_latents() -> None:
     posteriors = [
         Posterior(normal(1, 2, *size, seed=n) * 3 + 5, normal(1, 2, *size, seed=n + 9).abs())
         for n, size in enumerate([(2, 3, 4), (5, 1, 2)])
@@ -129,7 +129,7 @@ def test_b18_the_latent_space_has_the_moments_of_drawn_latents() -> None:
     np.testing.assert_allclose(np.square(space.std), flat[0].var(1) + np.square(flat[1]).mean(1), rtol=1e-10)
 
 
-def test_b18_normalised_latents_come_back() -> None:
+def test_normalised_latents_come_back() -> None:
     space = LatentSpace((1.0, -2.0), (0.5, 4.0), "ae")
     latent = normal(3, 2, 4, 5, 6)
     torch.testing.assert_close(space.denormalise(space.normalise(latent)), latent)
@@ -141,14 +141,14 @@ def test_b18_normalised_latents_come_back() -> None:
     assert LatentSpace.from_dict(space.to_dict()) == space
 
 
-def test_e14_a_constant_scales_as_in_stable_diffusion() -> None:
+def test_a_constant_scales_as_in_stable_diffusion() -> None:
     latent = normal(1, 4, 2, 2, 2)
     space = LatentSpace.constant(0.18215, 4, "ae")
     torch.testing.assert_close(space.normalise(latent), latent * 0.18215)
     torch.testing.assert_close(space.denormalise(latent), latent / 0.18215)
 
 
-def test_h14_latents_of_another_autoencoder_are_refused() -> None:
+def test_latents_of_another_autoencoder_are_refused() -> None:
     space = LatentSpace.constant(1, 4, "a" * 64)
     space.check_autoencoder("a" * 64, "run")
     with pytest.raises(FibldmError, match=r"of run must come from .*\(b{12}\); .* another one \(a{12}\)"):
@@ -165,6 +165,6 @@ def test_h14_latents_of_another_autoencoder_are_refused() -> None:
         (lambda: LatentSpace.constant(1, 1, "ae").normalise(torch.zeros(1, 2, 1, 1, 1)), "has 1 channels; got 2"),
     ],
 )
-def test_b18_what_no_latent_space_can_be(make: object, message: str) -> None:
+def test_what_no_latent_space_can_be(make: object, message: str) -> None:
     with pytest.raises(FibldmError, match=message):
         make()  # type: ignore[operator]

@@ -54,7 +54,7 @@ def controlled(**changes: object) -> ConditionedNetwork:
     return steered(ConditionedNetwork(unet()), controlnet(**changes))
 
 
-def test_e13_a_new_controlnet_changes_nothing_to_the_bit() -> None:
+def test_a_new_controlnet_changes_nothing_to_the_bit() -> None:
     network = controlled().eval()
     z, t, mask = normal(2, 2, 4, 4, 4), torch.tensor([3.0, 700.0]), torch.rand(2, 5, 4, 4, 4)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_e13_a_new_controlnet_changes_nothing_to_the_bit() -> None:
         assert torch.equal(network(z, t), unet().eval()(z, t))
 
 
-def test_e13_a_controlnet_starts_with_the_weights_of_its_base() -> None:
+def test_a_controlnet_starts_with_the_weights_of_its_base() -> None:
     network = controlled()
     base, own = network.unet.state_dict(), network.controls[0].controlnet.state_dict()
     shared = [name for name in own if not name.startswith("controlnet_")]
@@ -84,7 +84,7 @@ def test_e13_a_controlnet_starts_with_the_weights_of_its_base() -> None:
     ],
     ids=str,
 )
-def test_e13_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
+def test_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
     torch.manual_seed(0)
     other = ControlNet(
         in_channels=2,
@@ -97,7 +97,7 @@ def test_e13_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]
 
 
 @pytest.mark.parametrize("mask_channels", [1, 4, 183])
-def test_e13_a17_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channels: int) -> None:
+def test_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channels: int) -> None:
     network = controlled(mask_channels=mask_channels)
     z, t = normal(1, 2, 4, 4, 4), torch.tensor([500.0])
     assert network(z, t, {"mask": torch.rand(1, mask_channels, 4, 4, 4)}).shape == z.shape
@@ -105,7 +105,7 @@ def test_e13_a17_a_controlnet_takes_as_many_channels_as_the_mask_has(mask_channe
         network(z, t, {"mask": torch.rand(1, mask_channels + 1, 4, 4, 4)})
 
 
-def test_a8_only_the_controlnet_learns_above_a_frozen_base() -> None:
+def test_only_the_controlnet_learns_above_a_frozen_base() -> None:
     network = controlled()
     control = network.controls[0].controlnet
     for part in (control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out):
@@ -164,14 +164,14 @@ def spade_network() -> ConditionedNetwork:
     return ConditionedNetwork(network, norms={"mask": nn.Identity()})
 
 
-def test_a18_a_concatenated_mask_comes_behind_the_latent() -> None:
+def test_a_concatenated_mask_comes_behind_the_latent() -> None:
     network = concat_network().eval()
     with torch.no_grad():
         assert torch.equal(network(Z, T, GIVEN), network.unet(torch.cat([Z, FRACTIONS], dim=1), T))
 
 
 @pytest.mark.parametrize("make", [concat_network, spade_network])
-def test_c10_a_base_network_that_knows_the_mask_needs_one(make: type[ConditionedNetwork]) -> None:
+def test_a_base_network_that_knows_the_mask_needs_one(make: type[ConditionedNetwork]) -> None:
     network = make().eval()
     assert network.sees_mask
     with pytest.raises(FibldmError, match="this base network needs the mask; got none"):
@@ -182,8 +182,8 @@ def test_c10_a_base_network_that_knows_the_mask_needs_one(make: type[Conditioned
 
 
 @pytest.mark.parametrize("make", [concat_network, spade_network])
-def test_a28_a_controlnet_on_top_of_another_way_starts_as_nothing(make: type[ConditionedNetwork]) -> None:
-    """A28: both of two; what the base network has learned of the mask stays as it is."""
+def test_a_controlnet_on_top_of_another_way_starts_as_nothing(make: type[ConditionedNetwork]) -> None:
+    """Both of two; what the base network has learned of the mask stays as it is."""
     base = make().eval()
     with torch.no_grad():
         before = base(Z, T, GIVEN)
@@ -197,8 +197,8 @@ def test_a28_a_controlnet_on_top_of_another_way_starts_as_nothing(make: type[Con
         assert float((network(Z, T, GIVEN) - before).abs().max()) > 1e-3
 
 
-def test_a20_a_learned_encoder_belongs_to_the_network() -> None:
-    """A20: it gets gradients, and is part of the state dict and so of checkpoint and average."""
+def test_a_learned_encoder_belongs_to_the_network() -> None:
+    """It gets gradients, and is part of the state dict and so of checkpoint and average."""
     network = concat_network(3, MaskRescaler(MASK, 3))
     network(Z, T, GIVEN).square().sum().backward()
     assert network.mask_encoder is not None
@@ -267,7 +267,7 @@ def test_controlnets_of_different_base_networks_do_not_join() -> None:
         joined([trained(1), trained(2)], [1])
 
 
-def test_g3_a_controlnet_may_see_some_labels_only() -> None:
+def test_a_controlnet_may_see_some_labels_only() -> None:
     """The others are unknown to it, so that where they lie changes nothing."""
     network = trained(1, labels=(4,))
     without = MASK.drop(FRACTIONS, MASK.all_but([4]).expand(2, -1))
@@ -279,7 +279,7 @@ def test_g3_a_controlnet_may_see_some_labels_only() -> None:
 # --- two dimensions
 
 
-def test_e3_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
+def test_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
     base = ConditionedNetwork(unet(spatial_dims=2)).eval()
     network = steered(base, controlnet(spatial_dims=2)).eval()
     z, mask = normal(2, 2, 4, 8, 1), torch.rand(2, 5, 4, 8, 1)

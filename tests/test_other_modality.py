@@ -1,4 +1,4 @@
-"""Microscopy, simulations, shapes: ``--modality other`` with a declared range (C21)."""
+"""Microscopy, simulations, shapes: ``--modality other`` with a declared range."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Agreement of labels with a mask: closed forms of boxes, MONAI, SciPy and SimpleITK on the same arrays (H4)."""
+"""Agreement of labels with a mask: closed forms of boxes, MONAI, SciPy and SimpleITK on the same arrays."""
 
 import numpy as np
 import pytest

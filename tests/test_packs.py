@@ -1,4 +1,4 @@
-"""HDF5 packs: one file, many cases (F7)."""
+"""HDF5 packs: one file, many cases."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ def scan(shape: tuple[int, int, int] = SHAPE, *, seed: int = 0) -> Sample:
     return Sample(image, np.zeros(shape, np.uint8), np.ones(shape, bool), (1.0, 1.0, 1.0))
 
 
-def test_b21_it_is_the_distance_of_the_training_loss_plane_by_plane(slice_weights: Path, planes: PlaneDistance) -> None:
+def test_it_is_the_distance_of_the_training_loss_plane_by_plane(slice_weights: Path, planes: PlaneDistance) -> None:
     real, made = scan(), scan(seed=1).image
     value, target = (torch.from_numpy(image)[None, None] for image in (made, real.image))
     whole = PerceptualDistance(slice_weights, slices_per_axis=16)(value, Weighted(target, torch.ones_like(target)))
@@ -37,7 +37,7 @@ def test_b21_it_is_the_distance_of_the_training_loss_plane_by_plane(slice_weight
 
 
 @pytest.mark.parametrize("axis", range(3))
-def test_b21_a_plane_sees_nothing_of_what_lies_between_its_slices(planes: PlaneDistance, axis: int) -> None:
+def test_a_plane_sees_nothing_of_what_lies_between_its_slices(planes: PlaneDistance, axis: int) -> None:
     shape = [16, 17, 18]
     shape[axis] = 40
     real = scan((shape[0], shape[1], shape[2]))
@@ -47,14 +47,14 @@ def test_b21_a_plane_sees_nothing_of_what_lies_between_its_slices(planes: PlaneD
     assert [distance > 0 for distance in each] == [other != axis for other in range(3)]
 
 
-def test_b21_what_lies_outside_of_the_field_of_view_counts_as_equal(planes: PlaneDistance) -> None:
+def test_what_lies_outside_of_the_field_of_view_counts_as_equal(planes: PlaneDistance) -> None:
     real = scan()
     real.valid[:, :, 9:] = False
     made = np.where(real.valid, real.image, 0.3).astype(np.float32)
     assert not planes(real, made).any()
 
 
-def test_b21_slices_have_one_plane_and_channels_count_alike(planes: PlaneDistance) -> None:
+def test_slices_have_one_plane_and_channels_count_alike(planes: PlaneDistance) -> None:
     one, other = scan((20, 16, 1)), scan((20, 16, 1), seed=1).image
     assert planes.names((20, 16, 1)) == ["lpips", "lpips/axial"]
     alone = planes(one, other)
@@ -63,13 +63,13 @@ def test_b21_slices_have_one_plane_and_channels_count_alike(planes: PlaneDistanc
 
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet34", "resnet50", "resnet101"])
-def test_b21_the_network_is_told_by_its_layers(name: str) -> None:
+def test_the_network_is_told_by_its_layers(name: str) -> None:
     with torch.device("meta"):
         state = ResNetFeatures(name, pretrained=False, spatial_dims=2, in_channels=3).state_dict()
     assert _network_of(state, None) == name
 
 
-def test_b21_files_that_are_no_network_of_slices_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_network_of_slices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FibldmError, match=r"LPIPS needs a local file of weights \(perceptual\); there is no .*absent.pth"
     ):

@@ -226,7 +226,7 @@ def test_impossible_recipe_is_refused(tmp_path: Path, subjects: int, seed: int, 
     assert not list(tmp_path.iterdir())
 
 
-def test_d1_the_command_writes_phantoms_of_a_spacing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_phantoms_of_a_spacing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["phantoms", "--out", str(tmp_path / "made"), "--subjects", "1", "--seed", "3"]
     assert run([*given, "--spacing", "6", "6", "9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["phantoms"] == 1

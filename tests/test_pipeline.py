@@ -32,15 +32,15 @@ def refuse(*_: object) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_h6_shipped_recipes_can_be_followed(name: str) -> None:
-    """H6: every step's options and configuration keys exist."""
+def test_shipped_recipes_can_be_followed(name: str) -> None:
+    """Every step's options and configuration keys exist."""
     recipe = Recipe.read(name, overrides={})
     assert recipe.preparation and recipe.drawing
     assert [step.configuration(Path("work"), Path("run")) for step in recipe.stages()]
     assert f"--recipe {name} " in (configs_folder() / f"{name}.yaml").read_text()
 
 
-def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
+def test_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
     """H6."""
     file = tmp_path / "mine.yaml"
     file.write_text("configs: [data_lung_ct]\ndiffusion: {epochs: 3, mask_detail: 4}\nprepare: {modality: ct}\n")
@@ -55,7 +55,7 @@ def test_h6_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
     assert recipe.drawing.sampling.steps == 7 and recipe.preparation.modality == "ct"
 
 
-def test_h6_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) -> None:
+def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("diffusion: {times::shift: 2, times::times: null}\n")
     whole, part = {"diffusion::times": {"shift": 1}}, {"diffusion::times::shift": 3}
@@ -94,7 +94,7 @@ def test_h6_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path)
         ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
     ],
 )
-def test_h6_mistakes_are_refused_before_anything_is_written(
+def test_mistakes_are_refused_before_anything_is_written(
     overrides: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     """H6, H13."""
@@ -104,8 +104,8 @@ def test_h6_mistakes_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_h6_a_grid_that_stage_2_refuses_is_refused_before_stage_1(tmp_path: Path, tiny_data: Path) -> None:
-    """H6, H13: after the preparation, which tells channels and labels."""
+def test_a_grid_that_stage_2_refuses_is_refused_before_stage_1(tmp_path: Path, tiny_data: Path) -> None:
+    """After the preparation, which tells channels and labels."""
     write_phantoms(tmp_path / "phantoms", subjects=4, seed=0)
     given = {"autoencoder::size": [36, 32, 32], "diffusion::unet_channels": [8, 8], "prepare::modality": "ct"}
     recipe = Recipe.read(None, configs=[str(tiny_data), "tiny"], overrides=given)
@@ -114,8 +114,8 @@ def test_h6_a_grid_that_stage_2_refuses_is_refused_before_stage_1(tmp_path: Path
     assert not (tmp_path / "out" / "run").exists()
 
 
-def test_h6_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None:
-    """H6: the licence, the words, and a ControlNet that the recipe does not know of."""
+def test_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None:
+    """The licence, the words, and a ControlNet that the recipe does not know of."""
     recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={})
     with pytest.raises(FibldmError, match="--license must be the SPDX identifier"):
         pipeline(tmp_path / "absent", tmp_path / "out", recipe, ExportSettings("mine"), say=quiet)
@@ -130,7 +130,7 @@ def test_h6_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None
         pipeline(tmp_path / "absent", tmp_path / "other", recipe, CC0, say=quiet)
 
 
-def test_h6_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """H6."""
     given = ["pipeline", str(tmp_path), "--out", str(tmp_path / "out"), "--license", "CC0-1.0"]
     assert run([*given, "--recipe", "recipe_of_nothing"]) == 2
@@ -161,10 +161,10 @@ def test_changes_come_back_as_they_were() -> None:
 
 
 @pytest.mark.slow
-def test_h6_one_command_from_a_folder_of_volumes_to_a_bundle(
+def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """H6, D6, H12: the bundle is verified; a second run finds all of it done; nothing asks for the network."""
+    """The bundle is verified; a second run finds all of it done; nothing asks for the network."""
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)

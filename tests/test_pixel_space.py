@@ -50,8 +50,8 @@ def pixel_run(pixel_stage: PixelStage, tmp_path_factory: pytest.TempPathFactory)
     return run_dir
 
 
-def test_c17_the_identity_has_the_interface_of_a_first_stage() -> None:
-    """C17: no weights, no noise, no compression."""
+def test_the_identity_has_the_interface_of_a_first_stage() -> None:
+    """No weights, no noise, no compression."""
     stage, volume = IdentityAutoencoder(channels=2), torch.randn(1, 2, 5, 4, 3)
     frozen = FrozenFirstStage(stage)
     assert (frozen.compression, frozen.latent_channels, frozen.needs_mask) == ((1, 1, 1), 2, False)
@@ -66,7 +66,7 @@ def test_c17_the_identity_has_the_interface_of_a_first_stage() -> None:
     assert made.quantisation is None
 
 
-def test_c17_stage_1_is_done_at_once_and_skipped_afterwards(
+def test_stage_1_is_done_at_once_and_skipped_afterwards(
     pixel_stage: PixelStage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="fibldm"):
@@ -79,7 +79,7 @@ def test_c17_stage_1_is_done_at_once_and_skipped_afterwards(
     assert sorted(path.name for path in (tmp_path / "autoencoder" / "checkpoints").iterdir()) == ["best.pt"]
 
 
-def test_c17_latents_are_the_volumes_of_the_model_grid(pixel_run: Path, phantom_work: Path) -> None:
+def test_latents_are_the_volumes_of_the_model_grid(pixel_run: Path, phantom_work: Path) -> None:
     facts = read_json(pixel_run / "latents" / "latents.json")
     assert facts["compression"] == [1, 1, 1]
     evaluated = Evaluated.open(pixel_run, phantom_work)
@@ -96,7 +96,7 @@ def test_c17_latents_are_the_volumes_of_the_model_grid(pixel_run: Path, phantom_
     assert facts["space"]["std"] == pytest.approx([float(values.std(dtype=np.float64))], rel=1e-4)
 
 
-def test_c17_synthesis_and_reconstruction_need_no_decoder(pixel_run: Path, phantom_work: Path, tmp_path: Path) -> None:
+def test_synthesis_and_reconstruction_need_no_decoder(pixel_run: Path, phantom_work: Path, tmp_path: Path) -> None:
     entry = load_datalist(phantom_work, "test")[0]
     settings = SamplingSettings(steps=2)
     (path,) = synthesize_files(pixel_run, [entry["label"]], tmp_path, count=1, settings=settings, device="cpu")

@@ -46,7 +46,7 @@ def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
 
 
 def test_training_of_a_known_network_is_counted_to_the_byte() -> None:
-    """H11: two linear layers: weights, average, gradients, AdamW's two moments, and what the backward pass keeps."""
+    """Two linear layers: weights, average, gradients, AdamW's two moments, and what the backward pass keeps."""
     inside, batch, weights = 1000, 300, 20 * 1000 + 1000 + 1000 * 20 + 20
     live = LiveBytes()
     with without_values(live):
@@ -84,7 +84,7 @@ def test_allocators_hold_more_than_tensors() -> None:
 
 @pytest.mark.parametrize("stage", trained())
 def test_stage_is_traced_as_it_is_configured(traced: dict[str, StageMemory], stage: str, tiny_run: Path) -> None:
-    """H11, C15: sizes and weights are those of the run that was trained with the same configuration."""
+    """Sizes and weights are those of the run that was trained with the same configuration."""
     found = traced[stage]
     weights = torch.load(tiny_run / stage / "checkpoints" / "best.pt", weights_only=True)["model"]
     assert found.parameters == sum(value.numel() for value in weights.values())
@@ -104,8 +104,8 @@ def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Re
     assert trace_stage("diffusion", larger.changed(batch_size=16)).step < 0.6 * plain.step
 
 
-def test_d4_updates_of_low_rank_are_planned(request_: Request) -> None:
-    """D4: gradients and the optimizer's state are those of the updates; rates by layer see the names of the network."""
+def test_updates_of_low_rank_are_planned(request_: Request) -> None:
+    """Gradients and the optimizer's state are those of the updates; rates by layer see the names of the network."""
     small = request_.changed(batch_size=1)  # of which gradients and state are the larger part
     plain = trace_stage("diffusion", small)
     adapted = trace_stage("diffusion", small.changed(lora_rank=1, layer_rates={"*down_blocks*": 0.5}))
@@ -139,7 +139,7 @@ def test_cuda_is_imitated(request_: Request) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_plan_is_within_20_percent_of_the_allocator(request_: Request, tiny_run: Path) -> None:
-    """H11: a step of the autoencoder's network on the device."""
+    """A step of the autoencoder's network on the device."""
     request = Request(request_.work, request_.configs, {"batch_size": 64, "precision": "float32"}, "cuda")
     network = StageFolder(tiny_run, "autoencoder").component("network_def", device="cuda").cuda()
     average, optimizer = copy.deepcopy(network), torch.optim.AdamW(network.parameters())
@@ -202,7 +202,7 @@ def test_largest_patch_of_slices_is_a_square(traced: dict[str, StageMemory]) -> 
     assert largest_patch(slices, 1e12) == [192, 192, 1]
 
 
-def test_c17_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Volumes that are their own latents."""
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder", "diffusion"))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
@@ -220,7 +220,7 @@ def test_command_says_what_fits(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """H11: one JSON object, and nothing is written."""
+    """One JSON object, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder",))
     configs = [part for name in request_.configs for part in ("--config", name)]
@@ -254,7 +254,7 @@ def test_views_and_accumulation_count_in_the_steps(request_: Request) -> None:
     assert one.validations == one.epochs == 1
 
 
-def test_h11_the_plan_has_minutes_where_the_device_is_there(
+def test_the_plan_has_minutes_where_the_device_is_there(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """H11."""

@@ -1,4 +1,4 @@
-"""``fibldm prepare``: find, check, split by patient, write the work folder (A2, A6, B5, H13)."""
+"""``fibldm prepare``: find, check, split by patient, write the work folder."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def world(volume: nib.Nifti1Image) -> dict[tuple, float]:
     return {tuple(point): value for point, value in zip(points, values, strict=True)}
 
 
-# Layouts (A2)
+# Layouts
 
 
 def test_folders_are_paired_by_stem_and_written_as_decathlon_a2(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_folder_with_one_manifest_semicolons_and_own_names_b5(tmp_path: Path) 
     assert entries(tmp_path / "work")["c3"]["split"] == "test"
 
 
-# Geometry and intensity (A6)
+# Geometry and intensity
 
 
 def test_reoriented_to_ras_by_flips_and_permutations_only(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_mr_that_is_nearly_all_background_is_refused(tmp_path: Path) -> None:
         prepare(source, tmp_path / "work", MR)
 
 
-# Split (H13)
+# Split
 
 
 @given(st.sets(st.text(min_size=1), min_size=3, max_size=400), st.integers(0, 9))
@@ -442,7 +442,7 @@ def test_given_split_with_a_patient_in_two_or_an_empty_part_is_refused_h13(tmp_p
         prepare(make_csv(tmp_path, text), tmp_path / "work", CT)
 
 
-# Written once (H13)
+# Written once
 
 
 def test_a_second_run_changes_nothing_and_says_so_h13(tmp_path: Path) -> None:
@@ -641,7 +641,7 @@ def test_too_few_sound_patients_are_said_with_the_findings(tmp_path: Path) -> No
     assert read_json(tmp_path / "work/report.json")["findings"][0]["case"] == "p1"
 
 
-def test_g2_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
+def test_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
     """Along the axes of RAS+, whatever the axes of the file; and a folder made without it stays as it is."""
     affine = np.array([[0, 2.0, 0, 0], [0, 0, 3.0, 0], [1.5, 0, 0, 0], [0, 0, 0, 1]])
     source = make_folders(tmp_path / "data", affine=affine)
@@ -727,7 +727,7 @@ def test_a_mask_on_another_grid_is_brought_to_its_image_when_asked(tmp_path: Pat
 
 
 def test_labels_are_changed_as_asked_b7(tmp_path: Path) -> None:
-    """B7: several labels become one; 0 takes a label away."""
+    """Several labels become one; 0 takes a label away."""
     source = make_folders(tmp_path / "data", 3)
     settings = PrepareSettings(modality="ct", labels={1: "coarse"}, remap={2: 1})
     prepare(source, tmp_path / "work", settings)
@@ -752,7 +752,7 @@ def make_organs(root: Path) -> Path:
 
 
 def test_binary_masks_are_merged_by_importance_d2(tmp_path: Path) -> None:
-    """D2: one label map of many binary masks, the first name winning where two overlap."""
+    """One label map of many binary masks, the first name winning where two overlap."""
     source = make_organs(tmp_path / "data")
     for order, voxels in ((("airways", "lung"), (5, 25)), (("lung", "airways"), (30, 0))):
         work = tmp_path / order[0]
@@ -767,7 +767,7 @@ def test_binary_masks_are_merged_by_importance_d2(tmp_path: Path) -> None:
 
 
 def test_dicom_masks_that_overlap_need_an_order(tmp_path: Path) -> None:
-    """H2: nothing is guessed where two segmentations claim a voxel; `_label` of a case tells."""
+    """Nothing is guessed where two segmentations claim a voxel; `_label` of a case tells."""
     make_organs(tmp_path)
     masks = tuple(Mask((tmp_path / f"s0/segmentations/{n}.nii.gz",), value=v) for v, n in ((1, "lung"), (2, "airways")))
     case = Case("a", ((tmp_path / "s0/ct.nii.gz",),), masks, "a")
@@ -805,7 +805,7 @@ def test_several_processes_give_the_same_folder(tmp_path: Path) -> None:
 
 
 def test_names_of_patients_stay_outside_of_the_work_folder(tmp_path: Path) -> None:
-    """H13: a salted hash links the cases of one patient; the key lies beside the work folder, for its owner only."""
+    """A salted hash links the cases of one patient; the key lies beside the work folder, for its owner only."""
     rows = "".join(f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,DOE^JANE{i % 3},{i},1956-07-23\n" for i in range(4))
     source = make_csv(tmp_path / "data", f"image,label,subject,age,patient_id\n{rows}".replace("1956", "2019"))
     work = tmp_path / "work"

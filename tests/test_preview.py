@@ -1,4 +1,4 @@
-"""Pictures while a stage trains: what is where, when they come, and that training does not notice them (E7, D19)."""
+"""Pictures while a stage trains: what is where, when they come, and that training does not notice them."""
 
 import csv
 from collections.abc import Callable
@@ -131,7 +131,7 @@ def drawn(
     ("epochs", "every", "interval", "expected"),
     [(5, 2, 1, [2, 4, 5]), (5, 1, 3, [3, 5]), (12, 2, 3, [6, 12]), (3, 0, 1, [])],
 )
-def test_e7_pictures_come_with_every_so_many_validations(
+def test_pictures_come_with_every_so_many_validations(
     tmp_path: Path, epochs: int, every: int, interval: int, expected: list[int]
 ) -> None:
     files = [f"epoch_{epoch:04d}.png" for epoch in expected]
@@ -144,7 +144,7 @@ def test_the_first_validation_can_be_drawn_too(tmp_path: Path) -> None:
     assert drawn(tmp_path, epochs=7, every=3, interval=2, early=True) == files
 
 
-def test_e7_tensorboard_shows_them_once_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_shows_them_once_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # files of one second are read in the order of a count that sorts as text, in which the tenth comes before the ninth
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     drawn(tmp_path, epochs=3, every=1)
@@ -154,7 +154,7 @@ def test_e7_tensorboard_shows_them_once_after_a_resume(tmp_path: Path, monkeypat
     assert events.Images("preview")[0].width > 50
 
 
-def test_e7_figures_of_samples_go_beside_their_pictures(tmp_path: Path) -> None:
+def test_figures_of_samples_go_beside_their_pictures(tmp_path: Path) -> None:
     """In a table of their own and in TensorBoard; a resume takes the place of what it does again."""
 
     def run(values: list[float], after: int) -> None:
@@ -186,7 +186,7 @@ def test_pictures_cannot_come_backwards() -> None:
         Preview(Path(), "stage", list, spacing=[1.0, 1.0, 1.0], every=-1)
 
 
-def test_h7_drawing_leaves_the_random_numbers_of_training_as_they_are(tmp_path: Path) -> None:
+def test_drawing_leaves_the_random_numbers_of_training_as_they_are(tmp_path: Path) -> None:
     def rows() -> list[list[Panel]]:
         return [[Panel("", torch.rand(4, 4, 4), 0)]]
 
@@ -218,7 +218,7 @@ preview:
 """
 
 
-def test_h7_a_stage_with_pictures_ends_with_the_weights_of_one_without(
+def test_a_stage_with_pictures_ends_with_the_weights_of_one_without(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "preview.yaml").write_text(PREVIEW)
@@ -263,19 +263,19 @@ def shown(rows: list[list[Panel]]) -> list[list[float]]:
     return [[round(float(panel.volume.mean()), 6) for panel in row[::3]] for row in rows]
 
 
-def test_e7_the_first_cases_are_drawn_beside_their_reconstruction() -> None:
+def test_the_first_cases_are_drawn_beside_their_reconstruction() -> None:
     rows, network = reconstruction_rows(3)
     assert shown(rows()) == [[0.25, 0.125, -0.125], [0.5, 0.25, -0.25]]
     assert network.training  # as it was
     assert shown(reconstruction_rows(1)[0]()) == [[0.25, 0.125, -0.125]]
 
 
-def test_e7_a_decoder_that_needs_the_mask_gets_it() -> None:
+def test_a_decoder_that_needs_the_mask_gets_it() -> None:
     rows, _ = reconstruction_rows(1, prepare_batch=MaskedPrepareBatch())
     assert shown(rows()) == [[0.25, 0.375, 0.125]]
 
 
-def test_e7_cases_are_drawn_as_validation_sees_them() -> None:
+def test_cases_are_drawn_as_validation_sees_them() -> None:
     from monai.transforms import Compose, RandSpatialCropd
 
     volume = torch.arange(20.0**3).view(1, 20, 20, 20) / 20**3
@@ -306,7 +306,7 @@ class Noise(nn.Module):
         return z_t
 
 
-def test_e7_figures_are_those_of_fibldm_evaluate() -> None:
+def test_figures_are_those_of_fibldm_evaluate() -> None:
     shape, rng = (2, 24, 20, 16), np.random.default_rng(0)
     real = [ndimage.gaussian_filter(rng.uniform(-1, 1, shape), [0, 1, 1, 1]).astype(np.float32) for _ in range(3)]
     labels = [rng.integers(0, 2, shape[1:]).astype(np.uint8) for _ in range(3)]
@@ -360,8 +360,8 @@ def volumes(rows: list[list[Panel]]) -> list[list[Tensor]]:
     return [[panel.volume for panel in row[::3]] for row in rows]
 
 
-def test_a30_without_a_mask_there_are_samples_alone(latents: Latents) -> None:
-    """A30, E7: what the network knows, decoded; and the network is left as it was."""
+def test_without_a_mask_there_are_samples_alone(latents: Latents) -> None:
+    """What the network knows, decoded; and the network is left as it was."""
     network = Known()
     rows = sample_rows(latents, network, samples=2)()
     assert titles(rows) == [[f"case {case}\nsample {number}" for number in (1, 2)] for case in (1, 2)]
@@ -373,8 +373,8 @@ def test_a30_without_a_mask_there_are_samples_alone(latents: Latents) -> None:
     assert [panel.plane for panel in rows[0]] == [0, 1, 2] * 2
 
 
-def test_a30_mask_and_real_volume_stand_beside_the_sample(latents: Latents) -> None:
-    """A30, E7: every case with its own."""
+def test_mask_and_real_volume_stand_beside_the_sample(latents: Latents) -> None:
+    """Every case with its own."""
     rows = sample_rows(latents, Known(), masked=True)()
     assert titles(rows) == [[f"case {case}\n{name}" for name in ("mask", "real", "sample 1")] for case in (1, 2)]
     decode = first_stage(latents).decode
@@ -394,8 +394,8 @@ def test_a30_mask_and_real_volume_stand_beside_the_sample(latents: Latents) -> N
     assert not torch.equal(rows[0][0].volume, rows[1][0].volume)
 
 
-def test_a30_the_noise_of_a_sample_belongs_to_its_case(latents: Latents) -> None:
-    """A30, E7: whatever else is drawn, and however often."""
+def test_the_noise_of_a_sample_belongs_to_its_case(latents: Latents) -> None:
+    """Whatever else is drawn, and however often."""
     noise = volumes(sample_rows(latents, Noise(), samples=2)())
     torch.manual_seed(9)
     again = volumes(sample_rows(latents, Noise(), cases=3)())
@@ -407,8 +407,8 @@ def test_a30_the_noise_of_a_sample_belongs_to_its_case(latents: Latents) -> None
     assert not torch.equal(other[0][0], noise[0][0])
 
 
-def test_a30_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
-    """A30: DDIM of 200 steps with an eta of 1 as well as the default."""
+def test_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
+    """DDIM of 200 steps with an eta of 1 as well as the default."""
     rows = sample_rows(latents, Known(), sampler="ddim", steps=200, eta=1.0)
     assert len(rows.times) == 201
     assert rows.draw.func is ddim and rows.draw.keywords == {"eta": 1.0}  # type: ignore[attr-defined]
@@ -424,7 +424,7 @@ def test_a30_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
         sample_rows(latents, Known(), sampler="ddim", eta=1.5)
 
 
-def test_e7_the_first_stage_is_read_once_and_only_if_it_is_needed(
+def test_the_first_stage_is_read_once_and_only_if_it_is_needed(
     latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E7."""
@@ -448,10 +448,10 @@ def test_a_volume_of_one_slice_is_shown_once() -> None:
 
 
 @pytest.mark.parametrize("stage", ["diffusion", "controlnet"])
-def test_e7_a_stage_that_draws_samples_ends_with_the_weights_of_one_that_does_not(
+def test_a_stage_that_draws_samples_ends_with_the_weights_of_one_that_does_not(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, stage: str
 ) -> None:
-    """E7, H7: over several epochs, as what is drawn after one could only change the next."""
+    """Over several epochs, as what is drawn after one could only change the next."""
     for earlier in ("autoencoder", "latents", *(("diffusion",) if stage == "controlnet" else ())):
         for run in ("plain", "drawn"):
             (tmp_path / run).mkdir(exist_ok=True)

@@ -66,7 +66,7 @@ def told(content: bytes, planted: set[bytes]) -> set[bytes]:
 
 @pytest.mark.slow
 def test_no_patient_shows_in_what_a_whole_run_writes_or_says(tmp_path: Path, tiny_data: Path) -> None:
-    """H1, H2: planted names, IDs, dates and UIDs are in no output, though they are in tags and in folder names."""
+    """Planted names, IDs, dates and UIDs are in no output, though they are in tags and in folder names."""
     source, work, runs, out = tmp_path / "source", tmp_path / "work", tmp_path / "runs", tmp_path / "out"
     studies = [write_study(source, number, patient) for number, patient in enumerate(PATIENTS, start=1)]
     planted = planted_in(source)

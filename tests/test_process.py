@@ -51,7 +51,7 @@ def gaussian(seed: int, shape: tuple[int, ...] = (5, 2, 3, 4, 1)) -> torch.Tenso
         ("cosine", "cosine", None),
     ],
 )
-def test_a25_schedule_matches_monai_at_every_index(schedule, upstream, betas):
+def test_schedule_matches_monai_at_every_index(schedule, upstream, betas):
     arguments = dict(zip(("beta_start", "beta_end"), betas, strict=True)) if betas else {}
     reference = DDPMScheduler(1000, schedule=upstream, **arguments).alphas_cumprod.double()
     ours = VariancePreserving(schedule).alpha(INDEX) ** 2
@@ -60,7 +60,7 @@ def test_a25_schedule_matches_monai_at_every_index(schedule, upstream, betas):
     torch.testing.assert_close(ours[:600], reference[:600].float(), rtol=2e-5, atol=1e-6)
 
 
-def test_a25_d15_own_betas_and_number_of_steps():
+def test_own_betas_and_number_of_steps():
     process = VariancePreserving("linear", steps=4, beta_start=0.1, beta_end=0.4)
     expected = torch.tensor([1.0, 0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7, 0.9 * 0.8 * 0.7 * 0.6]).sqrt()
     torch.testing.assert_close(process.alpha(torch.linspace(0, 1, 5)), expected)
@@ -68,7 +68,7 @@ def test_a25_d15_own_betas_and_number_of_steps():
     torch.testing.assert_close(process.alpha(torch.tensor(0.375)), torch.tensor(between))
 
 
-def test_a25_zero_terminal_snr_is_algorithm_1_of_lin():
+def test_zero_terminal_snr_is_algorithm_1_of_lin():
     root = PROCESSES["scaled_linear"].alpha(INDEX)
     expected = (root - root[-1]) * root[0] / (root[0] - root[-1])
     process = PROCESSES["zero_snr"]
@@ -86,7 +86,7 @@ def test_schedule_is_smooth_bounded_and_monotone(process):
 
 
 @every_vp
-def test_d10_variance_is_preserved(process):
+def test_variance_is_preserved(process):
     t = torch.linspace(0, 1, 777, dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=1e-13, atol=0)
 
@@ -132,7 +132,7 @@ def test_diffuse_at_both_ends_and_inputs_untouched(process):
     torch.testing.assert_close((z_0, noise), kept, rtol=0, atol=0)
 
 
-def test_g1_rectified_flow_ends_in_the_noise():
+def test_rectified_flow_ends_in_the_noise():
     z_0, noise = gaussian(1), gaussian(2)
     torch.testing.assert_close(RectifiedFlow().diffuse(z_0, noise, torch.ones(5)), noise, rtol=0, atol=0)
     torch.testing.assert_close(RectifiedFlow().target("flow", z_0, noise, torch.rand(5)), noise - z_0)
@@ -140,7 +140,7 @@ def test_g1_rectified_flow_ends_in_the_noise():
 
 @every_process
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v", "flow"])
-def test_a22_d14_target_round_trip(process, kind):
+def test_target_round_trip(process, kind):
     if kind not in process.targets:
         with pytest.raises(FibldmError, match=f"{kind!r} needs alpha"):
             process.check_target(kind)
@@ -151,7 +151,7 @@ def test_a22_d14_target_round_trip(process, kind):
     torch.testing.assert_close(process.to_z_0(kind, output, process.diffuse(z_0, noise, t), t), z_0)
 
 
-def test_a22_v_matches_monai():
+def test_v_matches_monai():
     z_0, noise, index = gaussian(3), gaussian(4), torch.tensor([0, 10, 499, 900, 999])
     scheduler = DDPMScheduler(1000, schedule="scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
     ours = VariancePreserving().target("v", z_0, noise, (index + 1) / 1000)
@@ -244,7 +244,7 @@ def test_snr_gamma_weighs_the_error_of_a_sample_by_its_time_whatever_its_batch()
 
 
 @pytest.mark.parametrize("process", [VariancePreserving(), VariancePreserving(zero_terminal_snr=True), RectifiedFlow()])
-def test_d8_the_network_may_be_told_the_noise_instead_of_the_time(process):
+def test_the_network_may_be_told_the_noise_instead_of_the_time(process):
     t = torch.cat([torch.zeros(1), INDEX.float()])
     alpha, log_snr = (dataclasses.replace(process, time_input=kind).network_time(t) for kind in ("alpha", "log_snr"))
     assert dataclasses.replace(process, time_input="time") == process

@@ -108,7 +108,7 @@ def assert_same(scan: Scan, array: Array, affine: Array, atol: float = 1e-4) -> 
 @pytest.mark.parametrize("suffix", GEOMETRIC)
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "PIL"])
 def test_one_volume_is_read_alike_from_every_format_with_geometry(suffix, codes, tmp_path):
-    """H5: oblique, anisotropic, flipped and with a negative determinant."""
+    """Oblique, anisotropic, flipped and with a negative determinant."""
     array, affine = voxels(), affine_of(codes)
     scan = read_scan((write(tmp_path / f"a b ü{suffix}", array, affine),))
     assert_same(scan, *canonical(array, affine))
@@ -125,7 +125,7 @@ def test_one_volume_is_read_alike_from_every_format_with_geometry(suffix, codes,
     shape=st.tuples(*[st.integers(2, 5)] * 3),
 )
 def test_any_orientation_and_rotation_comes_back(codes, turn, origin, suffix, shape, tmp_path_factory):
-    """H5: all 48 orders of axes."""
+    """All 48 orders of axes."""
     array, affine = voxels(shape), affine_of(codes, turn, origin)
     file = write(tmp_path_factory.mktemp("any") / f"a{suffix}", array, affine)
     assert_same(read_scan((file,)), *canonical(array, affine), atol=1e-3)
@@ -209,7 +209,7 @@ def test_arrays_are_chosen_by_name_and_indexed_as_x_y_z(suffix, tmp_path):
 
 
 def test_a_matlab_7_3_file_is_indexed_as_matlab_does(tmp_path):
-    """F7: HDF5 holds MATLAB's axes backwards, and its texts as numbers."""
+    """HDF5 holds MATLAB's axes backwards, and its texts as numbers."""
     array = voxels()
     with h5py.File(tmp_path / "a.mat", "w", userblock_size=512) as file:
         file["volume"] = array.T
@@ -228,7 +228,7 @@ def test_uncompressed_and_big_endian_matlab_and_numpy(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_png_slices_are_stacked_by_their_numbers_as_radiologists_look_at_them(dtype, tmp_path):
-    """B6: rows from front to back, columns from the patient's right to left, slices from feet to head."""
+    """Rows from front to back, columns from the patient's right to left, slices from feet to head."""
     stack = voxels((4, 5, 3), dtype)
     files = [tmp_path / f"s{number}.png" for number in (1, 2, 10)]
     for z, file in enumerate(files):
@@ -352,7 +352,7 @@ def test_a_header_without_orientation_is_said(suffix, line, tmp_path):
 
 @pytest.mark.parametrize("space", ["right-anterior-superior", "RAS", "left-anterior-superior", "LAS"])
 def test_nrrd_in_another_space(space, tmp_path):
-    """H5: SimpleITK itself brings these to LPS."""
+    """SimpleITK itself brings these to LPS."""
     affine = np.diag([2.0, 3.0, 4.0, 1.0])
     file = write(tmp_path / "a.nrrd", voxels(), LPS @ affine)
     file.write_bytes(file.read_bytes().replace(b"left-posterior-superior", space.encode()))
@@ -393,7 +393,7 @@ SINGLE = [suffix for suffix in SUPPORTED_SUFFIXES if suffix not in (".dcm", ".nh
 @pytest.mark.parametrize("cut", [1, 5, 60])
 @pytest.mark.parametrize("suffix", SINGLE)
 def test_a_file_that_was_cut_off_is_refused(suffix, cut, tmp_path):
-    """A1: to the last byte."""
+    """To the last byte."""
     file = write_any(tmp_path / f"a{suffix}")
     refused(
         "a.* cannot be read to its last byte: .*copy or export it again",
@@ -637,6 +637,6 @@ def test_real_files_agree_with_simpleitk(name, data_folder):
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["t2.nii.gz", "t1_seg_gif.nii.gz"])
 def test_real_nifti_agrees_with_simpleitk(name, data_folder):
-    """H5: an oblique, anisotropic MR and a sagittal label map."""
+    """An oblique, anisotropic MR and a sagittal label map."""
     file = data_folder / "brain_mri" / "fpg" / name
     assert_same(read_scan((file,)), *itk_canonical(file), atol=1e-3)

@@ -240,7 +240,7 @@ class Differences:
         return np.array([apart.mean(), apart.mean(axis=(1, 2)).max()])
 
 
-def test_e8_lpips_is_that_of_a_volume_from_the_scan_of_its_mask_beside_other_patients(tmp_path):
+def test_lpips_is_that_of_a_volume_from_the_scan_of_its_mask_beside_other_patients(tmp_path):
     patients, planes = Patients(tmp_path), Differences()
     synthetic = patients.spoiled(blurred(0.5))
     section = measure_realism(patients, synthetic, BlockMeans(), planes=planes)
@@ -293,7 +293,7 @@ def test_sets_are_as_large_as_the_smallest_and_the_rest_is_named(tmp_path):
     assert section.figures["kid/radiomics"].note == "too few to say"
 
 
-def test_h7_who_is_compared_does_not_depend_on_pseudonyms(tmp_path):
+def test_who_is_compared_does_not_depend_on_pseudonyms(tmp_path):
     patients = Patients(tmp_path)
     real, volumes = patients.real(), patients.spoiled(unchanged)
     others = {one.subject: f"sub-{hash_value(one.subject)[:8]}" for one in real}

@@ -1,4 +1,4 @@
-"""What an autoencoder loses: closed forms, torchmetrics on the same arrays, and a run's own autoencoder (C18, F2)."""
+"""What an autoencoder loses: closed forms, torchmetrics on the same arrays, and a run's own autoencoder."""
 
 import shutil
 from collections.abc import Callable
@@ -230,7 +230,7 @@ class Differences:
         return np.full(2, np.abs(real.image - made).mean(), dtype=np.float64)
 
 
-def test_c18_lpips_is_that_of_a_scan_and_its_reconstruction(evaluated: Evaluated) -> None:
+def test_lpips_is_that_of_a_scan_and_its_reconstruction(evaluated: Evaluated) -> None:
     given: dict[str, Any] = {"segmenter": Thresholds(), "planes": Differences(), "pictures": evaluated.folder}
     halved: Any = Pass(lambda image: image / 2)
     section = measure_reconstruction(evaluated, reconstructor=halved, **given)

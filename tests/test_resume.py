@@ -1,4 +1,4 @@
-"""A stage that was interrupted ends with the same weights as one that was not (H7, C19, D24).
+"""A stage that was interrupted ends with the same weights as one that was not.
 
 The fast tests raise in the middle of an epoch; the slow ones kill the process, which gives nothing the time to tidy up.
 """
@@ -86,7 +86,7 @@ def test_a_difference_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_h7_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
+def test_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
     tiny_stage: TinyStage, before: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     whole, broken = before(stage, "whole"), before(stage, "broken")
@@ -116,7 +116,7 @@ def test_h7_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
     assert losses(whole, stage) == losses(broken, stage)
 
 
-def test_h7_latents_that_broke_off_end_the_same(
+def test_latents_that_broke_off_end_the_same(
     tiny_stage: TinyStage, before: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = before("latents", "whole"), before("latents", "broken")
@@ -170,7 +170,7 @@ def kill_when(process: subprocess.Popen[bytes], happened: Callable[[], bool]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINED)
-def test_h7_a_stage_that_was_killed_ends_with_the_same_weights(
+def test_a_stage_that_was_killed_ends_with_the_same_weights(
     tiny_stage: TinyStage, before: Callable[[str, str], Path], stage: str
 ) -> None:
     whole, killed = before(stage, "whole"), before(stage, "killed")
@@ -185,7 +185,7 @@ def test_h7_a_stage_that_was_killed_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_h7_latents_that_were_killed_end_the_same(tiny_stage: TinyStage, before: Callable[[str, str], Path]) -> None:
+def test_latents_that_were_killed_end_the_same(tiny_stage: TinyStage, before: Callable[[str, str], Path]) -> None:
     whole, killed = before("latents", "whole"), before("latents", "killed")
     tiny_stage("latents", whole, views=3).run()
     interrupted = tiny_stage("latents", killed, views=3)

@@ -51,7 +51,7 @@ def test_a_stage_that_was_refused_before_it_did_anything_may_change(tmp_path: Pa
         begin(tmp_path)
 
 
-def test_h7_a_stage_is_new_then_begun_then_done(tmp_path: Path) -> None:
+def test_a_stage_is_new_then_begun_then_done(tmp_path: Path) -> None:
     assert [begin(tmp_path), begin(tmp_path)] == ["new", "resume"]
     StageFolder(tmp_path, "autoencoder").finish(epochs=3, weights="w")
     assert [begin(tmp_path), begin(tmp_path, epochs=2)] == ["done", "done"]
@@ -59,7 +59,7 @@ def test_h7_a_stage_is_new_then_begun_then_done(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "autoencoder" / "config.yaml").read_text())["epochs"] == 3
 
 
-def test_h7_more_epochs_go_on_and_are_not_done_meanwhile(tmp_path: Path) -> None:
+def test_more_epochs_go_on_and_are_not_done_meanwhile(tmp_path: Path) -> None:
     begin(tmp_path)
     StageFolder(tmp_path, "autoencoder").finish(epochs=3)
     assert begin(tmp_path, epochs=4) == "resume"
@@ -67,7 +67,7 @@ def test_h7_more_epochs_go_on_and_are_not_done_meanwhile(tmp_path: Path) -> None
     assert yaml.safe_load((tmp_path / "autoencoder" / "config.yaml").read_text())["epochs"] == 4
 
 
-def test_h7_another_device_is_no_other_configuration(tmp_path: Path) -> None:
+def test_another_device_is_no_other_configuration(tmp_path: Path) -> None:
     begin(tmp_path, patch=(4, 4), work=Path("here"))
     assert begin(tmp_path, device="cuda", num_workers=4, work="elsewhere", checkpoint_every=7) == "resume"
 
@@ -75,7 +75,7 @@ def test_h7_another_device_is_no_other_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "as_before", "other"), [("latent_draw", "sample", "mean"), ("masks_only", True, False)]
 )
-def test_h7_a_run_of_before_a_key_goes_on_with_what_was_done_then(
+def test_a_run_of_before_a_key_goes_on_with_what_was_done_then(
     tmp_path: Path, key: str, as_before: object, other: object
 ) -> None:
     begin(tmp_path)
@@ -85,7 +85,7 @@ def test_h7_a_run_of_before_a_key_goes_on_with_what_was_done_then(
         begin(tmp_path, **{key: other})
 
 
-def test_h7_a_changed_configuration_is_refused_with_what_changed(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_refused_with_what_changed(tmp_path: Path) -> None:
     begin(tmp_path)
     with pytest.raises(FibldmError) as raised:
         begin(tmp_path, learning_rate=0.2, patch=[4, 8], inputs="b", extra=True)
@@ -95,7 +95,7 @@ def test_h7_a_changed_configuration_is_refused_with_what_changed(tmp_path: Path)
     assert begin(tmp_path) == "resume"
 
 
-def test_h7_many_changes_are_counted(tmp_path: Path) -> None:
+def test_many_changes_are_counted(tmp_path: Path) -> None:
     begin(tmp_path)
     with pytest.raises(FibldmError, match="and 2 more"):
         begin(tmp_path, **{f"key{number}": number for number in range(8)})
@@ -147,7 +147,7 @@ def test_the_hash_of_weights_sees_names_and_values() -> None:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_c19_e11_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
+def test_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
     folder = tiny_run / stage
     for name in ("config.yaml", "log.txt", "metrics.csv", "checkpoints/last.pt", "checkpoints/best.pt", "done.json"):
         assert (folder / name).stat().st_size > 0, name
@@ -165,7 +165,7 @@ def test_c19_e11_a_stage_leaves_its_files(tiny_run: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_c19_checkpoints_are_tensors_and_numbers_alone(tiny_run: Path, stage: str) -> None:
+def test_checkpoints_are_tensors_and_numbers_alone(tiny_run: Path, stage: str) -> None:
     last = torch.load(tiny_run / stage / "checkpoints" / "last.pt", weights_only=True)
     also = {"scaler", "loss"} if stage == "autoencoder" else {"scaler"}
     assert set(last["objects"]) == {"network", "ema", "optimizer"} | also
@@ -176,7 +176,7 @@ def test_c19_checkpoints_are_tensors_and_numbers_alone(tiny_run: Path, stage: st
     assert hash_weights(network.state_dict()) == hash_weights(best["model"])
 
 
-def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> None:
+def test_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> None:
     base = StageFolder(tiny_run, "diffusion").weights()["model"]
     steered = StageFolder(tiny_run, "controlnet").weights()["model"]
     shared = [name for name in steered if name.startswith("unet.")]
@@ -188,8 +188,8 @@ def test_a8_the_base_of_the_controlnet_is_that_of_stage_2(tiny_run: Path) -> Non
     assert len(last["optimizer"]["state"]) == trained
 
 
-def test_b10_a_stage_folder_is_enough_to_have_its_network(tiny_run: Path, tmp_path: Path) -> None:
-    """B10: moved elsewhere, with no configuration beside its own."""
+def test_a_stage_folder_is_enough_to_have_its_network(tiny_run: Path, tmp_path: Path) -> None:
+    """Moved elsewhere, with no configuration beside its own."""
     shutil.copytree(tiny_run / "diffusion", tmp_path / "elsewhere" / "diffusion")
     shutil.copytree(tiny_run / "latents", tmp_path / "elsewhere" / "latents")
     shutil.copytree(tiny_run / "autoencoder", tmp_path / "elsewhere" / "autoencoder")
@@ -197,7 +197,7 @@ def test_b10_a_stage_folder_is_enough_to_have_its_network(tiny_run: Path, tmp_pa
     assert hash_weights(moved.state_dict()) == hash_weights(here.state_dict()) and not moved.training
 
 
-def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
+def test_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> None:
     latents = Latents.open(tiny_run)
     views = [LoadLatent(latents, {"mask": latents.mask(2)})(item) for item in latents.items("training")]
     means, spreads = (torch.stack([view[key] for view in views]).double() for key in ("mean", "std"))
@@ -214,7 +214,7 @@ def test_b18_the_latents_are_normalised_by_what_was_fitted(tiny_run: Path) -> No
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_h6_a_finished_stage_is_skipped(
+def test_a_finished_stage_is_skipped(
     tiny_stage: TinyStage, run: Path, stage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = snapshot(run)
@@ -225,7 +225,7 @@ def test_h6_a_finished_stage_is_skipped(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_h7_a_stage_of_another_configuration_is_refused(tiny_stage: TinyStage, run: Path, stage: str) -> None:
+def test_a_stage_of_another_configuration_is_refused(tiny_stage: TinyStage, run: Path, stage: str) -> None:
     before = snapshot(run)
     with pytest.raises(FibldmError, match="made with another configuration .config::seed: 0 -> 5"):
         tiny_stage(stage, run, seed=5).run()
@@ -239,8 +239,8 @@ def test_what_was_refused_before_its_first_checkpoint_claims_nothing(tiny_stage:
     assert read_json(tmp_path / "run" / "autoencoder" / "done.json")["epochs"] == 1
 
 
-def test_h13_a_stage_of_no_epochs_is_refused(tiny_stage: TinyStage, tmp_path: Path) -> None:
-    """H13: and leaves no folder; an untrained stage has none."""
+def test_a_stage_of_no_epochs_is_refused(tiny_stage: TinyStage, tmp_path: Path) -> None:
+    """And leaves no folder; an untrained stage has none."""
     with pytest.raises(FibldmError, match="trained needs at least 1 epoch; epochs is 0; .*autoencoder_as_given"):
         tiny_stage("autoencoder", tmp_path / "run", epochs=0).run()
     assert not (tmp_path / "run").exists()
@@ -259,7 +259,7 @@ def test_restart_trains_anew_and_what_was_built_on_it_is_refused(tiny_stage: Tin
         tiny_stage("latents", run).run()
 
 
-def test_h7_more_epochs_go_on(tiny_stage: TinyStage, run: Path) -> None:
+def test_more_epochs_go_on(tiny_stage: TinyStage, run: Path) -> None:
     tiny_stage("diffusion", run, epochs=3).run()
     rows = (run / "diffusion" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
@@ -275,14 +275,14 @@ def test_h7_more_epochs_go_on(tiny_stage: TinyStage, run: Path) -> None:
         ("controlnet", "fibldm encode"),
     ],
 )
-def test_h6_a_stage_without_the_one_before_names_its_command(
+def test_a_stage_without_the_one_before_names_its_command(
     tiny_stage: TinyStage, tmp_path: Path, stage: str, command: str
 ) -> None:
     with pytest.raises(FibldmError, match=f"must be finished first; it was never started; run `{command}`"):
         tiny_stage(stage, tmp_path / "run").run()
 
 
-def test_h6_a_controlnet_without_its_base_names_its_command(tiny_stage: TinyStage, run: Path) -> None:
+def test_a_controlnet_without_its_base_names_its_command(tiny_stage: TinyStage, run: Path) -> None:
     shutil.rmtree(run / "diffusion")
     shutil.rmtree(run / "controlnet")
     with pytest.raises(FibldmError, match="run `fibldm train diffusion`"):
@@ -298,7 +298,7 @@ def another_autoencoder(run: Path, folder: Path) -> Path:
     return other
 
 
-def test_h14_latents_of_another_run_are_an_error(tiny_stage: TinyStage, run: Path, tmp_path: Path) -> None:
+def test_latents_of_another_run_are_an_error(tiny_stage: TinyStage, run: Path, tmp_path: Path) -> None:
     other = another_autoencoder(run, tmp_path / "other")
     shutil.rmtree(run / "latents")
     shutil.copytree(other / "latents", run / "latents")
@@ -308,7 +308,7 @@ def test_h14_latents_of_another_run_are_an_error(tiny_stage: TinyStage, run: Pat
         tiny_stage("diffusion", run).run()
 
 
-def test_h14_a_single_latent_of_another_autoencoder_is_an_error(tiny_stage: TinyStage, run: Path) -> None:
+def test_a_single_latent_of_another_autoencoder_is_an_error(tiny_stage: TinyStage, run: Path) -> None:
     shutil.rmtree(run / "diffusion")
     file = next((run / "latents" / "training").iterdir())
     content = file.read_bytes()
@@ -318,7 +318,7 @@ def test_h14_a_single_latent_of_another_autoencoder_is_an_error(tiny_stage: Tiny
         tiny_stage("diffusion", run).run()
 
 
-def test_h14_another_checkpoint_in_the_place_of_the_best_is_an_error(run: Path) -> None:
+def test_another_checkpoint_in_the_place_of_the_best_is_an_error(run: Path) -> None:
     stage = StageFolder(run, "autoencoder")
     weights = stage.weights()
     weights["model"] = {name: value + 1 for name, value in weights["model"].items()}

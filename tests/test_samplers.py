@@ -79,7 +79,7 @@ def grid_of(name: str, steps: int) -> Grid:
 
 @every_process_and_number_of_steps
 @pytest.mark.parametrize("method", BY_HAND)
-def test_h9_b15_c12_deterministic_samplers_are_their_recursion_by_every_target(name, method, steps):
+def test_deterministic_samplers_are_their_recursion_by_every_target(name, method, steps):
     process, starts = process_of(name), [0.0, 1.0, -2.5]
     z = torch.tensor(starts * len(process.targets), dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
     denoise = RoundTrip(Gaussian(process), process, process.targets)
@@ -106,7 +106,7 @@ def ancestral_gains(name: str, times: torch.Tensor, monkeypatch) -> torch.Tensor
 
 
 @every_process_and_number_of_steps
-def test_h9_ancestral_is_its_recursion_exactly_by_every_target(name, steps, monkeypatch):
+def test_ancestral_is_its_recursion_exactly_by_every_target(name, steps, monkeypatch):
     mean, var = ancestral_by_hand(0.0, 1.0, grid_of(name, steps))
     for offset, *gains in ancestral_gains(name, times_of(name, steps), monkeypatch).tolist():
         assert offset == pytest.approx(mean, rel=1e-8, abs=1e-8)
@@ -114,7 +114,7 @@ def test_h9_ancestral_is_its_recursion_exactly_by_every_target(name, steps, monk
 
 
 @pytest.mark.parametrize("name", ["scaled_linear", "flow"])
-def test_h9_ancestral_with_drawn_noise_has_its_mean_and_std(name):
+def test_ancestral_with_drawn_noise_has_its_mean_and_std(name):
     process = PROCESSES[name]
     z = torch.randn((1, 1, 40_000, 1, 1), generator=torch.Generator().manual_seed(1))
     out = sampler("ancestral")(Gaussian(process), z, sampling_times(50), process=process, generators=seeded(1))
@@ -124,7 +124,7 @@ def test_h9_ancestral_with_drawn_noise_has_its_mean_and_std(name):
     assert float(out.std()) == pytest.approx(math.sqrt(var), rel=0.015)
 
 
-def test_h9_monai_strided_ancestral_sampling_is_too_wide_and_ours_is_not():
+def test_monai_strided_ancestral_sampling_is_too_wide_and_ours_is_not():
     process, steps = VariancePreserving("linear"), 50
     z = torch.randn((1, 1, 20_000, 1, 1), generator=torch.Generator().manual_seed(2))
     denoise = Gaussian(process, mu=(0.0,))
@@ -163,14 +163,14 @@ def dense_at_both_ends(steps: int) -> torch.Tensor:
 
 @every_process
 @pytest.mark.parametrize(("method", "least"), [("ddim", 0.9), ("heun", 1.8), ("dpmpp_2m", 1.8)])
-def test_h9_order_of_convergence_from_noise_to_data(name, method, least):
+def test_order_of_convergence_from_noise_to_data(name, method, least):
     measured = observed_order(method, PROCESSES[name], dense_at_both_ends(320), dense_at_both_ends(640))
     print(f"{name:23s} {method:9s} t 1 to 0: order {measured:.2f}")
     assert least <= measured < least + 0.4
 
 
 @every_process
-def test_h9_weak_order_of_ancestral_sampling(name, monkeypatch):
+def test_weak_order_of_ancestral_sampling(name, monkeypatch):
     """The standard deviation of the samples, which start as the process ends, goes to that of the data."""
     process, errors = PROCESSES[name], []
     for steps in (320, 640):
@@ -185,7 +185,7 @@ def test_h9_weak_order_of_ancestral_sampling(name, monkeypatch):
 
 @pytest.mark.parametrize(("method", "most"), [("ddim", 0.2), ("heun", 0.2), ("dpmpp_2m", 0.05)])
 @pytest.mark.parametrize(("name", "spacing"), [("flow", "uniform"), ("scaled_linear", "quadratic")])
-def test_h9_g1_error_of_a_gaussian_at_ten_calls(name, spacing, method, most):
+def test_error_of_a_gaussian_at_ten_calls(name, spacing, method, most):
     process, steps = PROCESSES[name], 5 if method == "heun" else 10
     assert calls(method, steps) <= 10
     z = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1, 1)
@@ -197,7 +197,7 @@ def test_h9_g1_error_of_a_gaussian_at_ten_calls(name, spacing, method, most):
 
 @every_process
 @every_sampler
-def test_h9_mixture_is_sampled(name, method):
+def test_mixture_is_sampled(name, method):
     process, count = PROCESSES[name], 800
     z = samplers.draw_noise((2, 1, 1, 1), generators := seeded(count))
     # Quadratic times: the last step of a uniform grid starts at sigma = 0.2 on VP, wider than the narrowest std.
@@ -213,7 +213,7 @@ def test_h9_mixture_is_sampled(name, method):
 
 @every_process
 @every_sampler
-def test_h9_every_target_gives_the_same_samples(name, method):
+def test_every_target_gives_the_same_samples(name, method):
     process, oracle = PROCESSES[name], Mixture(PROCESSES[name])
     z = samplers.draw_noise((2, 1, 1, 1), seeded(6)).double()
 
@@ -225,7 +225,7 @@ def test_h9_every_target_gives_the_same_samples(name, method):
 
 
 @every_process
-def test_d14_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch):
+def test_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch):
     process = PROCESSES[name]
     times = torch.tensor([1.0, 0.6, 0.25, 0.1], dtype=torch.float64)
     draws = iter(torch.eye(5)[:3])
@@ -240,7 +240,7 @@ def test_d14_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch
     assert float(gains.square().sum()) == pytest.approx(alpha[-1] ** 2 * STD**2 + sigma[-1] ** 2, rel=1e-9)
 
 
-def test_b15_d16_one_command_puts_monais_schedulers_beside_them(monkeypatch, tmp_path, capsys):
+def test_one_command_puts_monais_schedulers_beside_them(monkeypatch, tmp_path, capsys):
     """PNDM, of which there is none of our own, is no better than dpmpp_2m."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     import compare_samplers
@@ -269,7 +269,7 @@ def test_b15_d16_one_command_puts_monais_schedulers_beside_them(monkeypatch, tmp
 
 @pytest.mark.parametrize("name", ["scaled_linear", "flow"])
 @every_sampler
-def test_h8_a_sample_is_the_same_in_any_batch_and_order(name, method):
+def test_a_sample_is_the_same_in_any_batch_and_order(name, method):
     process = PROCESSES[name]
 
     def draw(indices):

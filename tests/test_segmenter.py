@@ -1,4 +1,4 @@
-"""The segmenter that measurements share: what it minimises, what it gives, and when it is trained again (H4)."""
+"""The segmenter that measurements share: what it minimises, what it gives, and when it is trained again."""
 
 import re
 from collections.abc import Callable
@@ -111,7 +111,7 @@ class Thresholds(nn.Module):
 
 
 @pytest.mark.parametrize("window", [(12, 6, 4), (4, 4, 4), (8, 6, 2)])
-def test_h4_segmenting_a_ramp_gives_label_values_on_its_own_axes(window: tuple[int, ...]) -> None:
+def test_segmenting_a_ramp_gives_label_values_on_its_own_axes(window: tuple[int, ...]) -> None:
     """Whole or in windows, along the one axis that rises."""
     ramp = np.broadcast_to(np.linspace(-1, 1, 12, dtype=np.float32)[:, None, None], (12, 6, 4))
     found = Segmenter(Thresholds(), (0, 2, 5), "", window).segment(ramp)
@@ -194,7 +194,7 @@ def test_other_settings_data_grids_and_intensities_get_another_one(
     assert train(evaluated).fingerprint == made[0].fingerprint
 
 
-def test_h7_one_that_was_interrupted_goes_on_to_the_same_weights(
+def test_one_that_was_interrupted_goes_on_to_the_same_weights(
     evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(evaluated, steps=6, val_interval=1)

@@ -142,7 +142,7 @@ def write_mask(path: Path, mask: Volume) -> Path:
 @pytest.mark.parametrize(
     ("spacing", "resampled"), [((5.2, 4.9, 5.0), None), ((4.0, 5.0, 5.9), [5.0, 5.0, 5.0])], ids=["kept", "resampled"]
 )
-def test_c20_the_volume_lies_on_the_masks_grid_in_hounsfield_units(synthesizer, spacing, resampled):
+def test_the_volume_lies_on_the_masks_grid_in_hounsfield_units(synthesizer, spacing, resampled):
     """H5, A5, A27."""
     mask = body(spacing=spacing)
     made = synthesizer(mask, settings=QUICK)
@@ -158,7 +158,7 @@ def test_c20_the_volume_lies_on_the_masks_grid_in_hounsfield_units(synthesizer, 
 @pytest.mark.parametrize("spacing", [(5.2, 4.9, 5.0), (4.0, 5.0, 5.9)], ids=["kept", "resampled"])
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0)])
 def test_turning_the_mask_turns_the_volume_and_changes_nothing_else(synthesizer, spacing, order):
-    """H5: to the bit."""
+    """To the bit."""
     mask = body(spacing=spacing)
     turn = np.array([[axis, flip] for axis, flip in zip(order, (-1, -1, 1), strict=True)], dtype=float)
     turned = Volume(
@@ -171,7 +171,7 @@ def test_turning_the_mask_turns_the_volume_and_changes_nothing_else(synthesizer,
 
 
 def test_one_seed_per_sample(synthesizer):
-    """H8: seed, name and number decide a volume; nothing else does."""
+    """Seed, name and number decide a volume; nothing else does."""
     torch.manual_seed(1)
     first = synthesizer(body(), name="a", number=1, settings=QUICK).volume.array
     torch.manual_seed(2)
@@ -184,7 +184,7 @@ def test_one_seed_per_sample(synthesizer):
 
 
 def test_the_mask_matters(synthesizer):
-    """A4: fewer labels, another volume, and most where they were taken away."""
+    """Fewer labels, another volume, and most where they were taken away."""
     mask, without = body(), body()
     without.array[without.array == 2] = 0
     one, other = (synthesizer(volume, settings=QUICK).volume.array.astype(float) for volume in (mask, without))
@@ -205,7 +205,7 @@ def counted_calls(synthesizer: Synthesizer, settings: SamplingSettings) -> tuple
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_network_calls_are_those_that_are_made(synthesizer, name, guidance):
-    """B20: one call a step without guidance, two with it; heun takes one more a step, but for the last."""
+    """One call a step without guidance, two with it; heun takes one more a step, but for the last."""
     settings = SamplingSettings(sampler=name, steps=3, guidance=guidance)
     made, told = counted_calls(synthesizer, settings)
     assert made == settings.network_calls == told == (5 if name == "heun" else 3) * (1 + (guidance != 1))
@@ -224,7 +224,7 @@ def test_network_calls_are_those_that_are_made(synthesizer, name, guidance):
 )
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_costs_nothing_outside_its_interval(synthesizer, name, interval, shift, guided_calls, guidance):
-    """B20, D16: what is told of the network calls is what a counting network sees."""
+    """What is told of the network calls is what a counting network sees."""
     settings = SamplingSettings(
         sampler=name, steps=4, guidance=guidance, guidance_rescale=0.7, guidance_interval=interval, shift=shift
     )
@@ -249,8 +249,8 @@ def test_the_autoencoder_gets_latents_in_its_own_scale(synthesizer):
     torch.testing.assert_close(decoded[0], synthesizer.space.denormalise(decoded[1]))
 
 
-def test_h8_a_volume_is_the_same_in_any_batch(synthesizer, monkeypatch):
-    """H8: the same noise to the bit, and the same volume to 1e-4 of its range, alone and with others of other sizes."""
+def test_a_volume_is_the_same_in_any_batch(synthesizer, monkeypatch):
+    """The same noise to the bit, and the same volume to 1e-4 of its range, alone and with others of other sizes."""
     seen: list[torch.Tensor] = []
     real = SAMPLERS["ancestral"]
 
@@ -280,8 +280,8 @@ def test_h8_a_volume_is_the_same_in_any_batch(synthesizer, monkeypatch):
     assert not np.array_equal(together[0].volume.array, together[1].volume.array)
 
 
-def test_d21_processes_share_the_volumes_and_batches_change_nothing(tiny_run, phantom_work, tmp_path, monkeypatch):
-    """D21, H8: two ranks with batches of 2 write what one process with batches of 1 writes."""
+def test_processes_share_the_volumes_and_batches_change_nothing(tiny_run, phantom_work, tmp_path, monkeypatch):
+    """Two ranks with batches of 2 write what one process with batches of 1 writes."""
     masks = sorted((phantom_work / "labels").iterdir())[:3]
     settings = replace(QUICK, sampler="ancestral", steps=2)
 
@@ -355,7 +355,7 @@ def of_voxels(synthesizer) -> Synthesizer:
 
 
 def test_dynamic_thresholding_ends_within_the_range_of_a_volume(of_voxels, monkeypatch):
-    """D14: guided, the network leaves the range, and clamping leaves voxels at its ends; thresholding need not."""
+    """Guided, the network leaves the range, and clamping leaves voxels at its ends; thresholding need not."""
     decoded = []
 
     def record(first_stage: FrozenFirstStage, latent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -408,7 +408,7 @@ def _changed(value: float, dtype: type = np.float32) -> Volume:
     ],
 )
 def test_masks_that_are_refused(synthesizer, mask, message):
-    """A27: label set, whole numbers, envelope."""
+    """Label set, whole numbers, envelope."""
     with pytest.raises(FibldmError, match=message):
         synthesizer(mask, settings=QUICK)
 
@@ -508,7 +508,7 @@ def test_file_with_sidecar_and_mask(synthesizer, tmp_path):
 
 
 def test_a_file_and_an_array_give_the_same_volume(synthesizer, tmp_path):
-    """H8: the file's name is the mask's name."""
+    """The file's name is the mask's name."""
     file = write_mask(tmp_path / "case.nii.gz", body())
     path = synthesize_file(synthesizer, file, tmp_path / "out", number=3, settings=QUICK)
     made = synthesizer(read_volume(str(file)), name="case", number=3, settings=QUICK)
@@ -536,7 +536,7 @@ def test_a_rerun_keeps_what_is_there_and_refuses_another_request(synthesizer, tm
 
 
 def test_two_masks_of_one_name_are_not_mixed(synthesizer, tmp_path):
-    """B20: ``masks/case.nii.gz`` stays the mask of every volume of that name."""
+    """``masks/case.nii.gz`` stays the mask of every volume of that name."""
     (tmp_path / "other").mkdir()
     file, other = (
         write_mask(tmp_path / "case.nii.gz", body()),
@@ -549,7 +549,7 @@ def test_two_masks_of_one_name_are_not_mixed(synthesizer, tmp_path):
 
 
 def test_an_interrupted_write_is_made_good(synthesizer, tmp_path, monkeypatch):
-    """H1: stopped between sidecar and volume, there is no volume; the next run overwrites the lone sidecar."""
+    """Stopped between sidecar and volume, there is no volume; the next run overwrites the lone sidecar."""
     file, out = write_mask(tmp_path / "case.nii.gz", body()), tmp_path / "out"
     replace_file = Path.replace
 
@@ -580,7 +580,7 @@ def test_a_refused_mask_is_named(synthesizer, tmp_path):
 
 
 def test_all_masks_are_looked_at_before_the_first_volume(synthesizer, tmp_path):
-    """A27: one error tells all that are refused."""
+    """One error tells all that are refused."""
     output, masks = Output(synthesizer, tmp_path / "out", SynthesisSettings(QUICK)), tmp_path / "masks"
     masks.mkdir()
 
@@ -610,7 +610,7 @@ def test_all_masks_are_looked_at_before_the_first_volume(synthesizer, tmp_path):
 
 
 def test_the_engine_looks_at_all_masks_first(synthesizer, tmp_path):
-    """A27: and gives the files of every batch."""
+    """And gives the files of every batch."""
     files = [write_mask(tmp_path / "a.nii.gz", body()), write_mask(tmp_path / "b.nii.gz", _changed(9))]
     for masks, refused in ((files, True), (files[:1], False)):
         engine = SynthesisEvaluator(synthesizer, mask_items(masks, 2), tmp_path / "out", inferer=QUICK, batch_size=2)
@@ -642,7 +642,7 @@ def test_the_engine_takes_and_writes_dicom(synthesizer, tmp_path):
 
 
 def test_a_refused_mask_stops_a_folder_before_its_first_volume(tiny_run, phantom_work, tmp_path):
-    """A27, B16: and what lies there already is not made again, though more is asked for."""
+    """And what lies there already is not made again, though more is asked for."""
     masks, out = tmp_path / "masks", tmp_path / "out"
     masks.mkdir()
     good = [Path(shutil.copy(file, masks)) for file in sorted((phantom_work / "labels").glob("*.nii.gz"))[:2]]
@@ -674,7 +674,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_run, device):
 
 
 def test_find_masks(tmp_path, caplog):
-    """A27: files and folders, in order; unfinished files and other files of a folder are passed over."""
+    """Files and folders, in order; unfinished files and other files of a folder are passed over."""
     folder = tmp_path / "masks"
     folder.mkdir()
     for name in ("b.nii.gz", "a.nii", ".writing-x.nii.gz", "._b.nii.gz", "notes.txt", "c.nii.bak", "d.dcm"):
@@ -687,7 +687,7 @@ def test_find_masks(tmp_path, caplog):
 
 
 def test_masks_of_every_format_and_case_are_found_and_read_alike(synthesizer, tmp_path, caplog):
-    """A27: as `prepare` reads them; DICOM that is no segmentation is left out by name."""
+    """As `prepare` reads them; DICOM that is no segmentation is left out by name."""
     folder, mask = tmp_path / "masks", body()
     write_mask(tmp_path / "case.nii.gz", mask)
     folder.mkdir()
@@ -718,7 +718,7 @@ def test_masks_of_every_format_and_case_are_found_and_read_alike(synthesizer, tm
 
 
 def test_segments_of_slicer_are_known_by_their_names(synthesizer, tmp_path):
-    """A27: their values differ from file to file; left and right must not be mixed up."""
+    """Their values differ from file to file; left and right must not be mixed up."""
     write_mask(tmp_path / "case.nii.gz", body())
     image = SimpleITK.ReadImage(str(tmp_path / "case.nii.gz"))
     for number, (value, name) in enumerate({2: "left lung", 1: "right lung", 5: "nodule"}.items()):
@@ -736,7 +736,7 @@ def test_segments_of_slicer_are_known_by_their_names(synthesizer, tmp_path):
 
 
 def test_a_mask_a_tenth_of_a_degree_off_right_angles_is_squared_up_and_said(synthesizer, tmp_path, caplog):
-    """H5: SimpleITK opens such a mask by its qform alone; it opens what is made of it, too."""
+    """SimpleITK opens such a mask by its qform alone; it opens what is made of it, too."""
     mask = body()
     sheared = mask.affine @ nibabel.affines.from_matvec([[1, np.tan(np.radians(0.1)), 0], [0, 1, 0], [0, 0, 1]])
     file = nibabel.Nifti1Image(mask.array, sheared)
@@ -758,7 +758,7 @@ def test_a_mask_a_tenth_of_a_degree_off_right_angles_is_squared_up_and_said(synt
 def test_volumes_keep_the_coordinate_system_of_their_mask_and_nothing_else_of_its_header(
     synthesizer, tmp_path, sform, qform, kept
 ):
-    """H5: MNI stays MNI; what may tell a patient or darken the picture stays behind."""
+    """MNI stays MNI; what may tell a patient or darken the picture stays behind."""
     file = nibabel.Nifti1Image(body().array, body().affine)
     file.header.set_xyzt_units("mm", "sec")
     file.set_qform(body().affine, 1)
@@ -795,7 +795,7 @@ def _tree(folder: Path) -> dict[str, int]:
 
 
 def test_dicom_and_nifti_are_one_volume(synthesizer, tmp_path):
-    """H1, H5: the same voxels at the same places, a mask that references the series, and a sidecar."""
+    """The same voxels at the same places, a mask that references the series, and a sidecar."""
     file, dicom = write_mask(tmp_path / "case.nii.gz", body()), "dicom"
     nifti = synthesize_file(synthesizer, file, tmp_path / "nifti", number=1, settings=QUICK)
     path = synthesize_file(synthesizer, file, tmp_path / "out", number=1, settings=QUICK, format=dicom)
@@ -845,7 +845,7 @@ def test_a_label_without_coded_meaning_is_refused_before_anything_is_made(synthe
 
 
 def test_a_dicom_segmentation_is_taken_as_mask(synthesizer, tmp_path):
-    """A27: the mask that was written gives the volume of the same name again; strange segments are refused."""
+    """The mask that was written gives the volume of the same name again; strange segments are refused."""
     file = write_mask(tmp_path / "case.nii.gz", body())
     synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK, format="dicom")
     written = tmp_path / "out" / "masks" / "case_000.dcm"
@@ -880,7 +880,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
 
 
 def test_the_command_writes_dicom_and_bids(tiny_run, phantom_work, tmp_path):
-    """H1: with the phantoms' own labels, whose codes and names come from the run."""
+    """With the phantoms' own labels, whose codes and names come from the run."""
     mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
     command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--steps", "1", "--allow-extrapolation"]
     assert run([*command, "--out", str(tmp_path / "dicom"), "--format", "dicom"]) == 0
@@ -928,7 +928,7 @@ def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
     assert len(list((tmp_path / "dicom" / "masks").glob("*.dcm"))) == 1
 
 
-def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
+def test_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
     mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
     command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path), "--json"]
     command += ["--allow-extrapolation", "--steps", "4", "--sampler", "ddim", "--guidance", "5.5"]
@@ -943,8 +943,8 @@ def test_a26_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, t
     assert run([*command, "--dynamic-threshold", "0.9", "--seed", "3"]) == 2
 
 
-def test_b16_eta_leads_from_ddim_to_ancestral(synthesizer):
-    """B16: the ends are both samplers, between them lies another volume; a sidecar tells it where it was given."""
+def test_eta_leads_from_ddim_to_ancestral(synthesizer):
+    """The ends are both samplers, between them lies another volume; a sidecar tells it where it was given."""
     mask, steps = body(), {"steps": 4, "seed": 2}
     asked = [
         {"sampler": "ddim"},
@@ -959,8 +959,8 @@ def test_b16_eta_leads_from_ddim_to_ancestral(synthesizer):
     assert [one.provenance["sampling"].get("eta", "untold") for one in made] == ["untold"] * 2 + [0.0, 0.5, 1.0]
 
 
-def test_b16_the_command_takes_number_eta_sampler_steps_and_batch(tiny_run, phantom_work, tmp_path, capsys):
-    """B16: any batch size, and masks of a folder; the same asked again keeps what is there."""
+def test_the_command_takes_number_eta_sampler_steps_and_batch(tiny_run, phantom_work, tmp_path, capsys):
+    """Any batch size, and masks of a folder; the same asked again keeps what is there."""
     masks = [shutil.copy(file, tmp_path) for file in sorted((phantom_work / "labels").glob("*.nii.gz"))[:2]]
     command = ["synthesize", "--run", str(tiny_run), "--masks", str(tmp_path), "--out", str(tmp_path / "out"), "--json"]
     command += ["--allow-extrapolation", "--count", "2", "--batch-size", "3", "--device", "cpu"]
@@ -995,8 +995,8 @@ def test_masks_may_be_those_of_a_split(tiny_run, phantom_work, tmp_path, capsys)
     assert "masks must be given to this generator, as its volumes follow them; got none; give --masks or --data" in said
 
 
-def test_d21_weights_of_an_epoch_that_was_kept(tiny_run, phantom_work, tmp_path):
-    """C19: they make other volumes, and the sidecar tells them from the best."""
+def test_weights_of_an_epoch_that_was_kept(tiny_run, phantom_work, tmp_path):
+    """They make other volumes, and the sidecar tells them from the best."""
     run_dir, mask = tmp_path / "run", read_volume(load_datalist(phantom_work, "test", masks=True)[0]["label"])
     shutil.copytree(tiny_run, run_dir)
     folder = run_dir / "controlnet" / "checkpoints"

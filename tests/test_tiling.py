@@ -57,7 +57,7 @@ def third(stage: FrozenFirstStage, cells: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("wavelet", [True, False])
 def test_tiles_of_a_local_network_equal_the_whole(wavelet: bool) -> None:
-    """G4, E2: several tiles along the long axis, two samples."""
+    """Several tiles along the long axis, two samples."""
     stage = autoencoder(wavelet=wavelet)
     latent = random(2, 3, *CELLS)
     whole = stage.decode(latent)
@@ -71,7 +71,7 @@ def test_tiles_of_a_local_network_equal_the_whole(wavelet: bool) -> None:
 
 
 def test_tiles_with_shared_statistics_equal_the_whole() -> None:
-    """G4: a network with GroupNorm; statistics of a tile alone are far off."""
+    """A network with GroupNorm; statistics of a tile alone are far off."""
     stage = autoencoder(local=False)
     latent = random(2, 3, *CELLS) + torch.linspace(-3, 3, CELLS[0])[:, None, None]
     whole = stage.decode(latent)
@@ -94,8 +94,8 @@ def test_two_dimensions() -> None:
     assert torch.allclose(mean, stage.encode(slices).mean, atol=1e-5)
 
 
-def test_c17_tiles_of_an_identity() -> None:
-    """C17: it has no weights that would say where it lies."""
+def test_tiles_of_an_identity() -> None:
+    """It has no weights that would say where it lies."""
     stage, volume = FrozenFirstStage(IdentityAutoencoder()), random(1, 1, 9, 8, 7)
     assert torch.equal(tiled_encode(stage, volume, max_voxels=100).mean, volume)
     assert torch.equal(tiled_decode(stage, volume, max_voxels=100), volume)
@@ -167,7 +167,7 @@ def seam(volume: Tensor, borders: list[int]) -> float:
 
 
 def test_trained_network_has_no_seams(tiny_run: Path) -> None:
-    """G4: PSNR at least 45 dB and a step across seams at most 1.05 times another, relative to the whole."""
+    """PSNR at least 45 dB and a step across seams at most 1.05 times another, relative to the whole."""
     stage = FrozenFirstStage(StageFolder(tiny_run, "autoencoder").trained())
     latent = random(1, stage.latent_channels, 32, 8, 8)
     whole, tiled = stage.decode(latent), tiled_decode(stage, latent, max_voxels=64 * 8 * 8 * 20)
@@ -190,7 +190,7 @@ class Largest(nn.Module):
 
 
 def test_no_tile_is_larger_than_allowed(tmp_path: Path) -> None:
-    """G4: also into a file mapped to memory, and whole where the whole is allowed."""
+    """Also into a file mapped to memory, and whole where the whole is allowed."""
     stage = Largest(autoencoder())
     latent, limit = random(1, 3, *CELLS), 64 * 21 * 14 * 9 // 2
     array = np.memmap(tmp_path / "volume.raw", dtype=np.float32, mode="w+", shape=(1, 1, *voxels(stage, CELLS)))

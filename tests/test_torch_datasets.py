@@ -1,4 +1,4 @@
-"""Torch datasets in and out of work folders (A1, A6, A7, D25)."""
+"""Torch datasets in and out of work folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ class Volumes(Dataset):
 
 
 def test_any_dataset_becomes_a_source_and_comes_back_d25(tmp_path: Path) -> None:
-    """D25: voxels and affine of an off-the-shelf dataset survive; A1, A6: keys, ranges and types of an item."""
+    """Voxels and affine of an off-the-shelf dataset survive; A1, A6: keys, ranges and types of an item."""
     source = write_source(Volumes(), tmp_path / "source", image_key="vol", mask_key="seg")
     prepare(source, tmp_path / "work", PrepareSettings(modality="ct"))
     items = {}
@@ -52,7 +52,7 @@ def test_any_dataset_becomes_a_source_and_comes_back_d25(tmp_path: Path) -> None
 
 
 def test_a_loader_and_a_transform_work_on_it_a7(tmp_path: Path) -> None:
-    """A7: batches, shuffling and worker processes are those of torch."""
+    """Batches, shuffling and worker processes are those of torch."""
     source = write_source(Volumes(), tmp_path / "source", image_key="vol", mask_key="seg")
     prepare(source, tmp_path / "work", PrepareSettings(modality="ct"))
     images = WorkDataset(tmp_path / "work", "training", transform=_image_of)

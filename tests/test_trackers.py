@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases as stubs: what they are told, that they stay local, and what a resume does (B25, D5)."""
+"""MLflow and Weights & Biases as stubs: what they are told, that they stay local, and what a resume does."""
 
 import csv
 import gzip
@@ -126,7 +126,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     return Client.stores
 
 
-def test_b25_mlflow_gets_every_row_in_a_file_in_the_run_folder(run_dir: Path, stores: dict[str, Any]) -> None:
+def test_mlflow_gets_every_row_in_a_file_in_the_run_folder(run_dir: Path, stores: dict[str, Any]) -> None:
     train(MLflow(run_dir, "autoencoder"))
     (store,) = stores.values()
     assert list(stores) == [f"sqlite:///{run_dir.resolve()}/mlflow.db"]
@@ -139,7 +139,7 @@ def test_b25_mlflow_gets_every_row_in_a_file_in_the_run_folder(run_dir: Path, st
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_h7_a_stage_that_goes_on_goes_on_in_the_same_run_of_mlflow(run_dir: Path, stores: dict[str, Any]) -> None:
+def test_a_stage_that_goes_on_goes_on_in_the_same_run_of_mlflow(run_dir: Path, stores: dict[str, Any]) -> None:
     train(MLflow(run_dir, "autoencoder"), epochs=1)
     (run_dir / "autoencoder" / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "epochs": 20}))
     tracker = MLflow(run_dir, "autoencoder")
@@ -204,7 +204,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     return begun
 
 
-def test_d5_wandb_gets_every_row_and_stays_offline(run_dir: Path, runs: list[Run]) -> None:
+def test_wandb_gets_every_row_and_stays_offline(run_dir: Path, runs: list[Run]) -> None:
     train(WandB(run_dir, "autoencoder"))
     (run,) = runs
     assert (run.given["mode"], run.given["resume"]) == ("offline", None)
@@ -216,7 +216,7 @@ def test_d5_wandb_gets_every_row_and_stays_offline(run_dir: Path, runs: list[Run
     assert run.finished
 
 
-def test_h7_a_stage_that_goes_on_goes_on_in_the_same_run_of_wandb(run_dir: Path, runs: list[Run]) -> None:
+def test_a_stage_that_goes_on_goes_on_in_the_same_run_of_wandb(run_dir: Path, runs: list[Run]) -> None:
     train(WandB(run_dir, "autoencoder", mode="online"), epochs=1)
     train(WandB(run_dir, "autoencoder", mode="online"), first=2)
     assert runs[0].given["id"] == runs[1].given["id"]
@@ -238,10 +238,8 @@ def test_the_mode_of_wandb_may_come_from_the_environment(
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_d5_pictures_are_shown_only_if_asked(
-    run_dir: Path, stores: dict[str, Any], runs: list[Run], asked: bool
-) -> None:
-    """D5: a preview shows scans of validation patients; the first epoch has none."""
+def test_pictures_are_shown_only_if_asked(run_dir: Path, stores: dict[str, Any], runs: list[Run], asked: bool) -> None:
+    """A preview shows scans of validation patients; the first epoch has none."""
     (run_dir / "autoencoder" / "previews").mkdir()
     (run_dir / "autoencoder" / "previews" / "epoch_0002.png").touch()
     train(WandB(run_dir, "autoencoder", pictures=asked))
@@ -280,7 +278,7 @@ def test_both_may_be_asked_for_at_once() -> None:
         assert hasattr(importlib.import_module(module), kind)
 
 
-def test_b25_d19_a_stage_trains_with_both_and_a_profile(
+def test_a_stage_trains_with_both_and_a_profile(
     tiny_stage: TinyStage, tmp_path: Path, stores: dict[str, Any], runs: list[Run]
 ) -> None:
     settings = {"train::dataset::progress": False, "batch_size": 1, "epochs": 2, "profile": 1}
@@ -300,12 +298,12 @@ def test_b25_d19_a_stage_trains_with_both_and_a_profile(
 
 
 @pytest.mark.parametrize("wrong", [True, -1, "5"])
-def test_d19_a_profile_is_of_a_number_of_iterations(wrong: Any, tmp_path: Path) -> None:
+def test_a_profile_is_of_a_number_of_iterations(wrong: Any, tmp_path: Path) -> None:
     with pytest.raises(FibldmError, match="profile must be a number of iterations, 0 for none"):
         Profiler(tmp_path, wrong)
 
 
-def test_d19_a_training_too_short_for_a_profile_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_too_short_for_a_profile_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(lambda engine, batch: None)
     Profiler(tmp_path, 5).attach(engine)
     engine.run([0, 1])
@@ -330,10 +328,10 @@ class Listener:
         self.heard.append(self.output_transform(engine.state.output).item())
 
 
-def test_g8_the_tracking_of_monai_hears_every_loss_and_is_no_change_of_a_stage(
+def test_the_tracking_of_monai_hears_every_loss_and_is_no_change_of_a_stage(
     tiny_stage: TinyStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8: with MONAI's own settings; a stage that was begun with it goes on without."""
+    """With MONAI's own settings; a stage that was begun with it goes on without."""
     monkeypatch.setattr("monai.handlers.mlflow_handler.MLFlowHandler", Listener)
     monkeypatch.setattr(Listener, "__module__", "monai.handlers.mlflow_handler")  # MONAI finds its own classes only
     monkeypatch.setattr(Listener, "heard", [])

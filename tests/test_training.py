@@ -116,7 +116,7 @@ def test_the_noise_that_is_added_is_the_noise_that_is_predicted(process: Process
 
 
 @pytest.mark.parametrize("times", [UniformTimes(), LogitNormalTimes(), GridTimes(3)], ids=lambda t: type(t).__name__)
-def test_h8_a_batch_equals_its_samples_done_singly(times: Any) -> None:
+def test_a_batch_equals_its_samples_done_singly(times: Any) -> None:
     prepare = LatentPrepareBatch(
         RectifiedFlow(), target="flow", times=times, conditions={"mask": MASK}, dropout={"mask": 0.3}
     )
@@ -147,7 +147,7 @@ def test_the_latent_is_drawn_from_its_posterior() -> None:
     assert abs(float(z.std()) - 2) < 0.1
 
 
-def test_g3_a_cell_weighs_as_the_labels_that_fill_it() -> None:
+def test_a_cell_weighs_as_the_labels_that_fill_it() -> None:
     labels = torch.zeros(1, 1, 16, 8, 8)
     labels[:, :, :4, :4, :4] = 2
     labels[:, :, :1, 4:, :4] = 1  # a quarter of the next cell
@@ -175,7 +175,7 @@ def test_weights_of_unknown_labels_or_of_nothing_are_refused(weights: dict[int, 
         )
 
 
-def test_c11_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
+def test_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
     items = [sample(seed) for seed in range(400)]
     given = torch.stack([item["mask"] for item in items])
 
@@ -230,7 +230,7 @@ def test_the_average_of_a_ramp_is_its_closed_form() -> None:
     assert seen[-1] == pytest.approx(200 - (1 - 0.2) / 0.2, abs=1e-6)
 
 
-def test_a8_the_average_does_not_touch_weights_that_are_not_trained() -> None:
+def test_the_average_does_not_touch_weights_that_are_not_trained() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     model[0].weight.requires_grad_(False)
     ema, engine = EMA(model, momentum=0.1), Engine(lambda engine, item: None)
@@ -248,7 +248,7 @@ def test_a8_the_average_does_not_touch_weights_that_are_not_trained() -> None:
     assert torch.equal(ema.ema_model[1].running_mean, model[1].running_mean)
 
 
-def test_h7_every_epoch_sets_its_order_and_its_random_numbers() -> None:
+def test_every_epoch_sets_its_order_and_its_random_numbers() -> None:
     sampler = EpochSampler(3, seed=0)
     numbers: dict[int, float] = {}
 
@@ -367,7 +367,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def test_c19_e9_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
     engine, _, _ = checkpointed(tmp_path, [3.0, 1.0, None, 2.0])
     engine.run([0], max_epochs=4)
     best, last = saved(tmp_path, "best"), saved(tmp_path, "last")
@@ -377,7 +377,7 @@ def test_c19_e9_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
-def test_c19_averaged_weights_of_some_epochs_are_kept(tmp_path: Path) -> None:
+def test_averaged_weights_of_some_epochs_are_kept(tmp_path: Path) -> None:
     engine, _, _ = checkpointed(tmp_path, [3.0, 1.0, None, None], keep_every=2)
     engine.run([0], max_epochs=4)
     assert sorted(path.name for path in tmp_path.glob("epoch*")) == ["epoch_0002.pt", "epoch_0004.pt"]
@@ -386,7 +386,7 @@ def test_c19_averaged_weights_of_some_epochs_are_kept(tmp_path: Path) -> None:
     assert [float(content["model"]["weight"]) for content in kept] == pytest.approx([2.0, 4.0], abs=2e-3)
 
 
-def test_d24_a_resume_knows_the_best_so_far(tmp_path: Path) -> None:
+def test_a_resume_knows_the_best_so_far(tmp_path: Path) -> None:
     engine, _, _ = checkpointed(tmp_path, [3.0, 1.0])
     engine.run([0], max_epochs=2)
     engine, checkpoints, model = checkpointed(tmp_path, [3.0, 1.0, 2.0])
@@ -430,7 +430,7 @@ def test_a_broken_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
 # --- stage
 
 
-def test_h7_a_schedule_is_put_where_it_was() -> None:
+def test_a_schedule_is_put_where_it_was() -> None:
     from monai.optimizers.lr_scheduler import WarmupCosineSchedule
 
     def schedule() -> WarmupCosineSchedule:

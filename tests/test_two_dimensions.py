@@ -114,7 +114,7 @@ def test_a_slice_lies_where_it_lay_in_its_volume(phantom_work: Path, slices_work
             assert np.allclose(one.header.get_zooms(), whole.header.get_zooms())
 
 
-def test_h13_all_slices_of_a_patient_are_in_the_split_of_its_volumes(phantom_work: Path, slices_work: Path) -> None:
+def test_all_slices_of_a_patient_are_in_the_split_of_its_volumes(phantom_work: Path, slices_work: Path) -> None:
     def patients(work: Path) -> dict[str, set[str]]:
         """Names of the volumes by split; a phantom's name says its patient."""
         return {split: {entry["case"].partition("_z")[0] for entry in load_datalist(work, split)} for split in SPLITS}
@@ -127,7 +127,7 @@ def test_h13_all_slices_of_a_patient_are_in_the_split_of_its_volumes(phantom_wor
     assert all(len(found) == 1 for found in by_subject.values())
 
 
-def test_f3_a_slice_knows_its_place_in_its_volume(phantom_work: Path, slices_work: Path) -> None:
+def test_a_slice_knows_its_place_in_its_volume(phantom_work: Path, slices_work: Path) -> None:
     counts = {
         e["case"]: nibabel.load(e["image"]).shape[2] for split in SPLITS for e in load_datalist(phantom_work, split)
     }
@@ -203,8 +203,8 @@ def test_a_model_grid_of_one_slice_refuses_volumes() -> None:
 # --- every stage
 
 
-def test_e1_every_stage_runs_on_slices(slice_run: Path, slices_work: Path, tmp_path: Path) -> None:
-    """E1: stage 1 to synthesis with networks of two dimensions, by the configurations of volumes."""
+def test_every_stage_runs_on_slices(slice_run: Path, slices_work: Path, tmp_path: Path) -> None:
+    """Stage 1 to synthesis with networks of two dimensions, by the configurations of volumes."""
     facts = read_json(slice_run / "latents" / "latents.json")
     assert facts["compression"] == [4, 4, 1]
     for stage in ("autoencoder", "diffusion", "controlnet"):
@@ -219,7 +219,7 @@ def test_e1_every_stage_runs_on_slices(slice_run: Path, slices_work: Path, tmp_p
 
 
 def test_slices_have_a_discriminator_of_patches(slice_stage: SliceStage, tmp_path: Path) -> None:
-    """B13: of two dimensions; one of slices along three axes makes no sense of them."""
+    """Of two dimensions; one of slices along three axes makes no sense of them."""
     begun = {"discriminator_start": 0, "discriminator_layers": 1, "discriminator_channels": 4}
     slice_stage("autoencoder", tmp_path / "patches", "autoencoder_adversarial", **begun).run()
     assert StageFolder(tmp_path / "patches", "autoencoder").require()["epochs"] == 1
@@ -270,8 +270,8 @@ def test_slices_are_measured(slice_run: Path, slices_work: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_e3_e4_slices_from_contours_by_the_presets(slice_stage: SliceStage, slices_work: Path, tmp_path: Path) -> None:
-    """E1, E3, E4: latents of 8 channels, contours as input channels, cosine schedule; no ControlNet."""
+def test_slices_from_contours_by_the_presets(slice_stage: SliceStage, slices_work: Path, tmp_path: Path) -> None:
+    """Latents of 8 channels, contours as input channels, cosine schedule; no ControlNet."""
     presets = {"autoencoder": ["autoencoder_slices"], "latents": [], "diffusion": ["mask_contour_slices"]}
     changes: dict[str, Any] = {"autoencoder": {"autoencoder_channels": [8, 8, 8, 8], "patch": [64, 64, 1]}}
     for stage, configs in presets.items():
@@ -287,7 +287,7 @@ def test_e3_e4_slices_from_contours_by_the_presets(slice_stage: SliceStage, slic
     assert nibabel.load(path).shape[2] == 1
 
 
-def test_e1_a16_the_preset_makes_16_x_16_cells_of_8_channels_of_256_x_256_voxels() -> None:
+def test_the_preset_makes_16_x_16_cells_of_8_channels_of_256_x_256_voxels() -> None:
     names = ("common", *TABLE["autoencoder"].files, "data_chest_slices", "autoencoder_slices")
     parser = ConfigParser(ConfigParser.load_config_files([str(shipped(name)) for name in names]))
     parser["image_channels"] = 1

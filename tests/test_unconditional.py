@@ -40,10 +40,10 @@ def mask_file(phantom_work: Path) -> Path:
     return sorted((phantom_work / "labels").iterdir())[0]
 
 
-def test_a15_a_run_without_masks_is_sampled_by_the_command(
+def test_a_run_without_masks_is_sampled_by_the_command(
     unmasked: Path, tmp_path: Path, mask_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A15: on the model grid; sidecar and command say that no mask is followed; masks are refused."""
+    """On the model grid; sidecar and command say that no mask is followed; masks are refused."""
     command = ["synthesize", "--run", str(unmasked), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert cli([*command, "--count", "2", "--json"]) == 0
     said = capsys.readouterr()
@@ -70,7 +70,7 @@ def test_a15_a_run_without_masks_is_sampled_by_the_command(
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a15_from_python_without_a_mask(unmasked: Path, mask_file: Path) -> None:
+def test_from_python_without_a_mask(unmasked: Path, mask_file: Path) -> None:
     """A15."""
     with pytest.raises(FibldmError, match="stage 'controlnet' of .* must be finished first; .*knows no masks; run"):
         Synthesizer.from_run(unmasked)
@@ -81,10 +81,10 @@ def test_a15_from_python_without_a_mask(unmasked: Path, mask_file: Path) -> None
         made(read_volume(str(mask_file)), allow_extrapolation=True)
 
 
-def test_a15_a_generator_that_follows_masks_draws_without_only_if_asked(
+def test_a_generator_that_follows_masks_draws_without_only_if_asked(
     tiny_run: Path, tmp_path: Path, mask_file: Path
 ) -> None:
-    """A15: by its stage 2 where that knows none; a mask that was never unknown in training is refused."""
+    """By its stage 2 where that knows none; a mask that was never unknown in training is refused."""
     given = {"count": 1, "settings": QUICK, "device": "cpu"}
     with pytest.raises(
         FibldmError, match="masks must be given to this generator, as its volumes follow them; got none"
@@ -108,7 +108,7 @@ def test_a15_a_generator_that_follows_masks_draws_without_only_if_asked(
         assert "mask_dropout was 0" in told["extrapolation"][0]
 
 
-def test_a15_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path: Path) -> None:
     """A15."""
     export(tiny_run, tmp_path / "bundle", ExportSettings("CC0-1.0"))
     given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tmp_path / "bundle"}
@@ -119,10 +119,10 @@ def test_a15_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
-def test_a15_a_run_without_masks_is_a_bundle_if_asked(
+def test_a_run_without_masks_is_a_bundle_if_asked(
     unmasked: Path, tmp_path: Path, mask_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A15, G8: it says so, makes what its run makes, by MONAI too, and takes no masks."""
+    """It says so, makes what its run makes, by MONAI too, and takes no masks."""
     bundle = tmp_path / "bundle"
     command = ["export", "--run", str(unmasked), "--out", str(bundle), "--license", "CC0-1.0"]
     assert cli(command) == 2
@@ -154,7 +154,7 @@ def test_a15_a_run_without_masks_is_a_bundle_if_asked(
 def test_networks_of_monai_generative_are_trained_drawn_from_and_exported(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, mask_file: Path
 ) -> None:
-    """D3: UNet and ControlNet, from the configurations that come along."""
+    """UNet and ControlNet, from the configurations that come along."""
     for stage in ("autoencoder", "latents"):
         shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
     tiny_stage("diffusion", tmp_path / "run", "unet_generative").run()

@@ -1,4 +1,4 @@
-"""The loss on training patients beside that on validation patients, loss by time, and what they are good for (E16)."""
+"""The loss on training patients beside that on validation patients, loss by time, and what they are good for."""
 
 import csv
 from collections.abc import Callable
@@ -40,8 +40,8 @@ def cached(patients: int, *, cases: int = 1, views: int = 1, prefix: str = "p") 
     ]
 
 
-def test_e16_as_many_training_patients_are_watched_as_there_are_for_validation() -> None:
-    """E16: every case of theirs, without augmentation."""
+def test_as_many_training_patients_are_watched_as_there_are_for_validation() -> None:
+    """Every case of theirs, without augmentation."""
     watched = as_many_patients(cached(10, cases=2, views=4), cached(3, cases=5, prefix="v"))
     assert len({item["subject"] for item in watched}) == 3
     assert len(watched) == 6
@@ -49,8 +49,8 @@ def test_e16_as_many_training_patients_are_watched_as_there_are_for_validation()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.7, 1.0])
-def test_e16_the_watched_patients_are_of_those_that_were_trained_on(share: float) -> None:
-    """E16: a subset of training holds them, and as long as it is large enough they are the same."""
+def test_the_watched_patients_are_of_those_that_were_trained_on(share: float) -> None:
+    """A subset of training holds them, and as long as it is large enough they are the same."""
     training, validation = cached(10, views=2), cached(3, prefix="v")
     subset = take_subset(training, share)
     watched = as_many_patients(subset, validation)
@@ -87,8 +87,8 @@ def by_time(batches: list[tuple[list[float], list[int]]], count: int = 4) -> Los
 BATCHES = [([1.0, 2.0, 3.0], [0, 1, 2]), ([4.0, 5.0, 6.0], [3, 4, 5]), ([7.0], [2])]
 
 
-def test_e16_every_time_has_a_loss_of_its_own() -> None:
-    """E16: of seven draws in uneven batches; view 4 is at the time of view 0."""
+def test_every_time_has_a_loss_of_its_own() -> None:
+    """Of seven draws in uneven batches; view 4 is at the time of view 0."""
     assert by_time(BATCHES).compute() == {
         "validation_loss/t0.12": 3.0,
         "validation_loss/t0.38": 4.0,
@@ -104,8 +104,8 @@ def test_every_time_has_a_name_of_its_own(count: int, first: str) -> None:
     assert next(iter(names)) == f"validation_loss/{first}"
 
 
-def test_e16_ranks_add_up_their_losses_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """E16, E5: a rank that has seen no draw of a time still has its loss."""
+def test_ranks_add_up_their_losses_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that has seen no draw of a time still has its loss."""
     alone, other, rank = by_time(BATCHES), by_time(BATCHES[1:]), by_time(BATCHES[:1])
     parts = iter((other._sums, other._draws))
     monkeypatch.setattr(idist, "get_world_size", lambda: 2)
@@ -129,8 +129,8 @@ class Evaluator:
         self.epochs.append(epoch)
 
 
-def test_e16_both_losses_are_taken_after_the_same_epochs() -> None:
-    """E16: and the gap is a share of the training loss."""
+def test_both_losses_are_taken_after_the_same_epochs() -> None:
+    """And the gap is a share of the training loss."""
     metrics: Any = SimpleNamespace(validation_loss=None, watched={})
     evaluator = Evaluator(**{"validation_loss": 0.75, "validation_loss/t0.50": 0.7, "other": 3.0})
     training = Evaluator(training_loss=0.5)
@@ -143,8 +143,8 @@ def test_e16_both_losses_are_taken_after_the_same_epochs() -> None:
     assert gap(0.5, 0.5) == 0 and gap(0.25, 0.5) == -0.5
 
 
-def test_d20_validation_sees_as_many_batches_as_it_may() -> None:
-    """D20: and the training patients as many, so that the gap compares like with like."""
+def test_validation_sees_as_many_batches_as_it_may() -> None:
+    """And the training patients as many, so that the gap compares like with like."""
     evaluators: list[Any] = [SimpleNamespace(state=SimpleNamespace(epoch_length=length)) for length in (7, 2)]
     metrics: Any = SimpleNamespace()
     Validation(evaluators[0], metrics, interval=1, training=evaluators[1], batches=3)
@@ -155,7 +155,7 @@ def test_d20_validation_sees_as_many_batches_as_it_may() -> None:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_d19_a_validation_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
+def test_a_validation_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
     """D19."""
     engine = Engine(lambda engine, item: None)
     metrics: Any = SimpleNamespace()
@@ -215,7 +215,7 @@ def loss_of(run: Path, weights: dict[str, Tensor], items: list[dict[str, str]], 
     return sum(losses) / len(losses)
 
 
-def test_e16_what_is_written_is_the_loss_of_the_averaged_weights(watched_run: Path) -> None:
+def test_what_is_written_is_the_loss_of_the_averaged_weights(watched_run: Path) -> None:
     """A/E16: fixed noise and times, EMA weights, training patients in the same way."""
     latents, last = Latents.open(watched_run), StageFolder(watched_run, "diffusion").weights("last")["objects"]
     splits = {split: latents.items(split) for split in ("training", "validation")}
@@ -234,7 +234,7 @@ def test_e16_what_is_written_is_the_loss_of_the_averaged_weights(watched_run: Pa
     assert abs(trained - expected["validation_loss"]) > 1e-4
 
 
-def test_d19_the_losses_stand_side_by_side_and_tensorboard_has_them(watched_run: Path) -> None:
+def test_the_losses_stand_side_by_side_and_tensorboard_has_them(watched_run: Path) -> None:
     """D19, E16."""
     names = list(rows_of(watched_run)[0])
     place = names.index("validation_loss")
@@ -246,7 +246,7 @@ def test_d19_the_losses_stand_side_by_side_and_tensorboard_has_them(watched_run:
         assert shown == pytest.approx([float(row[name]) for row in rows_of(watched_run)], rel=1e-5)
 
 
-def test_e16_the_gap_of_the_best_and_of_the_last_epoch_is_kept(watched_run: Path) -> None:
+def test_the_gap_of_the_best_and_of_the_last_epoch_is_kept(watched_run: Path) -> None:
     """E16."""
     done = StageFolder(watched_run, "diffusion").require()
     gaps = [float(row["gap"]) for row in rows_of(watched_run)]
@@ -254,10 +254,10 @@ def test_e16_the_gap_of_the_best_and_of_the_last_epoch_is_kept(watched_run: Path
     assert "against training patients)" in (watched_run / "diffusion" / "log.txt").read_text()
 
 
-def test_e16_a_stage_that_is_not_watched_ends_with_the_same_weights(
+def test_a_stage_that_is_not_watched_ends_with_the_same_weights(
     tiny_stage: TinyStage, begun: Callable[[str], Path], watched_run: Path
 ) -> None:
-    """E16: watching costs time only, and can be switched off."""
+    """Watching costs time only, and can be switched off."""
     run = begun("blind")
     tiny_stage("diffusion", run, epochs=EPOCHS, watch_training=False).run()
     blind, seeing = (StageFolder(folder, "diffusion").require() for folder in (run, watched_run))
@@ -266,10 +266,10 @@ def test_e16_a_stage_that_is_not_watched_ends_with_the_same_weights(
     assert [row["validation_loss"] for row in rows_of(run)] == [row["validation_loss"] for row in rows_of(watched_run)]
 
 
-def test_f1_a_stage_stops_at_its_gap_whether_interrupted_or_not(
+def test_a_stage_stops_at_its_gap_whether_interrupted_or_not(
     tiny_stage: TinyStage, begun: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F1, H7: the second validation in a row above the limit ends it; the best weights before are kept."""
+    """The second validation in a row above the limit ends it; the best weights before are kept."""
     monkeypatch.setattr(watch, "gap", lambda validation, training: validation / training)  # about 1, before memorising
     settings = {"epochs": EPOCHS, "stop_gap": 0.5, "patience": 2}
     whole, parts = begun("whole"), begun("parts")

@@ -145,7 +145,7 @@ def texts_and_names(folder: Path) -> str:
 def test_a_segmentation_becomes_a_series(
     watch: Watch, inbox: Path, outbox: Path, study: Path, synthesizer: Synthesizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """H1, H2: on the segmentation's grid as highdicom reads it; nothing of the patient is in it, or said."""
+    """On the segmentation's grid as highdicom reads it; nothing of the patient is in it, or said."""
     content = (study / "seg.dcm").read_bytes().replace(BIRTH_DATE.encode(), b"Paula   ")  # libraries like to warn of it
     segmentation = inbox.parent / "seg.dcm"
     for file in (segmentation, inbox / "Planted^Paula.dcm"):
@@ -171,7 +171,7 @@ def test_a_segmentation_becomes_a_series(
 
 
 def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Path, bundle: Path) -> None:
-    """A27: for a file of that name."""
+    """For a file of that name."""
     file = write_mask(inbox / "a.nii.gz")
     name = hash_file(file)[:16]
     renamed = Path(shutil.copy(file, inbox.parent / f"{name}.nii.gz"))
@@ -191,7 +191,7 @@ def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Pa
 
 
 def test_a_folder_is_one_item(watch: Watch, inbox: Path, outbox: Path, study: Path) -> None:
-    """H2: its segmentations, with or without a suffix, and its NIfTI are masks; the rest of a study is left alone."""
+    """Its segmentations, with or without a suffix, and its NIfTI are masks; the rest of a study is left alone."""
     shutil.copytree(study / "ct", inbox / "exam" / "ct")
     shutil.copy(study / "seg.dcm", inbox / "exam" / "1.2.840.113619")
     write_mask(inbox / "exam" / "other.NII.GZ")
@@ -213,7 +213,7 @@ def test_a_folder_is_one_item(watch: Watch, inbox: Path, outbox: Path, study: Pa
 
 
 def test_masks_of_itk_are_taken_with_their_voxels_apart(watch: Watch, inbox: Path, outbox: Path) -> None:
-    """A27: two detached headers alike, whose voxels differ, are two masks."""
+    """Two detached headers alike, whose voxels differ, are two masks."""
     (inbox / "exam").mkdir()
     for name, last in (("a", 1), ("b", 2)):
         image = SimpleITK.ReadImage(str(write_mask(inbox.parent / f"{name}.nii", last=last)))
@@ -465,7 +465,7 @@ def test_killed_in_the_middle(watch: Watch, bundle: Path, inbox: Path, outbox: P
 
 
 def test_the_same_item_again_is_seen_to_be_done(watch: Watch, inbox: Path, outbox: Path) -> None:
-    """C19: whatever it is called."""
+    """Whatever it is called."""
     content = write_mask(inbox / "a.nii.gz").read_bytes()
     _, (first,) = watch("--format", "nifti")
     volume = Path(first["outputs"][0])

@@ -34,7 +34,7 @@ def volume(affine: NDArray[np.float64] = AFFINES["oblique"], dtype: type = np.in
 
 @pytest.mark.parametrize("name", AFFINES)
 def test_two_readers_find_the_same_voxels_at_the_same_places(tmp_path, name):
-    """H5, A32: nibabel is RAS+, SimpleITK is LPS+."""
+    """Nibabel is RAS+, SimpleITK is LPS+."""
     written = volume(AFFINES[name])
     write_synthetic(tmp_path / "a_000.nii.gz", written, {})
     image = nibabel.load(tmp_path / "a_000.nii.gz")
@@ -54,7 +54,7 @@ def test_two_readers_find_the_same_voxels_at_the_same_places(tmp_path, name):
 
 
 def test_a_synthetic_volume_says_so_three_times(tmp_path):
-    """H1: header text, header extension and sidecar."""
+    """Header text, header extension and sidecar."""
     path = tmp_path / "case.7_002.nii.gz"
     write_synthetic(path, volume(), {"seed": 5, "synthetic": False})
     header = nibabel.load(path).header
@@ -69,7 +69,7 @@ def test_a_synthetic_volume_says_so_three_times(tmp_path):
 
 @pytest.mark.parametrize("degrees", [0.01, 0.1, 0.5])
 def test_axes_that_are_not_at_right_angles_are_refused_and_can_be_squared_up(tmp_path, degrees):
-    """H5: ITK opens no such file."""
+    """ITK opens no such file."""
     lean = nibabel.affines.from_matvec([[1, 0, np.tan(np.radians(degrees))], [0, 1, 0], [0, 0, 1]])
     sheared = volume(nibabel.affines.from_matvec(np.diag([2.0, 2.0, 2.0])) @ lean)
     with pytest.raises(FibldmError, match=rf"right angles to be written; two are {degrees:.2g} degrees off; square"):
@@ -99,7 +99,7 @@ ANGLES = st.tuples(*[st.one_of(st.floats(-180, 180), st.sampled_from([0.0, 90.0,
     space=st.sampled_from([1, 2, 4]),
 )
 def test_whatever_is_written_opens_in_simpleitk_at_the_same_place(angles, spacing, origin, flips, shape, space):
-    """H5: as sform or as qform, which a float32 quaternion near half a turn blurs."""
+    """As sform or as qform, which a float32 quaternion near half a turn blurs."""
     turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     affine = nibabel.affines.from_matvec(turn @ np.diag(np.multiply(spacing, flips)), origin).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def test_a_failing_write_leaves_nothing_and_says_so_once(tmp_path, monkeypatch):
 
 
 def test_a_volume_is_never_without_its_sidecar(tmp_path):
-    """H1: what cannot be said in the sidecar keeps the volume from being written."""
+    """What cannot be said in the sidecar keeps the volume from being written."""
     with pytest.raises(ValueError, match="JSON"):
         write_synthetic(tmp_path / "a_000.nii.gz", volume(), {"guidance": float("nan")})
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""One case: read to its last byte, checked, and written to the work folder in RAS+ (A2, A6)."""
+"""One case: read to its last byte, checked, and written to the work folder in RAS+."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Check a dataset and write the work folder that every later stage reads (A2, A6, B5, H13).
+"""Check a dataset and write the work folder that every later stage reads.
 
 The folder holds ``images/CASE.nii.gz`` and ``labels/CASE.nii.gz`` in RAS+, ``datalist.json`` (Decathlon form, split by
 patient), ``intensity.json`` and, written last, ``report.json``. Every case is read, checked and written by itself, in

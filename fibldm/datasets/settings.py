@@ -1,4 +1,4 @@
-"""What a user decides about a preparation, and everything that is settled before a voxel is read (A2, H13)."""
+"""What a user decides about a preparation, and everything that is settled before a voxel is read."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Between torch datasets and work folders: a work folder as a dataset, and any dataset of images as a source (D25)."""
+"""Between torch datasets and work folders: a work folder as a dataset, and any dataset of images as a source."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ _SAME_PLACE = 1e-3
 
 
 class WorkDataset(Dataset[Item]):
-    """The cases of one split of a work folder, each on its own voxels in RAS+ order (A1, A6).
+    """The cases of one split of a work folder, each on its own voxels in RAS+ order.
 
     An item holds the image, float32 ``(C, X, Y, Z)`` in ``[-1, 1]``; the mask, int64 ``(1, X, Y, Z)``, absent from a
     case without one; and ``meta``: the case's entry in ``datalist.json``, its affine ``(4, 4)`` and spacing in mm.

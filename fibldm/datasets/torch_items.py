@@ -1,4 +1,4 @@
-"""What an item of any torch dataset holds: image, mask, affine and class, whatever form they come in (D25)."""
+"""What an item of any torch dataset holds: image, mask, affine and class, whatever form they come in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Write a work folder: volumes in RAS+, datalist, intensity and report, whole or not at all (B5, H13)."""
+"""Write a work folder: volumes in RAS+, datalist, intensity and report, whole or not at all."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Do synthetic volumes show what their masks ask for? What a segmenter of real scans finds in them, against these (H4).
+"""Do synthetic volumes show what their masks ask for? What a segmenter of real scans finds in them, against these.
 
 The segmenter errs on real scans too: its agreement with the masks of real test scans is the ceiling of every figure,
 and its agreement with the mask of another patient the floor.

@@ -1,4 +1,4 @@
-"""What the autoencoder loses of real test scans: no synthetic volume is better than its reconstructions (C18, F2)."""
+"""What the autoencoder loses of real test scans: no synthetic volume is better than its reconstructions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whether latents are fit for diffusion, said before a day is spent on training with them (F2, B18).
+"""Whether latents are fit for diffusion, said before a day is spent on training with them.
 
 All figures are of the latent as stage 2 draws it, ``z = mean + std * noise``, over the cells of all posteriors. They
 are computed in closed form, without drawing.

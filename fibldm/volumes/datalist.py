@@ -1,4 +1,4 @@
-"""Split a dataset by patient, once, and read the split back (H13, B5)."""
+"""Split a dataset by patient, once, and read the split back."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Between intensities on disk and tensors in ``[-1, 1]``: a named rule, stored once and inverted on output (A6)."""
+"""Between intensities on disk and tensors in ``[-1, 1]``: a named rule, stored once and inverted on output."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -204,7 +204,7 @@ def percentile_range(
 
 
 class NormaliseIntensityd(MapTransform):
-    """MONAI transform: ``Intensity.normalise`` on each key; arrays, tensors and MetaTensors, not in place (A6).
+    """MONAI transform: ``Intensity.normalise`` on each key; arrays, tensors and MetaTensors, not in place.
 
     Volumes are ``(C, X, Y, Z)``; C may be 1.
 

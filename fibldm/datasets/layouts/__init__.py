@@ -1,4 +1,4 @@
-"""Find the images and masks of a dataset, however it is laid out (A2).
+"""Find the images and masks of a dataset, however it is laid out.
 
 * ``decathlon``, ``nnunet``: dataset.json
 * ``bids`` (``bids_names``, ``bids_masks``): sub-XX/anat/ and derivatives/

@@ -1,4 +1,4 @@
-"""BIDS: MRI under sub-XX/[ses-YY/]anat/, masks under derivatives/ (A2, B5)."""
+"""BIDS: MRI under sub-XX/[ses-YY/]anat/, masks under derivatives/."""
 
 import math
 from collections.abc import Mapping, Sequence

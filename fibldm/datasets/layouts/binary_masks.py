@@ -1,4 +1,4 @@
-"""Folders of binary masks, one file a label, that become one label map by priority (D2)."""
+"""Folders of binary masks, one file a label, that become one label map by priority."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

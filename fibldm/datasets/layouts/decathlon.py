@@ -1,4 +1,4 @@
-"""The Medical Segmentation Decathlon: dataset.json lists images and labels, one file a case (A2)."""
+"""The Medical Segmentation Decathlon: dataset.json lists images and labels, one file a case."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

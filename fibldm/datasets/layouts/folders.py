@@ -1,4 +1,4 @@
-"""Plain folders: images/ and labels/ with the same names, of any format (A2)."""
+"""Plain folders: images/ and labels/ with the same names, of any format."""
 
 from collections import defaultdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Read tables: a manifest with one case a row, the older label.csv, columns of covariates (A2, B5, E15, F7)."""
+"""Read tables: a manifest with one case a row, the older label.csv, columns of covariates."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""The raw data of nnU-Net, versions 1 and 2: one file a channel, CASE_0000.nii.gz and so on (A2)."""
+"""The raw data of nnU-Net, versions 1 and 2: one file a channel, CASE_0000.nii.gz and so on."""
 
 import re
 from collections import defaultdict

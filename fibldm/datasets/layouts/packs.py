@@ -1,4 +1,4 @@
-"""An HDF5 pack: one file with many images, each a case (F7).
+"""An HDF5 pack: one file with many images, each a case.
 
 * arrays: ``images`` ``(N, X, Y[, Z[, C]])`` and ``masks`` (or ``labels``) alike; further arrays ``(N,)`` are columns,
   as those of a table: ``case``, ``subject``, ``split``, and covariates. ``labels`` ``(N,)`` are classes, the column

@@ -1,4 +1,4 @@
-"""A dataset whose cases stand in a CSV or TSV manifest (B5, E15)."""
+"""A dataset whose cases stand in a CSV or TSV manifest."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A folder a case with ct.nii.gz or mri.nii.gz and binary masks under segmentations/, as TotalSegmentator (D2)."""
+"""A folder a case with ct.nii.gz or mri.nii.gz and binary masks under segmentations/, as TotalSegmentator."""
 
 from collections.abc import Mapping
 from pathlib import Path
