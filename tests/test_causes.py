@@ -10,10 +10,12 @@ import torch
 from monai.bundle import ConfigParser
 
 from fibldm.errors import FibldmError
+from fibldm.evaluation.measurements import evaluate
 from fibldm.files import write_json
 from fibldm.out_of_memory import out_of_memory
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.values import check_values
+from fibldm.synthesis import Synthesizer, synthesize_files
 from fibldm.volumes.datalist import load_datalist, read_datalist
 
 
@@ -148,3 +150,16 @@ def test_files_of_the_work_folder_that_are_gone_are_named_before_anything_is_rea
     with pytest.raises(FibldmError, match="images/c0.nii.gz, .*images/c1.nii.gz, .*c2.nii.gz and 1 more is not;"):
         load_datalist(tmp_path, "training")
     assert len(read_datalist(tmp_path)["training"]) == 5
+
+
+@pytest.mark.parametrize("text", ["false", "no", "off"])
+def test_a_switch_that_came_as_a_text_is_not_taken_for_on(text: str, tmp_path: Path) -> None:
+    """MONAI's command makes texts of them, and every text counts as true."""
+    for refused in (
+        lambda: check_values({"restart": text}),
+        lambda: Synthesizer.from_bundle(tmp_path, trust=text),  # type: ignore[arg-type]
+        lambda: synthesize_files(None, [], tmp_path, unconditional=text),  # type: ignore[arg-type]
+        lambda: evaluate(["realism"], trust=text, run_dir=tmp_path, work=tmp_path),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(FibldmError, match=rf"must be true or false; got '{text}'; .*takes True and False"):
+            refused()

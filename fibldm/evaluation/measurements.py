@@ -20,6 +20,7 @@ from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
 from fibldm.runs import hash_weights
+from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.synthesis.loading import generating_weights
 
@@ -154,6 +155,7 @@ def evaluate(
         FibldmError: an unknown name, a run or folder that does not fit, volumes of other weights or of several
             samplings, or too few of them.
     """
+    require_switches(trust=trust)
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown_choice("measurement", name, MEASUREMENTS)

@@ -22,7 +22,10 @@ _WHOLE = {
 }
 _NOT_NEGATIVE = frozenset("clip_norm codebook_weight kl_weight learning_rate perceptual_weight spectral_weight".split())
 _SHARES = frozenset("covariate_dropout ema_momentum foreground_patches label_dropout mask_dropout subset".split())
-_SWITCHES = frozenset("activation_checkpointing init_strict log_variance restart tf32 watch_training".split())
+_SWITCHES = frozenset(
+    "activation_checkpointing init_strict init_trust log_variance masks_only restart tf32 watch_training".split()
+)
+_CAPITALS = "`python -m monai.bundle run` takes True and False; true and false are texts to it, which all count as true"
 _SIZES = frozenset(["patch", "size"])
 
 
@@ -41,7 +44,19 @@ def check_values(values: Mapping[str, Any]) -> None:
         if key in values and not _is_evaluated(values[key]) and not fits(values[key])
     ]
     if wrong:
-        raise FibldmError("\n".join(wrong))
+        texts = any(isinstance(values.get(key), str) for key in _SWITCHES)
+        raise FibldmError("\n".join(wrong), _CAPITALS if texts else "")
+
+
+def require_switches(**values: Any) -> None:
+    """Refuse what is neither True nor False, such as the text "false", which would count as true.
+
+    Raises:
+        FibldmError: names the first that is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise FibldmError(f"{name} must be true or false; got {value!r}", _CAPITALS)
 
 
 def require_minutes(value: Any) -> None:

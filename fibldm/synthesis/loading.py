@@ -16,6 +16,7 @@ from fibldm.models.network import ConditionedNetwork, joined
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import TABLE, begun
+from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.grid import ModelGrid
@@ -67,6 +68,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
     Raises:
         FibldmError: as there.
     """
+    require_switches(trust=trust)
     _check_device(device)
     with open_bundle(path, trust=trust) as bundle:
         network, autoencoder = bundle.network("network"), bundle.network("autoencoder")

@@ -13,6 +13,7 @@ from fibldm.files import hash_value, read_json
 from fibldm.locks import alone
 from fibldm.progress import track
 from fibldm.runs.stages import begun
+from fibldm.runs.values import require_switches
 from fibldm.shards import Shard
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
@@ -259,6 +260,7 @@ def synthesize_files(
             that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or has
             another type; or another process writes to ``out``.
     """
+    require_switches(unconditional=unconditional, trust=trust)
     certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}
     _ = SynthesisSettings.of(settings, **certain).files.dicom  # refused before the generator is loaded
     if masks and unconditional:

@@ -28,6 +28,7 @@ from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
 from fibldm.progress import track
 from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
+from fibldm.runs.values import check_values
 from fibldm.runs.workflow import running_parser
 from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
@@ -236,6 +237,7 @@ class EncodeStage:
         stage = StageFolder(self.run_dir, "autoencoder")
         autoencoder = stage.require()["weights"]
         config = {key: value for key, value in running_parser(self).get().items() if key != "epochs"}
+        check_values(config)  # MONAI's own command does not
         with folder.kept_until_begun(self.restart and shard.is_first):
             if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
                 self.check()

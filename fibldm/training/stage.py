@@ -16,7 +16,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.renamed import current
-from fibldm.runs.values import require_minutes
+from fibldm.runs.values import check_values, require_minutes
 from fibldm.runs.workflow import running_parser
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
@@ -91,6 +91,7 @@ class Stage:
         config = current(parser.get())
         if config != parser.get():  # a configuration of an earlier version, such as a bundle's
             parser = ConfigParser(config)
+        check_values(config)  # MONAI's own command does not
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
         config["minutes"] = _minutes(parser)
         if config["epochs"] < self.least_epochs:
