@@ -99,9 +99,8 @@ def test_a_killed_process_keeps_no_lock(tmp_path: Path, forked: bool) -> None:
             pass
         process.kill()
     assert file.exists()
-    began = time.monotonic()
-    with lock(file):
-        assert time.monotonic() - began < 0.5
+    with lock(file, patience=30):  # the forked child may not have got to letting go of it yet
+        pass
     os.killpg(process.pid, signal.SIGKILL) if forked else None
 
 
