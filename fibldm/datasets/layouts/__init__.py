@@ -4,12 +4,12 @@
 * ``bids`` (``bids_names``, ``bids_masks``): sub-XX/anat/ and derivatives/
 * ``folders``: images/ and labels/
 * ``tables``: a CSV or TSV manifest
-* ``organs``: a folder a case with binary masks
+* ``totalsegmentator``: a folder a case with binary masks
 * ``dicom_tree`` (``dicom_links``, ``dicom_files``): DICOM studies
 * ``packs``: one HDF5 file with many images
 
 Shared: ``entries`` (a volume file or a folder of slices), ``walk`` (all files below a folder), ``binary_masks``,
-``segments`` (masks whose segments have names), ``cases`` (the check of all cases and the description of the dataset).
+``segments`` (masks whose segments have names), ``facts`` (the check of all cases and the description of the dataset).
 """
 
 from collections import Counter
