@@ -5,7 +5,7 @@ Volumes and latents:
 * ``autoencoder``: volumes to latents and back
 * ``vector_quantised``, ``spade_autoencoder``, ``maisi``, ``identity_autoencoder``: other first stages of the same
   interface
-* ``tiling`` (with ``tiles``, ``locality``): volumes of any size in bounded memory
+* ``tiling`` (with ``tiles``, ``receptive_field``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
 * ``principal_components``: the best linear autoencoder, where training begins
