@@ -129,7 +129,7 @@ def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
     kind = kind_of(stage)
     if kind.on_latents:
         views = int(stage_parser("latents", request).get_parsed_content("views"))
-        parser["latents"] = _latents(stage_parser("autoencoder", request), request.work, views)
+        parser["latents"] = imagined_latents(stage_parser("autoencoder", request), request.work, views)
     if kind.base is not None:
         parser["base"] = stage_parser(kind.base, request)["network_def"]
 
@@ -217,8 +217,17 @@ def _case(parser: ConfigParser, part: str) -> Any:
     return parser.get_parsed_content(f"{part}::dataset")[Draw(0, 0, 0)]
 
 
-def _latents(parser: ConfigParser, work: Path, views: int) -> Latents:
-    """What the encode stage would write of the latents of an autoencoder, with so many views of a training case."""
+def imagined_latents(parser: ConfigParser, work: Path, views: int = 1) -> Latents:
+    """What the encode stage would write of the latents of an autoencoder, with so many views of a training case.
+
+    Args:
+        parser: of the autoencoder's stage.
+        work: folder of ``fibldm prepare``.
+        views: of a training case.
+
+    Raises:
+        FibldmError: no case of training or validation has a mask.
+    """
     get = parser.get_parsed_content
     network = get("network_def")
     channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
