@@ -377,7 +377,7 @@ def check_asked(
     """
     drawing.check_masks(masks)
     parser = _generating(configurations).parser()
-    parser["latents"] = imagined_latents(configurations["autoencoder"].parser(), work)
+    parser["latents"] = imagined_latents(*(configurations[name].parser() for name in ("autoencoder", "latents")), work)
     with unwrapped():
         fitted = {name: parser.get_parsed_content(f"conditions::{name}") for name in parser["conditions"]}
     kinds = {COVARIATES: CovariateEncoding({}), **present(fitted)}

@@ -380,13 +380,17 @@ def test_own_conditions_need_masks_of_a_work_folder(tmp_path: Path) -> None:
 def test_a_recipe_is_refused_before_training_where_its_conditions_are(house: House) -> None:
     """Names by the recipe itself, values by the prepared cases; so is what training could not be fitted to."""
 
-    def checked(covariates: tuple[str, ...] = ("age",), **synthesize: Any) -> None:
-        given = {"configs": ["mask_concat", MADE_UP], "covariates": list(covariates)}
-        recipe = Recipe.read(None, configs=["data_chest_phantom", "tiny"], overrides={"diffusion": given})
+    def checked(
+        covariates: tuple[str, ...] = ("age",), *, way: tuple[str, ...] = ("mask_concat",), **synthesize: Any
+    ) -> None:
+        given = {"configs": [*way, MADE_UP], "covariates": list(covariates)}
+        stages = {"diffusion": given, "controlnet": None if way else given}
+        recipe = Recipe.read(None, configs=["data_chest_phantom", "tiny"], overrides=stages)
         stages = {step.name: step.configuration(house.work, house.out) for step in recipe.stages()}
         check_asked(stages, house.work, SynthesisSettings.of(**synthesize), [house.mask])
 
     checked(conditions={"field": 3})
+    checked(conditions={"field": 3}, way=())  # of a ControlNet, whose base is not there yet
     checked(conditions={"field": 7}, allow_extrapolation=True)
     for wrong, message in (
         ({"conditions": {"field": 7}}, r"7 T \(training 1.5 to 3\)"),
