@@ -377,7 +377,8 @@ def check_asked(
     """
     drawing.check_masks(masks)
     parser = _generating(configurations).parser()
-    parser["latents"] = imagined_latents(*(configurations[name].parser() for name in ("autoencoder", "latents")), work)
+    autoencoder, encoding = (configurations[name].parser() for name in ("autoencoder", "latents"))
+    parser["latents"] = imagined_latents(autoencoder, encoding, work)
     with unwrapped():
         fitted = {name: parser.get_parsed_content(f"conditions::{name}") for name in parser["conditions"]}
     kinds = {COVARIATES: CovariateEncoding({}), **present(fitted)}

@@ -558,7 +558,7 @@ def test_a_volume_with_covariates_is_the_same_in_any_batch(synthesizer: Synthesi
     wanted = [SynthesisRequest(mask, "a", 0, {"covariates": {"age": age}}) for age in (40, 60)]
     together = synthesizer.batch(wanted, **settings)  # type: ignore[arg-type]
     for one, alone in zip(wanted, together, strict=True):
-        made = synthesizer(mask, name="a", covariates=one.covariates, **settings)  # type: ignore[arg-type]
+        made = synthesizer(mask, name="a", covariates=one.conditions["covariates"], **settings)  # type: ignore[arg-type]
         assert np.abs(made.volume.array.astype(float) - alone.volume.array).max() <= 1
     assert not np.array_equal(together[0].volume.array, together[1].volume.array)
 

@@ -128,8 +128,8 @@ def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
     """Put what earlier stages would make into a configuration: the facts of the latents, and the base network."""
     kind = kind_of(stage)
     if kind.on_latents:
-        parsers = (stage_parser(name, request) for name in ("autoencoder", "latents"))
-        parser["latents"] = imagined_latents(*parsers, request.work)
+        autoencoder, encoding = (stage_parser(name, request) for name in ("autoencoder", "latents"))
+        parser["latents"] = imagined_latents(autoencoder, encoding, request.work)
     if kind.base is not None:
         parser["base"] = stage_parser(kind.base, request)["network_def"]
 
