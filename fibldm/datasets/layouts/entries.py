@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, stem
@@ -57,13 +58,11 @@ def entry_files(path: Path) -> Files:
     return (path,)
 
 
-def collected(path: Path, problems: list[str], where: str = "") -> Files:
-    """As `entry_files`, but what is wrong goes to ``problems``, after ``where``."""
-    try:
+def collected(path: Path, findings: Findings, where: str = "") -> Files:
+    """As `entry_files`, but what is wrong goes to ``findings``, after ``where``."""
+    with findings.collecting(where):
         return entry_files(path)
-    except FibldmError as error:
-        problems.append(f"{where}{error.message}")
-        return ()
+    return ()
 
 
 def shown(path: Path) -> str:
