@@ -332,7 +332,7 @@ def test_bids_sessions_channels_and_binary_lesions_b5(tmp_path: Path) -> None:
     assert "none of 3 fits 'x*'" in refused(tmp_path, channels=("T1w",), bids_mask="x*")
     message = refused(tmp_path, bids_mask="l/*")
     assert "one suffix must be in all 2 sessions" in message
-    assert "found FLAIR in 2, T1w in 2, T2w in 2; choose the channels" in message
+    assert "found FLAIR in 2, T1w in 2, T2w in 2; choose `channels`" in message
 
 
 def test_links_and_endings_of_bids_lose_nothing(tmp_path: Path) -> None:

@@ -646,6 +646,33 @@ def test_too_few_sound_patients_are_said_with_the_findings(tmp_path: Path) -> No
     assert read_json(tmp_path / "work/report.json")["findings"][0]["case"] == "p1"
 
 
+def test_leaving_bad_cases_out_reads_no_case_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_folders(tmp_path / "data", 6)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="leave them out with `skip_bad`"):
+        prepare(source, tmp_path / "work", CT)
+    monkeypatch.setattr(preparation, "prepare_case", None)
+    report = prepare(source, tmp_path / "work", replace(CT, skip_bad=True, seed=3))
+    assert report.left_out == ("p1",) and sum(report.counts.values()) == 5
+
+
+def test_labels_are_missed_in_the_split_without_the_cases_that_are_left_out(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 6)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    rare = label_array(0)
+    rare[0, 0, 0] = 9
+    write_nifti(source / "labels/p0.nii.gz", rare)
+    names = [f"p{index}" for index in range(6)]
+    kept = [name for name in names if name != "p1"]
+    seed = next(
+        seed
+        for seed in range(100)
+        if split_subjects(names, seed)["p0"] == "training" != split_subjects(kept, seed)["p0"]
+    )
+    report = prepare(source, tmp_path / "work", replace(CT, skip_bad=True, seed=seed))
+    assert "labels that occur in no training case: 9" in report.notes
+
+
 def test_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
     """Along the axes of RAS+, whatever the axes of the file; and a folder made without it stays as it is."""
     affine = np.array([[0, 2.0, 0, 0], [0, 0, 3.0, 0], [1.5, 0, 0, 0], [0, 0, 0, 1]])

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,8 @@ class CaseFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CaseFacts":
         """The facts whose ``asdict`` went through JSON."""
-        ml = values["label_ml"]
-        return cls(
-            **dict(values)
-            | {
-                "shape": tuple(values["shape"]),
-                "spacing": tuple(values["spacing"]),
-                "label_ml": None if ml is None else {int(value): volume for value, volume in ml.items()},
-                "range": tuple(tuple(ends) for ends in values["range"]),
-                "image_sha256": tuple(values["image_sha256"]),
-                "label_sha256": tuple(values["label_sha256"]),
-            }
-        )
+        ml, tuples = values["label_ml"], {key: _tuples(value) for key, value in values.items()}
+        return cls(**tuples | {"label_ml": None if ml is None else {int(value): ml[value] for value in ml}})
 
 
 @dataclass(frozen=True)
@@ -89,13 +79,9 @@ class Record:
     findings: tuple[Finding, ...]
     facts: CaseFacts | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Record":
-        """The record that `to_dict` gave."""
+        """The record whose ``asdict`` went through JSON."""
         facts = values["facts"]
         findings = tuple(Finding(**finding) for finding in values["findings"])
         return cls(findings, None if facts is None else CaseFacts.from_dict(facts))
@@ -284,6 +270,10 @@ def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derive
         acquisition=dict(image.facts),
         derived=derived,
     )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _hash_voxels(array: Array) -> str:

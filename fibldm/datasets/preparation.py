@@ -98,32 +98,19 @@ def prepare(
     _refuse_overlap(source, work)
     found = find_source(source, settings)
     with alone(beside(work), str(work), "wait until that has ended, or choose another folder"):
-        return _prepare(work, found, settings, restart=restart, workers=workers, keep_salt=keep_salt, progress=progress)
-
-
-def _prepare(
-    work: Path,
-    found: Source,
-    settings: PrepareSettings,
-    *,
-    restart: bool,
-    workers: int,
-    keep_salt: bool,
-    progress: bool,
-) -> Report:
-    earlier = _earlier_report(work)
-    pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
-    findings = Findings(notes=list(found.notes))
-    plan = make_plan(found, settings, pseudonyms, findings)
-    if earlier is not None and not restart:
-        return _unchanged(work, earlier, plan.split(earlier["left_out"]))
-    with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
-        checked = _with_split(_check_all(plan, findings, folder, workers, progress))
-        _refuse_bad(work, found, checked, complete=earlier is not None)
-        write_lists(folder, checked)
-    if keep_salt:
-        write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
-    return Report(work, checked.plan.counts, tuple(findings.listed), tuple(findings.notes), tuple(findings.bad))
+        earlier = _earlier_report(work)
+        pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
+        findings = Findings(notes=list(found.notes))
+        plan = make_plan(found, settings, pseudonyms, findings)
+        if earlier is not None and not restart:
+            return _unchanged(work, earlier, plan.split(earlier["left_out"]))
+        with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
+            checked = _with_split(_check_all(plan, findings, folder, workers, progress))
+            _refuse_bad(work, found, checked, complete=earlier is not None)
+            write_lists(folder, checked)
+        if keep_salt:
+            write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
+        return Report(work, checked.plan.counts, tuple(findings.listed), tuple(findings.notes), tuple(findings.bad))
 
 
 def _refuse_overlap(source: Path, work: Path) -> None:
@@ -219,7 +206,7 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
     calls = [(case, settings, folder) for case in waiting]
     prepared = in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
     for case, record in zip(waiting, prepared, strict=True):
-        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": record.to_dict()})
+        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": asdict(record)})
         done[case.name] = record
     facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
     findings.listed += [finding for case in cases for finding in done[case.name].findings]

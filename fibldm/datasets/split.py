@@ -26,8 +26,8 @@ def find_subjects(cases: Sequence[Case], findings: Findings, pattern: str | None
     Raises:
         FibldmError: ``pattern`` is no regular expression with a group, or does not match where it is needed.
     """
-    known = [replace(case, subject=case.subject or _bids_subject(case.path)) for case in cases]
-    unknown = [case for case in known if case.subject is None]
+    known = {case.name: case.subject or next(iter(_BIDS_SUBJECT.findall(case.path)), None) for case in cases}
+    unknown = [case for case in cases if known[case.name] is None]
     if pattern is not None:
         found = _match_subjects(unknown, pattern)
         notes = [] if unknown else ["--subject-pattern is not used: every case names its patient already"]
@@ -35,7 +35,7 @@ def find_subjects(cases: Sequence[Case], findings: Findings, pattern: str | None
         found = {case.name: case.name for case in unknown}
         notes = [_fallback_note(unknown)] if unknown else []
     findings.notes += notes
-    return [replace(case, subject=case.subject or found[case.name]) for case in known]
+    return [replace(case, subject=known[case.name] or found[case.name]) for case in cases]
 
 
 def too_few(patients: int) -> str:
@@ -112,11 +112,6 @@ def given_split(cases: Sequence[Case]) -> dict[str, str]:
             "fill them, or leave the column out to have a split drawn",
         )
     return given
-
-
-def _bids_subject(path: str) -> str | None:
-    found = _BIDS_SUBJECT.search(path)
-    return found.group() if found else None
 
 
 def _match_subjects(cases: Sequence[Case], pattern: str) -> dict[str, str]:

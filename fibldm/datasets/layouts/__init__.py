@@ -8,8 +8,8 @@
 * ``dicom_tree`` (``dicom_links``, ``dicom_files``): DICOM studies
 * ``packs``: one HDF5 file with many images
 
-Shared: ``entries`` (a volume file or a folder of slices), ``walk`` (all files below a folder), ``binary_masks``,
-``segments`` (masks whose segments have names), ``facts`` (the check of all cases and the description of the dataset).
+Shared: ``facts`` (the search that a layout is given, the description of what it found), ``entries`` (a volume file or
+a folder of slices), ``walk`` (all files below a folder), ``binary_masks``, ``segments`` (masks with named segments).
 """
 
 from collections import Counter

@@ -10,7 +10,7 @@ from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.bids_masks import find_masks, is_binary, label_names_of, masks_of
 from fibldm.datasets.layouts.bids_names import ends_with, inherited, is_nifti, suffix
 from fibldm.datasets.layouts.entries import case_name, collected, visible
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import covariates, read_records
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -78,11 +78,11 @@ def bids(search: Search) -> Source:
         what = "masks under derivatives/ of no patient and session with images"
         search.leave_out(what, (file.relative_to(source).as_posix() for file in masks if file not in taken))
     labels = label_names_of(source, taken, findings)
-    check_cases(cases, findings, source, "choose images with `channels` and masks with `bids_mask`")
     patients = {path.name for path in source.glob("sub-*") if path.is_dir() or path.is_symlink()} | people.keys()
     search.leave_out("patients without an image under anat/", patients - {session.subject for session in sessions})
     facts = _description(source / "dataset_description.json")
-    return describe("bids", search, cases, facts, channels=channels, labels=labels)
+    remedy = "choose images with `channels` and masks with `bids_mask`"
+    return describe("bids", search, cases, facts, remedy=remedy, channels=channels, labels=labels)
 
 
 def _sessions(source: Path) -> list[Session]:

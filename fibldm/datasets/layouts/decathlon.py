@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, volume_entries
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -31,13 +31,14 @@ def decathlon(search: Search) -> Source:
     present = [image for image in unlabelled if (search.path / image).exists()]
     cases += [_case(search, image) for image in present]
     cases, segments = known_segments(cases, search.label_names, findings)
-    check_cases(cases, findings, search.path, "give every file of the training list its own name")
     if absent := len(unlabelled) - len(present):
         findings.notes.append(f"images of the test list that do not exist are left out: {absent}")
     if isinstance(facts.get("validation"), list):
         findings.notes.append(f"the list validation of dataset.json is left out: {len(facts['validation'])} entries")
     search.leave_out("images that dataset.json does not list", _unlisted(search.path, cases))
-    return describe("decathlon", search, cases, facts, labels=segments)
+    return describe(
+        "decathlon", search, cases, facts, remedy="give every file of the training list its own name", labels=segments
+    )
 
 
 def _is_pair(entry: Any) -> bool:

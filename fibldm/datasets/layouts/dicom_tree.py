@@ -54,13 +54,24 @@ def dicom_tree(search: Search) -> Source:
     unread = unread_files(files)
     for problem in lost_files(source, unread, folders):
         findings.error(problem)
-    _check_images(len(images), len(found), findings)
+    if not images:
+        came = f"none of {len(found)} series is one{findings.lines()}"
+        raise FibldmError(
+            f"a tree of DICOM studies must hold a series of CT or MR; {came}",
+            "check the folder, or name the layout with `layout`",
+        )
     links = linked(found, images, source, findings)
     masked = _masked(images, links.masks, files, findings)
     present = {name for item in masked for names in item.dicom.values() for name in names}
     labels = numbered(present, order, findings)
     _check_masks(masked, bool(order), findings)
-    _refuse(findings)
+    if findings.listed:
+        raise FibldmError(
+            "every DICOM series must be whole and have masks that are its own, and of one kind; "
+            f"{len(findings.listed)} findings:{findings.lines()}",
+            "transfer again what is lost, export masks together with the series they were drawn on, take out those "
+            "that do not belong, or name files and masks in a CSV",
+        )
     modalities = {item.series.modality for item in images}
     gone = [path for path in paths if path.is_symlink() and not path.exists()]
     findings.notes += _notes(source, found, masked, files)
@@ -107,32 +118,13 @@ def _check_masks(masked: Sequence[_Masked], merge: bool, findings: Findings) -> 
                 f"{item.image.where}: several masks hold {', '.join(several)} (`merge_masks` takes them as one)"
             )
         if len(item.nifti) > 1:
-            came = f"{len(item.nifti)} NIfTI files lie beside it"
-            findings.error(f"{item.image.where}: {came}, and one may be its label map")
+            count = f"{len(item.nifti)} NIfTI files"
+            findings.error(f"{item.image.where}: {count} lie beside it, and one may be its label map")
     if any(item.dicom for item in masked) and any(item.nifti for item in masked):
         findings.error("masks must all be DICOM or all NIfTI; both were found")
     uids = Counter(item.image.series.uid for item in masked)
     if repeated := sum(count > 1 for count in uids.values()):
         findings.error(f"series must have UIDs of their own; {repeated} UIDs stand for several series")
-
-
-def _check_images(images: int, found: int, findings: Findings) -> None:
-    if not images:
-        came = f"none of {found} series is one{findings.lines()}"
-        raise FibldmError(
-            f"a tree of DICOM studies must hold a series of CT or MR; {came}",
-            "check the folder, or name the layout with `layout`",
-        )
-
-
-def _refuse(findings: Findings) -> None:
-    if findings.listed:
-        raise FibldmError(
-            "every DICOM series must be whole and have masks that are its own, and of one kind; "
-            f"{len(findings.listed)} findings:{findings.lines()}",
-            "transfer again what is lost, export masks together with the series they were drawn on, take out those "
-            "that do not belong, or name files and masks in a CSV",
-        )
 
 
 def _case(item: _Masked, labels: Mapping[str, int], merge: bool) -> Case:
@@ -147,17 +139,17 @@ def _case(item: _Masked, labels: Mapping[str, int], merge: bool) -> Case:
     )
 
 
-def _segments(files: Mapping[Path, Sequence[str]], labels: Mapping[str, int], merge: bool) -> Iterator[Mask]:
+def _segments(files: Mapping[Path, Sequence[str]], labels: Mapping[str, int], merge: bool) -> list[Mask]:
     """One mask per file, whose labels must not overlap; to merge them, one per label, the most important first."""
+    held = sorted(files.items())
     if not merge:
-        yield from (
-            Mask((file,), names={name: labels[name] for name in names}) for file, names in sorted(files.items())
-        )
-    for name, value in labels.items() if merge else ():
-        others = tuple(other for other in labels if other != name)
-        yield from (
-            Mask((file,), None, {name: value}, others) for file, names in sorted(files.items()) if name in names
-        )
+        return [Mask((file,), names={name: labels[name] for name in names}) for file, names in held]
+    return [
+        Mask((file,), names={name: value}, elsewhere=tuple(other for other in labels if other != name))
+        for name, value in labels.items()
+        for file, names in held
+        if name in names
+    ]
 
 
 def _notes(source: Path, found: Sequence[Found], masked: Sequence[_Masked], files: Sequence[Path]) -> Iterator[str]:

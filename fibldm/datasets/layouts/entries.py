@@ -2,8 +2,6 @@
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from fibldm.datasets.findings import Findings
@@ -79,11 +77,6 @@ def is_dicom(path: Path) -> bool:
     if name.endswith((*SUPPORTED_SUFFIXES, *SIDECARS)):
         return False
     return holds_dicom(path)
-
-
-def repeated(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names that stand more than once, whatever their case, with their number."""
-    return [(name, count) for name, count in sorted(Counter(map(str.lower, names)).items()) if count > 1]
 
 
 def _slices(folder: Path) -> Files:

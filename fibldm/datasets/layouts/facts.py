@@ -1,5 +1,6 @@
 """What every layout begins and ends with: where a dataset is looked for, and what is found, described or refused."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.datasets.findings import Findings
-from fibldm.datasets.layouts.entries import repeated
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
 from fibldm.errors import FibldmError
@@ -65,47 +65,32 @@ class Search:
         return (self.path.parent if self.path.is_file() else self.path) / "dataset.json"
 
 
-def check_cases(cases: Sequence[Case], findings: Findings, source: Path, remedy: str) -> None:
-    """Raise all that is wrong, names that are not unique among it, as one error.
-
-    Raises:
-        FibldmError: there are findings, a name stands for several cases, or there is no case.
-    """
-    private = {case.name.lower() for case in cases if case.private}
-    for name, count in repeated(case.name for case in cases):
-        findings.error(f"the name {'of a DICOM case' if name in private else name} stands for {count} cases")
-    if not cases and not findings.listed:
-        findings.error("no case was found")
-    if findings.listed:
-        raise FibldmError(
-            f"every case of {source} must have one image and at most one label, under a name of its own; "
-            f"{len(findings.listed)} findings:{findings.lines()}",
-            remedy,
-        )
-
-
 def describe(
     layout: str,
     search: Search,
-    cases: Iterable[Case],
+    cases: Sequence[Case],
     facts: Mapping[str, Any],
     *,
+    remedy: str,
     channels: tuple[str, ...] | None = None,
     labels: Mapping[int, str] | None = None,
 ) -> Source:
-    """The dataset with what its ``dataset.json`` says.
+    """The dataset that was found, unless something is wrong with it, which is raised as one error.
 
     Args:
         layout: its name.
-        search: the dataset, which gives the name where ``facts`` do not, and what was left out.
+        search: the dataset, which gives the name where ``facts`` do not, what is wrong and what was left out.
         cases: in any order.
         facts: content of ``dataset.json``, or what the layout has in its place under the same keys.
+        remedy: what can be done about errors.
         channels: names of the channels; ``None`` takes those of ``facts``.
         labels: names by value; ``None`` takes those of ``facts``.
 
     Raises:
-        FibldmError: channels or labels of ``facts`` are not what they must be.
+        FibldmError: there are findings, a name stands for several cases, there is no case, or channels or labels of
+            ``facts`` are not what they must be.
     """
+    _check(cases, search, remedy)
     return Source(
         layout=layout,
         name=str(facts.get("name") or search.path.resolve().name),
@@ -117,6 +102,22 @@ def describe(
         references={key: str(facts[key]) for key in REFERENCE_KEYS if facts.get(key)},
         notes=tuple(search.findings.notes),
     )
+
+
+def _check(cases: Sequence[Case], search: Search, remedy: str) -> None:
+    findings = search.findings
+    private = {case.name.lower() for case in cases if case.private}
+    for name, count in sorted(Counter(case.name.lower() for case in cases).items()):
+        if count > 1:
+            findings.error(f"the name {'of a DICOM case' if name in private else name} stands for {count} cases")
+    if not cases and not findings.listed:
+        findings.error("no case was found")
+    if findings.listed:
+        raise FibldmError(
+            f"every case of {search.path} must have one image and at most one label, under a name of its own; "
+            f"{len(findings.listed)} findings:{findings.lines()}",
+            remedy,
+        )
 
 
 def channel_names(facts: Mapping[str, Any]) -> tuple[str, ...]:

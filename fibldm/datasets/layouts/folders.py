@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, is_dicom, shown, volume_entries
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -38,8 +38,8 @@ def folders(search: Search) -> Source:
     if order and segments is None and not findings.listed:
         message = "`merge_masks` is for the layouts organs, csv and dicom; the layout is folders"
         raise FibldmError(message, "leave it out, or give masks whose segments have names")
-    check_cases(cases, findings, search.path, "an image and its label carry the same name in images/ and labels/")
-    return describe("folders", search, cases, search.facts, labels=segments)
+    remedy = "an image and its label carry the same name in images/ and labels/"
+    return describe("folders", search, cases, search.facts, remedy=remedy, labels=segments)
 
 
 def _by_stem(folder: Path, findings: Findings) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fibldm.datasets.findings import Findings
@@ -44,22 +44,23 @@ class Row:
     Attributes:
         line: of the file, for messages.
         images: one path a channel, as written.
-        label: path as written, or ``None``.
-        case: name of the case.
-        named: whether the manifest gives that name, else it is made from the path.
-        subject: patient, or ``None``.
-        split: ``training``, ``validation`` or ``test``, or ``None``.
-        covariates: the other columns; ``None`` for a missing value.
+        values: what stands in the other columns of ours: `LABEL` and `OPTIONAL`; a label may be empty.
+        covariates: what stands in the others; ``None`` for a missing value.
     """
 
     line: int
     images: tuple[Path, ...]
-    label: Path | None
-    case: str
-    named: bool = False
-    subject: str | None = None
-    split: str | None = None
-    covariates: Mapping[str, Covariate] = field(default_factory=dict)
+    values: Mapping[str, str]
+    covariates: Mapping[str, Covariate]
+
+    @property
+    def case(self) -> str:
+        """The name of the case; one that the manifest does not give is parent folder and stem of the first image.
+
+        So many files called ``ct.nii.gz`` get names of their own.
+        """
+        name, folder = stem(self.images[0]), self.images[0].parent.name.strip(".")
+        return self.values.get("case") or (f"{folder}_{name}" if folder else name)
 
 
 def is_manifest(path: Path) -> bool:
@@ -84,7 +85,8 @@ def read_manifest(path: Path, findings: Findings) -> tuple[tuple[str, ...], list
     """
     columns, lines = read_table(path)
     if _is_legacy(path, columns):
-        return (IMAGE,), _legacy_rows(path, columns, lines, findings)
+        lines = _legacy_lines(path, columns, lines, findings)
+        columns = [IMAGE, LABEL]
     _check_columns(path, columns)
     records = {}
     for line, values in lines:
@@ -98,7 +100,10 @@ def read_manifest(path: Path, findings: Findings) -> tuple[tuple[str, ...], list
     sound = {line: record for line, record in records.items() if not wrong[line]}
     others = [name for name in columns if name not in RESERVED and not name.startswith(CHANNEL_MARK)]
     known, images = covariates(others, list(sound.values()), findings), _image_columns(columns)
-    rows = [_row(line, record, images, more) for (line, record), more in zip(sound.items(), known, strict=True)]
+    rows = [
+        Row(line, tuple(Path(record[name]) for name in images), record, more)
+        for (line, record), more in zip(sound.items(), known, strict=True)
+    ]
     return tuple(name.removeprefix(CHANNEL_MARK) for name in images), rows
 
 
@@ -172,23 +177,20 @@ def _is_legacy(path: Path, columns: Sequence[str]) -> bool:
     return path.name.lower() in LEGACY_NAMES and len(columns) > 1 and not complete
 
 
-def _legacy_rows(
+def _legacy_lines(
     path: Path, columns: list[str], lines: Sequence[tuple[int, list[str]]], findings: Findings
-) -> list[Row]:
+) -> list[tuple[int, list[str]]]:
     if any((path.parent / name).is_file() for name in columns[:2] if name):
         raise FibldmError(
             f"the first line of {path} must be a header; it names files", "put a line such as image,mask above"
         )
     if len(columns) > 2:
         findings.notes.append(f"columns of {path.name} beyond the second are left out: {len(columns) - 2}")
-    rows = []
-    for line, values in lines:
-        if len(values) > 1 and all(values[:2]):
-            image, mask = map(Path, values[:2])
-            rows.append(Row(line, (image,), mask, _derived_name(image)))
-        else:
+    pairs = {line: values[:2] for line, values in lines if len(values) > 1 and all(values[:2])}
+    for line, _ in lines:
+        if line not in pairs:
             findings.error(f"{path.name} line {line} must have an image and a mask")
-    return rows
+    return list(pairs.items())
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -222,27 +224,6 @@ def _row_problems(record: Mapping[str, str]) -> list[str]:
     if case and not _CASE_NAME.fullmatch(case):
         problems.append("case must be letters, digits, '.', '_' and '-', the first a letter or digit")
     return problems
-
-
-def _row(line: int, record: Mapping[str, str], images: list[str], known: Mapping[str, Covariate]) -> Row:
-    paths = tuple(Path(record[name]) for name in images)
-    label, split = record.get(LABEL), record.get("split")
-    return Row(
-        line=line,
-        images=paths,
-        label=Path(label) if label else None,
-        case=record.get("case") or _derived_name(paths[0]),
-        named="case" in record,
-        subject=record.get("subject"),
-        split=split_name(split) if split else None,
-        covariates=known,
-    )
-
-
-def _derived_name(image: Path) -> str:
-    """Parent folder and stem, so that many files called ``ct.nii.gz`` get names of their own."""
-    folder = image.parent.name.strip(".")
-    return f"{folder}_{stem(image)}" if folder else stem(image)
 
 
 def _typed(values: list[str]) -> list[Covariate]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, shown, volume_entries
-from fibldm.datasets.layouts.facts import Search, channel_names, check_cases, describe, label_names
+from fibldm.datasets.layouts.facts import Search, channel_names, describe, label_names
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -44,8 +44,8 @@ def nnunet(search: Search) -> Source:
     unlabelled = _by_case(search.path / "imagesTs", ending, len(channels), search.findings)
     cases += [_case(search, name, images) for name, images in unlabelled.items()]
     cases, segments = known_segments(cases, labels, search.findings)
-    check_cases(cases, search.findings, search.path, _REMEDY)
-    return describe("nnunet", search, cases, facts, channels=channels, labels=labels if segments is None else segments)
+    named = labels if segments is None else segments
+    return describe("nnunet", search, cases, facts, remedy=_REMEDY, channels=channels, labels=named)
 
 
 def _file_ending(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import MISSING, split_name
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -56,8 +56,7 @@ def pack(search: Search) -> Source:
                 findings.error(f"it must hold arrays or groups; it holds {len(arrays)} and {len(groups)}")
     except OSError as error:
         raise FibldmError(f"{source} must be HDF5; it cannot be read ({error})", "copy or export it again") from error
-    check_cases(cases, findings, source, _REMEDY)
-    return describe("pack", search, cases, {"name": stem(source), **search.facts})
+    return describe("pack", search, cases, {"name": stem(source), **search.facts}, remedy=_REMEDY)
 
 
 def _of_arrays(source: Path, arrays: Mapping[str, Any], findings: Findings) -> list[Case]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.binary_masks import binary_masks, check_order
 from fibldm.datasets.layouts.entries import case_name, collected, is_dicom, visible
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
-from fibldm.datasets.layouts.manifest import Row, is_manifest, read_manifest
+from fibldm.datasets.layouts.facts import Search, describe
+from fibldm.datasets.layouts.manifest import LABEL, Row, is_manifest, read_manifest, split_name
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -32,7 +32,7 @@ def table(search: Search) -> Source:
     path = search.path if search.path.is_file() else _only_manifest(search.path)
     findings, order = search.findings, search.settings.merge_masks
     channels, rows = read_manifest(path, findings)
-    labels = [path.parent / row.label for row in rows if row.label]
+    labels = [path.parent / label for row in rows if (label := row.values.get(LABEL))]
     binary = [label for label in labels if _is_binary(label)]
     if binary:
         check_order(order, binary)
@@ -43,12 +43,12 @@ def table(search: Search) -> Source:
     if order and not binary and names is None and not findings.listed:
         message = "`merge_masks` is for folders of binary masks; the manifest has none"
         raise FibldmError(message, "leave it out, or give masks whose segments have names")
-    check_cases(cases, findings, path, "correct the manifest; a column 'case' gives names of your own")
     return describe(
         "csv",
         search,
         cases,
         {"name": path.stem, **search.facts},
+        remedy=f"correct {path.name}; a column 'case' gives names of your own",
         channels=channels if len(channels) > 1 else None,
         labels=dict(enumerate(order, start=1)) if binary else names,
     )
@@ -71,17 +71,17 @@ def _is_binary(path: Path) -> bool:
 
 
 def _case(folder: Path, row: Row, order: Sequence[str], findings: Findings) -> Case:
-    where = f"line {row.line}: "
+    where, label, split = f"line {row.line}: ", row.values.get(LABEL), row.values.get("split")
     images = tuple(collected(folder / image, findings, where) for image in row.images)
     return Case(
         name=case_name(row.case),
         images=images,
-        masks=_masks(folder / row.label, order, findings, where) if row.label else (),
+        masks=_masks(folder / label, order, findings, where) if label else (),
         path=row.images[0].as_posix(),
-        subject=row.subject,
-        split=row.split,
+        subject=row.values.get("subject"),
+        split=split_name(split) if split else None,
         covariates=row.covariates,
-        private=not row.named and any(is_dicom(files[0]) for files in images if files),
+        private="case" not in row.values and any(is_dicom(files[0]) for files in images if files),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.binary_masks import binary_masks, check_order
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, visible
-from fibldm.datasets.layouts.facts import Search, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import covariates, read_records, split_name
 from fibldm.datasets.source import Case, Source
 from fibldm.volumes.scan import Covariate
@@ -39,11 +39,11 @@ def organs(search: Search) -> Source:
     modalities = sorted({_IMAGES[entry_key(path)] for folder in folders for path in _images(folder)})
     if len(modalities) > 1:
         findings.error(f"all cases must be of one modality; found {' and '.join(modalities)}")
-    check_cases(cases, findings, source, "give every case its image and all masks, or name fewer in `merge_masks`")
     others = (path.name for path in within if path not in folders)
     search.leave_out("folders without ct.nii.gz, mri.nii.gz and segmentations/", others)
-    facts = {"modality": modalities[0], **search.facts}
-    return describe("organs", search, cases, facts, labels=dict(enumerate(order, start=1)))
+    facts = {"modality": ", ".join(modalities), **search.facts}
+    remedy = "give every case its image and all masks, or name fewer in `merge_masks`"
+    return describe("organs", search, cases, facts, remedy=remedy, labels=dict(enumerate(order, start=1)))
 
 
 def _images(folder: Path) -> list[Path]:
