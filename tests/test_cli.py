@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 import fibldm.doctor
 from fibldm import __version__
 from fibldm.cli import app, run
+from fibldm.cli.output import with_options
 from fibldm.errors import FibldmError
 
 ERRORS = {
@@ -76,6 +77,21 @@ def test_an_error_is_one_paragraph(capsys: pytest.CaptureFixture[str], command: 
     printed = capsys.readouterr()
     assert printed.err == f"fibldm: {paragraph}\n"
     assert printed.out == "said before\n"
+
+
+def test_fields_in_an_error_of_the_library_become_options_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, message in (
+        (["--layout", "tiff"], "fibldm: --layout must be one of auto, "),
+        (["--labels", "x"], "fibldm: --labels must be VALUE=NAME,... "),
+        (["--workers", "0"], "fibldm: --workers must be at least 1; got 0"),
+    ):
+        assert run(["prepare", str(tmp_path), "--out", str(tmp_path / "work"), *given]) == 2
+        assert capsys.readouterr().err.startswith(message)
+    options = {"skip_bad": "--skip-bad"}
+    text = "leave them out with `skip_bad`, or run `fibldm encode --restart`; `unknown` stays"
+    assert with_options(text, options) == text.replace("`skip_bad`", "--skip-bad")
 
 
 def test_an_error_as_json_is_the_only_line_of_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,18 +23,23 @@ from test_dicom_masks import (
     write_structures,
 )  # fmt: skip
 
-from fibldm.datasets.case import Rules, prepare_case
-from fibldm.datasets.layouts import LayoutOptions, detect_layout, find_source
-from fibldm.datasets.layouts.dicom_tree import dicom_tree
+from fibldm.datasets.case import prepare_case
+from fibldm.datasets.layouts import detect_layout, find_source
+from fibldm.datasets.layouts.facts import Search
 from fibldm.datasets.masks import read_mask
 from fibldm.datasets.preparation import prepare
-from fibldm.datasets.source import Case, Mask
+from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import read_scan
 
 LABELS = np.zeros(SHAPE, np.uint8)
 LABELS[1:3, 1:4, 2:8] = 1
 LABELS[4, 0, 8] = 2
+
+
+def dicom_tree(folder: Path, merge_masks: tuple[str, ...] = ()) -> Source:
+    return find_source(folder, PrepareSettings("dicom", merge_masks=merge_masks))
 
 
 def add_study(folder: Path, name: str, *, patient: str = "ID-1", modality: str = "CT", series: str = "series") -> Path:
@@ -254,7 +259,7 @@ def test_several_masks_of_one_image(tmp_path: Path) -> None:
 
     assert masks == (Mask((files[0],), names={"Airway": 1}), Mask((files[1],), names={"Lung": 2}))
     segment(folder, tmp_path / "second.dcm", ("Lung",))
-    with pytest.raises(FibldmError, match=r"study 1 of 1, series \d of 4: several masks hold Lung \(--merge-masks"):
+    with pytest.raises(FibldmError, match=r"study 1 of 1, series \d of 4: several masks hold Lung \(`merge_masks`"):
         dicom_tree(tmp_path)
 
 
@@ -262,13 +267,13 @@ def test_merged_masks_come_in_order_of_priority(tmp_path: Path) -> None:
     folder = add_study(tmp_path / "ct", "study")
     a, b = segment(folder, tmp_path / "a.dcm"), segment(folder, tmp_path / "b.dcm", ("Lung",))
 
-    source = dicom_tree(tmp_path, ["Lung", "Honeycombing"])
+    source = dicom_tree(tmp_path, ("Lung", "Honeycombing"))
 
     lung, honey = (None, {"Lung": 1}, ("Honeycombing",)), (None, {"Honeycombing": 2}, ("Lung",))
     assert source.cases[0].masks == (Mask((a,), *lung), Mask((b,), *lung), Mask((a,), *honey))
     assert source.labels == {1: "Lung", 2: "Honeycombing"}
-    with pytest.raises(FibldmError, match="--merge-masks asks for Liver; the masks hold Honeycombing, Lung"):
-        dicom_tree(tmp_path, ["Lung", "Liver"])
+    with pytest.raises(FibldmError, match="`merge_masks` asks for Liver; the masks hold Honeycombing, Lung"):
+        dicom_tree(tmp_path, ("Lung", "Liver"))
 
 
 def test_files_of_one_mask_series_go_to_their_images(tmp_path: Path) -> None:
@@ -366,7 +371,7 @@ def same_uid(root: Path) -> None:
         (both_kinds, r"masks must all be DICOM or all NIfTI; both were found"),
         (another_place, r"series \d of 2: the mask is in another frame of reference than its image, study 1 of 1"),
         (nameless_mask, r"series \d of 2: a DICOM segmentation must hold at least one segment, and each must have"),
-        (too_many, r"there are 255 segments, and at most 254 labels \(--merge-masks\)"),
+        (too_many, r"there are 255 segments, and at most 254 labels \(`merge_masks`\)"),
         (same_uid, r"series must have UIDs of their own; 1 UIDs stand for several series"),
     ],
 )
@@ -390,9 +395,11 @@ def test_merged_structures_say_once_what_none_of_them_takes(tmp_path: Path) -> N
     add_study(tmp_path / "ct", "study")
     names = ("Lung", "Tumour", "Couch", "Body")
     write_structures(tmp_path / "rt.dcm", {name: [in_space(BOX, AXIAL)] for name in names})
-    (case,) = dicom_tree(tmp_path, ["Tumour", "Lung"]).cases
+    (case,) = (source := dicom_tree(tmp_path, ("Tumour", "Lung"))).cases
 
-    record = prepare_case(case, Rules("ct", labels=(1, 2), ordered=True), None)
+    record = prepare_case(
+        case, PrepareSettings(modality="ct", labels=source.labels, merge_masks=("Tumour", "Lung")), None
+    )
 
     said = [finding.message for finding in record.findings if "left out" in finding.message]
     assert said == ["label: left out, as not asked for: Body, Couch"]
@@ -403,7 +410,7 @@ def test_masks_that_hold_none_of_the_wanted_segments_are_said(tmp_path: Path) ->
     segment(add_study(tmp_path / "one", "one"), tmp_path / "a.dcm", ("Lung",))
     segment(add_study(tmp_path / "two", "two"), tmp_path / "b.dcm", ("lung",))
 
-    source = dicom_tree(tmp_path, ["Lung"])
+    source = dicom_tree(tmp_path, ("Lung",))
 
     assert [len(case_of(source.cases, name).masks) for name in ("one", "two")] == [1, 0]
     assert source.notes == ("1 series have masks that hold none of Lung, and count as without a mask; they hold lung",)
@@ -469,7 +476,7 @@ def test_patients_lost_in_transfer_are_refused(tmp_path: Path, spoil: Callable[[
         dicom_tree(tmp_path)
     assert NAME not in str(caught.value)
     shutil.rmtree(tmp_path / "A")
-    assert detect_layout(tmp_path) == "dicom"
+    assert detect_layout(Search(tmp_path, PrepareSettings())) == "dicom"
     with pytest.raises(FibldmError, match=rf"(?s)none of 0 series is one.*{message.replace('2/1', '1/1')}"):
         dicom_tree(tmp_path)
 
@@ -532,7 +539,7 @@ def test_links_to_patients_are_followed_once(tmp_path: Path) -> None:
     links = tmp_path / "links"
     links.mkdir()
     (links / "p").symlink_to(tmp_path / "archive" / "one")
-    assert detect_layout(links) == "dicom" and len(dicom_tree(links).cases) == 1
+    assert detect_layout(Search(links, PrepareSettings())) == "dicom" and len(dicom_tree(links).cases) == 1
 
 
 def test_a_folder_of_a_patient_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +554,7 @@ def test_a_folder_of_a_patient_that_cannot_be_read_is_refused(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(FibldmError, match="must be readable; Permission denied"):
-        find_source(tmp_path, "dicom", options=LayoutOptions())
+        dicom_tree(tmp_path)
 
 
 def test_modality_that_no_tag_states_is_that_of_the_object(tmp_path: Path) -> None:

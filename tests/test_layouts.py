@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from dicom_files import example, write_series
 
-from fibldm.datasets.layouts import LAYOUTS, LayoutOptions, find_source
+from fibldm.datasets.layouts import LAYOUTS, find_source
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
 
@@ -16,7 +17,7 @@ PREAMBLE = bytes(128) + b"DICM"
 
 
 def find(source: Path, layout: str = "auto", **options: object) -> Source:
-    return find_source(source, layout, options=LayoutOptions(**options))  # type: ignore[arg-type]
+    return find_source(source, PrepareSettings(layout, **options))  # type: ignore[arg-type]
 
 
 def refused(source: Path, layout: str = "auto", **options: object) -> str:
@@ -80,19 +81,19 @@ def test_none_or_several_layouts_say_what_was_looked_for_and_found_a2(tmp_path: 
     assert "840" not in message
     make_decathlon(make_folders(tmp_path / "both"))
     assert "decathlon, folders fits" in refused(tmp_path / "both")
-    assert "choose with --layout decathlon|folders" in refused(tmp_path / "both")
+    assert "choose with `layout` decathlon|folders" in refused(tmp_path / "both")
     assert len(find(tmp_path / "both", "folders").cases) == 2
-    with pytest.raises(FibldmError, match="layout must be one of auto, decathlon, nnunet, bids, .*; got 'tiff'"):
+    with pytest.raises(FibldmError, match="`layout` must be one of auto, decathlon, nnunet, bids, .*; got 'tiff'"):
         find(tmp_path / "both", "tiff")
     assert "the source" in refused(tmp_path / "gone") and "must exist" in refused(tmp_path / "gone")
 
 
 def test_options_of_another_layout_are_refused(tmp_path: Path) -> None:
     source = make_folders(tmp_path)
-    assert "--merge-masks is for the layouts organs, csv and dicom; the layout is folders" in refused(
+    assert "`merge_masks` is for the layouts organs, csv and dicom; the layout is folders" in refused(
         source, merge_masks=("liver",)
     )
-    assert "--bids-mask is for the layout bids; the layout is folders" in refused(source, bids_mask="*")
+    assert "`bids_mask` is for the layout bids; the layout is folders" in refused(source, bids_mask="*")
 
 
 def test_loops_of_links_end_and_names_of_any_script_work(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_bids_sessions_channels_and_binary_lesions_b5(tmp_path: Path) -> None:
     touch(tmp_path, "derivatives/b/sub-1/ses-b/anat/sub-1_ses-b_desc-brain_mask.nii.gz")
     message = refused(tmp_path, channels=("T1w", "FLAIR"))
     assert "must have one kind of mask; found b/*_desc-brain_mask, l/*_label-lesion_mask" in message
-    assert "--bids-mask PATTERN" in message
+    assert "choose with `bids_mask` a pattern" in message
     for pattern in ("*_label-lesion_mask.nii.gz", "l/*"):
         found = find(tmp_path, channels=("T1w", "run-2_FLAIR"), bids_mask=pattern)
         assert [case.name for case in found.cases] == ["sub-1_ses-a", "sub-1_ses-b"]
@@ -331,7 +332,7 @@ def test_bids_sessions_channels_and_binary_lesions_b5(tmp_path: Path) -> None:
     assert "none of 3 fits 'x*'" in refused(tmp_path, channels=("T1w",), bids_mask="x*")
     message = refused(tmp_path, bids_mask="l/*")
     assert "one suffix must be in all 2 sessions" in message
-    assert "found FLAIR in 2, T1w in 2, T2w in 2; choose the channels" in message
+    assert "found FLAIR in 2, T1w in 2, T2w in 2; choose `channels`" in message
 
 
 def test_links_and_endings_of_bids_lose_nothing(tmp_path: Path) -> None:
@@ -516,12 +517,12 @@ def test_labels_may_be_folders_of_binary_masks_d2(tmp_path: Path) -> None:
         ("liver.nii.gz", 1),
         ("aorta.nii.gz", 2),
     ]
-    assert "their order must be known; found aorta, liver; give --merge-masks" in refused(tmp_path)
+    assert "their order must be known; found aorta, liver; give `merge_masks`" in refused(tmp_path)
     assert "the folder of binary masks has no mask cyst" in refused(tmp_path, merge_masks=("cyst",))
     (tmp_path / "cases.csv").write_text("image,label\nct.nii.gz,masks\nct2.nii.gz,map.nii.gz\n")
     assert "folders of binary masks or none; 1 of 2 are" in refused(tmp_path, merge_masks=("liver",))
     (tmp_path / "cases.csv").write_text("image,label\nct2.nii.gz,map.nii.gz\n")
-    assert "--merge-masks is for folders of binary masks; the manifest has none" in refused(
+    assert "`merge_masks` is for folders of binary masks; the manifest has none" in refused(
         tmp_path, merge_masks=("liver",)
     )
 
@@ -603,7 +604,7 @@ def test_organs_list_all_that_is_wrong_d2(tmp_path: Path) -> None:
     source = make_organs(tmp_path)
     message = refused(source)
     assert "so their order must be known; found aorta, liver" in message
-    assert "give --merge-masks NAME,NAME,..., of which an earlier one wins" in message
+    assert "give `merge_masks` NAME,NAME,..., of which an earlier one wins" in message
     assert "must name every mask once; got liver, liver" in refused(source, merge_masks=("liver", "liver"))
     (source / "s0001/segmentations/aorta.nii.gz").unlink()
     touch(source, "s0003/mri.nii.gz", "s0004/segmentations/aorta.nii.gz")
@@ -647,7 +648,7 @@ def test_a_dicom_mask_that_holds_no_segments_is_refused(tmp_path: Path) -> None:
 
 def test_a_tree_of_dicom_files_is_found_by_their_content_h2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Source("dicom", "x", ())
-    module = SimpleNamespace(dicom_tree=lambda source, merge_masks: expected)
+    module = SimpleNamespace(dicom_tree=lambda search: expected)
     monkeypatch.setitem(sys.modules, "fibldm.datasets.layouts.dicom_tree", module)
     touch(tmp_path, "readme.txt", "study/series/notes")
     assert "none fits" in refused(tmp_path)

@@ -99,12 +99,12 @@ def test_colours_are_three_channels_c21(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (replace(OTHER, range=None), "--modality other needs --range LOW HIGH"),
-        (replace(OTHER, range=(5, 5)), "--range must be two increasing numbers; got 5 and 5"),
-        (replace(OTHER, modality="mr"), "--range is for --modality other; the modality is mr"),
-        (replace(OTHER, window=(0, 1)), "--window is for CT; the modality is other; give --range"),
-        (replace(OTHER, derive="lung"), "--derive lung is for CT; the modality is other"),
-        (replace(OTHER, bias_field=True), "--bias-field is for MR; the modality is other"),
+        (replace(OTHER, range=None), "the modality other needs `range`"),
+        (replace(OTHER, range=(5, 5)), "`range` must be two increasing numbers; got 5 and 5"),
+        (replace(OTHER, modality="mr"), "`range` is for the modality other; it is mr"),
+        (replace(OTHER, window=(0, 1)), "`window` is for the modality ct; it is other"),
+        (replace(OTHER, derive="lung"), "`derive` is for the modality ct; it is other"),
+        (replace(OTHER, bias_field=True), "`bias_field` is for the modality mr; it is other"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(settings: PrepareSettings, message: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from fibldm.datasets.layouts import LayoutOptions, find_source
+from fibldm.datasets.layouts import find_source
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError
@@ -62,7 +62,7 @@ def test_every_group_is_a_case_f7(tmp_path: Path) -> None:
 def test_classes_are_a_column(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "pack.h5", "w") as file:
         file["images"], file["labels"] = IMAGES[..., 0], [3, 1, 4, 1, 5, 9]
-    found = find_source(tmp_path / "pack.h5", options=LayoutOptions())
+    found = find_source(tmp_path / "pack.h5", PrepareSettings())
     assert [case.covariates for case in found.cases] == [{"class": value} for value in (3, 1, 4, 1, 5, 9)]
     assert not any(case.masks for case in found.cases)
 
@@ -79,14 +79,14 @@ def test_classes_are_a_column(tmp_path: Path) -> None:
 )
 def test_what_a_pack_may_not_hold_is_told(more: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(FibldmError, match=message):
-        find_source(arrays(tmp_path / "pack.h5", **more), options=LayoutOptions())
+        find_source(arrays(tmp_path / "pack.h5", **more), PrepareSettings())
 
 
 def test_files_that_are_no_packs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.h5").write_bytes(b"text")
     with pytest.raises(FibldmError, match="must be HDF5; it cannot be read"):
-        find_source(tmp_path / "a.h5", options=LayoutOptions())
+        find_source(tmp_path / "a.h5", PrepareSettings())
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file["row"] = [1, 2]
     with pytest.raises(FibldmError, match=r"it must hold images \(N, X, Y.*; it holds row \(2,\)"):
-        find_source(tmp_path / "b.h5", options=LayoutOptions())
+        find_source(tmp_path / "b.h5", PrepareSettings())

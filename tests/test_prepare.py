@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +16,8 @@ from monai.data import load_decathlon_datalist
 
 from fibldm.cli.prepare import prepare as command
 from fibldm.datasets import preparation, work_folder
-from fibldm.datasets.case import Rules, prepare_case, stored_image
+from fibldm.datasets.case import prepare_case, stored_image
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
 from fibldm.datasets.source import Case, Mask
@@ -388,13 +390,14 @@ def test_200_patients_give_140_20_40_h13() -> None:
 def test_no_patient_is_in_two_splits_h13(patients: list[int], seed: int) -> None:
     patients = [0, 1, 2, *patients]
     cases = [Case(f"c{i}", Path("i"), Path("l"), f"sub-{p:02d}/scan{i}") for i, p in enumerate(patients)]
-    subjects, notes = find_subjects(cases)
-    split = split_cases(cases, subjects, seed)
+    findings = Findings()
+    cases = find_subjects(cases, findings)
+    split = split_cases(cases, seed)
     by_patient: dict[str, set[str]] = {}
     for case in cases:
-        by_patient.setdefault(subjects[case.name], set()).add(split[case.name])
+        by_patient.setdefault(str(case.subject), set()).add(split[case.name])
     assert all(len(splits) == 1 for splits in by_patient.values()) and len(by_patient) == len(set(patients))
-    assert notes == []
+    assert findings == Findings()
 
 
 def test_where_the_patient_comes_from_h13(tmp_path: Path) -> None:
@@ -416,8 +419,8 @@ def test_where_the_patient_comes_from_h13(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(p", r"--subject-pattern must be a regular expression; '\(p'"),
-        ("p", r"--subject-pattern must have a group around the patient; got 'p'; for example"),
+        ("(p", r"`subject_pattern` must be a regular expression; '\(p'"),
+        ("p", r"`subject_pattern` must have a group around the patient; got 'p'; for example"),
         ("(p[012])", r"must match every image; it does not match images/p3.nii.gz"),
     ],
 )
@@ -477,7 +480,7 @@ def test_other_settings_or_data_are_refused_without_restart_h13(tmp_path: Path) 
     prepare(source, work, CT)
     before = snapshot(work)
     other = PrepareSettings(modality="ct", seed=4)
-    with pytest.raises(FibldmError, match="a split is never changed silently; different: --seed 0 -> 4; .*--restart"):
+    with pytest.raises(FibldmError, match="a split is never changed silently; different: `seed` 0 -> 4; .*`restart`"):
         prepare(source, work, other)
     write_nifti(source / "labels/p1.nii.gz", label_array(2))
     with pytest.raises(FibldmError, match="different: files of p1"):
@@ -506,7 +509,7 @@ def test_a_lost_file_is_noticed(tmp_path: Path) -> None:
     source, work = make_folders(tmp_path / "data"), tmp_path / "work"
     prepare(source, work, CT)
     (work / "labels/p2.nii.gz").unlink()
-    with pytest.raises(FibldmError, match="must be complete; it lacks labels/p2.nii.gz; write it anew with --restart"):
+    with pytest.raises(FibldmError, match="must be complete; it lacks labels/p2.nii.gz; write it anew with `restart`"):
         prepare(source, work, CT)
 
 
@@ -535,16 +538,18 @@ def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
     write_json(other / "report.json", {"ok": False, "settings_hash": ""})
     for restart in (False, True):
         with pytest.raises(
-            FibldmError, match="--out must be empty, absent or a finished work folder; .* images, labels"
+            FibldmError, match="the work folder must be empty, absent or a finished work folder; .* images, labels"
         ):
             prepare(source, other, CT, restart=restart)
-    with pytest.raises(FibldmError, match="--out must not be the source, a folder around it, or one among its data"):
+    with pytest.raises(
+        FibldmError, match="the work folder must not be the source, a folder around it, or one among its data"
+    ):
         prepare(source, source, CT)
     for work in (tmp_path, source / "images" / "work"):
-        with pytest.raises(FibldmError, match="--out must not be the source, a folder around it, or one among its"):
+        with pytest.raises(FibldmError, match="must not be the source, a folder around it, or one among its"):
             prepare(source, work, CT)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FibldmError, match="--out must be a folder; .* is a file"):
+    with pytest.raises(FibldmError, match="the work folder must be a folder; .* is a file"):
         prepare(source, tmp_path / "file", CT)
 
 
@@ -554,9 +559,9 @@ def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (PrepareSettings(), "the modality must be ct or mr; nothing says it; give --modality"),
-        (PrepareSettings(modality="pet"), "modality must be one of ct, mr, other; got 'pet'"),
-        (PrepareSettings(modality="mr", window=(0, 1)), "--window is for CT; the modality is mr"),
+        (PrepareSettings(), "`modality` must be ct, mr, other; nothing says it; give `modality`: ct"),
+        (PrepareSettings(modality="pet"), "`modality` must be one of ct, mr, other; got 'pet'"),
+        (PrepareSettings(modality="mr", window=(0, 1)), "`window` is for the modality ct; it is mr"),
         (
             PrepareSettings(modality="ct", window=(100, 100)),
             "two increasing values in HU; got 100 and 100",
@@ -571,7 +576,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, settings: PrepareSettings, m
 def test_label_names() -> None:
     assert parse_label_names("1=right lung, 2 = left lung") == {1: "right lung", 2: "left lung"}
     for wrong in ("", "1", "1=", "0=air", "255=x", "a=b", "1=a,1=b", "1=a,2=a"):
-        with pytest.raises(FibldmError, match="--labels must be VALUE=NAME,... with values 1...254"):
+        with pytest.raises(FibldmError, match="`labels` must be VALUE=NAME,... with values 1...254"):
             parse_label_names(wrong)
 
 
@@ -641,6 +646,33 @@ def test_too_few_sound_patients_are_said_with_the_findings(tmp_path: Path) -> No
     assert read_json(tmp_path / "work/report.json")["findings"][0]["case"] == "p1"
 
 
+def test_leaving_bad_cases_out_reads_no_case_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_folders(tmp_path / "data", 6)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(FibldmError, match="leave them out with `skip_bad`"):
+        prepare(source, tmp_path / "work", CT)
+    monkeypatch.setattr(preparation, "prepare_case", None)
+    report = prepare(source, tmp_path / "work", replace(CT, skip_bad=True, seed=3))
+    assert report.left_out == ("p1",) and sum(report.counts.values()) == 5
+
+
+def test_labels_are_missed_in_the_split_without_the_cases_that_are_left_out(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data", 6)
+    write_nifti(source / "images/p1.nii.gz", np.zeros(SHAPE, np.int16))
+    rare = label_array(0)
+    rare[0, 0, 0] = 9
+    write_nifti(source / "labels/p0.nii.gz", rare)
+    names = [f"p{index}" for index in range(6)]
+    kept = [name for name in names if name != "p1"]
+    seed = next(
+        seed
+        for seed in range(100)
+        if split_subjects(names, seed)["p0"] == "training" != split_subjects(kept, seed)["p0"]
+    )
+    report = prepare(source, tmp_path / "work", replace(CT, skip_bad=True, seed=seed))
+    assert "labels that occur in no training case: 9" in report.notes
+
+
 def test_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
     """Along the axes of RAS+, whatever the axes of the file; and a folder made without it stays as it is."""
     affine = np.array([[0, 2.0, 0, 0], [0, 0, 3.0, 0], [1.5, 0, 0, 0], [0, 0, 0, 1]])
@@ -652,7 +684,7 @@ def test_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
     prepare(source, tmp_path / "plain", CT)
     assert not any(name.startswith("spacing") for entry in entries(tmp_path / "plain").values() for name in entry)
     assert "facts" not in read_json(tmp_path / "plain/report.json")["settings"]
-    with pytest.raises(FibldmError, match="--facts must be one of spacing; got 'kernel'"):
+    with pytest.raises(FibldmError, match="`facts` must be one of spacing; got 'kernel'"):
         prepare(source, tmp_path / "other", PrepareSettings(modality="ct", facts=("kernel",)))
 
 
@@ -735,7 +767,7 @@ def test_labels_are_changed_as_asked_b7(tmp_path: Path) -> None:
     np.testing.assert_array_equal(written, label_array(2) > 0)
     assert parse_remap("2=1, 4=0") == {2: 1, 4: 0}
     for wrong in ("", "2", "2=a", "2=255", "2=1,2=3"):
-        with pytest.raises(FibldmError, match="--remap must be OLD=NEW,... with new values 0...254"):
+        with pytest.raises(FibldmError, match="`remap` must be OLD=NEW,... with new values 0...254"):
             parse_remap(wrong)
 
 
@@ -771,11 +803,11 @@ def test_dicom_masks_that_overlap_need_an_order(tmp_path: Path) -> None:
     make_organs(tmp_path)
     masks = tuple(Mask((tmp_path / f"s0/segmentations/{n}.nii.gz",), value=v) for v, n in ((1, "lung"), (2, "airways")))
     case = Case("a", ((tmp_path / "s0/ct.nii.gz",),), masks, "a")
-    refused = prepare_case(case, Rules("ct"), None)
+    refused = prepare_case(case, CT, None)
     assert [f.message for f in refused.findings] == [
         "masks must not overlap; they do in 5 voxels (--merge-masks says which goes first)"
     ]
-    assert prepare_case(case, Rules("ct", ordered=True), None).findings == ()
+    assert prepare_case(case, replace(CT, merge_masks=("lung", "airways")), None).findings == ()
 
 
 def test_cases_without_masks_are_kept_and_go_to_training(tmp_path: Path) -> None:
@@ -800,7 +832,7 @@ def test_several_processes_give_the_same_folder(tmp_path: Path) -> None:
     (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
     prepare(source, tmp_path / "two", CT, workers=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
-    with pytest.raises(FibldmError, match="--workers must be at least 1; got 0"):
+    with pytest.raises(FibldmError, match="`workers` must be at least 1; got 0"):
         prepare(source, tmp_path / "three", CT, workers=0)
 
 

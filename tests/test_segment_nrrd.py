@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from fibldm.datasets.layouts import LayoutOptions, find_source
+from fibldm.datasets.layouts import find_source
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.masks import read_mask
 from fibldm.datasets.preparation import prepare
@@ -93,7 +93,7 @@ def test_dicom_segments_get_the_values_that_are_asked_for_too() -> None:
 def test_names_that_dataset_json_gives_keep_their_values(tmp_path: Path) -> None:
     source = dataset(tmp_path)
     (source / "dataset.json").write_text('{"labels": {"5": "left lung", "9": "right lung", "3": "heart"}}')
-    found = find_source(source, options=LayoutOptions())
+    found = find_source(source, PrepareSettings())
     assert found.labels == {5: "left lung", 9: "right lung"}
 
 
@@ -101,7 +101,7 @@ def test_a_file_without_names_among_others_is_refused(tmp_path: Path) -> None:
     source = dataset(tmp_path)
     write(source / "labels/c3.seg.nrrd", lungs(1, 2))
     with pytest.raises(FibldmError, match=r"all be DICOM or all label maps; found both .3D Slicer's .seg.nrrd"):
-        find_source(source, options=LayoutOptions())
+        find_source(source, PrepareSettings())
 
 
 def overlapping(path: Path) -> Path:

@@ -157,8 +157,8 @@ def test_the_command_cuts_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"every": 0.0}, "--every must be a length above 0 in mm; got 0"),
-        ({"out": "full"}, "--out must be empty or absent; .*full is not"),
+        ({"every": 0.0}, "`every` must be a length above 0 in mm; got 0"),
+        ({"out": "full"}, "the folder must be empty or absent; .*full is not"),
         ({"work": "none"}, "datalist.json must exist"),
     ],
 )

@@ -6,7 +6,7 @@ prints for people with ``print``, and returns what ``--json`` shows, or ``None``
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated
 
@@ -14,7 +14,7 @@ import typer
 
 from fibldm import __version__
 from fibldm.cli.numbers import NumbersCommand
-from fibldm.cli.output import emit_error, emit_result, standard_output_for_json
+from fibldm.cli.output import emit_error, emit_result, standard_output_for_json, with_options
 from fibldm.errors import FibldmError
 from fibldm.out_of_memory import out_of_memory
 
@@ -89,16 +89,26 @@ def run(arguments: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        return _report(error, as_json)
+        return _report(error, as_json, _options(rest))
     if isinstance(result, int):  # a command that left through typer.Exit
-        return _report(KeyboardInterrupt(), as_json) if result == 130 else result
+        return _report(KeyboardInterrupt(), as_json, {}) if result == 130 else result
     return emit_result(result, as_json)
 
 
-def _report(error: BaseException, as_json: bool) -> int:
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """The options of the command that was given, by the names that the library has for them."""
+    command = typer.main.get_command(app)
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument, command)
+    options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+    return {option.removeprefix("--").replace("-", "_"): option for option in options}
+
+
+def _report(error: BaseException, as_json: bool, options: Mapping[str, str]) -> int:
     match error:
         case FibldmError():
-            emit_error(error.message, error.remedy, as_json)
+            message, remedy = (with_options(text, options) for text in (error.message, error.remedy))
+            emit_error(message, remedy, as_json)
             return 2
         case typer.TyperException():
             emit_error(_usage_message(error), "see fibldm --help, or --help after the command", as_json)

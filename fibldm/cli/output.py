@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -38,6 +39,16 @@ def emit_error(message: str, remedy: str, as_json: bool) -> None:
     print(f"fibldm: {sentence(message, remedy)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"ok": False, "error": {"message": message, "remedy": remedy}}))
+
+
+def with_options(text: str, options: Mapping[str, str]) -> str:
+    """An error of the library, in which fields stand in backquotes, with the options of the command in their place.
+
+    Args:
+        text: for example "`skip_bad` leaves it out"; what is no option stays as it is.
+        options: by field, for example ``--skip-bad``.
+    """
+    return re.sub(r"`(\w+)`", lambda field: options.get(field[1], field[0]), text)
 
 
 def log_to_standard_error() -> None:

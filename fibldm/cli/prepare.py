@@ -1,6 +1,7 @@
 """``fibldm prepare``: check a dataset, split it by patient, write the work folder."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,7 @@ def prepare(
     ] = False,
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
+    from fibldm.datasets.findings import table
     from fibldm.datasets.preparation import prepare as prepare_dataset
     from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
     from fibldm.workers import cores
@@ -94,9 +96,7 @@ def prepare(
     )
     workers = workers if workers is not None else cores()
     report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)
-    width = max((len(finding.case) for finding in report.findings), default=0)
-    findings = [f"{finding.case:<{width}}  {finding.level:<7}  {finding.message}" for finding in report.findings]
-    for line in (*findings, *(f"note: {note}" for note in report.notes)):
+    for line in (*table(report.findings), *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))
     return {
@@ -104,9 +104,7 @@ def prepare(
         "counts": dict(report.counts),
         "unchanged": report.unchanged,
         "left_out": list(report.left_out),
-        "findings": [
-            {"case": finding.case, "level": finding.level, "message": finding.message} for finding in report.findings
-        ],
+        "findings": [asdict(finding) for finding in report.findings],
         "notes": list(report.notes),
     }
 

@@ -1,13 +1,12 @@
-"""From a dataset to a work folder.
+"""From a dataset to a work folder, in the order in which it goes.
 
+* ``settings``: what a user decides
+* ``findings``: what is wrong and what has to be said, collected and told at once
 * ``source``: a dataset as found: cases, and where the labels of each come from
 * ``layouts``: find them: Decathlon, nnU-Net, BIDS, DICOM, TotalSegmentator, folders, tables
-* ``settings``: what a user decides, and all that is settled before a voxel is read
-* ``split``: tell patients apart, and split by patient
-* ``pseudonyms``: names that do not tell the patient
-* ``checks``: what may be wrong with a case
-* ``case``, ``masks``: one case, read, checked and written
-* ``lung``, ``bias_field``: masks from HU; N4
+* ``plan``: all that is settled before a voxel is read, with ``split`` (by patient) and ``pseudonyms`` (privacy)
+* ``case``: one case, read, checked and written
+* ``checks``, ``masks``, ``lung``, ``bias_field``: what a case needs: its checks, its masks, masks from HU, N4
 * ``preparation``: the whole of ``fibldm prepare``
 * ``work_folder``: write the work folder, whole or not at all
 * ``slices``: axial slices of a work folder, for networks in two dimensions

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 from fibldm.datasets.checks import (
     AIR,
     PERCENTILES,
-    Finding,
     as_float32,
     extent_findings,
     grid_findings,
@@ -22,49 +21,15 @@ from fibldm.datasets.checks import (
     likely_image_findings,
     spacing_findings,
 )
+from fibldm.datasets.findings import Finding, Findings
 from fibldm.datasets.masks import read_mask
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Mask
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array, Grid, Volume, resample
-from fibldm.volumes.scan import Covariate, Level, Scan
+from fibldm.volumes.scan import Covariate, Scan
 from fibldm.volumes.writer import write_nifti
-
-Note = Callable[[Level, str], None]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is decided about the voxels of every case.
-
-    Attributes:
-        modality: ``ct``, ``mr`` or ``other``.
-        limits: what becomes -1 and 1 of ``other``; ``None`` of the others.
-        channels: names of the image channels.
-        labels: values that have a name; empty where no name is known.
-        spacing: mm, for files that state none; ``None`` where all do.
-        remap: label values to change, as read to as written.
-        ordered: whether several masks of a case come in an order of importance, so that they may overlap.
-        resample_masks: whether a mask on another grid is brought to the image's (nearest voxel), else refused.
-        derive: ``"lung"`` makes a lung mask of a CT without mask.
-        bias_field: whether the bias field of MR is corrected (N4).
-    """
-
-    modality: str
-    limits: tuple[float, float] | None = None
-    channels: tuple[str, ...] = ("image",)
-    labels: tuple[int, ...] = ()
-    spacing: tuple[float, float, float] | None = None
-    remap: Mapping[int, int] | None = None
-    ordered: bool = False
-    resample_masks: bool = False
-    derive: str | None = None
-    bias_field: bool = False
-
-    @property
-    def scanner(self) -> bool:
-        """Whether files are a scanner's, which are in mm and in grey, or wrong."""
-        return self.modality != "other"
 
 
 @dataclass(frozen=True)
@@ -98,18 +63,8 @@ class CaseFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CaseFacts":
         """The facts whose ``asdict`` went through JSON."""
-        ml = values["label_ml"]
-        return cls(
-            **dict(values)
-            | {
-                "shape": tuple(values["shape"]),
-                "spacing": tuple(values["spacing"]),
-                "label_ml": None if ml is None else {int(value): volume for value, volume in ml.items()},
-                "range": tuple(tuple(ends) for ends in values["range"]),
-                "image_sha256": tuple(values["image_sha256"]),
-                "label_sha256": tuple(values["label_sha256"]),
-            }
-        )
+        ml, tuples = values["label_ml"], {key: _tuples(value) for key, value in values.items()}
+        return cls(**tuples | {"label_ml": None if ml is None else {int(value): ml[value] for value in ml}})
 
 
 @dataclass(frozen=True)
@@ -124,46 +79,40 @@ class Record:
     findings: tuple[Finding, ...]
     facts: CaseFacts | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Record":
-        """The record that `to_dict` gave."""
+        """The record whose ``asdict`` went through JSON."""
         facts = values["facts"]
         findings = tuple(Finding(**finding) for finding in values["findings"])
         return cls(findings, None if facts is None else CaseFacts.from_dict(facts))
 
 
-def prepare_case(case: Case, rules: Rules, folder: Path | None) -> Record:
+def prepare_case(case: Case, settings: PrepareSettings, folder: Path | None) -> Record:
     """Read and check a case and, where nothing forbids it, write ``images/`` and ``labels/CASE.nii.gz``.
 
     Args:
         case: under the name it is written by.
-        rules: what is decided about every case.
+        settings: with modality, and channels and labels as the dataset has them (`Plan.case_settings`).
         folder: to write to; ``None`` writes nothing.
 
     Raises:
         FibldmError: the folder cannot be written; what is wrong with the case is a finding.
     """
-    findings: list[Finding] = []
-
-    def note(level: Level, message: str) -> None:
-        finding = Finding(case.name, level, _without_paths(message, case) if case.private else message)
-        if finding not in findings:  # several masks of one file say the same
-            findings.append(finding)
-
-    image = _image(case, rules, note)
-    label, derived = (None, False) if image is None else _label(case, image, rules, note)
-    if image is None or any(finding.level == "error" for finding in findings):
-        return Record(tuple(findings), None)
-    stored = stored_image(image.array, rules.modality)
+    findings = Findings(case.name, case.files if case.private else ())
+    image, label = None, None
+    with findings.collecting():
+        image = _image(case, settings, findings)
+        label = None if image is None else _label(case, image, settings, findings)
+    if image is None or findings.bad:
+        return Record(tuple(findings.listed), None)
+    modality = str(settings.modality)
+    stored = stored_image(image.array, modality)
     if folder is not None:
         write_nifti(folder / f"images/{case.name}.nii.gz", stored, image.affine, space=image.space)
         if label is not None:
             write_nifti(folder / f"labels/{case.name}.nii.gz", label.array, image.affine, space=image.space)
-    return Record(tuple(findings), _facts(image, stored, label, rules.modality, derived))
+    derived = label is not None and not case.masks
+    return Record(tuple(findings.listed), _facts(image, stored, label, modality, derived))
 
 
 def stored_image(array: Array, modality: str) -> Array:
@@ -183,33 +132,43 @@ def stored_image(array: Array, modality: str) -> Array:
     return as_float32(padded) if np.abs(padded - whole).max() > 1e-3 else whole.astype(np.int16)
 
 
-def _image(case: Case, rules: Rules, note: Note) -> Scan | None:
-    read = partial(read_scan, spacing=rules.spacing, item=case.item, scanner=rules.scanner)
-    scans = [_read(partial(read, files), "image", note) for files in case.images]
+def _image(case: Case, settings: PrepareSettings, findings: Findings) -> Scan | None:
+    """All channels of a case; ``None`` where no mask can be looked at beside them."""
+    modality, names = str(settings.modality), settings.channels or ("image",)
+    read = partial(read_scan, spacing=settings.spacing, item=case.item, scanner=settings.scanner)
+    scans = [_read(partial(read, files), "image", findings) for files in case.images]
     sound = [scan for scan in scans if scan is not None]
-    if len(sound) < len(case.images):
+    if len(sound) < len(scans):
         return None
-    other = sorted({scan.modality for scan in sound} - {"", rules.modality.upper()})
+    other = sorted({scan.modality for scan in sound} - {"", modality.upper()})
     if other:
-        note("error", f"every image must be {rules.modality.upper()}; the files of this one say {', '.join(other)}")
-        return None
-    before = note_all(note, (found for other in sound[1:] for found in grid_findings(sound[0], other, "channel")))
-    if before:
+        raise FibldmError(f"every image must be {modality.upper()}; the files of this one say {', '.join(other)}")
+    findings.add(found for other in sound[1:] for found in grid_findings(sound[0], other, "channel"))
+    if findings.bad:
         return None
     image = _joined(sound)
-    if _channel_count(image) != len(rules.channels):
-        note(
-            "error",
-            f"image must have the channels {', '.join(rules.channels)}; it has {_channel_count(image)} (name them with "
-            "--channels)",
-        )
-        return None
-    for name, channel in zip(rules.channels, _channels(image), strict=True):
-        note_all(note, image_findings(channel, rules.modality, image.spacing, name, rules.limits))
-    note_all(note, extent_findings(image.array.shape[:3], image.spacing, rules.modality))
+    channels = _channels(image)
+    if len(channels) != len(names):
+        came = f"it has {len(channels)} (name them with --channels)"
+        raise FibldmError(f"image must have the channels {', '.join(names)}; {came}")
+    for name, channel in zip(names, channels, strict=True):
+        findings.add(image_findings(channel, modality, image.spacing, name, settings.range))
+    findings.add(extent_findings(image.array.shape[:3], image.spacing, modality))
     stacked = [length > 1 for length in image.array.shape[:3]]
-    note_all(note, spacing_findings(image.spacing[stacked]))  # one slice is as thick as it is
-    return _corrected(image, note) if rules.bias_field else image
+    findings.add(spacing_findings(image.spacing[stacked]))  # one slice is as thick as it is
+    if not settings.bias_field:
+        return image
+    from fibldm.datasets.bias_field import correct
+
+    return replace(image, array=correct(image))
+
+
+def _read(read: Callable[[], Scan], what: str, findings: Findings) -> Scan | None:
+    with findings.collecting(f"{what}: "):
+        scan = read()
+        findings.add(scan.findings, f"{what}: ")
+        return None if any(level == "error" for level, _ in scan.findings) else scan
+    return None
 
 
 def _joined(scans: Sequence[Scan]) -> Scan:
@@ -222,118 +181,74 @@ def _joined(scans: Sequence[Scan]) -> Scan:
     return replace(scans[0], array=array, sha256="+".join(scan.sha256 for scan in scans), facts=facts, findings=())
 
 
-def _channel_count(image: Scan) -> int:
-    return 1 if image.array.ndim == 3 else image.array.shape[3]
-
-
 def _channels(image: Scan) -> list[Array]:
     return [image.array] if image.array.ndim == 3 else list(np.moveaxis(image.array, 3, 0))
 
 
-def _corrected(image: Scan, note: Note) -> Scan | None:
-    from fibldm.datasets.bias_field import correct
-
-    try:
-        return replace(image, array=correct(image))
-    except FibldmError as error:
-        note("error", error.message)
-        return None
-
-
-def _label(case: Case, image: Scan, rules: Rules, note: Note) -> tuple[Scan | None, bool]:
-    """The label map on the image's grid, in uint8, and whether it was derived from the image."""
+def _label(case: Case, image: Scan, settings: PrepareSettings, findings: Findings) -> Scan | None:
+    """The label map on the image's grid, in uint8; ``None`` of a case without one."""
     if not case.masks:
-        return _derived(image, rules, note)
-    masks = [_label_map(mask, image, rules, note) for mask in case.masks]
+        return _lungs(image, findings) if settings.derive == "lung" else None
+    masks = []
+    for mask in case.masks:
+        with findings.collecting():
+            masks.append(_label_map(mask, image, settings, findings))
     sound = [mask for mask in masks if mask is not None]
-    if len(sound) < len(masks):
-        return None, False
+    if len(sound) < len(case.masks):
+        return None
     overlap = np.count_nonzero(np.sum([mask.array != 0 for mask in sound], axis=0) > 1) if len(sound) > 1 else 0
-    if overlap and not rules.ordered:
-        note("error", f"masks must not overlap; they do in {overlap} voxels (--merge-masks says which goes first)")
-        return None, False
+    if overlap and not settings.merge_masks:
+        raise FibldmError(f"masks must not overlap; they do in {overlap} voxels (--merge-masks says which goes first)")
     merged = sound[-1].array
-    for mask in reversed(sound[:-1]):  # an earlier one wins
-        merged = np.where(mask.array != 0, mask.array, merged)
-    merged = _remapped(merged, rules.remap or {})
-    likely = likely_image_findings(merged, _channels(image)[0])
-    if note_all(note, (*label_findings(merged, rules.labels), *likely)):
-        return None, False
-    hashes = "+".join(mask.sha256 for mask in sound)
-    return Scan(merged.astype(np.uint8), image.affine, hashes), False
+    for earlier in reversed(sound[:-1]):  # which wins
+        merged = np.where(earlier.array != 0, earlier.array, merged)
+    read, merged = merged, merged.copy()
+    for value, new in settings.remap.items():
+        merged[read == value] = new
+    findings.add(label_findings(merged, settings.labels))
+    findings.add(likely_image_findings(merged, _channels(image)[0]))
+    if findings.bad:
+        return None
+    return Scan(merged.astype(np.uint8), image.affine, "+".join(mask.sha256 for mask in sound))
 
 
-def _label_map(mask: Mask, image: Scan, rules: Rules, note: Note) -> Scan | None:
-    read = _read(partial(read_mask, mask, image, spacing=rules.spacing, scanner=rules.scanner), "label", note)
-    if read is None or read.array.ndim != 3:
-        if read is not None:
-            note("error", f"label must hold one 3-D volume; its shape is {read.array.shape}")
+def _label_map(mask: Mask, image: Scan, settings: PrepareSettings, findings: Findings) -> Scan | None:
+    read = partial(read_mask, mask, image, spacing=settings.spacing, scanner=settings.scanner)
+    scan = _read(read, "label", findings)
+    if scan is None:
         return None
-    off = list(grid_findings(image, read))
-    if off and not rules.resample_masks:
-        note("error", f"{off[0][1]}; --resample-masks brings it to the image's grid")
-        return None
-    array = _on_grid(read, image, note) if off else read.array
-    if array is None:
-        return None
-    if mask.value is None:
-        return Scan(array, image.affine, read.sha256)
-    wrong = sorted(set(np.unique(array).tolist()) - {0, 1, 255})
-    if wrong:
-        note("error", f"a binary mask must hold 0 and 1; it holds {', '.join(f'{value:g}' for value in wrong[:5])}")
-        return None
-    return Scan(np.where(array != 0, np.uint8(mask.value), np.uint8(0)), image.affine, read.sha256)
+    off = next(grid_findings(image, scan), None)
+    if off and not settings.resample_masks:
+        raise FibldmError(f"{off[1]}; --resample-masks brings it to the image's grid")
+    array = _on_grid(scan, image, findings) if off else scan.array
+    if mask.value is not None:
+        wrong = sorted(set(np.unique(array).tolist()) - {0, 1, 255})
+        if wrong:
+            held = ", ".join(f"{value:g}" for value in wrong[:5])
+            raise FibldmError(f"a binary mask must hold 0 and 1; it holds {held}")
+        array = np.where(array != 0, np.uint8(mask.value), np.uint8(0))
+    return Scan(array, image.affine, scan.sha256)
 
 
-def _on_grid(mask: Scan, image: Scan, note: Note) -> Array | None:
+def _on_grid(mask: Scan, image: Scan, findings: Findings) -> Array:
     """A mask on the image's grid by its nearest voxels; refused where half of it lies outside of the image."""
     x, y, z = image.array.shape[:3]
     moved = resample(Volume(mask.array, mask.affine), Grid((x, y, z), image.affine), kind="label", fill=0).array
     before = np.count_nonzero(mask.array) * abs(np.linalg.det(mask.affine[:3, :3]))
     after = np.count_nonzero(moved) * abs(np.linalg.det(image.affine[:3, :3]))
     if after < before / 2:
-        note("error", f"label must lie inside of the image; only {100 * after / before:.0f} % of it does")
-        return None
-    note("warning", "label lies on another grid and was brought to the image's by its nearest voxels")
+        raise FibldmError(f"label must lie inside of the image; only {100 * after / before:.0f} % of it does")
+    findings.add([("warning", "label lies on another grid and was brought to the image's by its nearest voxels")])
     return moved
 
 
-def _derived(image: Scan, rules: Rules, note: Note) -> tuple[Scan | None, bool]:
-    if rules.derive != "lung":
-        return None, False
+def _lungs(image: Scan, findings: Findings) -> Scan:
     from fibldm.datasets.lung import lung_mask
 
-    try:
-        array = lung_mask(image)
-    except FibldmError as error:
-        note("error", error.message)
-        return None, False
-    note("warning", "label was derived from HU: no ground truth, and dense disease may be missing from it")
-    return Scan(array, image.affine, ""), True
-
-
-def _remapped(array: Array, remap: Mapping[int, int]) -> Array:
-    changed = array.copy() if remap else array
-    for value, new in remap.items():
-        changed[array == value] = new
-    return changed
-
-
-def _read(read: Callable[[], Scan], what: str, note: Note) -> Scan | None:
-    try:
-        scan = read()
-    except FibldmError as error:
-        note("error", f"{what}: {error}")
-        return None
-    return None if note_all(note, ((level, f"{what}: {message}") for level, message in scan.findings)) else scan
-
-
-def note_all(note: Note, found: Any) -> bool:
-    """Note what was found; whether an error is among it."""
-    listed = list(found)
-    for level, message in listed:
-        note(level, message)
-    return any(level == "error" for level, _ in listed)
+    label = Scan(lung_mask(image), image.affine, "")
+    said = "label was derived from HU: no ground truth, and dense disease may be missing from it"
+    findings.add([("warning", said)])
+    return label
 
 
 def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derived: bool) -> CaseFacts:
@@ -357,10 +272,8 @@ def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derive
     )
 
 
-def _without_paths(message: str, case: Case) -> str:
-    for file in case.files:
-        message = message.replace(str(file), "a file").replace(file.name, "a file")
-    return message
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _hash_voxels(array: Array) -> str:

@@ -1,7 +1,6 @@
 """What may be wrong with the voxels, the labels and the grids of a case."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +9,7 @@ from scipy import ndimage
 from fibldm import UNKNOWN_LABEL
 from fibldm.volumes.grid import Array
 from fibldm.volumes.label_values import are_whole, fractions_shown, remap_remedy, shown
-from fibldm.volumes.scan import Level, Scan
+from fibldm.volumes.scan import Remark, Scan
 
 AIR = -1024
 """HU of air: what lies below is padding and becomes air."""
@@ -45,19 +44,7 @@ COUCH_MM = (150, 60)
 """A couch is at least this wide and at most this high in an axial slice."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with a case; an error forbids the dataset, a warning is recorded."""
-
-    case: str
-    level: Level
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.case}: {self.level}: {self.message}"
-
-
-Found = Iterator[tuple[Level, str]]
+Found = Iterator[Remark]
 
 
 def image_findings(

@@ -7,9 +7,9 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import ITK, Spacing, read_scan, suffix_of
 from fibldm.volumes.formats.segment_nrrd import named_segments
 from fibldm.volumes.label_values import settled
-from fibldm.volumes.scan import Level, Scan
+from fibldm.volumes.scan import Remark, Scan
 
-NEARLY: tuple[Level, str] = (
+NEARLY: Remark = (
     "warning",
     "labels are nearly whole numbers and were rounded: the file was saved with a scale; save labels as integers",
 )

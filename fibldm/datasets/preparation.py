@@ -6,20 +6,21 @@ parallel, and a case that is done is not done again when a run was interrupted o
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fibldm import __version__
-from fibldm.datasets.case import CaseFacts, Record, Rules, prepare_case
-from fibldm.datasets.checks import Finding
+from fibldm.datasets.case import CaseFacts, Record, prepare_case
+from fibldm.datasets.findings import Finding, Findings, table
 from fibldm.datasets.layouts import find_source
+from fibldm.datasets.plan import Plan, make_plan
 from fibldm.datasets.pseudonyms import SALT_FILE, Pseudonyms, key_of, key_path, pending_path, read_pseudonyms
-from fibldm.datasets.settings import Plan, PrepareSettings, make_plan
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
-from fibldm.datasets.split import ADD_PATIENTS, too_few
+from fibldm.datasets.split import ADD_PATIENTS, patients_to_split, too_few
 from fibldm.datasets.work_folder import (
     WRITTEN,
     Checked,
@@ -40,6 +41,7 @@ from fibldm.workers import in_processes
 MAX_LABELS = 200
 """More labels than this are taken for an image given as a label volume."""
 
+ALL_CASES = "all cases"
 RECORDS = "records"
 
 
@@ -92,45 +94,32 @@ def prepare(
     """
     source, work, settings = Path(source), Path(work), settings or PrepareSettings()
     if workers < 1:
-        raise FibldmError(f"--workers must be at least 1; got {workers}")
+        raise FibldmError(f"`workers` must be at least 1; got {workers}")
     _refuse_overlap(source, work)
-    found = find_source(source, settings.layout, options=settings.layout_options)
-    with alone(beside(work), str(work), "wait until that has ended, or choose another --out"):
-        return _prepare(work, found, settings, restart=restart, workers=workers, keep_salt=keep_salt, progress=progress)
-
-
-def _prepare(
-    work: Path,
-    found: Source,
-    settings: PrepareSettings,
-    *,
-    restart: bool,
-    workers: int,
-    keep_salt: bool,
-    progress: bool,
-) -> Report:
-    earlier = _earlier_report(work)
-    pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
-    plan = make_plan(found, settings, pseudonyms, earlier["left_out"] if earlier is not None and not restart else ())
-    if earlier is not None and not restart:
-        return _unchanged(work, earlier, plan)
-    with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
-        checked = _check_all(plan, folder, workers, progress)
-        plan = _settle(work, found, plan, checked, pseudonyms, complete=earlier is not None)
-        write_lists(folder, plan, checked)
-    if keep_salt:
-        write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
-    left_out = tuple(checked.bad)
-    return Report(work, plan.counts, checked.findings, checked.notes, left_out)
+    found = find_source(source, settings)
+    with alone(beside(work), str(work), "wait until that has ended, or choose another folder"):
+        earlier = _earlier_report(work)
+        pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
+        findings = Findings(notes=list(found.notes))
+        plan = make_plan(found, settings, pseudonyms, findings)
+        if earlier is not None and not restart:
+            return _unchanged(work, earlier, plan.split(earlier["left_out"]))
+        with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
+            checked = _with_split(_check_all(plan, findings, folder, workers, progress))
+            _refuse_bad(work, found, checked, complete=earlier is not None)
+            write_lists(folder, checked)
+        if keep_salt:
+            write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
+        return Report(work, checked.plan.counts, tuple(findings.listed), tuple(findings.notes), tuple(findings.bad))
 
 
 def _refuse_overlap(source: Path, work: Path) -> None:
     folder, target = source.resolve(), work.resolve()
     if target == folder or target in folder.parents or folder in target.parents[1:]:
-        message = f"--out must not be the source, a folder around it, or one among its data; got {work}"
+        message = f"the work folder must not be the source, a folder around it, or one among its data; got {work}"
         raise FibldmError(message, "choose another folder")
     if work.exists() and not work.is_dir():
-        raise FibldmError(f"--out must be a folder; {work} is a file", "choose another folder")
+        raise FibldmError(f"the work folder must be a folder; {work} is a file", "choose another folder")
 
 
 def _earlier_report(work: Path) -> dict[str, Any] | None:
@@ -141,7 +130,7 @@ def _earlier_report(work: Path) -> dict[str, Any] | None:
     foreign = foreign_files(work, ours=ours, complete=complete)
     if foreign:
         raise FibldmError(
-            f"--out must be empty, absent or a finished work folder; {work} holds {', '.join(foreign)}",
+            f"the work folder must be empty, absent or a finished work folder; {work} holds {', '.join(foreign)}",
             "choose another folder, or empty this one",
         )
     return report if report["ok"] else None
@@ -151,7 +140,7 @@ def _pseudonyms(work: Path, *, needed: bool) -> Pseudonyms:
     there = read_pseudonyms(work)
     if there is None and needed:
         raise FibldmError(
-            f"{work} is known by its key {key_path(work)}, which is gone", "put it back, or write anew with --restart"
+            f"{work} is known by its key {key_path(work)}, which is gone", "put it back, or write anew with `restart`"
         )
     return there or Pseudonyms()
 
@@ -161,17 +150,17 @@ def _unchanged(work: Path, earlier: Mapping[str, Any], plan: Plan) -> Report:
     same = earlier["settings_hash"] == hash_value(decisions)
     changed = [] if same else _differences(earlier, decisions)
     if same:
-        rules = plan.rules
-        changed = [f"files of {case.name}" for case in plan.source.cases if not _same_files(case, rules, earlier)]
+        about = plan.case_settings
+        changed = [f"files of {case.name}" for case in plan.source.cases if not _same_files(case, about, earlier)]
     if changed:
         raise FibldmError(
             f"{work} was prepared otherwise, and a split is never changed silently; different: {'; '.join(changed)}",
-            "choose another --out, or write it anew with --restart",
+            "choose another folder, or write it anew with `restart`",
         )
     lost = [name for name in (*_volumes(earlier), *WRITTEN[2:]) if not (work / name).is_file()]
     if lost:
         raise FibldmError(
-            f"{work} must be complete; it lacks {', '.join(sorted(lost))}", "write it anew with --restart"
+            f"{work} must be complete; it lacks {', '.join(sorted(lost))}", "write it anew with `restart`"
         )
     findings = tuple(Finding(**finding) for finding in earlier["findings"])
     left_out = tuple(earlier["left_out"])
@@ -187,9 +176,7 @@ def _volumes(earlier: Mapping[str, Any]) -> Iterator[str]:
 
 def _differences(earlier: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[str]:
     before, now = earlier["settings"], decisions["settings"]
-    listed = [
-        f"--{key.replace('_', '-')} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
-    ]
+    listed = [f"`{key}` {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if earlier["dataset"] != decisions["dataset"]:
         listed.append("what the dataset says of itself")
     patients, cases = earlier["patients"], decisions["cases"]
@@ -197,41 +184,38 @@ def _differences(earlier: Mapping[str, Any], decisions: Mapping[str, Any]) -> li
     return listed + ([f"cases {', '.join(names)}"] if names else [])
 
 
-def _same_files(case: Case, rules: Rules, earlier: Mapping[str, Any]) -> bool:
+def _same_files(case: Case, settings: PrepareSettings, earlier: Mapping[str, Any]) -> bool:
     """Whether a case that was sound is what it was; one that was left out has to be looked at anew if it changed."""
     about = earlier["cases"].get(case.name)
     if about is None:
-        return prepare_case(case, rules, None).facts is None
+        return prepare_case(case, settings, None).facts is None
     if file_stat(case) == about["files"]:
         return True
-    facts = prepare_case(case, rules, None).facts
+    facts = prepare_case(case, settings, None).facts
     return facts is not None and [facts.image_voxels, facts.label_voxels] == about["voxels"]
 
 
-def _check_all(plan: Plan, folder: Path, workers: int, progress: bool) -> Checked:
+def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progress: bool) -> Checked:
     """Read, check and write every case that an earlier, interrupted run has not done."""
-    cases, rules = plan.source.cases, plan.rules
+    cases, settings = plan.source.cases, plan.case_settings
     stats = {case.name: file_stat(case) for case in cases}
-    keys = {case.name: _record_key(case, rules, stats[case.name]) for case in cases}
+    keys = {case.name: _record_key(case, settings, stats[case.name]) for case in cases}
     done = {name: record for name in keys if (record := _stored_record(folder, name, keys[name])) is not None}
     waiting = [case for case in cases if case.name not in done]
-    for case, record in zip(waiting, _prepared(waiting, rules, folder, workers, progress), strict=True):
-        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": record.to_dict()})
+    bar = partial(track, what="prepare", shown=progress)
+    calls = [(case, settings, folder) for case in waiting]
+    prepared = in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
+    for case, record in zip(waiting, prepared, strict=True):
+        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": asdict(record)})
         done[case.name] = record
     facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
-    findings = [finding for case in cases for finding in done[case.name].findings]
-    findings += _copies(facts) + _label_findings(facts)
-    return Checked(facts, stats, tuple(findings), (*plan.notes, *_label_notes(plan, facts)))
+    findings.listed += [finding for case in cases for finding in done[case.name].findings]
+    findings.listed += [*_copies(facts), *_label_findings(facts)]
+    return Checked(plan, facts, stats, findings)
 
 
-def _prepared(cases: Sequence[Case], rules: Rules, folder: Path, workers: int, progress: bool) -> Iterator[Record]:
-    bar = partial(track, what="prepare", shown=progress)
-    calls = [(case, rules, folder) for case in cases]
-    return in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
-
-
-def _record_key(case: Case, rules: Rules, stat: str) -> str:
-    return hash_value([__version__, asdict(rules), [asdict(mask) for mask in case.masks], case.item, stat])
+def _record_key(case: Case, settings: PrepareSettings, stat: str) -> str:
+    return hash_value([__version__, asdict(settings), [asdict(mask) for mask in case.masks], case.item, stat])
 
 
 def _stored_record(folder: Path, name: str, key: str) -> Record | None:
@@ -242,56 +226,62 @@ def _stored_record(folder: Path, name: str, key: str) -> Record | None:
     return record if all((folder / volume).is_file() for volume in volumes) else None
 
 
-def _copies(facts: Mapping[str, CaseFacts]) -> list[Finding]:
+def _copies(facts: Mapping[str, CaseFacts]) -> Iterator[Finding]:
     by_voxels = defaultdict(list)
     for name, about in facts.items():
         by_voxels[about.image_voxels].append(name)
-    return [
-        Finding(name, "error", f"image must be there once; it has the same voxels as {names[0]}")
-        for names in by_voxels.values()
-        for name in names[1:]
-    ]
+    for first, *others in by_voxels.values():
+        for name in others:
+            yield Finding(name, "error", f"image must be there once; it has the same voxels as {first}")
 
 
-def _label_findings(facts: Mapping[str, CaseFacts]) -> list[Finding]:
-    values = label_values(facts)
-    if not values and any(about.label_ml is not None for about in facts.values()):
-        return [Finding("all cases", "error", "at least one label must occur; every label volume is background")]
-    if len(values) > MAX_LABELS:
-        message = f"there must be at most {MAX_LABELS} labels; {len(values)} occur (an image given as a label?)"
-        return [Finding("all cases", "error", message)]
-    return []
+def _label_findings(facts: Mapping[str, CaseFacts]) -> Iterator[Finding]:
+    count = len(label_values(facts))
+    if not count and any(about.label_ml is not None for about in facts.values()):
+        yield Finding(ALL_CASES, "error", "at least one label must occur; every label volume is background")
+    if count > MAX_LABELS:
+        message = f"there must be at most {MAX_LABELS} labels; {count} occur (an image given as a label?)"
+        yield Finding(ALL_CASES, "error", message)
 
 
-def _label_notes(plan: Plan, facts: Mapping[str, CaseFacts]) -> list[str]:
+def _with_split(checked: Checked) -> Checked:
+    """The same with the split of the cases that are not left out, and notes on their labels."""
+    findings, facts = checked.findings, checked.facts
+    plan = checked.plan.split(findings.bad if _leaves_out(checked) else ())
     values, names = label_values(facts), plan.label_names
     trained = label_values({name: about for name, about in facts.items() if plan.splits.get(name) == "training"})
-    unmasked = [name for name, about in facts.items() if about.label_ml is None]
-    lists = {
+    for what, listed in {
         "labels that are named but occur in no case": [f"{key} ({names[key]})" for key in names if key not in values],
         "labels that occur in no training case": [str(value) for value in values if value not in trained],
-    }
-    notes = [f"{what}: {', '.join(found)}" for what, found in lists.items() if found]
-    return [*notes, f"cases without a mask, for the autoencoder only: {len(unmasked)}"] if unmasked else notes
+    }.items():
+        if listed:
+            findings.notes.append(f"{what}: {', '.join(listed)}")
+    unmasked = sum(about.label_ml is None for about in facts.values())
+    if unmasked:
+        findings.notes.append(f"cases without a mask, for the autoencoder only: {unmasked}")
+    return replace(checked, plan=plan)
 
 
-def _settle(work: Path, found: Source, plan: Plan, checked: Checked, pseudonyms: Pseudonyms, *, complete: bool) -> Plan:
-    """The plan for the cases that are sound; raises all findings where bad ones are not to be left out."""
-    skipping = plan.settings.skip_bad and "all cases" not in checked.bad
-    settled = make_plan(found, plan.settings, pseudonyms, checked.bad) if checked.bad and skipping else plan
-    if settled.splits and (skipping or not checked.bad):
-        return settled
+def _leaves_out(checked: Checked) -> bool:
+    return checked.plan.settings.skip_bad and ALL_CASES not in checked.findings.bad
+
+
+def _refuse_bad(work: Path, found: Source, checked: Checked, *, complete: bool) -> None:
+    """Raise all findings where bad cases are not to be left out, or too few patients are left without them."""
+    plan, bad, listed = checked.plan, checked.findings.bad, checked.findings.listed
+    sound = _leaves_out(checked) or not bad
+    if plan.splits and sound:
+        return
     if not complete:
-        write_json(work / "report.json", report_dict(plan, checked, ok=False))
-    errors = sum(finding.level == "error" for finding in checked.findings)
-    width = max((len(finding.case) for finding in checked.findings), default=0)
-    listed = "".join(f"\n  {f.case:<{width}}  {f.level:<7}  {f.message}" for f in checked.findings)
-    if skipping or not checked.bad:
-        left = {subject for name, subject in settled.subjects.items() if name not in checked.bad}
-        listed += "".join(f"\n  note: {note}" for note in found.notes)  # what was left out may be the patients lacking
-        raise FibldmError(f"{too_few(len(left))}{':' if listed else ''}{listed}", ADD_PATIENTS)
+        write_json(work / "report.json", report_dict(checked, ok=False))
+    lines = "".join(f"\n  {line}" for line in table(listed))
+    if sound:
+        patients = patients_to_split([case for case in plan.source.cases if case.name not in bad])
+        lines += "".join(f"\n  note: {note}" for note in found.notes)  # what was left out may be the patients lacking
+        raise FibldmError(f"{too_few(len(patients))}{':' if lines else ''}{lines}", ADD_PATIENTS)
+    errors = sum(finding.level == "error" for finding in listed)
     raise FibldmError(
-        f"every case must be sound; {errors} errors and {len(checked.findings) - errors} warnings in "
-        f"{len(plan.source.cases)} cases, nothing was prepared:{listed}",
-        f"correct these cases, or leave them out with --skip-bad ({pending_path(work).name} says where each lies)",
+        f"every case must be sound; {errors} errors and {len(listed) - errors} warnings in "
+        f"{len(plan.source.cases)} cases, nothing was prepared:{lines}",
+        f"correct these cases, or leave them out with `skip_bad` ({pending_path(work).name} says where each lies)",
     )

@@ -1,18 +1,29 @@
-"""Names that tell no patient: salted hashes, and the key that leads back, kept outside of the work folder."""
+"""What tells no patient: salted hashes for names, the key that leads back, and columns without what identifies."""
 
 import hashlib
+import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
+from fibldm.volumes.scan import ACQUISITION, Covariate
 
 SALT_FILE = "salt.txt"
 _LENGTH = 10
+_PRIVATE_COLUMN = re.compile(
+    r"name|patient|subject|participant|\bpat\b|\bpid\b|mrn|uid|accession|initials|birth|dob|date|time|phone|addr"
+    r"|comment|note|number|nummer|pat_?id|\bid\b|_id$",
+    re.IGNORECASE,
+)
+_LONG_NUMBER = 99999
+"""Whole numbers above it are identifiers or dates rather than measurements."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,33 @@ class Pseudonyms:
     def case(self, case: Case) -> str:
         """What a case is called in the work folder: its own name, unless that may tell the patient."""
         return f"case-{self.of(case.name)}" if case.private else case.name
+
+
+def public_cases(
+    cases: Sequence[Case], settings: PrepareSettings, pseudonyms: Pseudonyms, findings: Findings
+) -> list[Case]:
+    """The cases under the names they are written by, without covariates that may tell the patient, which is noted."""
+    columns: dict[str, list[tuple[str | None, Covariate]]] = {}
+    for case in cases:
+        for name, value in case.covariates.items():
+            columns.setdefault(name, []).append((case.subject, value))
+    hidden = sorted(
+        name for name, values in columns.items() if name not in settings.keep_columns and _tells_patient(name, values)
+    )
+    if hidden:
+        listed = ", ".join(hidden)
+        findings.notes.append(
+            f"columns that may tell the patient are left out (--keep-columns takes them along): {listed}"
+        )
+    return [
+        replace(
+            case,
+            name=pseudonyms.case(case),
+            path="" if case.private else case.path,
+            covariates={name: value for name, value in case.covariates.items() if name not in hidden},
+        )
+        for case in cases
+    ]
 
 
 def key_path(work: Path) -> Path:
@@ -81,6 +119,17 @@ def key_of(work: Path, pseudonyms: Pseudonyms, cases: Iterable[Case]) -> Iterato
     pending.chmod(0o600)
     yield
     pending.replace(key_path(work))
+
+
+def _tells_patient(name: str, values: Sequence[tuple[str | None, Covariate]]) -> bool:
+    """By its name, by numbers as long as identifiers, or by texts of which half the patients have their own."""
+    if name in ACQUISITION:
+        return False
+    numbers = [value for _, value in values if isinstance(value, float)]
+    texts = {value for _, value in values if isinstance(value, str)}
+    patients = {subject for subject, value in values if value is not None}
+    long = any(value.is_integer() and abs(value) > _LONG_NUMBER for value in numbers)
+    return bool(_PRIVATE_COLUMN.search(name)) or long or len(texts) > max(1, (len(patients) + 1) // 2)
 
 
 def _beside(work: Path, what: str) -> Path:

@@ -47,14 +47,14 @@ def write_slices(work: Path, out: Path, *, every: float) -> int:
             written by another process.
     """
     if not every > 0:
-        raise FibldmError(f"--every must be a length above 0 in mm; got {every:g}")
-    with alone(beside(out), str(out), "wait until that has ended, or choose another --out"):
+        raise FibldmError(f"`every` must be a length above 0 in mm; got {every:g}")
+    with alone(beside(out), str(out), "wait until that has ended, or choose another folder"):
         return _write_all(work, out, every)
 
 
 def _write_all(work: Path, out: Path, every: float) -> int:
     if out.exists() and any(out.iterdir()):
-        raise FibldmError(f"--out must be empty or absent; {out} is not", "choose another folder")
+        raise FibldmError(f"the folder must be empty or absent; {out} is not", "choose another folder")
     datalist = read_datalist(work)
     cases = [(split, entry) for split in SPLITS for entry in datalist[split]]
     rows = [row for split, entry in track(cases, "slices") for row in _cut({**entry, "split": split}, out, every)]

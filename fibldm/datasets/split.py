@@ -3,20 +3,22 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.volumes.datalist import SPLITS
 
-ADD_PATIENTS = "add patients, or tell the patients apart with a subject column or --subject-pattern"
+ADD_PATIENTS = "add patients, or tell the patients apart with a subject column or `subject_pattern`"
 
 
 _BIDS_SUBJECT = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 
 
-def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[dict[str, str], list[str]]:
-    """The patient of every case, by case name, and what has to be said about it.
+def find_subjects(cases: Sequence[Case], findings: Findings, pattern: str | None = None) -> list[Case]:
+    """The cases, each with its patient; what has to be said about it goes to ``findings``.
 
     The dataset's own word comes first, then ``sub-XX`` in the path, then the first group of ``pattern``, then the case
     name.
@@ -24,7 +26,7 @@ def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[di
     Raises:
         FibldmError: ``pattern`` is no regular expression with a group, or does not match where it is needed.
     """
-    known = {case.name: case.subject or _bids_subject(case.path) for case in cases}
+    known = {case.name: case.subject or next(iter(_BIDS_SUBJECT.findall(case.path)), None) for case in cases}
     unknown = [case for case in cases if known[case.name] is None]
     if pattern is not None:
         found = _match_subjects(unknown, pattern)
@@ -32,7 +34,8 @@ def find_subjects(cases: Sequence[Case], pattern: str | None = None) -> tuple[di
     else:
         found = {case.name: case.name for case in unknown}
         notes = [_fallback_note(unknown)] if unknown else []
-    return {name: subject or found[name] for name, subject in known.items()}, notes
+    findings.notes += notes
+    return [replace(case, subject=known[case.name] or found[case.name]) for case in cases]
 
 
 def too_few(patients: int) -> str:
@@ -59,32 +62,42 @@ def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, str]:
     return dict(zip(ordered, names, strict=True))
 
 
-def split_cases(cases: Sequence[Case], subjects: Mapping[str, str], seed: int = 0) -> dict[str, str]:
+def patients_to_split(cases: Sequence[Case]) -> set[str]:
+    """Those with a mask, as nothing could be measured on the others; all where no case has one."""
+    masked = {str(case.subject) for case in cases if case.masks}
+    return masked or {str(case.subject) for case in cases}
+
+
+def split_cases(cases: Sequence[Case], seed: int = 0) -> dict[str, str]:
     """The split of every case, by case name: the dataset's own where it has one, else drawn by patient.
 
-    Patients without any mask go to training: nothing could be measured on them.
+    Patients without any mask go to training. Empty where there are too few patients for a split.
 
     Args:
-        cases: all cases.
-        subjects: patient by case name.
+        cases: all cases, with their patients.
         seed: seed of a drawn split.
 
     Raises:
-        FibldmError: fewer than three patients, a patient in two splits, or a dataset's own split without training.
+        FibldmError: see `given_split`.
+    """
+    given, patients = given_split(cases), patients_to_split(cases)
+    if given or len(patients) < len(SPLITS):
+        return given
+    drawn = split_subjects(patients, seed)
+    return {case.name: drawn.get(str(case.subject), SPLITS[0]) for case in cases}
+
+
+def given_split(cases: Sequence[Case]) -> dict[str, str]:
+    """The dataset's own split by case name, without the cases it leaves out; empty where there is none.
+
+    Raises:
+        FibldmError: a patient is in two splits, or one of the splits is empty.
     """
     given = {case.name: case.split for case in cases if case.split is not None}
-    if not given:
-        masked = [subjects[case.name] for case in cases if case.masks]
-        drawn = split_subjects(masked or [subjects[case.name] for case in cases], seed)
-        return {case.name: drawn.get(subjects[case.name], SPLITS[0]) for case in cases}
-    _check_given(given, subjects)
-    return given
-
-
-def _check_given(given: Mapping[str, str], subjects: Mapping[str, str]) -> None:
     by_subject = defaultdict(list)
-    for name in sorted(given):
-        by_subject[subjects[name]].append(name)
+    for case in sorted(cases, key=lambda case: case.name):
+        if case.name in given:
+            by_subject[case.subject].append(case.name)
     torn = [names for names in by_subject.values() if len({given[name] for name in names}) > 1]
     if torn:
         listed = "; ".join(", ".join(f"{name} in {given[name]}" for name in names) for names in torn)
@@ -93,26 +106,22 @@ def _check_given(given: Mapping[str, str], subjects: Mapping[str, str]) -> None:
             "correct the split, or leave the column out to have one drawn",
         )
     missing = [split for split in SPLITS if split not in given.values()]
-    if missing:
+    if given and missing:
         raise FibldmError(
             f"the column split must fill training, validation and test; {' and '.join(missing)} came empty",
             "fill them, or leave the column out to have a split drawn",
         )
-
-
-def _bids_subject(path: str) -> str | None:
-    found = _BIDS_SUBJECT.search(path)
-    return found.group() if found else None
+    return given
 
 
 def _match_subjects(cases: Sequence[Case], pattern: str) -> dict[str, str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise FibldmError(f"--subject-pattern must be a regular expression; {pattern!r}: {error}") from error
+        raise FibldmError(f"`subject_pattern` must be a regular expression; {pattern!r}: {error}") from error
     if compiled.groups < 1:
         raise FibldmError(
-            f"--subject-pattern must have a group around the patient; got {pattern!r}", "for example '(p[0-9]+)_'"
+            f"`subject_pattern` must have a group around the patient; got {pattern!r}", "for example '(p[0-9]+)_'"
         )
     found = {case.name: compiled.search(case.path) for case in cases}
     missing = [case for case in cases if not (match := found[case.name]) or not match.group(1)]
@@ -120,7 +129,7 @@ def _match_subjects(cases: Sequence[Case], pattern: str) -> dict[str, str]:
         hidden = sum(case.private for case in missing)
         named = [*(case.path for case in missing if not case.private), *([f"{hidden} cases"] if hidden else [])]
         raise FibldmError(
-            f"--subject-pattern {pattern!r} must match every image; it does not match {', '.join(named)}",
+            f"`subject_pattern` {pattern!r} must match every image; it does not match {', '.join(named)}",
             "widen the pattern, or give a CSV manifest with a subject column",
         )
     return {name: match.group(1) for name, match in found.items() if match}

@@ -11,9 +11,10 @@ import numpy as np
 
 from fibldm import __version__
 from fibldm.datasets.case import CaseFacts
-from fibldm.datasets.checks import PERCENTILES, Finding
+from fibldm.datasets.checks import PERCENTILES
+from fibldm.datasets.findings import Findings
+from fibldm.datasets.plan import Plan, by_text
 from fibldm.datasets.pseudonyms import SALT_FILE
-from fibldm.datasets.settings import Plan, by_text
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_json
@@ -32,21 +33,16 @@ class Checked:
     """What the check of all cases gave.
 
     Attributes:
+        plan: the decisions.
         facts: facts of the sound cases, by case name.
         stats: size and time of the files of every case, by case name; see `file_stat`.
-        findings: what is wrong with cases.
-        notes: what has to be said about the dataset as a whole.
+        findings: what is wrong with cases, and what has to be said about the dataset.
     """
 
+    plan: Plan
     facts: Mapping[str, CaseFacts]
     stats: Mapping[str, str]
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def bad(self) -> list[str]:
-        """Cases with errors."""
-        return sorted({finding.case for finding in self.findings if finding.level == "error"})
+    findings: Findings
 
 
 @contextmanager
@@ -74,12 +70,13 @@ def replaced(work: Path) -> Iterator[Path]:
         raise FibldmError(f"cannot write {work}: {error.strerror}", "check the folder and the free space") from error
 
 
-def write_lists(folder: Path, plan: Plan, checked: Checked) -> None:
+def write_lists(folder: Path, checked: Checked) -> None:
     """Write everything but the volumes of a work folder; the volumes of all cases that are split lie there.
 
     Raises:
         FibldmError: the disk is full.
     """
+    plan = checked.plan
     facts = {name: about for name, about in checked.facts.items() if name in plan.splits}
     for kind in WRITTEN[:2]:
         for path in (folder / kind).iterdir():
@@ -87,16 +84,15 @@ def write_lists(folder: Path, plan: Plan, checked: Checked) -> None:
                 path.unlink()
     write_json(folder / "intensity.json", _intensity(plan, facts).to_dict())
     write_json(folder / "datalist.json", _datalist(plan, facts))
-    write_json(folder / "report.json", report_dict(plan, checked, ok=True))
+    write_json(folder / "report.json", report_dict(checked, ok=True))
 
 
 def _intensity(plan: Plan, facts: Mapping[str, CaseFacts]) -> Intensity:
-    if plan.settings.window is not None:
-        low, high = plan.settings.window
-        return Intensity("window", low=float(low), high=float(high))
-    if plan.settings.range is not None:
-        low, high = plan.settings.range
-        return Intensity("range", low=float(low), high=float(high))
+    window, limits = plan.settings.window, plan.settings.range
+    if window is not None:
+        return Intensity("window", low=float(window[0]), high=float(window[1]))
+    if limits is not None:
+        return Intensity("range", low=float(limits[0]), high=float(limits[1]))
     ranges = [facts[name].range for name, split in plan.splits.items() if split == "training"]
     lows, highs = (tuple(float(value) for value in ends) for ends in np.median(ranges, axis=0).T)
     single = len(plan.source.channels) == 1
@@ -175,9 +171,9 @@ def _envelope(training: list[CaseFacts], labels: Iterable[int]) -> dict[str, Any
     }
 
 
-def report_dict(plan: Plan, checked: Checked, *, ok: bool) -> dict[str, Any]:
+def report_dict(checked: Checked, *, ok: bool) -> dict[str, Any]:
     """What ``report.json`` holds; ``cases`` is that of the sound ones."""
-    decisions = plan.decisions()
+    decisions, findings = checked.plan.decisions(), checked.findings
     return {
         "ok": ok,
         "fibldm": __version__,
@@ -185,10 +181,10 @@ def report_dict(plan: Plan, checked: Checked, *, ok: bool) -> dict[str, Any]:
         "settings": decisions["settings"],
         "dataset": decisions["dataset"],
         "patients": decisions["cases"],
-        "counts": plan.counts,
-        "left_out": checked.bad if ok else [],
-        "findings": [asdict(finding) for finding in checked.findings],
-        "notes": list(checked.notes),
+        "counts": checked.plan.counts,
+        "left_out": findings.bad if ok else [],
+        "findings": [asdict(finding) for finding in findings.listed],
+        "notes": findings.notes,
         "cases": {name: _case_report(about, checked.stats[name]) for name, about in checked.facts.items()},
     }
 

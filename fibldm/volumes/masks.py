@@ -15,9 +15,10 @@ from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti, read_volume
 from fibldm.volumes.formats.readers import read_scan, stem
 from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
-from fibldm.volumes.formats.stored import Findings, straightened
+from fibldm.volumes.formats.stored import straightened
 from fibldm.volumes.grid import Grid, Volume, turned_like
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
+from fibldm.volumes.scan import Remark
 from fibldm.volumes.writer import write_labels
 
 _logger = logging.getLogger("fibldm")
@@ -171,7 +172,7 @@ def _read_segmentation(file: Path, names: Mapping[int, str]) -> Volume:
     return Volume(scan.array, affine)
 
 
-def _say_findings(file: Path, findings: Findings) -> None:
+def _say_findings(file: Path, findings: Iterable[Remark]) -> None:
     for level, remark in findings:
         if level == "error":
             raise FibldmError(f"{file.name}: {remark}", "export the file again")

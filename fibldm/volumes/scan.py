@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from fibldm.volumes.grid import SCANNER
 
 Level = Literal["error", "warning"]
+Remark = tuple[Level, str]
+"""What there is to say of a file, a volume or a case; an error forbids it, a warning is recorded."""
 Covariate = str | float | None
 Files = tuple[Path, ...]
 """The files of one image or mask: one file, or the slices of one series in any order."""
@@ -49,7 +51,7 @@ class Scan:
     affine: NDArray[np.float64]
     sha256: str
     facts: Mapping[str, Covariate] = field(default_factory=dict)
-    findings: tuple[tuple[Level, str], ...] = ()
+    findings: tuple[Remark, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     modality: str = ""
     space: int = SCANNER

@@ -8,12 +8,13 @@
 * ``dicom_tree`` (``dicom_links``, ``dicom_files``): DICOM studies
 * ``packs``: one HDF5 file with many images
 
-Shared: ``entries`` (a volume file or a folder of slices), ``walk`` (all files below a folder), ``binary_masks``,
-``segments`` (masks whose segments have names), ``facts`` (the check of all cases and the description of the dataset).
+Shared: ``facts`` (the search that a layout is given, the description of what it found), ``entries`` (a volume file or
+a folder of slices), ``walk`` (all files below a folder), ``binary_masks``, ``segments`` (masks with named segments).
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from fibldm.datasets.layouts.bids import bids, is_bids
 from fibldm.datasets.layouts.decathlon import decathlon
 from fibldm.datasets.layouts.dicom_files import is_packed_dicom
 from fibldm.datasets.layouts.entries import SIDECARS, is_dicom, visible
-from fibldm.datasets.layouts.facts import beside
+from fibldm.datasets.layouts.facts import Search
 from fibldm.datasets.layouts.folders import folders
 from fibldm.datasets.layouts.nnunet import is_nnunet, nnunet
 from fibldm.datasets.layouts.packs import is_pack, pack
 from fibldm.datasets.layouts.tables import manifests, table
 from fibldm.datasets.layouts.totalsegmentator import is_organs, organs
 from fibldm.datasets.layouts.walk import files_below
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
@@ -46,72 +48,58 @@ _LOOKED_FOR = {
 _SAMPLED = 200
 
 
-@dataclass(frozen=True)
-class LayoutOptions:
-    """What a user may say about a dataset's layout.
-
-    Attributes:
-        merge_masks: names of binary masks, most important first; they become the values 1, 2, ...
-        channels: endings of the images of a BIDS dataset to take; empty takes the only suffix there is.
-        bids_mask: pattern of the mask files of a BIDS dataset; ``None`` takes the only kind there is.
-    """
-
-    merge_masks: tuple[str, ...] = ()
-    channels: tuple[str, ...] = ()
-    bids_mask: str | None = None
-
-
-def find_source(source: Path, layout: str = "auto", *, options: LayoutOptions) -> Source:
+def find_source(source: Path, settings: PrepareSettings) -> Source:
     """The cases of the dataset at ``source``, a folder or a CSV file.
 
     Args:
         source: where the dataset lies.
-        layout: one of `LAYOUTS`; ``auto`` takes the only one that fits.
-        options: what the layout needs to be told.
+        settings: ``layout`` is one of `LAYOUTS`, of which ``auto`` takes the only one that fits; a layout may need to
+            be told ``merge_masks``, ``channels`` or ``bids_mask``.
 
     Raises:
-        FibldmError: unknown layout; none or several layouts fit; an option is missing or not for this layout; files or
+        FibldmError: unknown layout; none or several layouts fit; a setting is missing or not for this layout; files or
             entries are missing, unmatched, of no supported format or not unique (all of them listed); or a folder
             cannot be read.
     """
-    if layout not in LAYOUTS:
-        raise unknown_choice("layout", layout, LAYOUTS)
+    if settings.layout not in LAYOUTS:
+        raise unknown_choice("`layout`", settings.layout, LAYOUTS)
+    search = Search(source, settings)
     try:
         if not source.exists():
             raise FibldmError(f"the source {source} must exist", "check the path")
-        chosen = detect_layout(source) if layout == "auto" else layout
-        _check_options(chosen, options)
-        return _with_patients(_read(source, chosen, options))
+        layout = detect_layout(search) if settings.layout == "auto" else settings.layout
+        _check_settings(layout, settings)
+        return _with_patients(_reader(layout)(search))
     except OSError as error:
         raise FibldmError(f"{source} must be readable; {error.strerror}", "check the permissions") from error
 
 
-def detect_layout(source: Path) -> str:
-    """The one layout that fits ``source``; DICOM only where no other does.
+def detect_layout(search: Search) -> str:
+    """The one layout that fits; DICOM only where no other does.
 
     Raises:
         FibldmError: none fits or several do.
     """
-    found = [name for name, fits in _fitting(source).items() if fits]
-    if not found and _holds_dicom(source):
+    found = [name for name, fits in _fitting(search).items() if fits]
+    if not found and _holds_dicom(search.path):
         return "dicom"
     if len(found) == 1:
         return found[0]
     looked_for = ", ".join(f"{what} ({name})" for name, what in _LOOKED_FOR.items())
     raise FibldmError(
-        f"{source} must follow one layout; {', '.join(found) if found else 'none'} fits. Looked for {looked_for}; "
-        f"found {_content(source)}",
-        f"choose with --layout {'|'.join(found)}" if found else "arrange the files in one of these ways",
+        f"{search.path} must follow one layout; {', '.join(found) if found else 'none'} fits. Looked for {looked_for}; "
+        f"found {_content(search.path)}",
+        f"choose with `layout` {'|'.join(found)}" if found else "arrange the files in one of these ways",
     )
 
 
-def _fitting(source: Path) -> dict[str, bool]:
+def _fitting(search: Search) -> dict[str, bool]:
+    source = search.path
     if source.is_file():
         return {"pack": True} if is_pack(source) else {"csv": True}
-    facts = beside(source)
-    from_nnunet = bool(facts) and is_nnunet(source, facts)
+    from_nnunet = bool(search.facts) and is_nnunet(source, search.facts)
     return {
-        "decathlon": "training" in facts and not from_nnunet,
+        "decathlon": "training" in search.facts and not from_nnunet,
         "nnunet": from_nnunet,
         "bids": is_bids(source),
         "folders": (source / "images").is_dir() and (source / "labels").is_dir(),
@@ -120,18 +108,20 @@ def _fitting(source: Path) -> dict[str, bool]:
     }
 
 
-def _read(source: Path, layout: str, options: LayoutOptions) -> Source:
+def _reader(layout: str) -> Callable[[Search], Source]:
     if layout == "dicom":
         from fibldm.datasets.layouts.dicom_tree import dicom_tree
 
-        return dicom_tree(source, options.merge_masks)
-    if layout == "bids":
-        return bids(source, options.channels, options.bids_mask)
-    if layout in ("csv", "organs", "folders"):
-        return {"csv": table, "organs": organs, "folders": folders}[layout](source, options.merge_masks)
-    if layout == "pack":
-        return pack(source)
-    return {"decathlon": decathlon, "nnunet": nnunet}[layout](source)
+        return dicom_tree
+    return {
+        "decathlon": decathlon,
+        "nnunet": nnunet,
+        "bids": bids,
+        "folders": folders,
+        "csv": table,
+        "organs": organs,
+        "pack": pack,
+    }[layout]
 
 
 def _with_patients(source: Source) -> Source:
@@ -152,12 +142,12 @@ def _with_patient(case: Case) -> Case:
     return replace(case, subject=found[0].patient_id or None) if found else case
 
 
-def _check_options(layout: str, options: LayoutOptions) -> None:
-    if options.merge_masks and layout not in ("csv", "dicom", "folders", "organs"):
-        message = f"--merge-masks is for the layouts organs, csv, dicom and folders; the layout is {layout}"
+def _check_settings(layout: str, settings: PrepareSettings) -> None:
+    if settings.merge_masks and layout not in ("csv", "dicom", "folders", "organs"):
+        message = f"`merge_masks` is for the layouts organs, csv, dicom and folders; the layout is {layout}"
         raise FibldmError(message, "leave it out")
-    if options.bids_mask is not None and layout != "bids":
-        raise FibldmError(f"--bids-mask is for the layout bids; the layout is {layout}", "leave it out")
+    if settings.bids_mask is not None and layout != "bids":
+        raise FibldmError(f"`bids_mask` is for the layout bids; the layout is {layout}", "leave it out")
 
 
 def _holds_dicom(source: Path) -> bool:

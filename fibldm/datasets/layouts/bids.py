@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.bids_masks import find_masks, is_binary, label_names_of, masks_of
 from fibldm.datasets.layouts.bids_names import ends_with, inherited, is_nifti, suffix
 from fibldm.datasets.layouts.entries import case_name, collected, visible
-from fibldm.datasets.layouts.facts import check_cases, describe, left_out
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import covariates, read_records
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -51,39 +52,37 @@ def is_bids(source: Path) -> bool:
     return any(any(source.glob(f"{folder}/anat/*.nii*")) for folder in ("sub-*", "sub-*/ses-*"))
 
 
-def bids(source: Path, channels: tuple[str, ...], mask_pattern: str | None) -> Source:
+def bids(search: Search) -> Source:
     """One case for every patient and session.
 
-    Args:
-        source: the root of the dataset.
-        channels: endings of the images to take, such as ``("T1w", "FLAIR")`` or ``("run-1_T1w",)``; empty takes the
-            only suffix that every session has.
-        mask_pattern: which files under derivatives/ are the masks, by name or by path below it, such as
-            ``"*_label-lesion_mask.nii.gz"``; ``None`` takes the only kind of ``_dseg`` and ``_mask`` there is.
+    Its images are those that end as the channels of the settings, such as ``T1w`` or ``run-1_T1w``, else of the only
+    suffix that every session has; its mask is the one under derivatives/ that fits the pattern of the settings, else
+    the only kind of ``_dseg`` and ``_mask`` there is.
 
     Raises:
         FibldmError: it is not clear which images or masks to take; or one is missing or stands twice (all listed).
     """
+    source, findings = search.path, search.findings
     sessions = _sessions(source)
-    channels = channels or (_only_suffix(source, sessions),)
-    masks, problems = find_masks(source, mask_pattern), list[str]()
-    people, notes = _participants(source / "participants.tsv")
-    cases = [_case(source, session, channels, masks, problems) for session in sessions]
-    cases = [_with_covariates(case, people) for case in cases]
+    channels = search.settings.channels or (_only_suffix(source, sessions),)
+    masks = find_masks(source, search.settings.bids_mask)
+    people = _participants(search)
+    cases = [_case(search, session, channels, masks) for session in sessions]
+    cases = [replace(case, covariates={**people.get(str(case.subject), {}), **case.covariates}) for case in cases]
     taken = [file for case in cases for mask in case.masks for file in mask.files]
     if masks and not taken:
-        problems.append(
+        findings.error(
             f"none of the {len(masks)} masks under derivatives/ belongs to a patient and session with images"
         )
     else:
         what = "masks under derivatives/ of no patient and session with images"
-        notes += left_out(what, (file.relative_to(source).as_posix() for file in masks if file not in taken))
-    labels = label_names_of(source, taken, problems)
-    check_cases(cases, problems, source, "choose images with --channels and masks with --bids-mask")
+        search.leave_out(what, (file.relative_to(source).as_posix() for file in masks if file not in taken))
+    labels = label_names_of(source, taken, findings)
     patients = {path.name for path in source.glob("sub-*") if path.is_dir() or path.is_symlink()} | people.keys()
-    notes += left_out("patients without an image under anat/", patients - {session.subject for session in sessions})
+    search.leave_out("patients without an image under anat/", patients - {session.subject for session in sessions})
     facts = _description(source / "dataset_description.json")
-    return describe("bids", source, cases, facts, notes=notes, channels=channels, labels=labels)
+    remedy = "choose images with `channels` and masks with `bids_mask`"
+    return describe("bids", search, cases, facts, remedy=remedy, channels=channels, labels=labels)
 
 
 def _sessions(source: Path) -> list[Session]:
@@ -107,44 +106,45 @@ def _only_suffix(source: Path, sessions: Sequence[Session]) -> str:
         listed = ", ".join(f"{name} in {count}" for name, count in counts.items())
         raise FibldmError(
             f"one suffix must be in all {len(sessions)} sessions of {source}; found {listed}",
-            "choose the channels, for example --channels T1w,FLAIR",
+            "choose `channels`, for example T1w,FLAIR",
         )
     return shared[0]
 
 
-def _case(source: Path, session: Session, channels: Sequence[str], masks: Sequence[Path], problems: list[str]) -> Case:
-    images = {channel: _image(session, channel, problems) for channel in channels}
+def _case(search: Search, session: Session, channels: Sequence[str], masks: Sequence[Path]) -> Case:
+    source, findings = search.path, search.findings
+    images = {channel: _image(session, channel, findings) for channel in channels}
     found = masks_of(source, masks, session.subject, session.session)
     if len(found) > 1:
         names = ", ".join(file.relative_to(source).as_posix() for file in found)
-        problems.append(f"{session.name} must have one mask; found {names}")
+        findings.error(f"{session.name} must have one mask; found {names}")
     files = {channel: path for channel, path in images.items() if path is not None}
     return Case(
         name=case_name(session.name),
-        images=tuple(collected(path, problems) for path in files.values()),
-        masks=tuple(Mask(collected(path, problems), 1 if is_binary(path) else None) for path in found[:1]),
+        images=tuple(collected(path, findings) for path in files.values()),
+        masks=tuple(Mask(collected(path, findings), 1 if is_binary(path) else None) for path in found[:1]),
         path=next((path.relative_to(source).as_posix() for path in files.values()), session.name),
         subject=session.subject,
-        covariates=_acquisition(source, files, problems),
+        covariates=_acquisition(search, files),
     )
 
 
-def _image(session: Session, channel: str, problems: list[str]) -> Path | None:
+def _image(session: Session, channel: str, findings: Findings) -> Path | None:
     found = [path for path in session.images if ends_with(path, channel)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found or session.images)
-        problems.append(f"{session.name} must have one image {channel}; found {names}")
+        findings.error(f"{session.name} must have one image {channel}; found {names}")
     return found[0] if found else None
 
 
-def _acquisition(source: Path, files: Mapping[str, Path], problems: list[str]) -> dict[str, Covariate]:
+def _acquisition(search: Search, files: Mapping[str, Path]) -> dict[str, Covariate]:
     """What the side files say; under one name where all channels agree, else one a channel (``echo_time_ms_T1w``)."""
-    said: dict[str, dict[str, float]] = {}
+    stated: dict[str, dict[str, float]] = {}
     for channel, path in files.items():
-        for name, value in _side_facts(source, path, problems).items():
-            said.setdefault(name, {})[channel] = value
+        for name, value in _side_facts(search, path).items():
+            stated.setdefault(name, {})[channel] = value
     facts: dict[str, Covariate] = {}
-    for name, values in said.items():
+    for name, values in stated.items():
         if len(values) == len(files) and len(set(values.values())) == 1:
             facts[name] = next(iter(values.values()))
         else:
@@ -152,32 +152,29 @@ def _acquisition(source: Path, files: Mapping[str, Path], problems: list[str]) -
     return facts
 
 
-def _side_facts(source: Path, image: Path, problems: list[str]) -> dict[str, float]:
-    said: dict[str, Any] = {}
-    for path in inherited(image, source, ".json"):
-        said |= _read_object(path)
+def _side_facts(search: Search, image: Path) -> dict[str, float]:
+    stated: dict[str, Any] = {}
+    for path in inherited(image, search.path, ".json"):
+        stated |= _read_object(path)
     facts = {}
-    for field, (name, factor) in _ACQUISITION.items():
-        if field not in said:
+    for key, (name, factor) in _ACQUISITION.items():
+        if key not in stated:
             continue
-        if not isinstance(said[field], int | float) or not math.isfinite(said[field]):
-            problems.append(f"{field} of {image.name} must be a number; got {said[field]!r}")
+        if isinstance(stated[key], int | float) and math.isfinite(stated[key]):
+            facts[name] = round(stated[key] * factor, 6)
         else:
-            facts[name] = round(said[field] * factor, 6)
+            search.findings.error(f"{key} of {image.name} must be a number; got {stated[key]!r}")
     return facts
 
 
-def _participants(path: Path) -> tuple[dict[str, dict[str, Covariate]], tuple[str, ...]]:
-    """Covariates by patient, and notes."""
+def _participants(search: Search) -> dict[str, dict[str, Covariate]]:
+    """Covariates by patient."""
+    path = search.path / "participants.tsv"
     if not path.is_file():
-        return {}, ()
+        return {}
     columns, records = read_records(path, "participant_id")
-    known, notes = covariates([name for name in columns if name != "participant_id"], records)
-    return {record["participant_id"]: values for record, values in zip(records, known, strict=True)}, notes
-
-
-def _with_covariates(case: Case, people: Mapping[str, Mapping[str, Covariate]]) -> Case:
-    return replace(case, covariates={**people.get(str(case.subject), {}), **case.covariates})
+    known = covariates([name for name in columns if name != "participant_id"], records, search.findings)
+    return {record["participant_id"]: values for record, values in zip(records, known, strict=True)}
 
 
 def _description(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.bids_names import entities, entity, inherited, is_nifti, suffix
 from fibldm.datasets.layouts.manifest import read_records
 from fibldm.datasets.layouts.walk import files_below
@@ -11,7 +12,7 @@ from fibldm.errors import FibldmError
 
 FOLDER = "derivatives"
 _LABEL_MAP, _BINARY = "dseg", "mask"
-_REMEDY = 'choose with --bids-mask PATTERN, for example "*_label-lesion_mask.nii.gz"'
+_REMEDY = 'choose with `bids_mask` a pattern, for example "*_label-lesion_mask.nii.gz"'
 
 
 def find_masks(source: Path, pattern: str | None) -> list[Path]:
@@ -25,7 +26,7 @@ def find_masks(source: Path, pattern: str | None) -> list[Path]:
     if pattern is not None:
         found = [file for file in files if _fits(file, root, pattern)]
         if not found:
-            raise FibldmError(f"--bids-mask must fit files under {FOLDER}/; none of {len(files)} fits {pattern!r}")
+            raise FibldmError(f"`bids_mask` must fit files under {FOLDER}/; none of {len(files)} fits {pattern!r}")
         return found
     masks = [file for file in files if suffix(file) in (_LABEL_MAP, _BINARY)]
     kinds = sorted({_kind(file, root) for file in masks})
@@ -45,15 +46,15 @@ def is_binary(mask: Path) -> bool:
     return suffix(mask) == _BINARY
 
 
-def label_names_of(source: Path, masks: Sequence[Path], problems: list[str]) -> dict[int, str]:
+def label_names_of(source: Path, masks: Sequence[Path], findings: Findings) -> dict[int, str]:
     """Names by value: of label maps from their ``dseg.tsv``, of a binary mask from its entity label or desc."""
     if len({is_binary(file) for file in masks}) > 1:
-        problems.append("masks must all be label maps (_dseg) or all binary (_mask); found both")
+        findings.error("masks must all be label maps (_dseg) or all binary (_mask); found both")
     names: dict[int, str] = {}
     for table in sorted({table for file in masks for table in _tables(source, file)}):
-        _add(names, _read_names(table, problems), table.name, problems)
+        _add(names, _read_names(table, findings), table.name, findings)
     for file in filter(is_binary, masks):
-        _add(names, {1: entity(file, "label") or entity(file, "desc") or "mask"}, file.name, problems)
+        _add(names, {1: entity(file, "label") or entity(file, "desc") or "mask"}, file.name, findings)
     return names
 
 
@@ -81,15 +82,15 @@ def _tables(source: Path, file: Path) -> list[Path]:
     return [] if is_binary(file) else list(inherited(file, source / FOLDER, ".tsv"))
 
 
-def _read_names(path: Path, problems: list[str]) -> dict[int, str]:
+def _read_names(path: Path, findings: Findings) -> dict[int, str]:
     columns, records = read_records(path, "index")
     if "name" not in columns or not all(record["index"].isdecimal() for record in records):
-        problems.append(f"{path.name} must have the columns index (whole numbers) and name")
+        findings.error(f"{path.name} must have the columns index (whole numbers) and name")
         return {}
     return {int(record["index"]): record["name"] for record in records if int(record["index"]) != 0}
 
 
-def _add(names: dict[int, str], more: dict[int, str], file: str, problems: list[str]) -> None:
+def _add(names: dict[int, str], more: dict[int, str], file: str, findings: Findings) -> None:
     for value, name in more.items():
         if names.setdefault(value, name) != name:
-            problems.append(f"label {value} must have one name; it is {names[value]!r}, and {name!r} by {file}")
+            findings.error(f"label {value} must have one name; it is {names[value]!r}, and {name!r} by {file}")

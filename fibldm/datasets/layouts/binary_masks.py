@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import collected, entry_key, volume_entries
 from fibldm.datasets.source import Mask
 from fibldm.errors import FibldmError
@@ -18,23 +19,19 @@ def check_order(order: Sequence[str], folders: Iterable[Path]) -> None:
         found = sorted({name for folder in folders for name in _by_name(folder)})
         raise FibldmError(
             f"binary masks may overlap, so their order must be known; found {', '.join(found) or 'none'}",
-            "give --merge-masks NAME,NAME,..., of which an earlier one wins",
+            "give `merge_masks` NAME,NAME,..., of which an earlier one wins",
         )
     if len(set(order)) < len(order):
-        raise FibldmError(f"--merge-masks must name every mask once; got {', '.join(order)}")
+        raise FibldmError(f"`merge_masks` must name every mask once; got {', '.join(order)}")
 
 
-def binary_masks(folder: Path, order: Sequence[str], problems: list[str], where: str) -> tuple[Mask, ...]:
-    """The masks of ``folder`` in the given order, with the values 1, 2, ...; what is wrong goes to ``problems``."""
+def binary_masks(folder: Path, order: Sequence[str], findings: Findings, where: str) -> tuple[Mask, ...]:
+    """The masks of ``folder`` in the given order, with the values 1, 2, ...; what is wrong goes to ``findings``."""
     files = _by_name(folder)
-    missing = [name for name in order if name not in files]
-    if missing:
-        problems.append(f"{where} has no mask {', '.join(missing)}")
-    return tuple(
-        Mask(collected(files[name], problems), value=value)
-        for value, name in enumerate(order, start=1)
-        if name in files
-    )
+    if missing := [name for name in order if name not in files]:
+        findings.error(f"{where} has no mask {', '.join(missing)}")
+    numbered = enumerate(order, start=1)
+    return tuple(Mask(collected(files[name], findings), value) for value, name in numbered if name in files)
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from fibldm.datasets.layouts.bids_names import NIFTI, is_nifti
 from fibldm.datasets.layouts.entries import DICOM_SUFFIXES, SIDECARS
 from fibldm.datasets.layouts.walk import places
 from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 
-NIFTI = (".nii", ".nii.gz")
 _PACKED = tuple(f"{suffix}{packed}" for suffix in DICOM_SUFFIXES for packed in (".gz", ".bz2", ".xz", ".zst", ".zip"))
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 _OTHER_VOLUMES = tuple(suffix for suffix in SUPPORTED_SUFFIXES if suffix not in (*NIFTI, *DICOM_SUFFIXES, ".png"))
@@ -21,11 +21,6 @@ _OTHER_VOLUMES = tuple(suffix for suffix in SUPPORTED_SUFFIXES if suffix not in 
 def is_packed_dicom(file: Path) -> bool:
     """Whether the name is that of a compressed DICOM file."""
     return file.name.lower().endswith(_PACKED)
-
-
-def is_nifti(file: Path) -> bool:
-    """Whether the name is that of a NIfTI file, and none that holds the attributes of another."""
-    return file.name.lower().endswith(NIFTI) and not file.name.startswith(".")
 
 
 def unread_files(files: Sequence[Path]) -> list[Path]:

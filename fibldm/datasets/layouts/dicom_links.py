@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.walk import places
-from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.frames import on_slices_of
 from fibldm.volumes.dicom.masks import segment_names
 from fibldm.volumes.dicom.series import Series, find_series
@@ -31,13 +31,11 @@ class Links:
         masks: names of the segments by file of the DICOM masks of every image, by the image's Series Instance UID.
         placed: masks whose references name no series at hand, and that their place gives to one.
         elsewhere: masks of series that are no images of CT or MR.
-        problems: what is wrong, one sentence each.
     """
 
     masks: Mapping[str, dict[Path, Sequence[str]]]
     placed: Sequence[Found]
     elsewhere: Sequence[Found]
-    problems: Sequence[str]
 
 
 def with_places(series: Sequence[Series]) -> Iterator[Found]:
@@ -51,7 +49,7 @@ def with_places(series: Sequence[Series]) -> Iterator[Found]:
             yield from (Found(part, where) for part in parts)
 
 
-def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Links:
+def linked(found: Sequence[Found], images: Sequence[Found], source: Path, findings: Findings) -> Links:
     """Every DICOM mask with the images it belongs to.
 
     A mask belongs to the series that it refers to. Where none of them is there, as anonymisers renew UIDs, it belongs
@@ -62,9 +60,10 @@ def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Lin
         found: all series.
         images: those of them that may be read.
         source: the tree.
+        findings: gets what is wrong.
     """
     masks: dict[str, dict[Path, Sequence[str]]] = {image.series.uid: {} for image in images}
-    placed, elsewhere, problems = list[Found](), list[Found](), list[str]()
+    placed, elsewhere = list[Found](), list[Found]()
     present = {item.series.uid for item in found}
     for mask in (item for item in found if item.series.modality in MASKS):
         refers = set(mask.series.referenced_series)
@@ -72,25 +71,25 @@ def linked(found: Sequence[Found], images: Sequence[Found], source: Path) -> Lin
         if not belongs and refers & present:
             elsewhere.append(mask)
             continue
-        damaged = list[str]()
-        names = _names(mask, damaged)
-        problems += damaged
-        if not belongs and not damaged:
-            belongs = _in_place(mask, images, _titled(mask, names, source), problems)
+        file, names = mask.series.files[0], None
+        with findings.collecting(f"{mask.where}: "):
+            names = segment_names(file)
+        if not belongs and names is not None:
+            belongs = _in_place(mask, images, _titled(mask, names, source), findings)
             placed += [mask] * len(belongs)
-        problems += _displaced(mask, belongs)
-        several = len(mask.series.frames_of_reference) > 1
+        _check_frames(mask, belongs, findings)
+        several = len(mask.series.frames_of_reference) > 1 and names is not None
         inside = {
-            image.series.uid: _names(mask, [], image.series.frame_of_reference) if several else names
+            image.series.uid: segment_names(file, image.series.frame_of_reference) if several else names or []
             for image in belongs
         }
         for uid, held in inside.items():
             if held or not any(inside.values()):
-                masks[uid][mask.series.files[0]] = held or names
-    return Links(masks, placed, elsewhere, problems)
+                masks[uid][file] = held or names or []
+    return Links(masks, placed, elsewhere)
 
 
-def _in_place(mask: Found, images: Sequence[Found], title: str, problems: list[str]) -> list[Found]:
+def _in_place(mask: Found, images: Sequence[Found], title: str, findings: Findings) -> list[Found]:
     place, study = mask.series.frames_of_reference, mask.series.study_uid
     near = [image for image in images if study and image.series.study_uid == study]
     same = [image for image in near if image.series.frame_of_reference in place]
@@ -107,7 +106,7 @@ def _in_place(mask: Found, images: Sequence[Found], title: str, problems: list[s
         why = "it states no frame of reference"
     else:
         why = f"none of the {len(near)} images of its study is in its frame of reference"
-    problems.append(f"{mask.where}: {title} refers to {refers}, and {why}")
+    findings.error(f"{mask.where}: {title} refers to {refers}, and {why}")
     return []
 
 
@@ -117,16 +116,8 @@ def _titled(mask: Found, names: Sequence[str], source: Path) -> str:
     return f"the mask{held} in {places(source, mask.series.files)}"
 
 
-def _displaced(mask: Found, images: Sequence[Found]) -> Iterator[str]:
+def _check_frames(mask: Found, images: Sequence[Found], findings: Findings) -> None:
     place = mask.series.frames_of_reference
     for image in images:
         if place and image.series.frame_of_reference not in ("", *place):
-            yield f"{mask.where}: the mask is in another frame of reference than its image, {image.where}"
-
-
-def _names(mask: Found, problems: list[str], frame_of_reference: str = "") -> list[str]:
-    try:
-        return segment_names(mask.series.files[0], frame_of_reference)
-    except FibldmError as error:
-        problems.append(f"{mask.where}: {error.message}")
-        return []
+            findings.error(f"{mask.where}: the mask is in another frame of reference than its image, {image.where}")

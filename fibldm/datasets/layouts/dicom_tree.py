@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fibldm import UNKNOWN_LABEL
-from fibldm.datasets.layouts.dicom_files import is_nifti, left_out_files, lost_files, unread_files
+from fibldm.datasets.findings import Findings
+from fibldm.datasets.layouts.bids_names import is_nifti
+from fibldm.datasets.layouts.dicom_files import left_out_files, lost_files, unread_files
 from fibldm.datasets.layouts.dicom_links import MASKS, Found, Links, linked, with_places
+from fibldm.datasets.layouts.facts import Search
+from fibldm.datasets.layouts.segments import numbered
 from fibldm.datasets.layouts.walk import files_below, places
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -29,46 +32,58 @@ class _Masked:
     nifti: Sequence[Path]
 
 
-def dicom_tree(source: Path, merge_masks: Sequence[str] = ()) -> Source:
+def dicom_tree(search: Search) -> Source:
     """Every CT or MR series under a folder, with the masks that belong to it; links to folders are followed.
 
     A segmentation or structure set belongs to the series that it refers to, or, where none of these is there, to the
     one series of its study in its frame of reference (`dicom_links`). A NIfTI file beside the files of one series, or
-    beside the folder of one, is its label map. Values of segments are 1, 2, ... in the order of all their names.
-
-    Args:
-        source: a folder.
-        merge_masks: names of the segments to take, most important first, in place of all; they may overlap.
+    beside the folder of one, is its label map. Values of segments are 1, 2, ... in the order of all their names, or of
+    ``merge_masks``, which may overlap.
 
     Raises:
         FibldmError: there is no image series, DICOM files cannot be read, or are empty, damaged or compressed, or masks
             are damaged, of no image, ambiguous, of both kinds, or in another frame of reference; all findings are
             listed.
     """
+    source, findings, order = search.path, search.findings, search.settings.merge_masks
     paths = sorted(files_below(source))
     files = [path for path in paths if path.is_file()]
     found = list(with_places(find_series(files)))
     images = [item for item in found if _is_image(item)]
     folders = {file.parent: item.where for item in images for file in item.series.files}
     unread = unread_files(files)
-    problems = list(lost_files(source, unread, folders))
-    _check_images(len(images), len(found), problems)
-    links = linked(found, images, source)
-    masked = _masked(images, links.masks, files, problems)
-    problems += links.problems
-    labels = _labels(masked, merge_masks, problems)
-    merge = bool(merge_masks)
-    _raise([*problems, *_conflicts(masked, merge)])
+    for problem in lost_files(source, unread, folders):
+        findings.error(problem)
+    if not images:
+        came = f"none of {len(found)} series is one{findings.lines()}"
+        raise FibldmError(
+            f"a tree of DICOM studies must hold a series of CT or MR; {came}",
+            "check the folder, or name the layout with `layout`",
+        )
+    links = linked(found, images, source, findings)
+    masked = _masked(images, links.masks, files, findings)
+    present = {name for item in masked for names in item.dicom.values() for name in names}
+    labels = numbered(present, order, findings)
+    _check_masks(masked, bool(order), findings)
+    if findings.listed:
+        raise FibldmError(
+            "every DICOM series must be whole and have masks that are its own, and of one kind; "
+            f"{len(findings.listed)} findings:{findings.lines()}",
+            "transfer again what is lost, export masks together with the series they were drawn on, take out those "
+            "that do not belong, or name files and masks in a CSV",
+        )
     modalities = {item.series.modality for item in images}
     gone = [path for path in paths if path.is_symlink() and not path.exists()]
-    notes = [*_notes(source, found, masked, files), *_notes_on_masks(links, labels)]
+    findings.notes += _notes(source, found, masked, files)
+    findings.notes += _notes_on_masks(links, labels)
+    findings.notes += left_out_files(source, files, unread, folders, gone)
     return Source(
         layout="dicom",
         name="DICOM",
-        cases=tuple(sorted((_case(item, labels, merge) for item in masked), key=lambda case: case.name)),
+        cases=tuple(sorted((_case(item, labels, bool(order)) for item in masked), key=lambda case: case.name)),
         modality=modalities.pop() if len(modalities) == 1 else None,
         labels={value: name for name, value in labels.items()},
-        notes=(*notes, *left_out_files(source, files, unread, folders, gone)),
+        notes=tuple(findings.notes),
     )
 
 
@@ -76,14 +91,14 @@ def _masked(
     images: Sequence[Found],
     masks: Mapping[str, Mapping[Path, Sequence[str]]],
     files: Sequence[Path],
-    problems: list[str],
+    findings: Findings,
 ) -> list[_Masked]:
     nifti: dict[str, list[Path]] = {image.series.uid: [] for image in images}
     folders = {image.series.uid: {path.parent for path in image.series.files} for image in images}
     for file in filter(is_nifti, files):
         beside = [image for image in images if _is_beside(file, folders[image.series.uid])]
         if len(beside) > 1:
-            problems.append(f"{beside[0].where}: a NIfTI file lies beside it and beside others, {len(beside)} in all")
+            findings.error(f"{beside[0].where}: a NIfTI file lies beside it and beside others, {len(beside)} in all")
         for image in beside:
             nifti[image.series.uid].append(file)
     return [_Masked(image, masks[image.series.uid], nifti[image.series.uid]) for image in images]
@@ -94,52 +109,22 @@ def _is_beside(file: Path, folders: set[Path]) -> bool:
     return any(file.parent in (folder, folder.parent) for folder in folders)
 
 
-def _labels(masked: Sequence[_Masked], merge_masks: Sequence[str], problems: list[str]) -> dict[str, int]:
-    present = {name for item in masked for names in item.dicom.values() for name in names}
-    if missing := [name for name in merge_masks if name not in present]:
-        held = ", ".join(sorted(present)) or "no segments"
-        problems.append(f"--merge-masks asks for {', '.join(missing)}; the masks hold {held}")
-    if len(present) >= UNKNOWN_LABEL and not merge_masks:
-        problems.append(f"there are {len(present)} segments, and at most {UNKNOWN_LABEL - 1} labels (--merge-masks)")
-    wanted = tuple(dict.fromkeys(merge_masks)) or sorted(present)
-    return {name: value for value, name in enumerate(wanted, start=1)}
-
-
-def _conflicts(masked: Sequence[_Masked], merge: bool) -> Iterator[str]:
+def _check_masks(masked: Sequence[_Masked], merge: bool, findings: Findings) -> None:
     for item in masked:
         counts = Counter(name for names in item.dicom.values() for name in set(names))
         several = sorted(name for name, count in counts.items() if count > 1)
         if several and not merge:
-            yield f"{item.image.where}: several masks hold {', '.join(several)} (--merge-masks takes them as one)"
+            findings.error(
+                f"{item.image.where}: several masks hold {', '.join(several)} (`merge_masks` takes them as one)"
+            )
         if len(item.nifti) > 1:
-            yield f"{item.image.where}: {len(item.nifti)} NIfTI files lie beside it, and one may be its label map"
+            count = f"{len(item.nifti)} NIfTI files"
+            findings.error(f"{item.image.where}: {count} lie beside it, and one may be its label map")
     if any(item.dicom for item in masked) and any(item.nifti for item in masked):
-        yield "masks must all be DICOM or all NIfTI; both were found"
+        findings.error("masks must all be DICOM or all NIfTI; both were found")
     uids = Counter(item.image.series.uid for item in masked)
     if repeated := sum(count > 1 for count in uids.values()):
-        yield f"series must have UIDs of their own; {repeated} UIDs stand for several series"
-
-
-def _check_images(images: int, found: int, problems: Sequence[str]) -> None:
-    if not images:
-        raise FibldmError(
-            f"a tree of DICOM studies must hold a series of CT or MR; none of {found} series is one{_listed(problems)}",
-            "check the folder, or name the layout with --layout",
-        )
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        raise FibldmError(
-            "every DICOM series must be whole and have masks that are its own, and of one kind; "
-            f"{len(problems)} findings:{_listed(problems)}",
-            "transfer again what is lost, export masks together with the series they were drawn on, take out those "
-            "that do not belong, or name files and masks in a CSV",
-        )
-
-
-def _listed(problems: Sequence[str]) -> str:
-    return "".join(f"\n  {problem}" for problem in problems)
+        findings.error(f"series must have UIDs of their own; {repeated} UIDs stand for several series")
 
 
 def _case(item: _Masked, labels: Mapping[str, int], merge: bool) -> Case:
@@ -154,17 +139,17 @@ def _case(item: _Masked, labels: Mapping[str, int], merge: bool) -> Case:
     )
 
 
-def _segments(files: Mapping[Path, Sequence[str]], labels: Mapping[str, int], merge: bool) -> Iterator[Mask]:
+def _segments(files: Mapping[Path, Sequence[str]], labels: Mapping[str, int], merge: bool) -> list[Mask]:
     """One mask per file, whose labels must not overlap; to merge them, one per label, the most important first."""
+    held = sorted(files.items())
     if not merge:
-        yield from (
-            Mask((file,), names={name: labels[name] for name in names}) for file, names in sorted(files.items())
-        )
-    for name, value in labels.items() if merge else ():
-        others = tuple(other for other in labels if other != name)
-        yield from (
-            Mask((file,), None, {name: value}, others) for file, names in sorted(files.items()) if name in names
-        )
+        return [Mask((file,), names={name: labels[name] for name in names}) for file, names in held]
+    return [
+        Mask((file,), names={name: value}, elsewhere=tuple(other for other in labels if other != name))
+        for name, value in labels.items()
+        for file, names in held
+        if name in names
+    ]
 
 
 def _notes(source: Path, found: Sequence[Found], masked: Sequence[_Masked], files: Sequence[Path]) -> Iterator[str]:

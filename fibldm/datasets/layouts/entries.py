@@ -2,10 +2,9 @@
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, stem
@@ -57,13 +56,11 @@ def entry_files(path: Path) -> Files:
     return (path,)
 
 
-def collected(path: Path, problems: list[str], where: str = "") -> Files:
-    """As `entry_files`, but what is wrong goes to ``problems``, after ``where``."""
-    try:
+def collected(path: Path, findings: Findings, where: str = "") -> Files:
+    """As `entry_files`, but what is wrong goes to ``findings``, after ``where``."""
+    with findings.collecting(where):
         return entry_files(path)
-    except FibldmError as error:
-        problems.append(f"{where}{error.message}")
-        return ()
+    return ()
 
 
 def shown(path: Path) -> str:
@@ -80,11 +77,6 @@ def is_dicom(path: Path) -> bool:
     if name.endswith((*SUPPORTED_SUFFIXES, *SIDECARS)):
         return False
     return holds_dicom(path)
-
-
-def repeated(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names that stand more than once, whatever their case, with their number."""
-    return [(name, count) for name, count in sorted(Counter(map(str.lower, names)).items()) if count > 1]
 
 
 def _slices(folder: Path) -> Files:

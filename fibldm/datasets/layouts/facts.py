@@ -1,10 +1,14 @@
-"""What every layout ends with: all findings of all cases raised at once, and the dataset described."""
+"""What every layout begins and ends with: where a dataset is looked for, and what is found, described or refused."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fibldm.datasets.layouts.entries import repeated
+from fibldm.datasets.findings import Findings
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
@@ -13,91 +17,107 @@ REFERENCE_KEYS = ("description", "reference", "attribution")
 _LISTED = 5
 
 
-def check_cases(cases: Sequence[Case], problems: Sequence[str], source: Path, remedy: str) -> None:
-    """Raise what the layout found wrong, with names that are not unique, as one error.
+@dataclass(frozen=True)
+class Search:
+    """A dataset that is looked for.
 
-    Raises:
-        FibldmError: there are ``problems``, a name stands for several cases, or there is no case.
+    Attributes:
+        path: folder, or the one file of a dataset.
+        settings: what the user decides.
+        findings: gets what is wrong, and what is left out.
     """
-    private = {case.name.lower() for case in cases if case.private}
-    found = list(problems) + [
-        f"the name {'of a DICOM case' if name in private else name} stands for {count} cases"
-        for name, count in repeated(case.name for case in cases)
-    ]
-    if not cases and not found:
-        found.append("no case was found")
-    if found:
-        listed = "".join(f"\n  {problem}" for problem in found)
-        raise FibldmError(
-            f"every case of {source} must have one image and at most one label, under a name of its own; "
-            f"{len(found)} findings:{listed}",
-            remedy,
-        )
 
+    path: Path
+    settings: PrepareSettings
+    findings: Findings = field(default_factory=Findings)
 
-def left_out(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """A note with count and names of what a layout leaves out; none where that is nothing."""
-    listed = sorted(names)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return (f"{len(listed)} {what} were left out: {', '.join(listed[:_LISTED])}{more}",) if listed else ()
+    @cached_property
+    def dataset_json(self) -> dict[str, Any]:
+        """The content of ``dataset.json`` in the folder of the dataset.
+
+        Raises:
+            FibldmError: the file is missing or holds no JSON object.
+        """
+        facts = read_json(self._file)
+        if not isinstance(facts, dict):
+            raise FibldmError(f"{self._file} must hold an object; got {type(facts).__name__}")
+        return facts
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The same, empty where there is no such file."""
+        return self.dataset_json if self._file.is_file() else {}
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Names of labels by value, as ``dataset.json`` gives them."""
+        return label_names(self.facts.get("labels") or {})
+
+    def leave_out(self, what: str, names: Iterable[str]) -> None:
+        """Note how many of what are left out, and the first names; nothing where there are none."""
+        listed = sorted(names)
+        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+        if listed:
+            self.findings.notes.append(f"{len(listed)} {what} were left out: {', '.join(listed[:_LISTED])}{more}")
+
+    @property
+    def _file(self) -> Path:
+        return (self.path.parent if self.path.is_file() else self.path) / "dataset.json"
 
 
 def describe(
     layout: str,
-    source: Path,
+    search: Search,
     cases: Sequence[Case],
     facts: Mapping[str, Any],
     *,
-    notes: tuple[str, ...] = (),
+    remedy: str,
     channels: tuple[str, ...] | None = None,
     labels: Mapping[int, str] | None = None,
 ) -> Source:
-    """The dataset with what its ``dataset.json`` says.
+    """The dataset that was found, unless something is wrong with it, which is raised as one error.
 
     Args:
         layout: its name.
-        source: the dataset, which gives the name where ``facts`` do not.
+        search: the dataset, which gives the name where ``facts`` do not, what is wrong and what was left out.
         cases: in any order.
         facts: content of ``dataset.json``, or what the layout has in its place under the same keys.
-        notes: what was left out.
+        remedy: what can be done about errors.
         channels: names of the channels; ``None`` takes those of ``facts``.
         labels: names by value; ``None`` takes those of ``facts``.
 
     Raises:
-        FibldmError: channels or labels of ``facts`` are not what they must be.
+        FibldmError: there are findings, a name stands for several cases, there is no case, or channels or labels of
+            ``facts`` are not what they must be.
     """
+    _check(cases, search, remedy)
     return Source(
         layout=layout,
-        name=str(facts.get("name") or source.resolve().name),
+        name=str(facts.get("name") or search.path.resolve().name),
         cases=tuple(sorted(cases, key=lambda case: case.name)),
         channels=channel_names(facts) if channels is None else channels,
         modality=", ".join(channel_names(facts)) if _channels_of(facts) else None,
         labels=label_names(facts.get("labels") or {}) if labels is None else labels,
         licence=str(facts.get("licence") or facts.get("license") or "") or None,
         references={key: str(facts[key]) for key in REFERENCE_KEYS if facts.get(key)},
-        notes=notes,
+        notes=tuple(search.findings.notes),
     )
 
 
-def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """The content of ``dataset.json`` in ``folder``.
-
-    Raises:
-        FibldmError: the file is missing or holds no JSON object.
-    """
-    facts = read_json(folder / "dataset.json")
-    if not isinstance(facts, dict):
-        raise FibldmError(f"{folder / 'dataset.json'} must hold an object; got {type(facts).__name__}")
-    return facts
-
-
-def beside(folder: Path) -> dict[str, Any]:
-    """The content of ``dataset.json`` in ``folder``, empty where there is none.
-
-    Raises:
-        FibldmError: the file holds no JSON object.
-    """
-    return read_dataset_json(folder) if (folder / "dataset.json").is_file() else {}
+def _check(cases: Sequence[Case], search: Search, remedy: str) -> None:
+    findings = search.findings
+    private = {case.name.lower() for case in cases if case.private}
+    for name, count in sorted(Counter(case.name.lower() for case in cases).items()):
+        if count > 1:
+            findings.error(f"the name {'of a DICOM case' if name in private else name} stands for {count} cases")
+    if not cases and not findings.listed:
+        findings.error("no case was found")
+    if findings.listed:
+        raise FibldmError(
+            f"every case of {search.path} must have one image and at most one label, under a name of its own; "
+            f"{len(findings.listed)} findings:{findings.lines()}",
+            remedy,
+        )
 
 
 def channel_names(facts: Mapping[str, Any]) -> tuple[str, ...]:

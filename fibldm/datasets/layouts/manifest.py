@@ -3,9 +3,10 @@
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from fibldm.datasets.findings import Findings
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import stem
 from fibldm.volumes.scan import Covariate
@@ -43,39 +44,23 @@ class Row:
     Attributes:
         line: of the file, for messages.
         images: one path a channel, as written.
-        label: path as written, or ``None``.
-        case: name of the case.
-        named: whether the manifest gives that name, else it is made from the path.
-        subject: patient, or ``None``.
-        split: ``training``, ``validation`` or ``test``, or ``None``.
-        covariates: the other columns; ``None`` for a missing value.
+        values: what stands in the other columns of ours: `LABEL` and `OPTIONAL`; a label may be empty.
+        covariates: what stands in the others; ``None`` for a missing value.
     """
 
     line: int
     images: tuple[Path, ...]
-    label: Path | None
-    case: str
-    named: bool = False
-    subject: str | None = None
-    split: str | None = None
-    covariates: Mapping[str, Covariate] = field(default_factory=dict)
+    values: Mapping[str, str]
+    covariates: Mapping[str, Covariate]
 
+    @property
+    def case(self) -> str:
+        """The name of the case; one that the manifest does not give is parent folder and stem of the first image.
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a manifest says.
-
-    Attributes:
-        channels: names of the image channels, in the order of the columns.
-        rows: the rows that could be read.
-        problems: what is wrong with the others, one sentence each.
-        notes: what was left out, one sentence each.
-    """
-
-    channels: tuple[str, ...]
-    rows: tuple[Row, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+        So many files called ``ct.nii.gz`` get names of their own.
+        """
+        name, folder = stem(self.images[0]), self.images[0].parent.name.strip(".")
+        return self.values.get("case") or (f"{folder}_{name}" if folder else name)
 
 
 def is_manifest(path: Path) -> bool:
@@ -87,28 +72,39 @@ def is_manifest(path: Path) -> bool:
     return bool(_image_columns(columns)) or _is_legacy(path, columns)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The rows of a manifest with the column image, or one column ``image:NAME`` a channel, as ``image:T1``.
+def read_manifest(path: Path, findings: Findings) -> tuple[tuple[str, ...], list[Row]]:
+    """Channels and rows of a manifest with the column image, or one column ``image:NAME`` a channel, as ``image:T1``.
 
     Optional columns: label (may be empty: a case without mask), case, subject, split. Every other column is a
     covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called label.csv or
     labels.csv without the columns image and label has the image in its first and the mask in its second column, under
-    any header.
+    any header. Rows that are wrong, and columns that are left out, go to ``findings``.
 
     Raises:
         FibldmError: the file is no CSV text, or a required column is missing or stands twice.
     """
-    columns, table = read_table(path)
+    columns, lines = read_table(path)
     if _is_legacy(path, columns):
-        return _read_legacy(path, columns, table)
+        lines = _legacy_lines(path, columns, lines, findings)
+        columns = [IMAGE, LABEL]
     _check_columns(path, columns)
-    records, problems = _records(path, columns, table)
+    records = {}
+    for line, values in lines:
+        if len(values) != len(columns):
+            findings.error(f"{path.name} line {line} has {len(values)} values for {len(columns)} columns")
+        else:
+            records[line] = dict(zip(columns, values, strict=True))
+    wrong = {line: _row_problems(record) for line, record in records.items()}
+    for line, problems in wrong.items():
+        findings.add((("error", problem) for problem in problems), f"{path.name} line {line}: ")
+    sound = {line: record for line, record in records.items() if not wrong[line]}
     others = [name for name in columns if name not in RESERVED and not name.startswith(CHANNEL_MARK)]
-    values, notes = covariates(others, [record for _, record in records])
-    images = _image_columns(columns)
-    rows = [_row(line, record, images, known) for (line, record), known in zip(records, values, strict=True)]
-    channels = tuple(name.removeprefix(CHANNEL_MARK) for name in images)
-    return Manifest(channels, tuple(rows), tuple(problems), notes)
+    known, images = covariates(others, list(sound.values()), findings), _image_columns(columns)
+    rows = [
+        Row(line, tuple(Path(record[name]) for name in images), record, more)
+        for (line, record), more in zip(sound.items(), known, strict=True)
+    ]
+    return tuple(name.removeprefix(CHANNEL_MARK) for name in images), rows
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -142,17 +138,17 @@ def read_records(path: Path, key: str) -> tuple[list[str], list[dict[str, str]]]
 
 
 def covariates(
-    columns: Sequence[str], records: Sequence[Mapping[str, str]]
-) -> tuple[list[dict[str, Covariate]], tuple[str, ...]]:
-    """The values of ``columns`` for every record, and notes on the columns that are left out.
+    columns: Sequence[str], records: Sequence[Mapping[str, str]], findings: Findings
+) -> list[dict[str, Covariate]]:
+    """The values of ``columns`` for every record; columns that are left out are noted.
 
     A column becomes numbers where all its values are numbers (eight digits that are a date are none).
     """
     names = [name for name in columns if name and name not in RESERVED]
     values = {name: _typed([record[name] for record in records]) for name in names}
-    reserved = [name for name in columns if name in RESERVED]
-    notes = (f"columns whose name has a meaning of its own are left out: {', '.join(reserved)}",) if reserved else ()
-    return [{name: values[name][index] for name in names} for index in range(len(records))], notes
+    if reserved := [name for name in columns if name in RESERVED]:
+        findings.notes.append(f"columns whose name has a meaning of its own are left out: {', '.join(reserved)}")
+    return [{name: values[name][index] for name in names} for index in range(len(records))]
 
 
 def _known(column: str) -> str:
@@ -181,25 +177,20 @@ def _is_legacy(path: Path, columns: Sequence[str]) -> bool:
     return path.name.lower() in LEGACY_NAMES and len(columns) > 1 and not complete
 
 
-def _read_legacy(path: Path, columns: list[str], table: list[tuple[int, list[str]]]) -> Manifest:
+def _legacy_lines(
+    path: Path, columns: list[str], lines: Sequence[tuple[int, list[str]]], findings: Findings
+) -> list[tuple[int, list[str]]]:
     if any((path.parent / name).is_file() for name in columns[:2] if name):
         raise FibldmError(
             f"the first line of {path} must be a header; it names files", "put a line such as image,mask above"
         )
-    problems = [f"{path.name} line {line} must have an image and a mask" for line, row in table if not _is_pair(row)]
-    rows = [_legacy_row(line, row) for line, row in table if _is_pair(row)]
-    extra = len(columns) - 2
-    notes = (f"columns of {path.name} beyond the second are left out: {extra}",) if extra else ()
-    return Manifest((IMAGE,), tuple(rows), tuple(problems), notes)
-
-
-def _is_pair(row: Sequence[str]) -> bool:
-    return len(row) > 1 and all(row[:2])
-
-
-def _legacy_row(line: int, row: Sequence[str]) -> Row:
-    image = Path(row[0])
-    return Row(line, (image,), Path(row[1]), _derived_name(image))
+    if len(columns) > 2:
+        findings.notes.append(f"columns of {path.name} beyond the second are left out: {len(columns) - 2}")
+    pairs = {line: values[:2] for line, values in lines if len(values) > 1 and all(values[:2])}
+    for line, _ in lines:
+        if line not in pairs:
+            findings.error(f"{path.name} line {line} must have an image and a mask")
+    return list(pairs.items())
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -224,20 +215,6 @@ def _check_columns(path: Path, columns: list[str]) -> None:
             )
 
 
-def _records(
-    path: Path, columns: list[str], table: list[tuple[int, list[str]]]
-) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """(Line number, values by column) of every sound row, and what is wrong with the others."""
-    problems = [
-        f"{path.name} line {line} has {len(values)} values for {len(columns)} columns"
-        for line, values in table
-        if len(values) != len(columns)
-    ]
-    whole = [(line, dict(zip(columns, values, strict=True))) for line, values in table if len(values) == len(columns)]
-    problems += [f"{path.name} line {line}: {problem}" for line, record in whole for problem in _row_problems(record)]
-    return [(line, record) for line, record in whole if not _row_problems(record)], problems
-
-
 def _row_problems(record: Mapping[str, str]) -> list[str]:
     needed = (*_image_columns(record), *OPTIONAL)
     problems = [f"{name} is empty" for name in needed if record.get(name) == ""]
@@ -247,27 +224,6 @@ def _row_problems(record: Mapping[str, str]) -> list[str]:
     if case and not _CASE_NAME.fullmatch(case):
         problems.append("case must be letters, digits, '.', '_' and '-', the first a letter or digit")
     return problems
-
-
-def _row(line: int, record: Mapping[str, str], images: list[str], known: Mapping[str, Covariate]) -> Row:
-    paths = tuple(Path(record[name]) for name in images)
-    label, split = record.get(LABEL), record.get("split")
-    return Row(
-        line=line,
-        images=paths,
-        label=Path(label) if label else None,
-        case=record.get("case") or _derived_name(paths[0]),
-        named="case" in record,
-        subject=record.get("subject"),
-        split=split_name(split) if split else None,
-        covariates=known,
-    )
-
-
-def _derived_name(image: Path) -> str:
-    """Parent folder and stem, so that many files called ``ct.nii.gz`` get names of their own."""
-    folder = image.parent.name.strip(".")
-    return f"{folder}_{stem(image)}" if folder else stem(image)
 
 
 def _typed(values: list[str]) -> list[Covariate]:

@@ -2,12 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, shown, volume_entries
-from fibldm.datasets.layouts.facts import channel_names, check_cases, describe, label_names, read_dataset_json
+from fibldm.datasets.layouts.facts import Search, channel_names, describe, label_names
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -25,29 +26,26 @@ def is_nnunet(source: Path, facts: Mapping[str, Any]) -> bool:
     return any(name.endswith("_0000") and name.removesuffix("_0000") in labels for name in names)
 
 
-def nnunet(source: Path) -> Source:
+def nnunet(search: Search) -> Source:
     """The cases of imagesTr/ and labelsTr/ (or of the list ``dataset``); those of imagesTs/ have no mask.
 
     Raises:
         FibldmError: labels are regions or hold an ignore label; the file ending is not supported; or a channel, image
             or label is missing (all of them listed).
     """
-    facts = read_dataset_json(source)
+    facts = search.dataset_json
     channels, ending = channel_names(facts), _file_ending(facts)
     labels = _labels(facts)
-    problems: list[str] = []
     listed = facts.get("dataset")
-    if listed is not None:
-        cases = _listed_cases(source, listed, len(channels), problems)
+    if listed is None:
+        cases = _folder_cases(search, ending, len(channels))
     else:
-        cases = _folder_cases(source, ending, len(channels), problems)
-    unlabelled = [
-        _case(name, [files[index] for index in sorted(files)], None, source, problems)
-        for name, files in _by_case(source / "imagesTs", ending, len(channels), problems).items()
-    ]
-    cases, segments = known_segments([*cases, *unlabelled], labels, problems)
-    check_cases(cases, problems, source, _REMEDY)
-    return describe("nnunet", source, cases, facts, channels=channels, labels=labels if segments is None else segments)
+        cases = _listed_cases(search, listed, len(channels))
+    unlabelled = _by_case(search.path / "imagesTs", ending, len(channels), search.findings)
+    cases += [_case(search, name, images) for name, images in unlabelled.items()]
+    cases, segments = known_segments(cases, labels, search.findings)
+    named = labels if segments is None else segments
+    return describe("nnunet", search, cases, facts, remedy=_REMEDY, channels=channels, labels=named)
 
 
 def _file_ending(facts: Mapping[str, Any]) -> str:
@@ -75,7 +73,7 @@ def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
     return label_names(labels)
 
 
-def _listed_cases(source: Path, listed: Any, channels: int, problems: list[str]) -> list[Case]:
+def _listed_cases(search: Search, listed: Any, channels: int) -> list[Case]:
     if not isinstance(listed, dict):
         raise FibldmError(
             f'dataset of dataset.json must be {{"case": {{"images": [...], "label": ...}}}}; got {listed!r}'
@@ -83,10 +81,10 @@ def _listed_cases(source: Path, listed: Any, channels: int, problems: list[str])
     cases = []
     for name, entry in listed.items():
         if _is_entry(entry, channels):
-            images = [source / image for image in entry["images"]]
-            cases.append(_case(name, images, source / entry["label"], source, problems))
+            images = [search.path / image for image in entry["images"]]
+            cases.append(_case(search, name, images, search.path / entry["label"]))
         else:
-            problems.append(f"dataset[{name!r}] must have {channels} images and a label; got {entry!r}")
+            search.findings.error(f"dataset[{name!r}] must have {channels} images and a label; got {entry!r}")
     return cases
 
 
@@ -96,36 +94,35 @@ def _is_entry(entry: Any, channels: int) -> bool:
     return all(isinstance(path, str) for path in (*entry["images"], entry.get("label")))
 
 
-def _folder_cases(source: Path, ending: str, channels: int, problems: list[str]) -> list[Case]:
-    images = _by_case(source / "imagesTr", ending, channels, problems)
-    labels = {path.name.removesuffix(ending): path for path in volume_entries(source / "labelsTr")}
-    problems += [f"imagesTr/{name} has no label" for name in sorted(images.keys() - labels.keys())]
-    problems += [f"labelsTr/{labels[name].name} has no image" for name in sorted(labels.keys() - images.keys())]
-    return [
-        _case(name, [images[name][index] for index in sorted(images[name])], labels[name], source, problems)
-        for name in sorted(images.keys() & labels.keys())
-    ]
+def _folder_cases(search: Search, ending: str, channels: int) -> list[Case]:
+    images = _by_case(search.path / "imagesTr", ending, channels, search.findings)
+    labels = {path.name.removesuffix(ending): path for path in volume_entries(search.path / "labelsTr")}
+    for name in sorted(images.keys() - labels.keys()):
+        search.findings.error(f"imagesTr/{name} has no label")
+    for name in sorted(labels.keys() - images.keys()):
+        search.findings.error(f"labelsTr/{labels[name].name} has no image")
+    return [_case(search, name, images[name], labels[name]) for name in sorted(images.keys() & labels.keys())]
 
 
-def _by_case(folder: Path, ending: str, channels: int, problems: list[str]) -> dict[str, dict[int, Path]]:
-    """Image files by case and channel."""
+def _by_case(folder: Path, ending: str, channels: int, findings: Findings) -> dict[str, list[Path]]:
+    """Image files by case, in the order of the channels."""
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in volume_entries(folder):
         match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending)) if path.name.endswith(ending) else None
         if match is None:
-            problems.append(f"{shown(path)} must be called NAME_0000{ending}, the number that of its channel")
+            findings.error(f"{shown(path)} must be called NAME_0000{ending}, the number that of its channel")
         else:
             found[match[1]][int(match[2])] = path
     for name, files in found.items():
         if sorted(files) != list(range(channels)):
             got = ", ".join(f"{index:04}" for index in sorted(files))
-            problems.append(f"{folder.name}/{name} must have channels 0000 to {channels - 1:04}; got {got}")
-    return found
+            findings.error(f"{folder.name}/{name} must have channels 0000 to {channels - 1:04}; got {got}")
+    return {name: [files[index] for index in sorted(files)] for name, files in found.items()}
 
 
-def _case(name: str, images: list[Path], label: Path | None, source: Path, problems: list[str]) -> Case:
-    files = tuple(collected(image, problems) for image in images)
-    masks = () if label is None else (Mask(collected(label, problems)),)
-    inside = images[0].is_relative_to(source)
-    path = images[0].relative_to(source) if inside else images[0]
+def _case(search: Search, name: str, images: Sequence[Path], label: Path | None = None) -> Case:
+    files = tuple(collected(image, search.findings) for image in images)
+    masks = () if label is None else (Mask(collected(label, search.findings)),)
+    inside = images[0].is_relative_to(search.path)
+    path = images[0].relative_to(search.path) if inside else images[0]
     return Case(case_name(name), files, masks, path.as_posix())

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name
-from fibldm.datasets.layouts.facts import beside, check_cases, describe
+from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import MISSING, split_name
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -34,7 +35,7 @@ def is_pack(source: Path) -> bool:
     return source.is_file() and source.name.lower().endswith(_SUFFIXES)
 
 
-def pack(source: Path) -> Source:
+def pack(search: Search) -> Source:
     """The cases of an HDF5 file.
 
     Raises:
@@ -43,26 +44,25 @@ def pack(source: Path) -> Source:
     """
     import h5py
 
+    source, findings = search.path, search.findings
     if not is_pack(source):
         raise FibldmError(f"a pack must be one HDF5 file ({', '.join(_SUFFIXES)}); {source} is none", _REMEDY)
-    problems: list[str] = []
     try:
         with h5py.File(source) as file:
             arrays = {name: node for name, node in file.items() if isinstance(node, h5py.Dataset)}
             groups = {name: node for name, node in file.items() if isinstance(node, h5py.Group)}
-            cases = _of_arrays(source, arrays, problems) if arrays else _of_groups(source, groups, problems)
+            cases = _of_arrays(source, arrays, findings) if arrays else _of_groups(source, groups, findings)
             if arrays and groups:
-                problems.append(f"it must hold arrays or groups; it holds {len(arrays)} and {len(groups)}")
+                findings.error(f"it must hold arrays or groups; it holds {len(arrays)} and {len(groups)}")
     except OSError as error:
         raise FibldmError(f"{source} must be HDF5; it cannot be read ({error})", "copy or export it again") from error
-    check_cases(cases, problems, source, _REMEDY)
-    return describe("pack", source, cases, {"name": stem(source), **beside(source.parent)})
+    return describe("pack", search, cases, {"name": stem(source), **search.facts}, remedy=_REMEDY)
 
 
-def _of_arrays(source: Path, arrays: Mapping[str, Any], problems: list[str]) -> list[Case]:
+def _of_arrays(source: Path, arrays: Mapping[str, Any], findings: Findings) -> list[Case]:
     image, mask = (_first(arrays, key) for key in ("image", "label"))
     if image is None:
-        problems.append(
+        findings.error(
             f"it must hold images (N, X, Y[, Z[, C]]) as one of {', '.join(PACK_NAMES['image'])}; it holds "
             + (", ".join(f"{name} {node.shape}" for name, node in arrays.items()) or "nothing")
         )
@@ -72,28 +72,27 @@ def _of_arrays(source: Path, arrays: Mapping[str, Any], problems: list[str]) -> 
     if (classes := next((name for name in PACK_NAMES["label"] if name in columns), None)) is not None:
         columns[CLASS] = columns.pop(classes)
     used = {image, mask, classes, *columns}
-    problems += [
-        f"beside {image} there may be masks and columns of {count} entries each; {name} has the shape {node.shape}"
-        for name, node in arrays.items()
-        if name not in used or (name == mask and node.shape[0] != count)
-    ]
+    for name, node in arrays.items():
+        if name not in used or (name == mask and node.shape[0] != count):
+            allowed = f"masks and columns of {count} entries each"
+            findings.error(f"beside {image} there may be {allowed}; {name} has the shape {node.shape}")
     width = len(str(count - 1))
+    rows = [{name: _plain(values[index]) for name, values in columns.items()} for index in range(count)]
     return [
-        _case(source, str(index), f"{index:0{width}d}", mask is not None, _row(columns, index), problems)
-        for index in range(count)
+        _case(source, str(index), f"{index:0{width}d}", mask is not None, row, findings)
+        for index, row in enumerate(rows)
     ]
 
 
-def _of_groups(source: Path, groups: Mapping[str, Any], problems: list[str]) -> list[Case]:
+def _of_groups(source: Path, groups: Mapping[str, Any], findings: Findings) -> list[Case]:
     cases = []
     for name, group in groups.items():
         if not any(key in group for key in PACK_NAMES["image"]):
-            problems.append(f"every group must hold an array image; {name} holds {', '.join(group) or 'nothing'}")
+            findings.error(f"every group must hold an array image; {name} holds {', '.join(group) or 'nothing'}")
             continue
         masked = any(key in group for key in PACK_NAMES["label"])
-        cases.append(
-            _case(source, name, name, masked, {key: _plain(value) for key, value in group.attrs.items()}, problems)
-        )
+        row = {key: _plain(value) for key, value in group.attrs.items()}
+        cases.append(_case(source, name, name, masked, row, findings))
     return cases
 
 
@@ -101,33 +100,22 @@ def _first(arrays: Mapping[str, Any], key: Key) -> str | None:
     return next((name for name in PACK_NAMES[key] if name in arrays and arrays[name].ndim >= _LEAST_AXES), None)
 
 
-def _row(columns: Mapping[str, Any], index: int) -> dict[str, Covariate]:
-    return {name: _plain(values[index]) for name, values in columns.items()}
-
-
-def _case(source: Path, item: str, name: str, masked: bool, row: Mapping[str, Covariate], problems: list[str]) -> Case:
+def _case(source: Path, item: str, name: str, masked: bool, row: Mapping[str, Covariate], findings: Findings) -> Case:
     known = dict(row)
-    given, subject, split = (known.pop(key, None) for key in ("case", "subject", "split"))
+    given, subject, stated = (known.pop(key, None) for key in ("case", "subject", "split"))
+    split = None
+    with findings.collecting(f"image {item}: "):
+        split = None if stated is None else split_name(_text(stated))
     return Case(
         name=case_name(_text(given) if given is not None else f"{stem(source)}_{name}"),
         images=((source,),),
         masks=(Mask((source,), item=item),) if masked else (),
         path=f"{source.name}/{item}",
         subject=None if subject is None else _text(subject),
-        split=_split(split, item, problems),
+        split=split,
         covariates=known,
         item=item,
     )
-
-
-def _split(value: Covariate, item: str, problems: list[str]) -> str | None:
-    if value is None:
-        return None
-    try:
-        return split_name(_text(value))
-    except FibldmError as error:
-        problems.append(f"image {item}: {error.message}")
-        return None
 
 
 def _plain(value: Any) -> Covariate:

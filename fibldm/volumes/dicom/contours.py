@@ -18,13 +18,12 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.polygons import cycle, region
 from fibldm.volumes.dicom.segments import DAMAGED
 from fibldm.volumes.grid import LPS_TO_RAS
-from fibldm.volumes.scan import Level
+from fibldm.volumes.scan import Remark
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 Array = NDArray[np.float64]
-Finding = tuple[Level, str]
 
 _OFF_SLICE = 0.25
 _DECIMALS = 2
@@ -65,7 +64,7 @@ def slice_axis(contours: Sequence[Contour], affine: Array) -> int:
 
 def filled(
     contours: Sequence[Contour], affine: Array, shape: tuple[int, ...], axis: int, name: str
-) -> tuple[NDArray[np.bool_], list[Finding]]:
+) -> tuple[NDArray[np.bool_], list[Remark]]:
     """Voxels ``shape`` whose centres lie inside of a structure, and what is remarkable about it.
 
     Args:
@@ -146,7 +145,7 @@ def _findings(
     slices: Sequence[int],
     in_plane: Sequence[int],
     name: str,
-) -> Iterator[Finding]:
+) -> Iterator[Remark]:
     places = np.concatenate([_indices(contour, inverse) for contour in contours])[:, in_plane]
     if (places <= -1).any() or (places >= np.array(shape)[list(in_plane)]).any():
         yield "warning", f"{name} reaches out of the image and was cut there"
@@ -181,7 +180,7 @@ def is_closed(item: "Dataset") -> bool:
     return item.get("ContourGeometricType") in _CLOSED and np.size(item.get("ContourData") or ()) >= 9
 
 
-def unclosed(name: str, items: Sequence["Dataset"]) -> Iterator[Finding]:
+def unclosed(name: str, items: Sequence["Dataset"]) -> Iterator[Remark]:
     """What of a structure is no polygon."""
     count = sum(not is_closed(item) for item in items)
     if count or not items:

@@ -17,7 +17,6 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.volumes.dicom.contours import (
     Contour,
-    Finding,
     contour_of,
     filled,
     is_closed,
@@ -28,7 +27,7 @@ from fibldm.volumes.dicom.contours import (
 from fibldm.volumes.dicom.files import read_file
 from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
 from fibldm.volumes.grid import LPS_TO_RAS, Volume
-from fibldm.volumes.scan import Scan
+from fibldm.volumes.scan import Remark, Scan
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -150,7 +149,7 @@ def on_grid_of(mask: Scan, image: Scan) -> Scan:
     inner = array[tuple(slice(a, b) for a, b in zip(start - first, stop - first, strict=True))]
     padded[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = inner
     lost = np.count_nonzero(array) - np.count_nonzero(inner)
-    lines: tuple[Finding, ...] = (
+    lines: tuple[Remark, ...] = (
         (("warning", f"{lost} labelled voxels lie outside of the image and were cut"),) if lost else ()
     )
     return Scan(padded, image.affine, mask.sha256, mask.facts, (*mask.findings, *lines), mask.names)
@@ -191,12 +190,12 @@ def _check_found(found: Any, names: Mapping[str, int]) -> None:
         )
 
 
-def _left_out(names: Collection[str], elsewhere: Collection[str]) -> Iterator[Finding]:
+def _left_out(names: Collection[str], elsewhere: Collection[str]) -> Iterator[Remark]:
     if others := sorted(set(names).difference(elsewhere)):
         yield "warning", f"left out, as not asked for: {', '.join(others)}"
 
 
-def _empty(labels: NDArray[np.uint8], *, complete: bool) -> Iterator[Finding]:
+def _empty(labels: NDArray[np.uint8], *, complete: bool) -> Iterator[Remark]:
     if labels.any():
         return
     if complete:
@@ -222,10 +221,10 @@ def _elsewhere(dataset: "Dataset", expected: str) -> Iterator["Dataset"]:
 
 def _rasterised(
     structures: Mapping[str, list[Contour]], names: Mapping[str, int], image: Scan
-) -> tuple[NDArray[np.uint8], list[Finding]]:
+) -> tuple[NDArray[np.uint8], list[Remark]]:
     x, y, z = image.array.shape[:3]
     labels = np.zeros((x, y, z), dtype=np.uint8)
-    remarks: list[Finding] = []
+    remarks: list[Remark] = []
     contours = [contour for drawn in structures.values() for contour in drawn]
     axis = slice_axis(contours, image.affine) if contours else 0
     for name, drawn in structures.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.frames import PIXELS, Frame, Problem, read_dataset, uid_name
-from fibldm.volumes.scan import Level
+from fibldm.volumes.scan import Remark
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -34,7 +34,7 @@ class Voxels:
 
     array: Array
     sha256: str
-    findings: tuple[tuple[Level, str], ...]
+    findings: tuple[Remark, ...]
 
 
 def unreadable(frames: Sequence[Frame], modality: str) -> Iterator[Problem]:
@@ -203,7 +203,7 @@ def _padded(frame: Frame, stored: Array) -> NDArray[np.bool_]:
     return padded
 
 
-def _filled(array: Array, padding: Mapping[int, NDArray[np.bool_]], value: float) -> Iterator[tuple[Level, str]]:
+def _filled(array: Array, padding: Mapping[int, NDArray[np.bool_]], value: float) -> Iterator[Remark]:
     """Fill padding with a value, and say so where that changes voxels."""
     changed = 0
     for place, padded in padding.items():
@@ -213,6 +213,6 @@ def _filled(array: Array, padding: Mapping[int, NDArray[np.bool_]], value: float
         yield "warning", f"pixel padding in {changed} of {len(array)} slices became {value:g}"
 
 
-def _lossy(frames: Sequence[Frame]) -> Iterator[tuple[Level, str]]:
+def _lossy(frames: Sequence[Frame]) -> Iterator[Remark]:
     if any(frame.text("LossyImageCompression") == "01" for frame in frames):
         yield "warning", "the image was compressed with loss"

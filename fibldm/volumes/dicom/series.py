@@ -18,7 +18,7 @@ from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_da
 from fibldm.volumes.dicom.pixels import read_voxels, unreadable
 from fibldm.volumes.dicom.stack import stacked
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.scan import ACQUISITION, Covariate, Level, Scan
+from fibldm.volumes.scan import ACQUISITION, Covariate, Remark, Scan
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -196,7 +196,7 @@ def _modality(images: Sequence[Frame]) -> str:
     return MODALITIES[images[0].sop_class]
 
 
-def _left_out(count: int) -> Iterator[tuple[Level, str]]:
+def _left_out(count: int) -> Iterator[Remark]:
     if count:
         yield "warning", f"{count} localizers (scouts) under the same series were left out"
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Findings, Stored, damaged, millimetres
+from fibldm.volumes.formats.stored import Stored, damaged, millimetres
 from fibldm.volumes.grid import LPS_TO_RAS
+from fibldm.volumes.scan import Remark
 
 _SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
 _READERS = {True: "MetaImageIO", False: "NrrdImageIO"}
@@ -138,7 +139,7 @@ def _single(file: str | None, path: Path) -> str | None:
     return file
 
 
-def _check(header: _Header, path: Path) -> Findings:
+def _check(header: _Header, path: Path) -> tuple[Remark, ...]:
     fields = set(header.fields)
     if "elementdatafile" in fields:
         spacing, oriented = "elementspacing" in fields, fields & {"transformmatrix", "orientation", "rotation"}

@@ -14,7 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres
 from fibldm.volumes.grid import SCANNER, Volume
-from fibldm.volumes.scan import Level
+from fibldm.volumes.scan import Remark
 
 _UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError,
@@ -116,14 +116,14 @@ def _space(header: Any) -> int:
     return int(header["sform_code"]) or int(header["qform_code"]) or SCANNER
 
 
-def _findings(image: nibabel.Nifti1Image) -> Iterator[tuple[Level, str]]:
+def _findings(image: nibabel.Nifti1Image) -> Iterator[Remark]:
     header = image.header
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         yield "warning", "the header has no orientation (sform and qform codes are 0); left and right are a guess"
     yield from _form_findings(header, (*image.shape, 1)[:3])
 
 
-def _form_findings(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[Level, str]]:
+def _form_findings(header: Any, shape: tuple[int, ...]) -> Iterator[Remark]:
     try:
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError) as error:

@@ -11,9 +11,9 @@ from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
-from fibldm.volumes.formats.stored import Findings, Stored, straightened
+from fibldm.volumes.formats.stored import Stored, straightened
 from fibldm.volumes.grid import Grid
-from fibldm.volumes.scan import Files, Scan
+from fibldm.volumes.scan import Files, Remark, Scan
 
 Spacing = tuple[float, float, float]
 
@@ -69,14 +69,14 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
         return read_nifti(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files))
     if suffix in ITK:
         return read_itk(files[0], any_unit=not scanner).scan(files[0].name, _sha256(files_of(files[0])))
-    findings: Findings = (("warning", f"orientation is not stated by {suffix} files; left and right are a guess"),)
+    guess: Remark = ("warning", f"orientation is not stated by {suffix} files; left and right are a guess")
     if item is not None:
         array = read_item(files[0], key, item)
         sha256 = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()  # of a pack, each its own part
     else:
         array = read_slices(files, colours=not scanner) if suffix == _PNG else read_array(files[0], key)
         sha256 = _sha256(files)
-    return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, sha256)
+    return Stored(array, np.diag([*(spacing or ()), 1.0]), (guess,)).scan(files[0].name, sha256)
 
 
 def stem(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.itk_images import nrrd_fields
-from fibldm.volumes.scan import Level, Scan
+from fibldm.volumes.scan import Remark, Scan
 
 _SUFFIXES = (".nrrd", ".nhdr")
 _NAME = re.compile(r"segment(\d+)_name")
@@ -87,9 +87,7 @@ def named_segments(scan: Scan, path: Path, names: Mapping[str, int]) -> Scan:
             raise FibldmError(f"segments must not overlap; {segment.name} does with {others}", _OVERLAP)
         labels[inside] = names[segment.name]
     left_out = sorted({segment.name for segment in segments} - names.keys())
-    lines: tuple[tuple[Level, str], ...] = (
-        (("warning", f"left out, as not asked for: {', '.join(left_out)}"),) if left_out else ()
-    )
+    lines: list[Remark] = [("warning", f"left out, as not asked for: {', '.join(left_out)}")] if left_out else []
     found = {names[segment.name]: segment.name for segment in wanted}
     return replace(scan, array=labels, findings=(*scan.findings, *lines), names=found)
 

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.grid import RIGHT_ANGLES, SCANNER, Grid, Volume, shear, squared_up
-from fibldm.volumes.scan import Level, Scan
-
-Findings = tuple[tuple[Level, str], ...]
+from fibldm.volumes.scan import Remark, Scan
 
 _MM = {
     "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "m": 1000.0, "meter": 1000.0, "cm": 10.0,
@@ -37,7 +35,7 @@ class Stored:
 
     array: NDArray[Any]
     affine: NDArray[np.float64]
-    findings: Findings = ()
+    findings: tuple[Remark, ...] = ()
     space: int = SCANNER
 
     def scan(self, name: str, sha256: str) -> Scan:
@@ -97,7 +95,7 @@ def check_affine(affine: NDArray[np.float64], name: str) -> None:
     )
 
 
-def millimetres(unit: str, *, any_unit: bool) -> tuple[float, Findings]:
+def millimetres(unit: str, *, any_unit: bool) -> tuple[float, tuple[Remark, ...]]:
     """How many mm a unit of length has, and what is said of it.
 
     Args:
@@ -144,7 +142,7 @@ def _sized(array: NDArray[Any], name: str) -> NDArray[Any]:
     return volume
 
 
-def straightened(grid: Grid) -> tuple[NDArray[np.float64], Findings]:
+def straightened(grid: Grid) -> tuple[NDArray[np.float64], tuple[Remark, ...]]:
     """The affine of a grid with its axes at right angles, and what was done to that end.
 
     Many programs, ITK's among them, open no file with other axes. A small shear is squared up, and said; a larger one
