@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.cli.synthesize import read_named
+from fibldm.cli.synthesize import read_named, read_strengths
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--covariate", action="append", default=[], metavar="NAME=VALUE", help="of all patients; may be repeated"
     )
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE=STRENGTH", help="put on the network; may be repeated"
+    )
     parser.add_argument("--allow-extrapolation", action="store_true", help="also of masks unlike the training data")
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
     parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
@@ -102,7 +105,7 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
     options = {name: value for name, value in vars(chosen).items() if name in OPTIONS and value is not None}
-    options["covariates"] = read_named(chosen.covariate)
+    options |= {"covariates": read_named(chosen.covariate), "adapters": read_strengths(chosen.adapter)}
     _ = SynthesisSettings.of(**options).files.dicom  # what is refused is so before weights are read
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)

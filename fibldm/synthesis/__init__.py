@@ -3,6 +3,7 @@
 * ``settings``: what is asked of a synthesis; its options are listed there and nowhere else
 * ``request``: what is asked of a synthesizer, and what comes back
 * ``loading``: the parts of a synthesizer, from a run or a bundle
+* ``adapters``: updates of low rank, put on a generator
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
 * ``outputs``: mask files in, marked files out

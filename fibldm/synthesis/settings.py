@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.adapters import check_strengths
 from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
@@ -237,9 +238,10 @@ class SynthesisSettings:
         covariates: what is asked of all patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
             unknown.
         conditions: what is asked of further conditions that the network was trained with, by their names.
+        adapters: files that are put on the network, with their strengths, see `Synthesizer.adapted`.
 
     Raises:
-        FibldmError: a number is below 1.
+        FibldmError: a number is below 1, or a strength below 0.
     """
 
     sampling: SamplingSettings = SamplingSettings()
@@ -249,8 +251,10 @@ class SynthesisSettings:
     allow_extrapolation: bool = False
     covariates: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str | Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_strengths(self.adapters)
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise FibldmError(f"{name} must be at least 1; got {getattr(self, name)}")
