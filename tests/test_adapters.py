@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from monai.bundle import create_workflow
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fibldm.cli import run as cli
+from fibldm.cli.synthesize import read_strengths
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json, write_json
 from fibldm.models.adapters import ADAPTER, Adapter, put_on, write_adapter
+from fibldm.models.lean_unet import LeanUNet
 from fibldm.models.low_rank import add_low_rank, base_state, merged_state, updates_of
 from fibldm.pipeline import Recipe
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.runs.configuration import Configuration
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR
 from fibldm.training.base_latents import covariates_as_fitted
@@ -94,6 +97,17 @@ def test_an_update_of_a_convolution_is_two_convolutions() -> None:
     inner = nn.functional.conv3d(image, updates["0.lora_a"].view(2, 2, 3, 3, 3))
     expected = network()[0](image) + nn.functional.conv3d(inner, updates["0.lora_b"].view(6, 2, 1, 1, 1))
     torch.testing.assert_close(made[0](image), expected)
+
+
+def test_an_adapter_of_the_usual_network_is_a_few_percent_of_it() -> None:
+    """By the numbers of the configurations."""
+    stage, asked = (yaml.safe_load(shipped(name).read_text()) for name in ("train_diffusion", "adapter"))
+    sizes = {key: stage[f"unet_{key}"] for key in ("channels", "attention_levels")}
+    sizes |= {"num_head_channels": stage["unet_head_channels"], "norm_num_groups": stage["unet_norm_groups"]}
+    usual = LeanUNet(spatial_dims=3, in_channels=16, out_channels=8, num_res_blocks=stage["unet_res_blocks"], **sizes)
+    whole = sum(weight.numel() for weight in usual.parameters())
+    count = add_low_rank(usual, asked["lora_rank"], asked["lora_weights"], alpha=asked["lora_alpha"])
+    assert 0 < count < 0.03 * whole
 
 
 def test_strengths_scale_add_up_and_switch_off(tmp_path: Path) -> None:
@@ -359,6 +373,14 @@ def test_the_command_puts_adapters_on_by_their_strengths(
     assert cli([*unconditional, "--adapter", str(of(site))]) == 2
     assert "must be put on the weights that it was trained on" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.glob("no/*.nii.gz"))
+
+
+def test_a_path_may_hold_what_stands_before_a_strength(tmp_path: Path) -> None:
+    (tmp_path / "dose=2").touch()
+    assert read_strengths([f"{tmp_path}/dose=2"]) == {f"{tmp_path}/dose=2": 1.0}
+    assert read_strengths([f"{tmp_path}/dose=2=0.5", "b=3"]) == {f"{tmp_path}/dose=2": 0.5, "b": 3.0}
+    with pytest.raises(FibldmError, match="--with-controlnet must name each RUN once; b came twice"):
+        read_strengths(["b=1", "b"], "--with-controlnet", "RUN")
 
 
 def test_an_adapted_run_and_its_base_with_the_adapter_draw_the_same(site: Path, tiny_run: Path) -> None:

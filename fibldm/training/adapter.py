@@ -34,7 +34,7 @@ def require_apart(stage: str, options: Callable[[str], Any]) -> None:
             "adapt diffusion or controlnet; an autoencoder stays that of the base (autoencoder_as_given)",
         )
     if not options("lora_rank"):
-        raise FibldmError("an adapter needs a lora_rank of at least 1; got 0", "4 is usual")
+        raise FibldmError("an adapter needs a lora_rank of at least 1; got 0", "2 is usual")
     if options("lora_full"):
         raise FibldmError(
             f"an adapter is updates of low rank alone; lora_full asks for {options('lora_full')} as they are",
