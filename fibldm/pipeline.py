@@ -145,8 +145,8 @@ class Recipe:
             work: the work folder that the masks are of.
 
         Raises:
-            FibldmError: an option is unknown, has another type or is out of range, or asks for files that are not
-                measured.
+            FibldmError: an option is unknown, has another type or is out of range, or asks for files or adapters that
+                are not measured.
         """
         options = {"own_conditions": False, **self.synthesize}
         require_switches(own_conditions=options["own_conditions"])
@@ -156,6 +156,11 @@ class Recipe:
             raise FibldmError(
                 f"a recipe measures volumes in NIfTI; its synthesize asks for format {drawing.files.format}",
                 "leave format out, and draw with `fibldm synthesize --bundle` from the bundle that the recipe makes",
+            )
+        if drawing.adapters:
+            raise FibldmError(
+                "a recipe measures volumes of the networks that it trains; its synthesize asks for adapters",
+                "leave adapters out, and put them on with `fibldm export --adapter` or `fibldm synthesize --adapter`",
             )
         return drawing
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.cli.synthesize import read_named
+from fibldm.cli.synthesize import read_named, read_strengths
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         help="further condition of the bundle, of all masks; may be repeated",
     )
     parser.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE=STRENGTH", help="put on the network; may be repeated"
+    )
+    parser.add_argument(
         "--allow-extrapolation", action="store_true", help="also of masks and conditions unlike the training data"
     )
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
@@ -118,8 +121,8 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     """The watcher that the options describe; whatever can be refused before the first item is refused here."""
     _check(chosen)
     options = {name: value for name, value in vars(chosen).items() if name in OPTIONS and value is not None}
-    options["covariates"] = read_named(chosen.covariate)
-    options["conditions"] = read_named(chosen.condition, "--condition")
+    options |= {"covariates": read_named(chosen.covariate), "conditions": read_named(chosen.condition, "--condition")}
+    options["adapters"] = read_strengths(chosen.adapter)
     _ = SynthesisSettings.of(**options).files.dicom  # what is refused is so before weights are read
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)

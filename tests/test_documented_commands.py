@@ -223,6 +223,8 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
         assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0
+    if "site.safetensors" in block.text:
+        make_adapter(desk)
     if "--synthetic synthetic_test" in block.text and "fibldm synthesize" not in block.text:
         draw = "synthesize --run runs/mine --data work --split test --out synthetic_test --allow-extrapolation"
         assert run(draw.split()) == 0
@@ -240,6 +242,18 @@ def train_without_mask(desk: Path, name: str, *stages: str) -> None:
     for stage in stages:
         train = f"train {stage} --data work --run {desk / 'runs' / name} --config my_data.yaml --config tiny"
         assert run(train.split()) == 0
+
+
+def make_adapter(desk: Path) -> None:
+    """``site.safetensors`` for ``runs/mine``, and ``bundles/mine`` of that."""
+    assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0
+    for part in ("autoencoder", "latents"):
+        shutil.copytree(desk / "runs" / "mine" / part, desk / "runs" / "for_adapter" / part)
+    names = " ".join(f"--config {name}" for name in ("my_data.yaml", "tiny", "mask_concat", "adapter"))
+    train = f"train diffusion --data work --run runs/for_adapter {names} --set init_from=runs/mine"
+    assert run(train.split()) == 0
+    file = desk / "runs" / "for_adapter" / "diffusion" / "checkpoints" / "adapter.safetensors"
+    shutil.copy(file, desk / "site.safetensors")
 
 
 def with_covariates(desk: Path) -> Path:

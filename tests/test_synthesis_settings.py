@@ -18,7 +18,7 @@ from fibldm.synthesis.settings import OF_SAMPLING, OPTIONS
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS = {
     part.name: part.default for kind in (SamplingSettings, FileFormat, SynthesisSettings) for part in fields(kind)
-} | {"covariates": {}, "conditions": {}}
+} | {"covariates": {}, "conditions": {}, "adapters": {}}
 EACH = [{"mask": "a.nii.gz", "age": 63}]
 
 
@@ -45,6 +45,8 @@ def test_options_are_laid_over_settings_by_their_names() -> None:
         ({"template": 3}, "template must be a text or a path or null; got 3"),
         ({"conditions_table": 3}, "conditions_table must be a text or a path or a list of values, .*; got 3"),
         ({"conditions": {"covariates": {"age": 3}}}, "covariates are asked for by their own names"),
+        ({"adapters": ["a"]}, "adapters must be a mapping from a text or a path to a number; got"),
+        ({"adapters": {"a": -1}}, "strength of an adapter must be a number of at least 0; a has -1"),
         ({"count": 0}, "count must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
@@ -78,13 +80,14 @@ def test_a_recipe_takes_the_same_options_but_writes_what_is_measured() -> None:
 
 def test_the_command_has_every_option_with_its_default() -> None:
     """None of sampling, for which a bundle has its own."""
-    renamed = {"format": "output_format", "covariates": "covariate", "conditions": "condition"}
+    renamed = {"format": "output_format", "covariates": "covariate", "conditions": "condition", "adapters": "adapter"}
     taken = inspect.signature(synthesize).parameters
     given = {name: taken[renamed.get(name, name)].default for name in OPTIONS}
     assert given == {name: None if name in OF_SAMPLING else DEFAULTS[name] for name in OPTIONS} | {
         "covariates": [],
         "conditions": [],
         "own_conditions": False,  # of --data
+        "adapters": [],
     }
 
 

@@ -22,19 +22,27 @@ def export(
             "--unconditional", help="Export an unconditional generator: stage 2 alone, if it was trained without masks."
         ),
     ] = False,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE=STRENGTH", help="Merge an adapter.safetensors into the network, by default at 1; repeatable."
+        ),
+    ] = [],
     settings: Annotated[
         list[str],
         typer.Option("--set", help="Default sampling of the bundle, such as steps=5; default: as measured."),
     ] = [],
 ) -> dict[str, Any]:
     """Write a run as a MONAI bundle, which draws by default as was measured: weights, configurations, model card."""
+    from fibldm.cli.synthesize import read_strengths
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle
     from fibldm.runs.options import parse_overrides
     from fibldm.synthesis import SamplingSettings
 
     sampling = parse_overrides(settings)
-    chosen = ExportSettings(license, license_file, half, name, version, unconditional, sampling)
+    adapters = read_strengths(adapter)
+    chosen = ExportSettings(license, license_file, half, name, version, unconditional, sampling, adapters)
     written = write_bundle(run, out, chosen)
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")

@@ -97,6 +97,13 @@ def synthesize(
             help="With --data: ask of each mask what the data say of its case, where nothing else is asked.",
         ),
     ] = False,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE=STRENGTH",
+            help="Put an adapter.safetensors on the network: 1 = as trained (the default), 0 = off; repeatable.",
+        ),
+    ] = [],
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
@@ -151,6 +158,7 @@ def synthesize(
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
     options |= {"conditions": read_named(condition, "--condition"), "own_conditions": data if own_conditions else None}
+    options["adapters"] = read_strengths(adapter)
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
@@ -172,7 +180,7 @@ def synthesize(
         trust=trust,
         checkpoint=checkpoint,
         strength=strength,
-        others=dict(_run_and_strength(text) for text in with_controlnet),
+        others=read_strengths(with_controlnet, "--with-controlnet", "RUN"),
         device=device,
     )
     if bids is not None:
@@ -213,14 +221,27 @@ def _masks_of(work: Path | None, split: str) -> list[str]:
     return [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
 
 
-def _run_and_strength(text: str) -> tuple[Path, float]:
+def read_strengths(texts: list[str], option: str = "--adapter", what: str = "FILE") -> dict[str | Path, float]:
+    """Strengths by path of ``PATH=STRENGTH``, as an option takes them; 1 of a path alone, which may hold a ``=``.
+
+    Raises:
+        FibldmError: a strength is no number, or a path comes twice.
+    """
     from fibldm.errors import FibldmError
 
-    run, sign, strength = text.rpartition("=")
-    try:
-        return (Path(run), float(strength)) if sign else (Path(text), 1.0)
-    except ValueError as error:
-        raise FibldmError(f"--with-controlnet needs RUN or RUN=STRENGTH; got {text!r}") from error
+    strengths: dict[str | Path, float] = {}
+    for text in texts:
+        path, sign, strength = ("", "", "") if Path(text).exists() else text.rpartition("=")
+        try:
+            path, number = (path, float(strength)) if sign else (text, 1.0)
+        except ValueError as error:
+            raise FibldmError(
+                f"{option} needs {what} or {what}=STRENGTH; got {text!r}", "check path and number"
+            ) from error
+        if path in strengths:
+            raise FibldmError(f"{option} must name each {what} once; {path} came twice", "give it one strength")
+        strengths[path] = number
+    return strengths
 
 
 def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:

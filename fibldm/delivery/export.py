@@ -29,10 +29,11 @@ from fibldm.files import atomic_folder, hash_file, hash_value, write_json, write
 from fibldm.licences import licence_notice
 from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
+from fibldm.models.adapters import Adapter
 from fibldm.models.conditions.condition import present
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import kind_of
-from fibldm.synthesis import SamplingSettings
+from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.loading import generating_stage, residual_noise_file
@@ -53,6 +54,7 @@ class ExportSettings:
         version: of the bundle.
         unconditional: stage 2 of a run, which knows no mask, as a generator whose volumes follow none.
         sampling: fields of `SamplingSettings` for how the bundle draws by default, in place of what was measured.
+        adapters: files of updates of low rank that become part of the network's weights, with their strengths.
     """
 
     licence: str
@@ -62,6 +64,7 @@ class ExportSettings:
     version: str = "0.1.0"
     unconditional: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str | Path, float] = field(default_factory=dict)
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -77,16 +80,17 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         on the figures, and ``files``.
 
     Raises:
-        FibldmError: the run is not finished, the licence is not known, the run's networks cannot be described, its
-            figures are of several samplings and none is chosen, or another process writes the bundle.
+        FibldmError: the run is not finished, an adapter is refused, the licence is not known, the run's networks cannot
+            be described, its figures are of several samplings and none is chosen, or another process writes the bundle.
     """
     words = Words.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another --out"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
         stage = generating_stage(run, unconditional=settings.unconditional)
-        measured = _measured(run, stage)
-        facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling))
+        adapted = _adapted(run, settings)
+        measured = _measured(run, stage, adapted)
+        facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling), adapted)
         write_text(folder / "LICENSE", notice)
         write_json(folder / "configs" / "metadata.json", metadata(facts, words, measured.figures))
         write_json(folder / "configs" / "inference.json", inference_configuration(facts))
@@ -107,14 +111,27 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     }
 
 
-def _measured(run: Path, stage: StageFolder) -> Measured:
+def _adapted(run: Path, settings: ExportSettings) -> Synthesizer | None:
+    """The generator with its adapters; None where there are none."""
+    if not settings.adapters:
+        return None
+    return Synthesizer.from_run(run, unconditional=settings.unconditional, adapters=settings.adapters)
+
+
+def _measured(run: Path, stage: StageFolder, adapted: Synthesizer | None) -> Measured:
     """The figures of the weights that are exported, perhaps none."""
     network, autoencoder = (part.require()["weights"] for part in (stage, StageFolder(run, "autoencoder")))
+    network = network if adapted is None else adapted.source["weights"]
     return Measured.read(run, network=network, autoencoder=autoencoder)
 
 
 def _write_generator(
-    run: Path, folder: Path, settings: ExportSettings, name: str, sampling: SamplingSettings
+    run: Path,
+    folder: Path,
+    settings: ExportSettings,
+    name: str,
+    sampling: SamplingSettings,
+    adapted: Synthesizer | None,
 ) -> dict[str, Any]:
     """Weights and ``generator.json``, whose content is returned."""
     known, stage = load_facts(run), generating_stage(run, unconditional=settings.unconditional)
@@ -123,7 +140,7 @@ def _write_generator(
     weights: dict[str, Any] = {}
     fingerprints, of_network = {}, {}
     for key, part in networks.items():
-        network = part.trained(device="cpu")
+        network = adapted.network if adapted and key == "network" else part.trained(device="cpu")
         state = _kept(network, half=settings.half)
         _fits(definitions[key], state, key)
         file = folder / "models" / f"{key}.safetensors"
@@ -161,14 +178,34 @@ def _write_generator(
         "channels": known.get("channels", ["image"]),
         **of_network,
         "mask_dropout": float(stage.component("mask_dropout")),
+        **({"adapters": _told(settings.adapters)} if settings.adapters else {}),
         "licence": settings.licence,
-        "data_licence": known["licence"],
+        "data_licence": _data_licence(known["licence"], settings.adapters),
         "split": hash_value(items),
         "weights": weights,
         "manifest": MANIFEST,
     }
     write_json(folder / GENERATOR, facts)
     return facts
+
+
+def _told(adapters: Mapping[str | Path, float]) -> list[dict[str, Any]]:
+    """What is part of the weights: of each adapter its file's SHA-256, strength, and what it was learned on."""
+    read = {Adapter.read(file): strength for file, strength in adapters.items()}
+    return [
+        {
+            "sha256": adapter.sha256,
+            "strength": float(strength),
+            **{key: adapter.facts[key] for key in ("stage", "rank", "alpha", "targets", "data")},
+        }
+        for adapter, strength in read.items()
+    ]
+
+
+def _data_licence(own: str | None, adapters: Mapping[str | Path, float]) -> str | None:
+    """Of all data that the weights were learned on."""
+    said = [own, *(Adapter.read(file).facts["data"].get("licence") for file in adapters)]
+    return "; ".join(dict.fromkeys(licence for licence in said if licence)) or None
 
 
 def _definition(stage: StageFolder) -> Any:

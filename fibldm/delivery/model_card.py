@@ -104,7 +104,7 @@ def card(facts: Mapping[str, Any], words: Words, measured: Measured, *, size: in
     front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": list(once.values())}
     return environment.from_string(template).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
-        facts={"further": {}, **facts},
+        facts={"further": {}, "adapters": [], **facts},
         words=words,
         title=words.title or facts["name"],
         covariates={name: _range(known) for name, known in facts["covariates"].items()},

@@ -287,7 +287,7 @@ def engines(parser: ConfigParser) -> tuple[Any, Any]:
     forget_values(network)
     if hasattr(network, "revive_below"):
         network.revive_below = 0.0  # which codes are dead is decided by values
-    ready(network, get)
+    ready(network, lambda key: get(key) if key in parser else None)
     return get("train::trainer"), get("validate::evaluator")
 
 

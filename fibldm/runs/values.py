@@ -23,7 +23,8 @@ _WHOLE = {
 _NOT_NEGATIVE = frozenset("clip_norm codebook_weight kl_weight learning_rate perceptual_weight spectral_weight".split())
 _SHARES = frozenset("covariate_dropout ema_momentum foreground_patches label_dropout mask_dropout subset".split())
 _SWITCHES = frozenset(
-    "activation_checkpointing init_strict init_trust log_variance masks_only restart tf32 watch_training".split()
+    "activation_checkpointing init_strict init_trust log_variance lora_apart masks_only".split()
+    + "restart tf32 watch_training".split()
 )
 _CAPITALS = "`python -m monai.bundle run` takes True and False; true and false are texts to it, which all count as true"
 _SIZES = frozenset(["patch", "size"])

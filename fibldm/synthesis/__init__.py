@@ -4,6 +4,7 @@
 * ``asked``: what is asked of volumes beside their masks: of all, of each by a table, or what the data say of its case
 * ``request``: what is asked of a synthesizer, and what comes back
 * ``loading``: the parts of a synthesizer, from a run or a bundle
+* ``adapters``: updates of low rank, put on a generator
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
 * ``outputs``: mask files in, marked files out

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,10 @@ class Output:
         synthesizer: makes the volumes.
         folder: gets ``<mask stem>_<number:03d>.nii.gz`` with its sidecar, and the masks as used in ``masks/``; of DICOM
             a series ``<mask stem>_<number:03d>/`` and the mask as a segmentation.
-        settings: what is asked.
+        settings: what is asked; its adapters are put on the synthesizer here, and are part of that from then on.
+
+    Raises:
+        FibldmError: an adapter is refused.
     """
 
     synthesizer: Synthesizer
@@ -59,6 +62,11 @@ class Output:
         init=False, repr=False, compare=False, default_factory=dict
     )
     _kept: set[MaskSource] = field(init=False, repr=False, compare=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.settings.adapters:
+            object.__setattr__(self, "synthesizer", self.synthesizer.adapted(self.settings.adapters))
+            object.__setattr__(self, "settings", replace(self.settings, adapters={}))
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
@@ -266,9 +274,9 @@ def synthesize_files(
         What this process wrote.
 
     Raises:
-        FibldmError: no mask, or one that is refused, as covariates may be, masks for a generator without any, a run
-            that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or has
-            another type; or another process writes to ``out``.
+        FibldmError: no mask, or one that is refused, as covariates and adapters may be, masks for a generator without
+            any, a run that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or
+            has another type; or another process writes to ``out``.
     """
     require_switches(unconditional=unconditional, trust=trust)
     certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.adapters import check_strengths
 from fibldm.models.conditions.condition import Condition
 from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
@@ -243,9 +244,10 @@ class SynthesisSettings:
             or JSON file, or its content, see `fibldm.synthesis.asked.ConditionsTable`.
         own_conditions: work folder whose cases the masks are of; of each is asked what the data say of its case, where
             nothing else is.
+        adapters: files that are put on the network, with their strengths, see `Synthesizer.adapted`.
 
     Raises:
-        FibldmError: a number is below 1, or covariates are among the further conditions.
+        FibldmError: a number is below 1, a strength below 0, or covariates are among the further conditions.
     """
 
     sampling: SamplingSettings = SamplingSettings()
@@ -257,8 +259,10 @@ class SynthesisSettings:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     conditions_table: Table | None = None
     own_conditions: str | Path | None = None
+    adapters: Mapping[str | Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_strengths(self.adapters)
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise FibldmError(f"{name} must be at least 1; got {getattr(self, name)}")

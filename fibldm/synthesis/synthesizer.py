@@ -14,6 +14,7 @@ from torch import Tensor
 import fibldm
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
+from fibldm.models.adapters import frame_of
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.conditions.condition import Condition
 from fibldm.models.conditions.covariates import CovariateEncoding
@@ -25,6 +26,7 @@ from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
+from fibldm.synthesis.adapters import with_adapters
 from fibldm.synthesis.asked import check, read, together
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
@@ -64,7 +66,7 @@ class Synthesizer:
         residual_noise: what the decoder leaves out; None where nothing is, or it was not measured.
         mask_dropout: how often training showed the whole mask as unknown; None where that is not known.
         sampling: how volumes are drawn where nothing else is asked for: of a bundle, as it was measured.
-        choice: for the sidecar, what of a run is not as it was trained: checkpoint, strength, further ControlNets.
+        choice: for the sidecar, what is not as it was trained: checkpoint, strength, further ControlNets, adapters.
     """
 
     network: ConditionedNetwork
@@ -94,6 +96,7 @@ class Synthesizer:
         checkpoint: str = "best",
         strength: float = 1.0,
         others: Mapping[str | Path, float] | None = None,
+        adapters: Mapping[str | Path, float] | None = None,
         device: str | torch.device = "cpu",
     ) -> "Synthesizer":
         """The generator of a run: of its ControlNet stage, or of its diffusion stage where that knows the mask itself.
@@ -104,11 +107,12 @@ class Synthesizer:
             checkpoint: "best", or one that ``keep_every`` kept in training, such as "epoch_0010".
             strength: of its ControlNet; 1 is as trained, 0 switches it off.
             others: runs whose ControlNets are added, with their strengths; they stand on the same base network.
+            adapters: see `adapted`.
             device: where it works.
 
         Raises:
-            FibldmError: a stage is not finished, its files do not fit each other, the runs do not, or there is no such
-                checkpoint or device.
+            FibldmError: a stage is not finished, its files do not fit each other, the runs or adapters do not, or there
+                is no such checkpoint or device.
         """
         choices: dict[str, Any] = {
             "checkpoint": checkpoint,
@@ -116,22 +120,49 @@ class Synthesizer:
             "others": others or {},
             "device": device,
         }
-        return cls(**parts_of_run(run_dir, unconditional=unconditional, **choices))
+        return cls(**parts_of_run(run_dir, unconditional=unconditional, **choices)).adapted(adapters or {})
 
     @classmethod
-    def from_bundle(cls, path: str | Path, *, trust: bool = False, device: str | torch.device = "cpu") -> "Synthesizer":
+    def from_bundle(
+        cls,
+        path: str | Path,
+        *,
+        trust: bool = False,
+        adapters: Mapping[str | Path, float] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Synthesizer":
         """The generator of a bundle that ``fibldm export`` wrote; nothing that the bundle holds is run.
 
         Args:
             path: its folder, or a zip archive of that.
             trust: take what changed since its export, and make networks of any class that it names, of which there may
                 be others than FibLDM knows.
+            adapters: see `adapted`.
             device: where it works.
 
         Raises:
-            FibldmError: it is no such bundle, a part of it is refused, or there is no such device.
+            FibldmError: it is no such bundle, a part of it or an adapter is refused, or there is no such device.
         """
-        return cls(**parts_of_bundle(path, trust=trust, device=device))
+        return cls(**parts_of_bundle(path, trust=trust, device=device)).adapted(adapters or {})
+
+    def adapted(self, adapters: Mapping[str | Path, float]) -> "Synthesizer":
+        """The generator with adapters put on its network; it stays as it is itself.
+
+        Args:
+            adapters: files ``adapter.safetensors`` of training with ``--config adapter``, with their strengths: 0 draws
+                what the generator alone draws, to the bit, 1 is as trained, and several add up.
+
+        Raises:
+            FibldmError: one is no adapter, was trained on other weights or in another frame, or its strength is no
+                number of at least 0.
+        """
+        return replace(self, **with_adapters(self, adapters)) if adapters else self
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """What an adapter must have been trained with, see `fibldm.models.adapters.frame_of`."""
+        intensity, spacing = self.intensity.to_dict(), self.grid.spacing
+        return frame_of(self.space, self.process, self.target, self.conditions, intensity=intensity, spacing=spacing)
 
     @property
     def mask(self) -> MaskEncoding:

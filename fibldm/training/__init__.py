@@ -7,6 +7,7 @@
 * ``prepare_batch``, ``masked_volumes``: from a batch to what the network sees and is asked for
 * ``losses``, ``perceptual``, ``adversarial``: what the stages minimise
 * ``initialise``, ``first_guess``: weights to begin with, and weights that stay
+* ``adapter``, ``base_latents``: updates of low rank kept apart, and what a run takes from the base that it adapts
 * ``muon``: the optimizer
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers`` (with ``finite``, ``step_losses``), ``checkpoints``: what happens around the steps

@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver
 
 from fibldm.errors import FibldmError
-from fibldm.models.low_rank import merged_state
+from fibldm.models.low_rank import merged_state, updates_of
 from fibldm.training.distributed import is_first_rank, on_first_rank
 from fibldm.training.handlers import EMA, Metrics
 
@@ -67,7 +67,9 @@ class Checkpoints:
         loss = self.metrics.validation_loss
         if loss is not None and loss < self.best_loss:
             self.best_loss = loss
+            updates = updates_of(self.ema.ema_model)
             self.best = {"model": self._averaged(), "epoch": engine.state.epoch, "loss": loss}
+            self.best |= {"updates": updates} if updates else {}
         epoch, kept = engine.state.epoch, self._among_best(engine.state.epoch)
         if is_first_rank() and (self._is_regular(epoch) or epoch in kept):
             self._write({_name(epoch): {"model": self._averaged(), "epoch": epoch, "loss": loss}})
@@ -139,7 +141,7 @@ class Checkpoints:
                 (self.folder / _name(epoch)).unlink(missing_ok=True)
 
     def _averaged(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in merged_state(self.ema.ema_model).items()}
+        return {name: value.clone() for name, value in merged_state(self.ema.ema_model).items()}
 
     def _write(self, contents: dict[str, Any]) -> None:
         try:

@@ -123,8 +123,8 @@ def ready(network: nn.Module, options: Callable[[str], Any]) -> list[str]:
 
     Args:
         network: changed in place.
-        options: values of ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``, ``channels_last`` and
-            ``activation_checkpointing``.
+        options: values of ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``, ``lora_alpha``, ``channels_last``
+            and ``activation_checkpointing``; None of a key that is not there.
 
     Returns:
         What is worth to be said.
@@ -136,7 +136,9 @@ def ready(network: nn.Module, options: Callable[[str], Any]) -> list[str]:
     if options("freeze"):
         said.append(f"{freeze(network, options('freeze'))} weights are frozen")
     if rank := options("lora_rank"):
-        trained = add_low_rank(network, rank, options("lora_weights"), options("lora_full"))
+        trained = add_low_rank(
+            network, rank, options("lora_weights"), options("lora_full"), alpha=options("lora_alpha")
+        )
         said.append(f"{trained} numbers are trained in updates of rank {rank}")
     if options("channels_last"):
         store_channels_last(network)

@@ -31,6 +31,7 @@ from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
 from fibldm.runs.values import check_values
 from fibldm.runs.workflow import running_parser
 from fibldm.shards import Shard, wait_for
+from fibldm.training.base_latents import covariates_as_fitted, facts_of_base
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
@@ -95,13 +96,15 @@ class Latents:
         return MaskEncoding(labels, voxels, detail, spacing=spacing, **choices)
 
     def covariates(self, names: Sequence[str], categories: Sequence[str] = ()) -> CovariateEncoding | None:
-        """How covariates are encoded, by those of the training cases; None where there are no names.
+        """How covariates are encoded, by those of the training cases or of the base; None where there are no names.
 
         Raises:
             FibldmError: the training cases do not have or do not differ in one of them; see `CovariateEncoding.fit`.
         """
         if not names:
             return None
+        if fitted := self.facts.get("fitted"):
+            return covariates_as_fitted(fitted, names)
         return CovariateEncoding.fit(names, self.training_cases, categories)
 
     @property
@@ -186,6 +189,8 @@ class EncodeStage:
         inputs: fingerprints of the data.
         scale: factor of the latents, such as 0.18215, for weights that were trained so; None fits it to the training
             split.
+        base: a run or a bundle of the same autoencoder whose scale and covariates are taken, for its network to be
+            adapted; None takes none.
         draw: what the later stages train on: "sample" draws from the posterior anew each time, "mean" is its middle.
         seed: of the augmentation.
         device: to encode on.
@@ -205,6 +210,7 @@ class EncodeStage:
         facts: dict[str, Any],
         inputs: dict[str, str],
         scale: float | None = None,
+        base: str | None = None,
         draw: Draw = "sample",
         seed: int,
         device: torch.device,
@@ -218,7 +224,9 @@ class EncodeStage:
             raise unknown_choice("latent_draw", draw, get_args(Draw))
         self.draw = draw
         self.scale, self.seed, self.device, self.restart, self.patience = scale, seed, device, restart, patience
-        self.check = check
+        self.base, self.check = base, check
+        if base is not None and scale is not None:
+            raise FibldmError("latents have one scale; got latent_scale and latent_space", "leave one of them out")
 
     def run(self) -> None:
         """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
@@ -244,14 +252,17 @@ class EncodeStage:
             if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
                 self._restore(folder, stage, shard)
                 return
-            self._make(folder, stage, autoencoder, shard)
+            known = {} if self.base is None else facts_of_base(self.base, autoencoder)
+            self._make(folder, stage, autoencoder, shard, known)
 
-    def _make(self, folder: StageFolder, stage: StageFolder, autoencoder: str, shard: Shard) -> None:
+    def _make(
+        self, folder: StageFolder, stage: StageFolder, autoencoder: str, shard: Shard, known: Mapping[str, Any]
+    ) -> None:
         with self._counted(folder, shard):
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
             self._encode_all(shard.take(self._cases()), first_stage, autoencoder, shown=shard.is_first)
             if shard.is_first:
-                self._complete(folder, first_stage, autoencoder)
+                self._complete(folder, first_stage, autoencoder, known)
 
     def _cases(self) -> list[tuple[str, int]]:
         return [(split, index) for split in _SPLITS for index in range(len(self.datalist[split]))]
@@ -322,10 +333,14 @@ class EncodeStage:
             wait_for([folder.path / "inputs.json"], patience=self.patience)
         return folder.begin(config, inputs, restart=self.restart)
 
-    def _complete(self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+    def _complete(
+        self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str, known: Mapping[str, Any]
+    ) -> None:
         items = {split: self._items(split) for split in _SPLITS}
         wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
-        if self.scale is None:
+        if "space" in known:
+            space = LatentSpace.from_dict(known["space"])
+        elif self.scale is None:
             space = LatentSpace.fit(self._cells(items["training"]), autoencoder)
         else:
             space = LatentSpace.constant(self.scale, first_stage.latent_channels, autoencoder)
@@ -339,6 +354,7 @@ class EncodeStage:
                 **({"draw": self.draw} if self.draw != "sample" else {}),
                 "residual_noise": self._measure_residual_noise(items["training"], first_stage),
                 **({"covariates": covariates} if any(covariates.values()) else {}),
+                **({"fitted": known["fitted"]} if "fitted" in known else {}),
                 "items": items,
             },
         )

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.renamed import current
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.runs.workflow import running_parser
+from fibldm.training.adapter import keep_adapter, require_apart
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
@@ -46,8 +48,8 @@ class Stage:
       ``keep_best``, ``limit_val_batches``, ``log_every``, ``patience``, ``stop_gap``, ``wall_time``, ``profile``
     * numbers: ``seed``, ``clip_norm``, ``activation_checkpointing``, ``channels_last``, ``compile``, ``tf32``
     * the beginning: ``init_from``, ``init_strict``, ``init_trust``, ``freeze``, ``lora_rank``, ``lora_weights``,
-      ``lora_full``; ``begin``, where there is one, which is given the network when there are neither such weights nor a
-      checkpoint
+      ``lora_full``, ``lora_alpha``, ``lora_apart``; ``begin``, where there is one, which is given the network when
+      there are neither such weights nor a checkpoint
 
     Args:
         run_dir: the run folder.
@@ -157,11 +159,15 @@ class Stage:
         for handler in (checkpoints, patience, gap_limit, wall_time):
             handler.attach(trainer)
         self._go_on(trainer, checkpoints, budget, (patience, gap_limit))
-        self._end(trainer, wall_time, budget, patience, gap_limit)
+        apart = bool(_later(parser, "lora_apart", False))
+        keep = partial(keep_adapter, self.folder, parser, ema.ema_model) if apart else None
+        self._end(trainer, wall_time, budget, patience, gap_limit, keep)
 
     def _ready(self, network: nn.Module, parser: ConfigParser) -> None:
         get = parser.get_parsed_content
         allow_tf32(bool(get("tf32")))
+        if apart := _later(parser, "lora_apart", False):
+            require_apart(self.folder.name, get)
         if get("lora_rank") and not get("init_from"):
             raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
         if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
@@ -169,6 +175,12 @@ class Stage:
             strict, stage = bool(get("init_strict")), self.folder.name
             report = initialise(network, get("init_from"), strict=strict, stage=stage, trust=trust)
             new = [*report.missing, *(name for name, *_ in report.other_shapes)]
+            if apart and new:
+                raise FibldmError(
+                    f"an adapter needs all weights of its network from init_from; {get('init_from')} lacks "
+                    f"{', '.join(new[:5])}",
+                    "train the network that init_from has, or set lora_apart to false",
+                )
             if get("lora_rank") and (still := [name for name in new if not fits(name, get("lora_full"))]):
                 raise FibldmError(
                     f"weights that {get('init_from')} does not have must be trained in full; {', '.join(still[:5])} "
@@ -177,7 +189,7 @@ class Stage:
                 )
         elif "begin" in parser and get("begin") is not None and not (self.folder.checkpoints / "last.pt").exists():
             get("begin")(network)
-        for said in ready(network, get):
+        for said in ready(network, lambda key: _later(parser, key, None)):
             _logger.info("%s: %s", self.folder.name, said)
         if backend := get("compile"):
             network.compile(backend="inductor" if backend is True else str(backend))
@@ -191,7 +203,13 @@ class Stage:
             trainer.run()
 
     def _end(
-        self, trainer: Any, wall_time: WallTime, budget: TimeBudget, patience: Patience, gap_limit: GapLimit
+        self,
+        trainer: Any,
+        wall_time: WallTime,
+        budget: TimeBudget,
+        patience: Patience,
+        gap_limit: GapLimit,
+        keep: Callable[[dict[str, Any]], dict[str, str]] | None,
     ) -> None:
         epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
         if wall_time.is_over:
@@ -207,6 +225,7 @@ class Stage:
         if is_first_rank():
             best, gaps = self.folder.weights(), gap_limit.gaps(epoch)
             weights = hash_weights(best["model"])
+            kept = keep(best) if keep is not None else {}  # before the stage is done
             self.folder.finish(
                 epochs=epochs,
                 stopped_epoch=epoch,
@@ -214,6 +233,7 @@ class Stage:
                 validation_loss=best["loss"],
                 **({"gap": {"best": gaps.get(best["epoch"]), "last": [*gaps.values()][-1]}} if gaps else {}),
                 weights=weights,
+                **kept,
                 **budget.facts(),
             )
             budget.say_end()
