@@ -19,10 +19,13 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
+from fibldm.models.conditions.condition import present
 from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.plain_values import settings_of
 from fibldm.planning.timing import encoding_seconds
+from fibldm.planning.traced_step import imagined_latents
 from fibldm.runs import STAGES, MadeOtherwise, StageFolder
+from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import (
     Configuration,
     both_given,
@@ -32,12 +35,17 @@ from fibldm.runs.configuration import (
 )
 from fibldm.runs.options import as_options, in_order
 from fibldm.runs.stages import TABLE, begun, kind_of
-from fibldm.runs.values import require_minutes
+from fibldm.runs.values import require_minutes, require_switches
 from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
+from fibldm.synthesis.asked import COVARIATES, MASK, check, check_names, read
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
+from fibldm.volumes.masks import mask_stem
+
+DEFAULT = "recipe_default"
+"""The shipped recipe that is followed where none is named."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Recipe:
         of_stages: keys of the configurations of stages, by their names, which are steps of their own in the file;
             ``configs`` names more configurations of that stage alone, null leaves out one that is optional, such as the
             ControlNet where stage 2 sees the mask itself. Those of the segmenter that measures are here, too.
-        synthesize: options of `fibldm.synthesis.SynthesisSettings`, by their names.
+        synthesize: options of `fibldm.synthesis.SynthesisSettings`, by their names; ``own_conditions: true`` asks of
+            each mask what the prepared data say of its case.
         measure: names of `fibldm.evaluation.measurements.MEASUREMENTS`.
         perceptual: file of weights of a ResNet of slices, for LPIPS; None leaves it out.
         minutes: for all stages of training together, in place of their epochs; None trains all epochs.
@@ -71,7 +80,7 @@ class Recipe:
         """A recipe from a file, with more configurations and with changes on top.
 
         Args:
-            file: path of a YAML file, or the name of a shipped one; None begins with the defaults.
+            file: path of a YAML file, or the name of a shipped one; None takes `DEFAULT`.
             configs: come after those of the file.
             overrides: ``step::key`` to value, such as ``diffusion::epochs``.
 
@@ -79,7 +88,7 @@ class Recipe:
             FibldmError: there is no such file, a step is unknown or has another type, or there are minutes and an
                 override gives epochs.
         """
-        content = dict(read_configuration(file)) if file is not None else {}
+        content = dict(read_configuration(file or DEFAULT))
         for key, value in in_order(overrides).items():
             step, *inside = key.split("::", 1)
             before = content.get(step)
@@ -129,15 +138,20 @@ class Recipe:
         """Keys of the configuration of the segmenter that measures."""
         return self.of_stages.get("segmenter") or {}
 
-    @property
-    def drawing(self) -> SynthesisSettings:
+    def drawing(self, work: Path) -> SynthesisSettings:
         """How volumes are drawn and written.
+
+        Args:
+            work: the work folder that the masks are of.
 
         Raises:
             FibldmError: an option is unknown, has another type or is out of range, or asks for files that are not
                 measured.
         """
-        drawing = SynthesisSettings.of(what="option of synthesize", **self.synthesize)
+        options = {"own_conditions": False, **self.synthesize}
+        require_switches(own_conditions=options["own_conditions"])
+        options["own_conditions"] = work if options["own_conditions"] else None
+        drawing = SynthesisSettings.of(what="option of synthesize", **options)
         if drawing.files.format != "nifti":
             raise FibldmError(
                 f"a recipe measures volumes in NIfTI; its synthesize asks for format {drawing.files.format}",
@@ -271,22 +285,28 @@ def pipeline(
         FibldmError: the recipe, the data or a step was refused, or the bundle is not what it promises.
     """
     work, run, bundle = out / "work", out / "run", out / "bundle"
-    steps, preparation, drawing = recipe.stages(), recipe.preparation, recipe.drawing
-    _check(recipe, steps, settings, out)
+    steps, preparation, drawing = recipe.stages(), recipe.preparation, recipe.drawing(work)
+    _check(recipe, steps, drawing, settings, out)
     say(f"1/6 prepare: {source} into {work}")
     report = prepare(source, work, preparation, workers=workers)
     for line in (*map(str, report.findings), *(f"note: {note}" for note in report.notes)):
         say(line)
     configurations = {step.name: step.configuration(work, run) for step in steps}
     check_grid(configurations["autoencoder"], configurations["diffusion"])
-    check_covariates(configurations["diffusion"], work, drawing)
+    masks = {split: _masks(work, split) for split in ("test", *(["training"] if "utility" in recipe.measure else []))}
+    check_asked(configurations, work, drawing, [mask for split in masks.values() for mask in split])
     commands = train_steps(
         steps, work, run, minutes=recipe.minutes, shares=recipe.shares, say=lambda line: say(f"2/6 {line}")
     )
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
-    _synthesize(run, work, "test", out / "synthetic", drawing)
+    synthesize_masks(run, masks["test"], out / "synthetic", drawing)
     say("4/6 evaluate")
-    _measure(run, work, out, recipe, drawing, say)
+    names = [name for name in recipe.measure if name in OF_ANY_MASKS]
+    given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
+    evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
+    if "training" in masks:
+        synthesize_masks(run, masks["training"], out / "synthetic_training", drawing)
+        evaluate(["utility"], synthetic=out / "synthetic_training", **given)
     say(f"5/6 export: {bundle}")
     sampling = {**asdict(drawing.sampling), **settings.sampling}
     for note in export(run, bundle, replace(settings, sampling=sampling))["notes"]:
@@ -306,56 +326,92 @@ def pipeline(
     }
 
 
-def _check(recipe: Recipe, steps: Sequence[TrainingStep], settings: ExportSettings, out: Path) -> None:
+def _check(
+    recipe: Recipe, steps: Sequence[TrainingStep], drawing: SynthesisSettings, settings: ExportSettings, out: Path
+) -> None:
     """Refuse what would be refused hours later."""
     work, run = out / "work", out / "run"
     for name in recipe.measure:
         if name not in MEASUREMENTS:
             raise unknown_choice("measure", name, MEASUREMENTS)
     configurations = {step.name: step.configuration(work, run) for step in steps}
-    known = configurations["diffusion"].parser()["covariates"]
-    if isinstance(known, list) and (strange := [name for name in recipe.drawing.covariates if name not in known]):
+    _check_begun(run, configurations)
+    parser = _generating(configurations).parser()
+    known = parser["covariates"]
+    if isinstance(known, list) and (strange := [name for name in drawing.covariates if name not in known]):
         raise FibldmError(
             f"covariates of synthesize must be those of training ({', '.join(known) or 'none'}); "
             f"there is no {', '.join(strange)}",
             "name them in covariates of diffusion, and of controlnet where there is one",
         )
+    check_names([name for name in parser["conditions"] if name not in (MASK, COVARIATES)], drawing.asked)
+    _ = drawing.table
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.of_segmenter).configuration(work, run)
     if recipe.perceptual is not None:
         PlaneDistance(recipe.perceptual)
     words = Words.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
-    for kind in begun(run):
-        if kind.generates and kind.name not in configurations:
-            raise FibldmError(
-                f"the recipe has no {kind.name}, and {run} has one, which would be used", "choose another --out folder"
-            )
     if any(kind_of(name).brings_mask for name in configurations):
         return
     if configurations["diffusion"].parser()["mask_way"] is None:
         raise FibldmError(
             "without a ControlNet, stage 2 must see the mask; its mask_way is null",
-            "put mask_concat or mask_spade into its configs",
+            "put mask_concat or mask_spade into its configs, or have a ControlNet by --set controlnet={}",
         )
 
 
-def check_covariates(diffusion: Configuration, work: Path, drawing: SynthesisSettings) -> None:
-    """Refuse, before hours of training, what of covariates could not be asked after it.
+def check_asked(
+    configurations: Mapping[str, Configuration], work: Path, drawing: SynthesisSettings, masks: Sequence[Path]
+) -> None:
+    """Refuse, before hours of training, conditions that could not be fitted in it, or not be asked after it.
 
     Args:
-        diffusion: configuration of stage 2.
+        configurations: of the stages by name.
         work: the work folder.
-        drawing: asks for covariates.
+        drawing: says what is asked.
+        masks: that volumes will be drawn from.
 
     Raises:
-        FibldmError: training cases have no such covariate, or none of such a value.
+        FibldmError: the training cases do not tell a condition, or something of it is asked that cannot be.
     """
-    parser = diffusion.parser()
-    names, categories = (parser.get_parsed_content(key) for key in ("covariates", "covariate_categories"))
-    if drawing.covariates:
-        encoding = CovariateEncoding.fit(names, load_datalist(work, "training", masks=True), categories)
-        encoding.check(encoding.read(drawing.covariates), allow=drawing.allow_extrapolation)
+    drawing.check_masks(masks)
+    parser = _generating(configurations).parser()
+    autoencoder, encoding = (configurations[name].parser() for name in ("autoencoder", "latents"))
+    parser["latents"] = imagined_latents(autoencoder, encoding, work)
+    with unwrapped():
+        fitted = {name: parser.get_parsed_content(f"conditions::{name}") for name in parser["conditions"]}
+    kinds = {COVARIATES: CovariateEncoding({}), **present(fitted)}
+    kinds.pop(MASK, None)
+    for mask in masks if drawing.each_its_own else [None]:
+        try:
+            check(kinds, read(kinds, drawing.asked_of(mask, kinds)), allow=drawing.allow_extrapolation)
+        except FibldmError as error:
+            raise FibldmError(f"{mask_stem(mask)}: {error.message}" if mask else error.message, error.remedy) from error
+
+
+def _generating(configurations: Mapping[str, Configuration]) -> Configuration:
+    """The stage that volumes will be drawn with."""
+    return [configuration for name, configuration in configurations.items() if kind_of(name).generates][-1]
+
+
+def _check_begun(run: Path, configurations: Mapping[str, Configuration]) -> None:
+    """Refuse to go on with a run whose stages see the mask in another way, as they did by default before.
+
+    Raises:
+        FibldmError: says how to go on with it.
+    """
+    now, folder = configurations["diffusion"].parser(), StageFolder(run, "diffusion")
+    more = [kind.name for kind in begun(run) if kind.generates and kind.name not in configurations]
+    before = folder.parser() if (folder.path / "config.yaml").exists() and not now["restart"] else now
+    if more:
+        told = f"the recipe has no {', '.join(more)}, and {run} has one, which would be used"
+    elif before["mask_way"] is None and now["mask_way"] is not None:
+        told = f"{folder.path} was begun as a network that sees no mask, and the recipe shows it the mask"
+    else:
+        return
+    as_begun = ["--set controlnet={}"] + ["--set diffusion::configs=[]"] * (now["mask_way"] is not None)
+    raise FibldmError(told, f"choose another --out folder; {' '.join(as_begun)} goes on with a ControlNet")
 
 
 def _are_keys(value: Any) -> bool:
@@ -381,20 +437,18 @@ def _encoding(steps: Mapping[str, TrainingStep], work: Path, run: Path) -> float
     return expected or 0.0
 
 
-def _synthesize(run: Path, work: Path, split: str, out: Path, drawing: SynthesisSettings) -> None:
-    masks = [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
+def _masks(work: Path, split: str) -> list[Path]:
+    return [Path(entry["label"]) for entry in load_datalist(work, split, masks=True)]
+
+
+def synthesize_masks(run: Path, masks: Sequence[Path], out: Path, drawing: SynthesisSettings) -> None:
+    """Write volumes of some masks of the work folder, of a table with the rows of these masks.
+
+    Raises:
+        FibldmError: something else lies in ``out``, or a mask is refused.
+    """
+    own = drawing if drawing.table is None else replace(drawing, conditions_table=drawing.table.only(masks).rows)
     try:
-        synthesize_files(run, masks, out, settings=drawing)
+        synthesize_files(run, masks, out, settings=own)
     except OutputConflict as error:
         raise FibldmError(error.message, f"move {out} away and run the same command again; training is kept") from error
-
-
-def _measure(
-    run: Path, work: Path, out: Path, recipe: Recipe, drawing: SynthesisSettings, say: Callable[[str], None]
-) -> None:
-    given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
-    names = [name for name in recipe.measure if name in OF_ANY_MASKS]
-    evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
-    if "utility" in recipe.measure:
-        _synthesize(run, work, "training", out / "synthetic_training", drawing)
-        evaluate(["utility"], synthetic=out / "synthetic_training", **given)

@@ -135,8 +135,7 @@ def _found(evaluated: Evaluated, case: Case, path: Path, label: int, segmenter: 
     real, made = evaluated.read(case), evaluated.read(Case(path.stem, case.subject, case.split, path, case.label))
     found = {name: segmenter.segment(sample.image) for name, sample in (("", made), ("_real", real))}
     dice = {
-        f"dice{name}": overlaps(part, real.labels, [label], real.spacing)[label].dice
-        for name, part in found.items()
+        f"dice{name}": overlaps(part, real.labels, [label], real.spacing)[label].dice for name, part in found.items()
     }
     inside = real.labels == label
     return {**dice, "share": float((found[""] == label)[inside].mean())}

@@ -8,8 +8,9 @@ once; the item goes to OUTBOX/done/ITEM, or to OUTBOX/refused/ITEM with the reas
 killed watcher had in hand is finished by the next one.
 
 What is known of a patient beside the mask, such as age and sex, may lie in an item that is a folder, as
-``covariates.json``: {"age": 63, "sex": "F"}. It is of all masks of the item, and goes before ``--covariate``. What is
-not given is unknown.
+``covariates.json``: {"age": 63, "sex": "F"}; what is asked of further conditions of the bundle, by their names, as
+``conditions.json``. Both are of all masks of the item, and go before ``--covariate`` and ``--condition``. What is not
+given is unknown.
 
 Names of files may tell patients: ITEM is the beginning of a SHA-256 of the content, as are the names of its volumes.
 Exit code 0 after SIGTERM, 130 after SIGINT, 2 where it cannot begin.
@@ -40,11 +41,17 @@ from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.plain_values import counted
 from fibldm.synthesis import Output, SynthesisSettings, Synthesizer, jobs_of
+from fibldm.synthesis.asked import COVARIATES, check, read
 from fibldm.synthesis.settings import OPTIONS
 from fibldm.volumes.masks import hash_mask, mask_suffix, parts_of
 
 CLAIMED = ".claimed"
-COVARIATES = "covariates.json"
+ASKED = {
+    "covariates.json": '{"age": 63, "sex": "F"}',
+    "conditions.json": '{"text": "fibrosis of both lower lobes"}',
+}
+"""Files of an item that are no masks, with an example of what each says."""
+
 WORKING = ".working"
 _LOCK = ".lock"
 _DIGITS = 16
@@ -92,7 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--covariate", action="append", default=[], metavar="NAME=VALUE", help="of all patients; may be repeated"
     )
-    parser.add_argument("--allow-extrapolation", action="store_true", help="also of masks unlike the training data")
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further condition of the bundle, of all masks; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-extrapolation", action="store_true", help="also of masks and conditions unlike the training data"
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
     parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
     return parser
@@ -103,12 +119,12 @@ def _watcher(chosen: argparse.Namespace) -> "Watcher":
     _check(chosen)
     options = {name: value for name, value in vars(chosen).items() if name in OPTIONS and value is not None}
     options["covariates"] = read_named(chosen.covariate)
+    options["conditions"] = read_named(chosen.condition, "--condition")
     _ = SynthesisSettings.of(**options).files.dicom  # what is refused is so before weights are read
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     synthesizer = Synthesizer.from_bundle(chosen.bundle, device=device)
     settings = SynthesisSettings.of(synthesizer.sampling, **options)
-    asked = synthesizer.covariates.read(settings.covariates)
-    synthesizer.covariates.check(asked, allow=settings.allow_extrapolation)
+    check(synthesizer.beside, read(synthesizer.beside, settings.asked), allow=settings.allow_extrapolation)
     if not synthesizer.network.sees_mask:
         raise FibldmError("a watch folder needs a bundle that follows masks; this one was trained without", "another")
     return Watcher(chosen.inbox, chosen.outbox, Output(synthesizer, chosen.outbox, settings))
@@ -194,7 +210,7 @@ class Watcher:
             "sampling": asked.sampling.to_dict(),
             "allow_extrapolation": asked.allow_extrapolation,
             "count": asked.count,
-            **({"covariates": dict(asked.covariates)} if asked.covariates else {}),
+            **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
         request, file = {"request": hash_value(facts), **facts}, self.outbox / "request.json"
@@ -228,7 +244,8 @@ class Watcher:
             name = name_of(claimed, hashes)
             _check_tries(tries)
             asked = self.output.settings
-            asked = replace(asked, covariates={**asked.covariates, **covariates_among(hashes)})
+            known, further = (asked_among(hashes, file) for file in ASKED)
+            asked = replace(asked, covariates={**asked.covariates, **known}, conditions={**asked.conditions, **further})
             masks = masks_among(hashes)
             left_out = _left_out(hashes, masks)
             outputs = self._made(asked, working / name, self.outbox / "synthetic" / name, masks)
@@ -241,10 +258,13 @@ class Watcher:
             return self._refused(claimed, name, FibldmError(reason.splitlines()[0], _ASIDE))
         (self.outbox / "refused" / f"{name}.json").unlink(missing_ok=True)
         hand_over(claimed, self.outbox / "done" / name)
-        encoding = self.output.synthesizer.covariates
-        known = f" ({encoding.told(encoding.read(asked.covariates))})" if encoding.kinds else ""
+        kinds = self.output.synthesizer.beside
+        values = read(kinds, asked.asked)
+        said = [(kind_name, kind.told(values[kind_name])) for kind_name, kind in kinds.items() if kind.parts]
+        told = "; ".join(text if kind_name == COVARIATES else f"{kind_name} {text}" for kind_name, text in said)
+        told = told and f" ({told})"
         made, other = counted(len(outputs), "volume"), counted(left_out, "file")
-        _logger.info("%s: %s, %s left out as no masks, %.1f s%s", name, made, other, time.monotonic() - began, known)
+        _logger.info("%s: %s, %s left out as no masks, %.1f s%s", name, made, other, time.monotonic() - began, told)
         return {"ok": True, "item": name, "outputs": [str(path) for path in outputs], "left_out": left_out}
 
     def _made(self, asked: SynthesisSettings, staging: Path, place: Path, masks: Mapping[str, Path]) -> list[Path]:
@@ -337,26 +357,25 @@ def masks_among(hashes: Mapping[Path, str]) -> dict[str, Path]:
 def _left_out(hashes: Mapping[Path, str], masks: Mapping[str, Path]) -> int:
     """How many files of an item are no masks; copies of one count as it does."""
     taken = {hashes.get(file) for mask in masks.values() for file in (mask, *parts_of(mask))}
-    return sum(digest not in taken for file, digest in hashes.items() if file.name != COVARIATES)
+    return sum(digest not in taken for file, digest in hashes.items() if file.name not in ASKED)
 
 
-def covariates_among(hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """What the item says of its patient, by name.
+def asked_among(hashes: Mapping[Path, str], name: str) -> dict[str, Any]:
+    """What a file of the item says of its patient, or asks for, by name.
 
     Raises:
-        FibldmError: it says it twice, or it is no JSON of names with texts, numbers or null.
+        FibldmError: there are two of it, or it is no JSON of values by name.
     """
-    files = [file for file in hashes if file.name == COVARIATES]
+    files = [file for file in hashes if file.name == name]
     if not files:
         return {}
     try:
         (content,) = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     except (ValueError, OSError) as error:
-        raise FibldmError(f"an item may hold one {COVARIATES}, which is JSON; it does not", _ASIDE) from error
-    values = content.values() if isinstance(content, dict) else [[]]
-    if any(isinstance(value, bool) or not isinstance(value, str | int | float | None) for value in values):
-        raise FibldmError(f'{COVARIATES} must be such as {{"age": 63, "sex": "F"}}, null is unknown', _ASIDE)
-    return dict(content)
+        raise FibldmError(f"an item may hold one {name}, which is JSON; it does not", _ASIDE) from error
+    if not isinstance(content, dict):
+        raise FibldmError(f"{name} must be such as {ASKED[name]}, null is unknown", _ASIDE)
+    return content
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.conditions.condition import Case, Condition
+from fibldm.models.conditions.condition import Condition
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FieldStrength(Condition):
     def read(self, asked: Any) -> float | None:
         try:
             return None if asked is None else float(asked)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise FibldmError(f"{self.what} must be a number (T); got {asked!r}") from error
 
     def outside(self, value: float | None) -> list[str]:
@@ -49,8 +49,8 @@ class FieldStrength(Condition):
     def encode(self, values: Sequence[float | None]) -> Tensor:
         return torch.tensor([(0.0, 0.0) if value is None else (math.log2(value / self.low), 1.0) for value in values])
 
-    def encode_case(self, case: Case) -> Tensor:
-        return self.encode([self.read(case.known.get("tesla"))])[0]
+    def own(self, known: Mapping[str, object]) -> Any:
+        return known.get("tesla")
 
     def drop_(self, encoded: Tensor, dropped: Tensor) -> Tensor:
         return encoded.masked_fill_(dropped, 0.0)

@@ -32,7 +32,6 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork, joined, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
-from fibldm.pipeline import Recipe, check_covariates
 from fibldm.runs import STAGES, StageFolder
 from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.synthesis import Output, SamplingSettings, SynthesisRequest, SynthesisSettings, Synthesizer, jobs_of
@@ -556,10 +555,10 @@ def test_covariates_steer_a_volume_and_stand_in_the_sidecar(
 
 def test_a_volume_with_covariates_is_the_same_in_any_batch(synthesizer: Synthesizer, mask_file: Path) -> None:
     mask, settings = read_volume(str(mask_file)), {"settings": QUICK, "allow_extrapolation": True}
-    wanted = [SynthesisRequest(mask, "a", 0, {"age": age}) for age in (40, 60)]
+    wanted = [SynthesisRequest(mask, "a", 0, {"covariates": {"age": age}}) for age in (40, 60)]
     together = synthesizer.batch(wanted, **settings)  # type: ignore[arg-type]
     for one, alone in zip(wanted, together, strict=True):
-        made = synthesizer(mask, name="a", covariates=one.covariates, **settings)  # type: ignore[arg-type]
+        made = synthesizer(mask, name="a", covariates=one.conditions["covariates"], **settings)  # type: ignore[arg-type]
         assert np.abs(made.volume.array.astype(float) - alone.volume.array).max() <= 1
     assert not np.array_equal(together[0].volume.array, together[1].volume.array)
 
@@ -655,21 +654,6 @@ def test_every_door_takes_covariates(
     with pytest.raises(SystemExit) as left:
         watch_folder.main([*folders, *options, "--covariate", "sex=X"])
     assert left.value.code == 2 and "sex must be one of F, M" in capsys.readouterr().out
-
-
-def test_a_recipe_is_refused_before_training_where_its_covariates_are(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Names by the recipe itself, values by the prepared cases."""
-    recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides={"diffusion::covariates": ["age", "sex"]})
-    (step,) = (step for step in recipe.stages() if step.name == "diffusion")
-    monkeypatch.setattr("fibldm.pipeline.load_datalist", lambda *_, **__: CASES)
-    configuration = step.configuration(tmp_path, tmp_path)
-    check_covariates(configuration, tmp_path, SynthesisSettings(covariates={"age": 50, "sex": "F"}))
-    check_covariates(configuration, tmp_path, SynthesisSettings(covariates={"age": 95}, allow_extrapolation=True))
-    for wrong, message in (({"age": 95}, "age 95 .training 40 to 60"), ({"sex": "f"}, "sex must be one of F, M")):
-        with pytest.raises(FibldmError, match=message):
-            check_covariates(configuration, tmp_path, SynthesisSettings(covariates=wrong))
 
 
 # --- all of it

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fibldm.errors import FibldmError
+from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.synthesis import Job, MaskSource, Output, OutputConflict, Synthesis, SynthesisSettings, jobs_of
 from fibldm.synthesis import mask_source as module
 from fibldm.synthesis.mask_source import RecentMasks
@@ -23,6 +24,7 @@ class Generator:
 
     names = NAMES
     source = {"weights": "these"}
+    beside = {"covariates": CovariateEncoding({})}
     conditions: dict[str, Any] = {}
 
     def __init__(self) -> None:
@@ -34,9 +36,6 @@ class Generator:
         if not request.mask.array.any():
             raise FibldmError(f"{request.name}: no voxel has a label")
         return PreparedMask(request, request.mask.canonical(), request.mask.grid, {}, [])
-
-    def read(self, covariates: dict[str, Any], conditions: dict[str, Any]) -> dict[str, Any]:
-        return {"covariates": covariates, **conditions}
 
     def draw(self, prepared: list[PreparedMask], *, settings: object) -> list[Synthesis]:
         masks = [part.request.mask for part in prepared]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import socket
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fibldm.delivery.export import ExportSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import Recipe, pipeline
+from fibldm.pipeline import DEFAULT, Recipe, pipeline
 from fibldm.runs.configuration import configs_folder
 from fibldm.runs.options import as_options, parse_overrides
 
@@ -34,8 +35,8 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_can_be_followed(name: str) -> None:
     """Every step's options and configuration keys exist."""
-    recipe = Recipe.read(name, overrides={})
-    assert recipe.preparation and recipe.drawing
+    recipe = Recipe.read(name, configs=["data_chest_phantom"] * (name == DEFAULT), overrides={})
+    assert recipe.preparation and recipe.drawing(Path("work"))
     assert [step.configuration(Path("work"), Path("run")) for step in recipe.stages()]
     assert f"--recipe {name} " in (configs_folder() / f"{name}.yaml").read_text()
 
@@ -52,7 +53,7 @@ def test_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
         ("latents", {"views": 2}),
         ("diffusion", {"epochs": 5, "mask_detail": 4}),
     ]
-    assert recipe.drawing.sampling.steps == 7 and recipe.preparation.modality == "ct"
+    assert recipe.drawing(tmp_path).sampling.steps == 7 and recipe.preparation.modality == "ct"
 
 
 def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) -> None:
@@ -70,6 +71,8 @@ def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) ->
         ({"difusion::epochs": 3}, "step of a recipe must be one of configs, prepare, .*got 'difusion'"),
         ({"diffusion": 3}, "step of a recipe diffusion must be a mapping from a text to any value; got 3"),
         ({"controlnet::epochs": 3, "controlnet": None}, "controlnet is None, of which controlnet::epochs cannot be"),
+        ({"synthesize::conditions": {"field": 3}}, r"conditions must be those of training \(none\); there is no field"),
+        ({"synthesize::conditions_table": "absent.json"}, "absent.json must exist"),
         ({"autoencoder": None}, "step of a recipe autoencoder must be a mapping"),
         ({"measure::0": "copies"}, "step of a recipe measure must be a list of values, each a text"),
         ({"configs": "tiny"}, "step of a recipe configs must be a list of values, each a text; got 'tiny'"),
@@ -91,7 +94,7 @@ def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) ->
         ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
         ({"perceptual": "absent.pth"}, r"LPIPS needs a local file of weights \(perceptual\); there is no absent.pth"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
-        ({"controlnet": None}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
+        ({"diffusion::configs": []}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(
@@ -124,10 +127,42 @@ def test_what_an_export_would_refuse_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(FibldmError, match=r"export\.yaml must hold some of title"):
         pipeline(tmp_path / "absent", tmp_path / "out", recipe, CC0, say=quiet)
     (tmp_path / "other" / "run" / "controlnet").mkdir(parents=True)
-    concat = {"controlnet": None, "diffusion::configs": ["mask_concat"]}
-    recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides=concat)
     with pytest.raises(FibldmError, match="the recipe has no controlnet, and .*run has one"):
         pipeline(tmp_path / "absent", tmp_path / "other", recipe, CC0, say=quiet)
+
+
+def test_without_a_recipe_the_network_sees_the_mask_and_there_is_no_controlnet() -> None:
+    """The README's road."""
+    steps = Recipe.read(None, configs=["my_data.yaml"], overrides={}).stages()
+    assert [(step.name, list(step.configs)) for step in steps] == [
+        ("autoencoder", ["my_data.yaml"]),
+        ("latents", ["my_data.yaml"]),
+        ("diffusion", ["my_data.yaml", "mask_concat"]),
+    ]
+
+
+def test_a_run_of_the_old_default_goes_on_as_it_was_begun_or_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    """A stage 2 without masks under a ControlNet, of which the latter may not be begun yet."""
+    recipes = {
+        way: Recipe.read(None, configs=["data_chest_phantom"], overrides=changes)
+        for way, changes in {
+            "now": {},
+            "before": {"controlnet": {}, "diffusion::configs": []},
+            "anew": {"diffusion::restart": True},
+        }.items()
+    }
+    going_on = re.escape("; choose another --out folder; --set controlnet={} --set diffusion::configs=[] goes on")
+    for stages, message, way in (
+        (("diffusion",), "was begun as a network that sees no mask, and the recipe shows it the mask", "anew"),
+        (("diffusion", "controlnet"), "the recipe has no controlnet, and .* has one, which would be used", "before"),
+    ):
+        out = tmp_path / way
+        for stage in stages:
+            shutil.copytree(tiny_run / stage, out / "run" / stage)
+        with pytest.raises(FibldmError, match=message + going_on):
+            pipeline(tmp_path / "absent", out, recipes["now"], CC0, say=quiet)
+        with pytest.raises(FibldmError, match="absent"):  # the next thing that is looked at
+            pipeline(tmp_path / "absent", out, recipes[way], CC0, say=quiet)
 
 
 def test_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -170,8 +205,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
     command = [
         *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),
-        *("--config", str(tiny_data), "--config", "tiny", "--set", "controlnet=null"),
-        *("--set", "diffusion::configs=[mask_concat]", "--set", "segmenter::steps=2"),
+        *("--config", str(tiny_data), "--config", "tiny", "--set", "segmenter::steps=2"),
         *("--set", "segmenter::segmenter_channels=[4, 8, 8]", "--set", "synthesize::steps=2"),
         *("--set", "synthesize::allow_extrapolation=true", "--set", "measure=[faithfulness, utility]"),
     ]

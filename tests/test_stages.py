@@ -85,10 +85,10 @@ def test_the_plan_has_a_stage_of_the_table(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({}, ["autoencoder", "latents", "diffusion", "controlnet"]),
-        ({"refined::epochs": 3}, ["autoencoder", "latents", "diffusion", "controlnet", "refined"]),
-        ({"refined": {}, "controlnet": None}, ["autoencoder", "latents", "diffusion", "refined"]),
-        ({"refined": None}, ["autoencoder", "latents", "diffusion", "controlnet"]),
+        ({"controlnet": {}}, ["autoencoder", "latents", "diffusion", "controlnet"]),
+        ({"controlnet": {}, "refined::epochs": 3}, ["autoencoder", "latents", "diffusion", "controlnet", "refined"]),
+        ({"refined": {}}, ["autoencoder", "latents", "diffusion", "refined"]),
+        ({"refined": None}, ["autoencoder", "latents", "diffusion"]),
     ],
 )
 def test_a_recipe_has_a_stage_of_the_table_where_it_is_named(

@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS = {
     part.name: part.default for kind in (SamplingSettings, FileFormat, SynthesisSettings) for part in fields(kind)
 } | {"covariates": {}, "conditions": {}}
+EACH = [{"mask": "a.nii.gz", "age": 63}]
 
 
 def test_options_are_laid_over_settings_by_their_names() -> None:
@@ -42,6 +43,8 @@ def test_options_are_laid_over_settings_by_their_names() -> None:
         ({"allow_extrapolation": "false"}, "allow_extrapolation must be true or false; got 'false'"),
         ({"covariates": ["age"]}, "covariates must be a mapping from a text to any value; got"),
         ({"template": 3}, "template must be a text or a path or null; got 3"),
+        ({"conditions_table": 3}, "conditions_table must be a text or a path or a list of values, .*; got 3"),
+        ({"conditions": {"covariates": {"age": 3}}}, "covariates are asked for by their own names"),
         ({"count": 0}, "count must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
@@ -60,11 +63,17 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
 
 
 def test_a_recipe_takes_the_same_options_but_writes_what_is_measured() -> None:
-    given = {"synthesize": {"steps": 5, "guidance_interval": [0.1, 0.9], "count": 2, "covariates": {"sex": "F"}}}
-    drawing = Recipe.read(None, overrides=given).drawing
-    assert drawing == SynthesisSettings.of(**given["synthesize"]) and drawing.sampling.guidance_interval == (0.1, 0.9)
+    given = {"steps": 5, "guidance_interval": [0.1, 0.9], "count": 2, "covariates": {"sex": "F"}}
+    given |= {"conditions": {"field": 3}, "conditions_table": EACH}
+    drawing = Recipe.read(None, overrides={"synthesize": given}).drawing(Path("work"))
+    assert drawing == SynthesisSettings.of(**given) and drawing.sampling.guidance_interval == (0.1, 0.9)
+    assert drawing.own_conditions is None
+    own = Recipe.read(None, overrides={"synthesize::own_conditions": True})
+    assert own.drawing(Path("work")).own_conditions == Path("work")
+    with pytest.raises(FibldmError, match="own_conditions must be true or false; got 'work'"):
+        Recipe.read(None, overrides={"synthesize::own_conditions": "work"}).drawing(Path("work"))
     with pytest.raises(FibldmError, match="measures volumes in NIfTI; its synthesize asks for format dicom; leave"):
-        _ = Recipe.read(None, overrides={"synthesize::format": "dicom"}).drawing
+        Recipe.read(None, overrides={"synthesize::format": "dicom"}).drawing(Path("work"))
 
 
 def test_the_command_has_every_option_with_its_default() -> None:
@@ -75,6 +84,7 @@ def test_the_command_has_every_option_with_its_default() -> None:
     assert given == {name: None if name in OF_SAMPLING else DEFAULTS[name] for name in OPTIONS} | {
         "covariates": [],
         "conditions": [],
+        "own_conditions": False,  # of --data
     }
 
 

@@ -14,7 +14,7 @@ def pipeline(
         Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Path or name of a shipped recipe; default: the default recipe.")
+        str | None, typer.Option(help="Path or name of a shipped recipe; default: recipe_default.")
     ] = None,
     config: Annotated[
         list[str], typer.Option("--config", help="Configuration of all stages, such as the model grid; repeatable.")

@@ -70,15 +70,33 @@ def synthesize(
     covariate: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=VALUE", help="Covariate of the patient, such as age=63; repeatable. Others are unknown."
+            metavar="NAME=VALUE",
+            help="Covariate of all patients, such as age=63; repeatable. Others are unknown. A bundle's card "
+            "lists them.",
         ),
     ] = [],
     condition: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=VALUE", help="Further condition the network was trained with, NAME=VALUE; repeatable."
+            metavar="NAME=VALUE",
+            help="Further condition of the training beside mask and covariates, of all masks; repeatable. A bundle's "
+            "card lists them.",
         ),
     ] = [],
+    conditions_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV or JSON with a row for every mask: column mask, then covariates and further conditions by name, "
+            "empty = unknown. Goes before --covariate and --condition."
+        ),
+    ] = None,
+    own_conditions: Annotated[
+        bool,
+        typer.Option(
+            "--own-conditions",
+            help="With --data: ask of each mask what the data say of its case, where nothing else is asked.",
+        ),
+    ] = False,
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
@@ -86,7 +104,7 @@ def synthesize(
     allow_extrapolation: Annotated[
         bool,
         typer.Option(
-            "--allow-extrapolation", help="Proceed although masks or covariates lie outside the training range."
+            "--allow-extrapolation", help="Proceed although masks or conditions lie outside the training range."
         ),
     ] = False,
     output_format: Annotated[
@@ -132,10 +150,12 @@ def synthesize(
 
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
-    options["conditions"] = read_named(condition, "--condition")
+    options |= {"conditions": read_named(condition, "--condition"), "own_conditions": data if own_conditions else None}
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")
+    if own_conditions and data is None:
+        raise FibldmError("--own-conditions are those of cases of a work folder; none was given", "give --data")
     if bids is not None and output_format != "nifti":
         raise FibldmError(f"--format {output_format} takes no --bids", "change or leave out one of them")
     if not masks and data is None and (bids is not None or output_format == "dicom"):

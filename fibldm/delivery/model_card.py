@@ -109,6 +109,7 @@ def card(facts: Mapping[str, Any], words: Words, measured: Measured, *, size: in
         title=words.title or facts["name"],
         covariates={name: _range(known) for name, known in facts["covariates"].items()},
         example=" ".join(f"--covariate {name}={_example(known)}" for name, known in facts["covariates"].items()),
+        asked=[*facts["covariates"], *facts.get("further", {})] if facts["sees_mask"] else [],
         labels=", ".join(f"{value} {name}" for value, name in facts["labels"].items()),
         megabytes=f"{size / 1e6:.1f}",
         sampling=sampling.described,

@@ -34,7 +34,6 @@ class EditRequest:
         region: what is drawn anew, not 0, on the voxels of the scan.
         name: with the seed and ``number`` it decides the noise.
         number: which of the edits of this scan.
-        covariates: see `SynthesisRequest`.
         conditions: see `SynthesisRequest`.
     """
 
@@ -43,7 +42,6 @@ class EditRequest:
     region: Volume
     name: str = "scan"
     number: int = 0
-    covariates: Mapping[str, object] = field(default_factory=dict)
     conditions: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -175,7 +173,7 @@ class Editor:
         def part(array: NDArray[Any]) -> Volume:
             return Volume(array[place], affine, scan.space)
 
-        asked = SynthesisRequest(part(mask.array), request.name, request.number, request.covariates, request.conditions)
+        asked = SynthesisRequest(part(mask.array), request.name, request.number, request.conditions)
         prepared = self.synthesizer.prepare(asked, allow_extrapolation=allow_extrapolation)
         return _Window(place, prepared, part(scan.array), region[place])
 

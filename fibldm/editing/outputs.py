@@ -1,6 +1,5 @@
 """A scan's file, a mask's file and a region in; edited scans out, marked, in the format of the scan."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from fibldm.files import hash_file, hash_value, read_json
 from fibldm.locks import alone
 from fibldm.progress import track
 from fibldm.synthesis import OutputConflict, SynthesisSettings, Synthesizer
+from fibldm.synthesis.asked import together
 from fibldm.volumes.dicom.series import Series, find_series, read_series
 from fibldm.volumes.formats.itk_images import read_itk
 from fibldm.volumes.formats.nifti import read_volume
@@ -28,7 +28,7 @@ from fibldm.volumes.writer import sidecar, write_synthetic
 EVERYWHERE = "everywhere"
 """The region that is the whole scan."""
 
-_logger = logging.getLogger("fibldm")
+_NOT_OF_EDITS = ("format", "template", "batch_size", "conditions_table", "own_conditions")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def edit_files(
         trust: see `Synthesizer.from_bundle`.
         device: None takes CUDA where there is one.
         **options: of `SynthesisSettings` by their names, but for ``format`` and ``template``, which are those of the
-            scan, and ``batch_size``.
+            scan, ``batch_size``, and conditions of several masks.
 
     Returns:
         The files, or the folders of series.
@@ -109,14 +109,15 @@ def edit_files(
     new = as_labels(read_mask(Path(mask), made.names))
     old = None if before is None else as_labels(read_mask(Path(before), made.names))
     inside = _region(source.volume, new, old, region, made.names, margin)
-    request = EditRequest(source.volume, new, inside, source.name, 0, asked.covariates, asked.conditions)
+    beside = together(asked.covariates, asked.conditions)
+    request = EditRequest(source.volume, new, inside, source.name, 0, beside)
     changed = {
         "scan": Path(scan).name,
         "scan_sha256": source.sha256,
         "voxels_of_labels": _counts(new, old, made),
     }
-    decisive = [made.source, asked.sampling.to_dict(), vars(edit), _hash(inside), dict(asked.covariates)]
-    decisive += [dict(asked.conditions), source.sha256]
+    decisive = [made.source, asked.sampling.to_dict(), vars(edit), _hash(inside), beside]
+    decisive += [source.sha256]
     facts = {"mask": Path(mask).name, "mask_sha256": hash_mask(Path(mask)), **changed}
     written = []
     with alone(Path(out) / ".edit.lock", str(out), "wait until that has ended, or choose another --out"):
@@ -162,7 +163,7 @@ def _only_series(folder: Path) -> Series:
 
 def _of_scan(source: _Source, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the format of the scan, and for DICOM its technical tags."""
-    if taken := [name for name in ("format", "template", "batch_size") if name in options]:
+    if taken := [name for name in _NOT_OF_EDITS if name in options]:
         raise FibldmError(f"an edit takes no {' and no '.join(taken)}", "leave it out: the format is that of the scan")
     return {**options, "format": "dicom", "template": source.series} if source.series else dict(options)
 

@@ -128,8 +128,8 @@ def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
     """Put what earlier stages would make into a configuration: the facts of the latents, and the base network."""
     kind = kind_of(stage)
     if kind.on_latents:
-        views = int(stage_parser("latents", request).get_parsed_content("views"))
-        parser["latents"] = _latents(stage_parser("autoencoder", request), request.work, views)
+        autoencoder, encoding = (stage_parser(name, request) for name in ("autoencoder", "latents"))
+        parser["latents"] = imagined_latents(autoencoder, encoding, request.work)
     if kind.base is not None:
         parser["base"] = stage_parser(kind.base, request)["network_def"]
 
@@ -217,9 +217,18 @@ def _case(parser: ConfigParser, part: str) -> Any:
     return parser.get_parsed_content(f"{part}::dataset")[Draw(0, 0, 0)]
 
 
-def _latents(parser: ConfigParser, work: Path, views: int) -> Latents:
-    """What the encode stage would write of the latents of an autoencoder, with so many views of a training case."""
-    get = parser.get_parsed_content
+def imagined_latents(autoencoder: ConfigParser, encoding: ConfigParser, work: Path) -> Latents:
+    """What the encode stage would write of the latents of an autoencoder.
+
+    Args:
+        autoencoder: configuration of that stage.
+        encoding: that of the encode stage.
+        work: folder of ``fibldm prepare``.
+
+    Raises:
+        FibldmError: no case of training or validation has a mask, and only such are encoded.
+    """
+    get = autoencoder.get_parsed_content
     network = get("network_def")
     channels, grid = network.latent_channels, {"size": list(get("size")), "spacing": list(get("spacing"))}
     space = {"mean": [0.0] * channels, "std": [1.0] * channels, "autoencoder": ""}
@@ -228,15 +237,16 @@ def _latents(parser: ConfigParser, work: Path, views: int) -> Latents:
         "space": space,
         "labels": datalist["labels"],
         "covariates": covariates_by_case(datalist["training"]),
-        "items": {split: _views(work, split, views if split == "training" else 1) for split in _SPLITS},
+        "items": {split: _views(work, split, encoding) for split in _SPLITS},
         "compression": list(network.compression),
         "grid": grid,
     }
     return Latents(_RUN, facts)
 
 
-def _views(work: Path, split: str, views: int) -> list[dict[str, str]]:
-    cases = load_datalist(str(work), split, masks=True)
+def _views(work: Path, split: str, encoding: ConfigParser) -> list[dict[str, str]]:
+    views = int(encoding.get_parsed_content("views")) if split == "training" else 1
+    cases = load_datalist(str(work), split, masks=bool(encoding.get_parsed_content("masks_only")))
     return [{"file": "", "case": case["case"], "subject": str(case["subject"])} for case in cases for _ in range(views)]
 
 

@@ -1,6 +1,7 @@
 """The main job: mask, model grid, condition, sampler, decoder, the mask's grid, written volume.
 
 * ``settings``: what is asked of a synthesis; its options are listed there and nowhere else
+* ``asked``: what is asked of volumes beside their masks: of all, of each by a table, or what the data say of its case
 * ``request``: what is asked of a synthesizer, and what comes back
 * ``loading``: the parts of a synthesizer, from a run or a bundle
 * ``synthesizer``: everything that turns a mask into a volume

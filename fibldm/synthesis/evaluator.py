@@ -26,7 +26,7 @@ class SynthesisEvaluator(Evaluator):
             is that of the items; all else is of MONAI's ``Evaluator``, such as ``val_handlers``.
 
     Raises:
-        FibldmError: an option has another type or is out of range.
+        FibldmError: an option has another type or is out of range, or masks lack conditions of their own.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SynthesisEvaluator(Evaluator):
         super().__init__(device, batches, decollate=False, **options)
         self.output = Output(synthesizer, Path(output_dir), settings)
         files = dict.fromkeys(item["mask"] for item in items)
+        settings.check_masks([Path(file) for file in files if file])
         self._masks = {file: MaskSource(Path(file), synthesizer.names) if file else None for file in files}
         # refuse at once what would be refused after the first volumes
         self.add_event_handler(Events.STARTED, lambda: self.output.missing(self._jobs(items)))

@@ -15,6 +15,7 @@ from fibldm.progress import track
 from fibldm.runs.stages import begun
 from fibldm.runs.values import require_switches
 from fibldm.shards import Shard
+from fibldm.synthesis.asked import read
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import OF_SAMPLING, SamplingSettings, SynthesisSettings
@@ -82,10 +83,8 @@ class Output:
                 refused.append(error)
         if refused:
             raise _together(refused, len({job.mask for job in missing}))
-        asked_beside = self.synthesizer.read(self.settings.covariates, self.settings.conditions)
-        for name, kind in self.synthesizer.conditions.items():
-            if name in asked_beside:
-                _logger.info("%s: %s", name, kind.told(asked_beside[name]))
+        for mask in list(numbers)[:1]:
+            self._tell(mask)
         return [job for job in jobs if job in missing]
 
     def write(self, jobs: Sequence[Job]) -> list[Path]:
@@ -139,12 +138,23 @@ class Output:
         if mask not in self._prepared:
             if self.dicom is not None and labels is None:
                 raise FibldmError("DICOM is a series with its segmentation; no mask was given", "write NIfTI instead")
-            request = SynthesisRequest(labels, stem_of(mask), 0, self.settings.covariates, self.settings.conditions)
+            request = SynthesisRequest(labels, stem_of(mask), 0, self._asked(mask))
             if self.dicom is not None and labels is not None:
                 self.dicom.check(labels.grid, self.synthesizer.names, self.synthesizer.intensity)
             allow = self.settings.allow_extrapolation
             self._prepared[mask] = self.synthesizer.prepare(request, allow_extrapolation=allow)
         return self._prepared[mask]
+
+    def _asked(self, mask: MaskSource | None) -> dict[str, Any]:
+        return self.settings.asked_of(None if mask is None else mask.file, self.synthesizer.beside)
+
+    def _tell(self, mask: MaskSource | None) -> None:
+        """Say what is asked beside the masks, or beside one of them."""
+        each = f"of each mask its own, of {stem_of(mask)} " if self.settings.each_its_own else ""
+        values = read(self.synthesizer.beside, self._asked(mask))
+        for name, kind in self.synthesizer.beside.items():
+            if name in self.synthesizer.conditions:
+                _logger.info("%s: %s%s", name, each, kind.told(values[name]))
 
     def _labels(self, mask: MaskSource) -> Volume:
         """Of a mask, which becomes the one used last."""
@@ -179,7 +189,7 @@ class Output:
     def _request(self, job: Job) -> dict[str, Any]:
         """What tells whether a volume that lies there is the one that is wanted."""
         decisive = [self.synthesizer.source, self.settings.sampling.to_dict(), job.number]
-        asked = self.synthesizer.read(self.settings.covariates, self.settings.conditions)
+        asked = read(self.synthesizer.beside, self._asked(job.mask))
         decisive += [known for known in [asked.pop("covariates")] if known]
         decisive += [{name: value} for name, value in asked.items() if value is not None]
         request = {
@@ -262,10 +272,12 @@ def synthesize_files(
     """
     require_switches(unconditional=unconditional, trust=trust)
     certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}
-    _ = SynthesisSettings.of(settings, **certain).files.dicom  # refused before the generator is loaded
+    early = SynthesisSettings.of(settings, **certain)
+    _ = early.files.dicom  # refused before the generator is loaded
     if masks and unconditional:
         raise FibldmError("volumes follow masks, or they are unconditional; got masks and --unconditional", "give one")
     files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
+    early.check_masks([file for file in files if file is not None])
     shard = Shard.from_environment()
     on = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     if (run_dir is None) == (bundle is None):

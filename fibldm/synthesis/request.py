@@ -27,14 +27,13 @@ class SynthesisRequest:
         mask: integer labels ``(X, Y, Z)`` in any axis order; None asks for nothing: any volume, on the model grid.
         name: of the mask; with the seed and ``number`` it decides the noise.
         number: which of the volumes of this mask.
-        covariates: what is asked of the patient beside the mask, by name; all else is unknown.
-        conditions: what is asked of further conditions, by their names.
+        conditions: what is asked beside the mask, by condition, such as ``{"covariates": {"age": 63}}``; all else is
+            unknown.
     """
 
     mask: Volume | None
     name: str = "mask"
     number: int = 0
-    covariates: Mapping[str, object] = field(default_factory=dict)
     conditions: Mapping[str, object] = field(default_factory=dict)
 
     def generator(self, seed: int) -> torch.Generator:

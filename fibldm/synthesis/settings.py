@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.models.conditions.condition import Condition
 from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
 from fibldm.plain_values import checked_values, counted, settings_of
+from fibldm.synthesis.asked import ConditionsTable, Table, known_cases, laid_over, own, together
 
 if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
@@ -233,13 +235,17 @@ class SynthesisSettings:
         files: in which files they are written.
         count: volumes of every mask.
         batch_size: volumes that are sampled together.
-        allow_extrapolation: go on, and say so, where masks or covariates lie outside what the training data covered.
+        allow_extrapolation: go on, and say so, where masks or conditions lie outside what the training data covered.
         covariates: what is asked of all patients beside the masks, such as ``{"age": 63, "sex": "F"}``; all else is
             unknown.
         conditions: what is asked of further conditions that the network was trained with, by their names.
+        conditions_table: covariates and further conditions of each mask by itself, which go before those of all: a CSV
+            or JSON file, or its content, see `fibldm.synthesis.asked.ConditionsTable`.
+        own_conditions: work folder whose cases the masks are of; of each is asked what the data say of its case, where
+            nothing else is.
 
     Raises:
-        FibldmError: a number is below 1.
+        FibldmError: a number is below 1, or covariates are among the further conditions.
     """
 
     sampling: SamplingSettings = SamplingSettings()
@@ -249,11 +255,71 @@ class SynthesisSettings:
     allow_extrapolation: bool = False
     covariates: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    conditions_table: Table | None = None
+    own_conditions: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise FibldmError(f"{name} must be at least 1; got {getattr(self, name)}")
+        _ = self.asked
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is asked of all masks, by condition."""
+        return together(self.covariates, self.conditions)
+
+    @cached_property
+    def table(self) -> ConditionsTable | None:
+        """What is asked of each mask by itself; its file is read once.
+
+        Raises:
+            FibldmError: it is no such table.
+        """
+        return None if self.conditions_table is None else ConditionsTable.read(self.conditions_table)
+
+    @cached_property
+    def cases(self) -> Mapping[Path, Mapping[str, Any]] | None:
+        """What the data say of the cases of `own_conditions`, by the files of their masks; read once.
+
+        Raises:
+            FibldmError: that is no work folder.
+        """
+        return None if self.own_conditions is None else known_cases(self.own_conditions)
+
+    @property
+    def each_its_own(self) -> bool:
+        """Whether masks differ in what is asked of them."""
+        return self.conditions_table is not None or self.own_conditions is not None
+
+    def check_masks(self, masks: Sequence[Path]) -> None:
+        """Refuse, before a generator is loaded, masks that lack the conditions of their own that they are to have.
+
+        Raises:
+            FibldmError: see `ConditionsTable.check_masks` and `known_cases`; or there are no masks.
+        """
+        if self.each_its_own and not masks:
+            raise FibldmError("conditions of each mask by itself need masks; there are none", "give --masks or --data")
+        if self.table is not None:
+            self.table.check_masks(masks)
+        _ = self.cases
+
+    def asked_of(self, mask: Path | None, kinds: Mapping[str, Condition]) -> dict[str, Any]:
+        """What is asked of a mask, by condition: by the data, over that of all masks, over that by the table.
+
+        Args:
+            mask: its file; None for volumes that follow no mask.
+            kinds: the conditions beside the mask, by name.
+
+        Raises:
+            FibldmError: table or data do not tell.
+        """
+        asked = self.asked
+        if mask is not None and self.table is not None:
+            asked = laid_over(asked, self.table.of(mask, kinds))
+        if mask is not None and self.cases is not None:
+            asked = laid_over(own(kinds, self.cases, mask, asked), asked)
+        return asked
 
     @classmethod
     def of(

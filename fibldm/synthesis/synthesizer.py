@@ -27,6 +27,7 @@ from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
+from fibldm.synthesis.asked import check, read, together
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
@@ -145,27 +146,10 @@ class Synthesizer:
         return cast(CovariateEncoding, self.conditions.get("covariates", CovariateEncoding({})))
 
     @property
-    def further(self) -> dict[str, Condition]:
-        """The conditions beside mask and covariates."""
-        return {name: kind for name, kind in self.conditions.items() if name not in ("mask", "covariates")}
-
-    def read(self, covariates: Mapping[str, object], conditions: Mapping[str, object]) -> dict[str, Any]:
-        """What is asked beside the mask, by name of the condition, as it is recorded.
-
-        Args:
-            covariates: by their names.
-            conditions: further ones, by theirs.
-
-        Raises:
-            FibldmError: there is no such condition, or it cannot be asked so.
-        """
-        if strange := conditions.keys() - self.further.keys():
-            raise FibldmError(
-                f"further conditions must be those of training ({', '.join(self.further) or 'none'}); "
-                f"there is no {', '.join(sorted(strange))}"
-            )
-        further = {name: kind.read(conditions.get(name)) for name, kind in self.further.items()}
-        return {"covariates": self.covariates.read(covariates), **further}
+    def beside(self) -> dict[str, Condition]:
+        """The conditions beside the mask, by name: covariates, and further ones."""
+        others = {name: kind for name, kind in self.conditions.items() if name != "mask"}
+        return {"covariates": self.covariates, **others}
 
     def __call__(
         self,
@@ -181,12 +165,13 @@ class Synthesizer:
     ) -> Synthesis:
         """One synthetic volume on the grid of ``mask``; see `SynthesisRequest` and `batch` for arguments and errors.
 
+        What is asked beside the mask are ``covariates`` and further ``conditions``, each by their names.
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         What is not given is as in ``settings``, or else as in `sampling`.
         """
         name = name or (UNCONDITIONAL if mask is None else "mask")
         image = None if mask is None else as_volume(mask)
-        request = SynthesisRequest(image, name, number, covariates or {}, conditions or {})
+        request = SynthesisRequest(image, name, number, together(covariates or {}, conditions or {}))
         chosen = (settings or self.sampling).changed(**sampling)
         return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation)[0]
 
@@ -211,15 +196,15 @@ class Synthesizer:
         return self.draw(prepared, settings=settings)
 
     def prepare(self, request: SynthesisRequest, *, allow_extrapolation: bool = False) -> PreparedMask:
-        """Check and place a mask, with the covariates that are asked beside it, once for any number of its volumes.
+        """Check and place a mask, with what is asked beside it, once for any number of its volumes.
 
         Args:
             request: one of the volumes.
-            allow_extrapolation: go on, and say so, where mask or covariates lie outside what the training data covered.
+            allow_extrapolation: go on, and say so, where mask or conditions lie outside what the training data covered.
 
         Raises:
             FibldmError: the mask holds fractions or a label that the training data lack, or lies outside of them; so do
-                covariates; or the generator knows no masks.
+                other conditions; or the generator knows no masks.
         """
         try:
             return self._placed(request, allow_extrapolation)
@@ -257,11 +242,10 @@ class Synthesizer:
             )
         source = as_labels(request.mask or self._unknown()).canonical()
         self.mask.read(torch.from_numpy(source.array.astype(np.int64)))
-        asked = self.read(request.covariates, request.conditions)
+        asked = read(self.beside, request.conditions)
         outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
-        for name, kind in {"covariates": self.covariates, **self.further}.items():
-            outside += kind.check(asked[name], allow=allow_extrapolation)
+        outside += check(self.beside, asked, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
         return PreparedMask(request, source, grid, asked, outside)
 
@@ -302,7 +286,8 @@ class Synthesizer:
         """
         request, grid = prepared.request, prepared.grid
         same_spacing = bool(np.allclose(grid.spacing, prepared.source.grid.spacing))
-        further = {name: kind.recorded(prepared.asked[name]) for name, kind in self.further.items()}
+        further = {name: kind.recorded(prepared.asked[name]) for name, kind in self.beside.items()}
+        covariates = further.pop("covariates")
         return {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
@@ -310,7 +295,7 @@ class Synthesizer:
             **({"choice": dict(self.choice)} if self.choice else {}),
             "number": request.number,
             "sampling": settings.to_dict(),
-            "covariates": self.covariates.recorded(prepared.asked["covariates"]),
+            "covariates": covariates,
             **({"conditions": further} if further else {}),
             "follows_mask": request.mask is not None,
             "network_calls": calls,

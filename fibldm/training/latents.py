@@ -34,6 +34,7 @@ from fibldm.shards import Shard, wait_for
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
+from fibldm.volumes.datalist import known_of
 
 Result = TypeVar("Result")
 Draw = Literal["sample", "mean"]
@@ -45,7 +46,6 @@ _SPLITS = ("training", "validation")
 _LONG = 3.0  # seconds
 _RECONSTRUCTED = 64  # training cases that tell the residual noise
 _OF_LATENT = {"mean", "std", "valid", "seed", "view"}
-_NO_COVARIATES = ("image", "label", "case", "subject")
 
 _logger = logging.getLogger("fibldm")
 
@@ -489,7 +489,7 @@ class EncodeStage:
 
 def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What a datalist says of its cases beside their files and patients, by case and name."""
-    return {case["case"]: {name: value for name, value in case.items() if name not in _NO_COVARIATES} for case in cases}
+    return {case["case"]: known_of(case) for case in cases}
 
 
 def _timed(function: Callable[[], Result]) -> tuple[float, Result]:

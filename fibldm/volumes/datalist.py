@@ -1,5 +1,6 @@
 """Split a dataset by patient, once, and read the split back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from fibldm.files import read_json
 SPLITS = ("training", "validation", "test")
 
 _FILES = ("image", "label")
+_OF_CASE = (*_FILES, "case", "subject")
 _SHOWN = 3
 
 
@@ -60,3 +62,8 @@ def read_datalist(work: Path | str) -> dict[str, Any]:
     """
     content: dict[str, Any] = read_json(Path(work) / "datalist.json")
     return {"channels": ["image"]} | content | {split: _cases(work, split) for split in SPLITS}
+
+
+def known_of(case: Mapping[str, Any]) -> dict[str, Any]:
+    """What a datalist says of a case beside its files, name and patient; None is unknown."""
+    return {name: value for name, value in case.items() if name not in _OF_CASE}

@@ -72,9 +72,22 @@ class Condition(ABC):
             FibldmError: as `read`.
         """
 
-    @abstractmethod
+    def own(self, known: Mapping[str, object]) -> Any:
+        """What the data say of a case, as `read` takes it; None where they say nothing that training had.
+
+        Args:
+            known: what is known of the case, by name; None is unknown.
+
+        Raises:
+            FibldmError: a kind that is read from nothing of the data.
+        """
+        raise FibldmError(
+            f"{self.what} must be said, as the data do not tell what to ask of a case", "ask for it, or for nothing"
+        )
+
     def encode_case(self, case: Case) -> Tensor:
         """What a case of the data says, as ``(...)``; what training never had is unknown."""
+        return self.encode([self.read(self.own(case.known))])[0]
 
     @abstractmethod
     def drop_(self, encoded: Tensor, dropped: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
-from fibldm.models.conditions.condition import Case, Condition
+from fibldm.models.conditions.condition import Condition
 
 Value = str | float
 
@@ -188,9 +188,9 @@ class CovariateEncoding(Condition):
         """
         return torch.tensor([self._rows(self.read(value)) for value in values])
 
-    def encode_case(self, case: Case) -> Tensor:
-        """``(T, 2)``; other covariates of the case are passed over, and unseen categories are unknown."""
-        return self.encode([{name: kind.read(case.known.get(name)) for name, kind in self.kinds.items()}])[0]
+    def own(self, known: Mapping[str, object]) -> dict[str, Value | None]:
+        """The covariates of a case; others that it has are passed over, and unseen categories are unknown."""
+        return {name: kind.read(known.get(name)) for name, kind in self.kinds.items()}
 
     def drop_(self, encoded: Tensor, dropped: Tensor) -> Tensor:
         return encoded.masked_fill_(dropped[..., None], 0.0)
