@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "encode",
     "synthesize",
+    "edit",
     "picture",
     "evaluate",
     "export",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from fibldm.models.conditions.condition import Condition
 from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
+from fibldm.models.inpainting import KnownLatents
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, Target
@@ -254,7 +256,7 @@ class Synthesizer:
         Raises:
             FibldmError: a dynamic threshold is asked of latents.
         """
-        settings = self._as_trained(settings or self.sampling)
+        settings = self.as_trained(settings or self.sampling)
         made: dict[int, Synthesis] = {}
         for size in dict.fromkeys(part.grid.shape for part in prepared):
             places = [place for place, part in enumerate(prepared) if part.grid.shape == size]
@@ -303,58 +305,97 @@ class Synthesizer:
         on_disk = self.intensity.to_disk(np.stack(returned))
         own_grid = source.grid if placed.request.mask is None else placed.request.mask.grid
         channels = tuple(turned_like(replace(source, array=part), own_grid) for part in on_disk)
-        same_spacing = bool(np.allclose(grid.spacing, source.grid.spacing))
-        further = {name: kind.recorded(placed.asked[name]) for name, kind in self.beside.items()}
+        return Synthesis(channels, self.provenance(placed, settings, calls=settings.calls_on(self.process)))
+
+    def provenance(self, prepared: PreparedMask, settings: SamplingSettings, *, calls: int) -> dict[str, Any]:
+        """Where a volume comes from, JSON-able.
+
+        Args:
+            prepared: its mask.
+            settings: as they were followed.
+            calls: of the network.
+        """
+        request, grid = prepared.request, prepared.grid
+        same_spacing = bool(np.allclose(grid.spacing, prepared.source.grid.spacing))
+        further = {name: kind.recorded(prepared.asked[name]) for name, kind in self.beside.items()}
         covariates = further.pop("covariates")
-        provenance = {
+        return {
             "fibldm": fibldm.__version__,
             "torch": torch.__version__,
             "source": self.source,
             **({"choice": dict(self.choice)} if self.choice else {}),
-            "number": placed.request.number,
+            "number": request.number,
             "sampling": settings.to_dict(),
             "covariates": covariates,
             **({"conditions": further} if further else {}),
-            "follows_mask": placed.request.mask is not None,
-            "network_calls": settings.calls_on(self.process),
+            "follows_mask": request.mask is not None,
+            "network_calls": calls,
             "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
             "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
-            "extrapolation": placed.outside,
-            "notice": NOTICE if placed.request.mask is not None else UNCONDITIONAL_NOTICE,
+            "extrapolation": prepared.outside,
+            "notice": NOTICE if request.mask is not None else UNCONDITIONAL_NOTICE,
         }
-        return Synthesis(channels, provenance)
 
-    def _as_trained(self, settings: SamplingSettings) -> SamplingSettings:
+    def as_trained(self, settings: SamplingSettings) -> SamplingSettings:
         """Settings with the shift of the training times where they give none, and no noise that is not known."""
         known = {"latents": not self.first_stage.is_identity, "residual_noise": self.residual_noise is not None}
         return settings.as_trained(shift=self.shift, **known)
 
-    def _sample(self, placed: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:
-        """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
-        device = next(self.network.parameters()).device
-        labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
-        drawn = torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
-        given = self._encoded(placed, drawn)
+    @torch.no_grad()
+    def draw_latents(
+        self,
+        prepared: Sequence[PreparedMask],
+        generators: Sequence[torch.Generator],
+        settings: SamplingSettings,
+        known: KnownLatents | None = None,
+    ) -> Tensor:
+        """Normalised latents ``(B, C, x, y, z)`` of masks of one size, by settings as `as_trained` gives them.
+
+        Args:
+            prepared: by this synthesizer.
+            generators: of all that is random, one for each.
+            settings: how to sample.
+            known: cells that stay as they are; None draws all.
+        """
+        drawn = self._labels(prepared)
+        given = self._encoded(prepared, drawn)
         cells = [length // step for length, step in zip(drawn.shape[2:], self.mask.factors, strict=True)]
-        generators = [part.request.generator(settings.seed) for part in placed]
-        noise = draw_noise((len(self.space.mean), *cells), generators).to(device)
+        noise = draw_noise((len(self.space.mean), *cells), generators).to(drawn.device)
         nothing = {name: self.conditions[name].null(part) for name, part in given.items()}
         denoise = settings.guide(self._denoiser(given), self._denoiser(nothing))
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
+        sampler = partial(settings.draw, process=self.process, generators=generators)
         times = settings.times(self.process)
-        z = settings.draw(denoise, noise, times, process=self.process, generators=generators)
-        decoded = [self._decode(z[place : place + 1], drawn[place : place + 1]) for place in range(len(placed))]
+        if known is None:
+            return sampler(denoise, noise, times)
+        return known.draw(sampler, denoise, noise, times, process=self.process, generators=generators)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, prepared: PreparedMask) -> Tensor:
+        """The volume ``(C, X, Y, Z)`` of a normalised latent ``(1, C, x, y, z)``, on the model grid of its mask."""
+        mask = None
+        if self.first_stage.needs_mask:
+            mask = MaskEncoding(self.mask.labels, compression=1).encode(self._labels([prepared]))
+        return tiled_decode(self.first_stage, self.space.denormalise(z), mask=mask)[0].float()
+
+    def _sample(self, placed: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:
+        """Decoded volumes ``(C, X, Y, Z)`` of masks of one size, on the model grid, in ``[-1, 1]``."""
+        generators = [part.request.generator(settings.seed) for part in placed]
+        z = self.draw_latents(placed, generators, settings)
+        decoded = [self.decode(z[place : place + 1], part) for place, part in enumerate(placed)]
         if settings.residual_noise and self.residual_noise is not None:
             pairs = zip(decoded, generators, strict=True)
             decoded = [part + settings.residual_noise * self.residual_noise.draw(part, own) for part, own in pairs]
         return [part.clamp(-1, 1).cpu().numpy() for part in decoded]
 
-    def _decode(self, z: Tensor, drawn: Tensor) -> Tensor:
-        whole = MaskEncoding(self.mask.labels, compression=1).encode(drawn) if self.first_stage.needs_mask else None
-        return tiled_decode(self.first_stage, self.space.denormalise(z), mask=whole)[0].float()
+    def _labels(self, placed: Sequence[PreparedMask]) -> Tensor:
+        """Of masks of one size, on their model grids, ``(B, 1, X, Y, Z)`` where the network is."""
+        labels = [resample(part.source, part.grid, kind="label", fill=UNKNOWN_LABEL).array for part in placed]
+        device = next(self.network.parameters()).device
+        return torch.from_numpy(np.stack(labels).astype(np.int64)[:, None]).to(device)
 
     def _encoded(self, placed: Sequence[PreparedMask], drawn: Tensor) -> dict[str, Tensor]:
         """What the network is given of each condition that it sees, ``(B, ...)``."""

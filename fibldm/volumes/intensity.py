@@ -95,7 +95,7 @@ class Intensity:
         """
         values = _finite_float(volume, "a volume to normalise")
         self._check_channels(values)
-        low, high = self._input_range(values)
+        low, high = self.input_range(values)
         return ((values - low) / (high - low) * 2 - 1).clip(-1, 1)
 
     def restore(self, volume: Volume) -> Volume:
@@ -146,7 +146,7 @@ class Intensity:
             )
         return cls(kind=kind, **levels)
 
-    def _input_range(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
+    def input_range(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
         """Lower and upper end of the range that becomes ``[-1, 1]``, of a shape that fits beside ``values``."""
         if self.kind != "percentile":
             return self.low, self.high

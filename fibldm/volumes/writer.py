@@ -18,7 +18,12 @@ _SAME_PLACE = 0.01
 """By how many voxels sform and qform may differ; some programs take the one, some the other."""
 
 
-def write_synthetic(path: Path, volume: Volume | Sequence[Volume], provenance: dict[str, Any]) -> None:
+def write_synthetic(
+    path: Path,
+    volume: Volume | Sequence[Volume],
+    provenance: dict[str, Any],
+    description: str = "SYNTHETIC by FibLDM, not a patient",
+) -> None:
     """Write a synthetic volume as NIfTI with its sidecar; there is no way to leave the mark out.
 
     It says so three times: ``descrip`` starts with ``SYNTHETIC``, a JSON header extension and the sidecar
@@ -29,6 +34,7 @@ def write_synthetic(path: Path, volume: Volume | Sequence[Volume], provenance: d
         path: ends in ``.nii.gz``.
         volume: in its final units and type; of several channels, one for each, all on one grid.
         provenance: JSON-able; ``synthetic: true`` is added, whatever it says itself.
+        description: begins with SYNTHETIC; at most 79 bytes.
 
     Raises:
         FibldmError: the volume holds a value that is not finite, its axes are not at right angles, or it cannot be
@@ -39,7 +45,7 @@ def write_synthetic(path: Path, volume: Volume | Sequence[Volume], provenance: d
     if not np.isfinite(array).all():
         raise FibldmError(f"a synthetic volume must be finite; {path.name} is not", "train the run longer")
     facts = {"synthetic": True} | provenance | {"synthetic": True}
-    image = nifti(array, channels[0].affine, "SYNTHETIC by FibLDM, not a patient", channels[0].space)
+    image = nifti(array, channels[0].affine, description, channels[0].space)
     image.header.extensions.append(Nifti1Extension(_COMMENT, json.dumps(facts).encode()))
     with atomic_path(path) as temporary:
         nibabel.save(image, temporary)

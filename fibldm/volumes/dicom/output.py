@@ -13,7 +13,7 @@ from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
 from fibldm.volumes.dicom.template import Modality, Template, read_template
-from fibldm.volumes.dicom.writer import Identity, in_viewing_order, make_series, quantisation_step, write_series
+from fibldm.volumes.dicom.writer import NOTICE, Identity, in_viewing_order, make_series, quantisation_step, write_series
 from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar
@@ -110,6 +110,8 @@ class DicomOutput:
         intensity: Intensity,
         request: Mapping[str, Any],
         provenance: Mapping[str, Any],
+        whole: bool = False,
+        notice: str = NOTICE,
     ) -> None:
         """Write the series ``folder``, its mask ``masks/<folder name>.dcm`` beside it, and the sidecar.
 
@@ -123,6 +125,8 @@ class DicomOutput:
             intensity: rule of the volume.
             request: everything that decides the files; the same request gives the same UIDs.
             provenance: JSON-able, for the sidecar.
+            whole: see `make_series`.
+            notice: see `make_series`.
 
         Raises:
             FibldmError: see `make_series`, `write_segmentation`, `write_series`.
@@ -130,7 +134,13 @@ class DicomOutput:
         modality, value_range = _modality(intensity), _value_range(intensity)
         identity = Identity(patient=str(request["mask_sha256"]), key=hash_value([__version__, request]))
         series = make_series(
-            volume, modality=modality, value_range=value_range, identity=identity, template=self.template
+            volume,
+            modality=modality,
+            value_range=value_range,
+            identity=identity,
+            template=self.template,
+            whole=whole,
+            notice=notice,
         )
         for item in series if self.position else ():
             item.PatientPosition = self.position
@@ -143,7 +153,7 @@ class DicomOutput:
             identity=identity,
         )
         stored = {
-            "quantisation_step": quantisation_step(modality, value_range),
+            "quantisation_step": 1.0 if whole else quantisation_step(modality, value_range),
             "template": self.template is not None,
             "slices": len(series),
         }

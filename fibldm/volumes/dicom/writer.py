@@ -32,7 +32,7 @@ _VIEWING_ORDER = {"R": "PIR", "A": "LIP", "S": "LPS"}
 _SHEAR_TOLERANCE = 1e-4
 _INT16 = np.iinfo(np.int16)
 _UINT16 = np.iinfo(np.uint16)
-_NOTICE = "Synthetic image drawn from a label mask; no patient was imaged. The mask may carry a patient's anatomy."
+NOTICE = "Synthetic image drawn from a label mask; no patient was imaged. The mask may carry a patient's anatomy."
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def make_series(
     value_range: tuple[float, float],
     identity: Identity,
     template: Template | None = None,
+    whole: bool = False,
+    notice: str = NOTICE,
 ) -> list[Dataset]:
     """The slices of a synthetic series, in order along their normal, ready for `write_series`.
 
@@ -74,6 +76,8 @@ def make_series(
         value_range: smallest and largest value that the model can give; also the window shown at first.
         identity: decides patient and UIDs.
         template: gives technical tags; must fit, see `Template.check`.
+        whole: MR is in whole numbers, and stored as such.
+        notice: what the series says of how it was made.
 
     Raises:
         FibldmError: sheared axes, CT that is no whole HU, values outside the range, or a template that does not fit.
@@ -81,8 +85,9 @@ def make_series(
     if template is not None:
         template.check(modality, volume.grid)
     turned = in_viewing_order(volume)
-    stored, slope, intercept = _stored(turned.array, modality, value_range)
+    stored, slope, intercept = _stored(turned.array, modality, value_range, whole=whole)
     shared = _shared(modality, identity, template)
+    shared.DerivationDescription = shared.ImageComments = notice
     shared.update(_placed(turned, template))
     shared.RescaleSlope, shared.RescaleIntercept = _decimal(slope), _decimal(intercept)
     shared.RescaleType = "HU" if modality == "ct" else "US"
@@ -135,12 +140,15 @@ def _turned(volume: Volume, turn: NDArray[Any]) -> Volume:
 
 
 def _stored(
-    array: NDArray[Any], modality: Modality, value_range: tuple[float, float]
+    array: NDArray[Any], modality: Modality, value_range: tuple[float, float], *, whole: bool
 ) -> tuple[NDArray[np.int16] | NDArray[np.uint16], float, float]:
     """Stored values, and slope and intercept that turn them back."""
-    if modality == "ct":
+    if modality == "ct" or whole:
         if not np.array_equal(np.rint(array), array) or array.min() < _INT16.min or array.max() > _INT16.max:
-            raise FibldmError(f"CT must be whole HU within [{_INT16.min}, {_INT16.max}] to be written as DICOM")
+            units = "HU" if modality == "ct" else "numbers"
+            raise FibldmError(
+                f"{modality.upper()} must be whole {units} within [{_INT16.min}, {_INT16.max}] to be written as DICOM"
+            )
         return array.astype(np.int16), 1.0, 0.0
     slope, intercept = quantisation_step(modality, value_range), float(_decimal(value_range[0]))
     steps = np.rint((array.astype(np.float64) - intercept) / slope)
@@ -174,7 +182,6 @@ def _shared(modality: Modality, identity: Identity, template: Template | None) -
     mark(shared)
     shared.ImageType = ["DERIVED", "SECONDARY", "AXIAL" if modality == "ct" else "OTHER"]
     shared.StudyDescription, shared.SeriesDescription = "SYNTHETIC", f"SYNTHETIC {modality.upper()}"
-    shared.DerivationDescription = shared.ImageComments = _NOTICE
     shared.BurnedInAnnotation, shared.LossyImageCompression = "NO", "00"
     shared.Manufacturer = shared.ManufacturerModelName = "FibLDM"
     shared.SoftwareVersions = __version__

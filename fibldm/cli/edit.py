@@ -1,0 +1,93 @@
+"""``fibldm edit``: a region of a real scan drawn anew."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fibldm.cli.synthesize import read_named
+
+
+def edit(
+    scan: Annotated[Path, typer.Argument(help="Scan: NIfTI, NRRD, MetaImage, or the folder of a DICOM series.")],
+    mask: Annotated[Path, typer.Option("--mask", help="Mask of what the edited scan shows, on the scan's voxels.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder.")],
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder.")] = None,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="Exported bundle, in place of --run.")] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="With --bundle: accept changes since export, and instantiate any class it names."),
+    ] = False,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABELS|MASK|everywhere",
+            help="What is drawn anew: labels of the mask (tumour,cyst), a mask file, or everywhere; default: where "
+            "--before and --mask differ.",
+        ),
+    ] = None,
+    before: Annotated[Path | None, typer.Option("--before", help="Mask of the scan as it is.")] = None,
+    margin: Annotated[float, typer.Option(min=0, help="Grow the region by so many mm.")] = 0.0,
+    strength: Annotated[
+        float, typer.Option(help="1 draws the region from noise; below 1, a variation of what is there.")
+    ] = 1.0,
+    resampling: Annotated[int, typer.Option(min=0, help="How often the region is drawn again, to fit better.")] = 0,
+    depth: Annotated[
+        float, typer.Option(help="Voxels over which the scan's own grain fades from the region's border.")
+    ] = 3.0,
+    count: Annotated[int, typer.Option(min=1, help="Edits of the scan.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Random seed; default: 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps; default: the bundle's, or 10.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, ancestral, heun or dpmpp_2m; default: the bundle's, or dpmpp_2m.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="1 is none; more follows the mask harder; default: the bundle's, or 1.")
+    ] = None,
+    residual_noise: Annotated[
+        float | None, typer.Option(help="Residual noise inside the region: 1 = as measured, 0 = none.")
+    ] = None,
+    covariate: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="Covariate of the patient, such as age=63; repeatable.")
+    ] = [],
+    condition: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="Further condition of the generator; repeatable.")
+    ] = [],
+    allow_extrapolation: Annotated[
+        bool, typer.Option("--allow-extrapolation", help="Proceed although the mask lies outside the training range.")
+    ] = False,
+    label_codes: Annotated[
+        Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")] = None,
+) -> dict[str, Any]:
+    """Draw a region of a real scan anew, following a mask: a lesion in, a lesion out, or a variation.
+
+    Outside the region every voxel stays as it is. The edited scan has the format of the scan, is marked as synthetic in
+    part, and is still a patient's: handle it as the scan itself.
+    """
+    options = dict(locals())
+    from fibldm.cli.output import log_to_standard_error
+    from fibldm.editing import EditSettings, edit_files
+    from fibldm.plain_values import counted
+    from fibldm.synthesis.settings import OPTIONS
+
+    log_to_standard_error()
+    options |= {"covariates": read_named(covariate), "conditions": read_named(condition, "--condition")}
+    given = {name: options[name] for name in OPTIONS if options.get(name) is not None}
+    outputs = edit_files(
+        scan,
+        mask,
+        out,
+        run=run,
+        bundle=bundle,
+        region=region,
+        before=before,
+        margin=margin,
+        edit=EditSettings(strength, resampling, depth),
+        trust=trust,
+        device=device,
+        **given,
+    )
+    print(f"{counted(len(outputs), 'edited scan')} in {out}; outside the region as {scan.name}")
+    return {"outputs": [str(path) for path in outputs]}

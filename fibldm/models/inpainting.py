@@ -1,0 +1,102 @@
+"""Latents that are known in some cells: the others are drawn so that they fit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fibldm.errors import FibldmError
+from fibldm.models.process import SMALLEST_ALPHA, Prediction, Process
+from fibldm.models.samplers import Denoise, draw_noise
+
+RESAMPLED_FROM = 0.6
+"""Where resampling begins again, as a share of the time at which sampling began."""
+
+
+@dataclass(frozen=True)
+class KnownLatents:
+    """What is known of latents, and how much of the rest is drawn anew.
+
+    Known cells follow their own path from noise to data: whatever the network says of them is replaced by what is
+    known, at every call and so at the noise level of that call (Lugmayr et al. 2022, "RePaint", eq. 8). That alone lets
+    the other cells know too little of them. By how much the network was wrong about known cells says how much it should
+    have said otherwise of those beside them, through the gradient of its own prediction (Song et al. 2023,
+    "Pseudoinverse-guided diffusion models", eq. 8, for data of unit variance, as latents are).
+
+    What is drawn can be brought back to noise and drawn again, to fit better still (Xu et al. 2023, "Restart sampling",
+    algorithm 1).
+
+    Attributes:
+        z: normalised latents ``(B, C, x, y, z)``.
+        inside: which cells are drawn, booleans ``(B, 1, x, y, z)``.
+        strength: how much of what is inside is replaced, in (0, 1]: 1 begins with noise; below, with `z` at the noise
+            level of this share of the time, of which coarse structure remains (Meng et al. 2022, "SDEdit").
+        resampling: how often what is inside is drawn again.
+
+    Raises:
+        FibldmError: strength or resampling is out of range.
+    """
+
+    z: Tensor
+    inside: Tensor
+    strength: float = 1.0
+    resampling: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise FibldmError(
+                f"strength must lie in (0, 1]; got {self.strength}", "1 draws anew, 0.5 keeps coarse structure"
+            )
+        if self.resampling < 0:
+            raise FibldmError(f"resampling must be at least 0; got {self.resampling}", "0 draws once")
+
+    def around(self, denoise: Denoise, process: Process) -> Denoise:
+        """The denoiser that knows these cells, all of one call at one time."""
+
+        def knowing(z_t: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = (float(level(t[:1].double().cpu())) for level in (process.alpha, process.sigma))
+            if alpha < SMALLEST_ALPHA:  # all is noise, of which nothing is known
+                z_0, log_variance = denoise(z_t, t)
+                return Prediction(self._kept(z_0), log_variance)
+            with torch.enable_grad():
+                z_t = z_t.detach().requires_grad_()
+                z_0, log_variance = denoise(z_t, t)
+            wrong = torch.where(self.inside, 0, self.z - z_0).detach()
+            (pull,) = torch.autograd.grad(z_0, z_t, wrong)
+            z_0 = z_0.detach() + (alpha**2 + sigma**2) / alpha * pull
+            return Prediction(self._kept(z_0), None if log_variance is None else log_variance.detach())
+
+        return knowing
+
+    def draw(
+        self,
+        sample: Callable[[Denoise, Tensor, Tensor], Tensor],
+        denoise: Denoise,
+        noise: Tensor,
+        times: Tensor,
+        *,
+        process: Process,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Latents ``(B, C, x, y, z)``: outside as they are known, to the bit.
+
+        Args:
+            sample: a sampler with all but the three arguments ``denoise, z, times`` given.
+            denoise: the denoiser.
+            noise: standard normal, of the shape of `z`.
+            times: of a whole sampling, from 1 down to 0, see `Sampler`.
+            process: of the denoiser.
+            generators: one for each sample, for what resampling draws.
+        """
+        knowing, times = self.around(denoise, process), times * self.strength
+        begun = process.diffuse(self.z, noise, times[:1].expand(len(noise)))
+        z = sample(knowing, torch.where(self.inside, noise, begun) if self.strength == 1 else begun, times)
+        for _ in range(self.resampling):
+            again = times * RESAMPLED_FROM
+            noise = draw_noise(noise.shape[1:], generators).to(noise)
+            z = sample(knowing, process.diffuse(self._kept(z), noise, again[:1].expand(len(noise))), again)
+        return self._kept(z)
+
+    def _kept(self, z: Tensor) -> Tensor:
+        return torch.where(self.inside, z, self.z.to(z.dtype))
