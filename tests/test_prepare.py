@@ -16,6 +16,7 @@ from monai.data import load_decathlon_datalist
 from fibldm.cli.prepare import prepare as command
 from fibldm.datasets import preparation, work_folder
 from fibldm.datasets.case import Rules, prepare_case, stored_image
+from fibldm.datasets.checks import Finding, table
 from fibldm.datasets.fitting_grid import fitting_grid
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
@@ -320,7 +321,7 @@ def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
 def test_after_a_correction_the_failed_report_is_replaced(tmp_path: Path) -> None:
     source = make_folders(tmp_path / "data")
     write_nifti(source / "images/p0.nii.gz", np.zeros(SHAPE, np.int16))
-    with pytest.raises(FibldmError, match="1 errors and 0 warnings in 4 cases, nothing was prepared"):
+    with pytest.raises(FibldmError, match="1 error and 0 warnings in 4 cases, nothing was prepared"):
         prepare(source, tmp_path / "work", CT)
     write_nifti(source / "images/p0.nii.gz", ct_array(0))
     assert not prepare(source, tmp_path / "work", CT).unchanged
@@ -617,6 +618,18 @@ def test_the_proposed_grid_has_the_usual_spacing_and_holds_every_volume(
     cases |= {"b": cases["0"], "c": cases["0"]}
     write_json(tmp_path / "report.json", {"cases": cases, "left_out": ["bad"]})
     assert fitting_grid(tmp_path).spacing[0] == 1.95 and fitting_grid(tmp_path).size[0] == 96  # 160 mm
+
+
+def test_a_warning_that_many_cases_share_is_said_once_and_errors_one_by_one() -> None:
+    many = [Finding(f"p{index}", "warning", "image: no orientation") for index in range(60)]
+    few = [Finding(f"p{index}", "warning", "a couch") for index in range(3)]
+    errors = [Finding(f"p{index}", "error", "image: NaN") for index in range(5)]
+    assert table([*many[:2], *few, *errors, *many[2:]]) == [
+        "60 cases  warning  image: no orientation (p0, p1, p2, ...)",
+        *(f"p{index}        warning  a couch" for index in range(3)),
+        *(f"p{index}        error    image: NaN" for index in range(5)),
+    ]
+    assert table([]) == []
 
 
 def test_files_of_the_same_size_and_time_are_not_taken_for_each_other(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def prepare(
     ] = False,
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
+    from fibldm.datasets.checks import table
     from fibldm.datasets.fitting_grid import fitting_grid
     from fibldm.datasets.preparation import prepare as prepare_dataset
     from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
@@ -95,9 +96,7 @@ def prepare(
     )
     workers = workers if workers is not None else cores()
     report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)
-    width = max((len(finding.case) for finding in report.findings), default=0)
-    findings = [f"{finding.case:<{width}}  {finding.level:<7}  {finding.message}" for finding in report.findings]
-    for line in (*findings, *(f"note: {note}" for note in report.notes)):
+    for line in (*table(report.findings), *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))
     grid = fitting_grid(report.work)

@@ -1,5 +1,6 @@
 """What may be wrong with the voxels, the labels and the grids of a case."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,27 @@ class Finding:
         return f"{self.case}: {self.level}: {self.message}"
 
 
+_NAMED = 3  # of the cases that share a warning
+
 Found = Iterator[tuple[Level, str]]
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """A line for each finding; a warning that more than three cases share is one line that counts them."""
+    sharing = defaultdict(list)
+    for finding in findings:
+        sharing[finding.level, finding.message].append(finding.case)
+    rows, told = [], set()
+    for finding in findings:
+        cases, case, message = sharing[finding.level, finding.message], finding.case, finding.message
+        if finding.level == "warning" and len(cases) > _NAMED:
+            case, message = f"{len(cases)} cases", f"{message} ({', '.join(cases[:_NAMED])}, ...)"
+        row = (case, finding.level, message)
+        if row not in told:
+            told.add(row)
+            rows.append(row)
+    width = max((len(case) for case, _, _ in rows), default=0)
+    return [f"{case:<{width}}  {level:<7}  {message}" for case, level, message in rows]
 
 
 def image_findings(

@@ -14,7 +14,7 @@ from typing import Any
 
 from fibldm import __version__
 from fibldm.datasets.case import CaseFacts, Record, Rules, prepare_case
-from fibldm.datasets.checks import Finding
+from fibldm.datasets.checks import Finding, table
 from fibldm.datasets.layouts import find_source
 from fibldm.datasets.pseudonyms import SALT_FILE, Pseudonyms, key_of, key_path, pending_path, read_pseudonyms
 from fibldm.datasets.settings import Plan, PrepareSettings, make_plan
@@ -34,6 +34,7 @@ from fibldm.datasets.work_folder import (
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone, beside
+from fibldm.plain_values import counted
 from fibldm.progress import track
 from fibldm.workers import in_processes
 
@@ -284,14 +285,14 @@ def _settle(work: Path, found: Source, plan: Plan, checked: Checked, pseudonyms:
     if not complete:
         write_json(work / "report.json", report_dict(plan, checked, ok=False))
     errors = sum(finding.level == "error" for finding in checked.findings)
-    width = max((len(finding.case) for finding in checked.findings), default=0)
-    listed = "".join(f"\n  {f.case:<{width}}  {f.level:<7}  {f.message}" for f in checked.findings)
+    listed = "".join(f"\n  {line}" for line in table(checked.findings))
     if skipping or not checked.bad:
         left = {subject for name, subject in settled.subjects.items() if name not in checked.bad}
         listed += "".join(f"\n  note: {note}" for note in found.notes)  # what was left out may be the patients lacking
         raise FibldmError(f"{too_few(len(left))}{':' if listed else ''}{listed}", ADD_PATIENTS)
     raise FibldmError(
-        f"every case must be sound; {errors} errors and {len(checked.findings) - errors} warnings in "
-        f"{len(plan.source.cases)} cases, nothing was prepared:{listed}",
+        f"every case must be sound; {counted(errors, 'error')} and "
+        f"{counted(len(checked.findings) - errors, 'warning')} in {counted(len(plan.source.cases), 'case')}, "
+        f"nothing was prepared:{listed}",
         f"correct these cases, or leave them out with --skip-bad ({pending_path(work).name} says where each lies)",
     )
