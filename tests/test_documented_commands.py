@@ -240,7 +240,7 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(desk / "runs" / "lungs", desk / "runs" / "lesions", dirs_exist_ok=True)
     if "runs/free" in block.text:
         train_without_mask(desk, "free", "diffusion")
-    if "covariates=" in block.text:
+    if "covariates=[age" in block.text:
         monkeypatch.chdir(with_covariates(desk))
 
 
