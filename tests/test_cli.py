@@ -58,6 +58,21 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Usage: fibldm" in capsys.readouterr().out
 
 
+def test_lines_of_a_log_are_there_when_they_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+
+    def slow(_: list[str]) -> int:
+        print("the first line")
+        assert log.read_text() == "the first line\n"
+        return 0
+
+    with log.open("w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr("fibldm.cli.run", slow)
+        with pytest.raises(SystemExit, match="0"):
+            fibldm.cli.main()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"fibldm {__version__}\n"

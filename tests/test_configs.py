@@ -214,6 +214,34 @@ def test_the_files_of_a_documented_command_are_in_the_order_of_fibldm(page: str)
         assert names[0] == "common" and tuple(names[1:data]) in [kind.files for kind in TABLE.values()]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/troubleshooting.md"])
+def test_keys_that_a_page_mentions_are_taken_by_a_stage_with_a_mask(page: str) -> None:
+    """Stages 1 and 2, or the option that the same row of a table names."""
+    found = 0
+    for line in (ROOT / page).read_text().splitlines():
+        options = [name for name in re.findall(r"`(?:--config )?([a-z_0-9]+)`", line) if is_option(name)]
+        keys = re.findall(r'`(?:--set "?)?([a-z_]+(?:::[a-z_]+)*)=[^`]+`', line)
+        for key in (key for key in keys if key != "key"):
+            found += 1
+            assert any(takes(key, stage, *more) for stage, more in TAKERS + [("autoencoder", options)]), key
+    assert found > 1
+
+
+TAKERS: list[tuple[str, list[str]]] = [("autoencoder", []), ("diffusion", ["mask_concat"]), ("latents", [])]
+
+
+def is_option(name: str) -> bool:
+    return (ROOT / "configs" / f"{name}.yaml").is_file()
+
+
+def takes(key: str, stage: str, *options: str) -> bool:
+    try:
+        make(stage, DATA[0], *options, **{key: 1})
+    except FibldmError as error:
+        return "is not known" not in str(error)
+    return True
+
+
 @pytest.mark.parametrize(
     ("name", "files"),
     [
@@ -275,6 +303,25 @@ def make(stage: str = "autoencoder", *configs: str, **overrides: Any) -> Configu
     return stage_configuration(
         stage, work=Path("w"), run_dir=Path("r"), configs=configs or (DATA[0],), overrides=overrides
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "owner"),
+    [
+        ("diffusion", "label_weights", r"belongs to stage controlnet; set it for that stage"),
+        ("diffusion", "kl_weight", r"belongs to stage autoencoder;"),
+        ("autoencoder", "unet_channels", r"belongs to stage diffusion;"),
+        (
+            "autoencoder",
+            "discriminator_start",
+            r"belongs to the configuration autoencoder_adversarial; add --config",
+        ),
+        ("diffusion", "wandb::pictures", r"belongs to the configuration wandb; add --config wandb"),
+    ],
+)
+def test_a_key_of_another_stage_or_option_is_refused_with_its_owner(stage: str, key: str, owner: str) -> None:
+    with pytest.raises(FibldmError, match=rf"key '{key}' is not known here; it {owner}"):
+        make(stage, "data_lung_ct", **{key: 1})
 
 
 @pytest.mark.parametrize(

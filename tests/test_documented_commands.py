@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import monai.bundle
+import numpy as np
 import pytest
 import torch
 import yaml
 from monai.networks.nets import DiffusionModelUNet
+from PIL import Image
 
 from fibldm.cli import run
+from fibldm.datasets.torch_datasets import write_source
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/examples.md",
     "docs/bundles.md",
+    "docs/data.md",
     "docs/diffusion.md",
     "docs/pipelines.md",
     "docs/training.md",
@@ -156,7 +160,7 @@ def words(command: str) -> list[str]:
     added = [word for start, more in SMALL.items() if command.startswith(start) for word in more]
     if "--minutes" in command:
         added += ["--minutes", "0.2"]
-    if "slices" in command and command.startswith("fibldm train"):
+    if any(name in command for name in ("slices", "pictures", "digits")) and command.startswith("fibldm train"):
         added += TWO_DIMENSIONS
     return split + ([] if "--subjects" in split else added)
 
@@ -215,6 +219,11 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (origin, *without) in LIKE.items():
         if f"runs/{name}" in block.text:
             shutil.copytree(desk / "runs" / origin, desk / "runs" / name, ignore=shutil.ignore_patterns(*without))
+    if "fibldm prepare pictures" in block.text:
+        write_pictures(desk / "pictures")
+    if "fibldm prepare digits" in block.text:
+        items = [{"image": picture, "class": name} for name, picture, _ in drawn()]
+        write_source(items, desk / "digits", spacing=(1, 1, 1))
     if "my_recipe.yaml" in block.text:
         page = (ROOT / block.page).read_text()
         recipe = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
@@ -233,8 +242,31 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(desk / "runs" / "lungs", desk / "runs" / "lesions", dirs_exist_ok=True)
     if "runs/free" in block.text:
         train_without_mask(desk, "free", "diffusion")
-    if "covariates=" in block.text:
+    if "covariates=[age" in block.text:
         monkeypatch.chdir(with_covariates(desk))
+
+
+def drawn() -> Iterator[tuple[str, Image.Image, Image.Image]]:
+    """Grey discs and squares of 28 x 28 pixels: name of a class of MNIST, picture, and mask with 1 or 2 inside."""
+    random = np.random.default_rng(0)
+    across, down = np.meshgrid(np.arange(28), np.arange(28))
+    for index in range(12):
+        x, y, radius = random.uniform((10, 10, 4), (18, 18, 8))
+        square = index % 2
+        distance = np.maximum(abs(across - x), abs(down - y)) if square else np.hypot(across - x, down - y)
+        inside = distance < radius
+        grey = random.normal(30, 8, inside.shape) + inside * (100 + 40 * square)
+        name = ("7 - seven", "8 - eight")[square]
+        yield name, *(Image.fromarray(part.astype(np.uint8)) for part in (grey.clip(0, 255), inside * (1 + square)))
+
+
+def write_pictures(folder: Path) -> None:
+    """PNG files with masks of the same names."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for index, (_, picture, mask) in enumerate(drawn()):
+        picture.save(folder / "images" / f"{index:02d}.png")
+        mask.save(folder / "labels" / f"{index:02d}.png")
 
 
 def train_without_mask(desk: Path, name: str, *stages: str) -> None:

@@ -77,6 +77,20 @@ def test_one_png_shows_no_more_than_is_asked_for(synthetic: Path, tmp_path: Path
     assert both.shape[0] > 1.6 * one.shape[0] and coloured(both, 2).sum() > coloured(one, 2).sum() + 100
 
 
+def test_labels_are_named_as_asked(synthetic: Path, tmp_path: Path) -> None:
+    page = tmp_path / "look.html"
+    assert run(["picture", str(synthetic), "--out", str(page), "--labels", "2=tumour", "--most", "1"]) == 0
+    assert "tumour" in page.read_text() and "label 2" not in page.read_text()
+    assert run(["picture", str(synthetic), "--out", str(page), "--labels", "tumour"]) == 2
+
+
+def test_many_volumes_make_a_picture_about_as_wide_as_high(synthetic: Path, tmp_path: Path) -> None:
+    (first, *_), _ = volumes_of(synthetic)
+    write_gallery(tmp_path / "many.png", [first] * 20, names={})
+    height, width = pixels((tmp_path / "many.png").read_bytes()).shape[:2]
+    assert 0.6 < width / height < 1.7
+
+
 def test_work_folders_and_pairs_of_folders_are_shown(phantom_work: Path, tmp_path: Path) -> None:
     """With the names of the labels; a split alone."""
     shown, names = volumes_of(phantom_work, "test")

@@ -268,7 +268,7 @@ def test_the_plan_has_minutes_where_the_device_is_there(
     found = made["stages"]["diffusion"]
     assert found["minutes"] > 0 and found["seconds_per_step"] > 0 and made["encoding_minutes"] > 0
     assert (found["epochs"], found["validations"]) == (1, 1) and found["steps"] >= 1
-    assert "minutes: 1 epochs of" in said.err and "latents" in said.err
+    assert "minutes: 1 epoch of" in said.err and " MB at batch" in said.err and "latents" in said.err
     if not torch.cuda.is_available():
         assert run([*given, "--device", "cuda", "--memory", "80"]) == 0
         said = capsys.readouterr()

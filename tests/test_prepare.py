@@ -17,7 +17,8 @@ from monai.data import load_decathlon_datalist
 from fibldm.cli.prepare import prepare as command
 from fibldm.datasets import preparation, work_folder
 from fibldm.datasets.case import prepare_case, stored_image
-from fibldm.datasets.findings import Findings
+from fibldm.datasets.findings import Finding, Findings, table
+from fibldm.datasets.fitting_grid import fitting_grid
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
 from fibldm.datasets.source import Case, Mask
@@ -25,6 +26,7 @@ from fibldm.datasets.split import find_subjects, split_cases, split_subjects
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.volumes.datalist import SPLITS, load_datalist
+from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import load_intensity
 
 CT = PrepareSettings(modality="ct")
@@ -320,7 +322,7 @@ def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
 def test_after_a_correction_the_failed_report_is_replaced(tmp_path: Path) -> None:
     source = make_folders(tmp_path / "data")
     write_nifti(source / "images/p0.nii.gz", np.zeros(SHAPE, np.int16))
-    with pytest.raises(FibldmError, match="1 errors and 0 warnings in 4 cases, nothing was prepared"):
+    with pytest.raises(FibldmError, match="1 error and 0 warnings in 4 cases, nothing was prepared"):
         prepare(source, tmp_path / "work", CT)
     write_nifti(source / "images/p0.nii.gz", ct_array(0))
     assert not prepare(source, tmp_path / "work", CT).unchanged
@@ -594,9 +596,44 @@ def test_command_reports(tmp_path: Path, capsys) -> None:
     assert all(Path(path).is_file() for path in outcome["outputs"]) and json.dumps(outcome)
     shown = capsys.readouterr()
     assert "is prepared: 2 training, 1 validation, 1 test" in shown.out
+    assert f"\n  spacing: {outcome['grid']['spacing']}\n  size: {outcome['grid']['size']}\n" in shown.out
     assert "note: 4 cases name no patient" in shown.err
     assert command(source, work, modality="ct", window=(-1000, 500), labels="1=right lung,2=left lung")["unchanged"]
     assert "is prepared already from this source with these settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ([(76, 78, 49), (33, 64, 50), (16, 65, 50)], (80, 80, 64)),
+        ([(28, 28, 1)], (32, 32, 1)),
+        ([(28, 28, 1), (28, 28, 17)], (32, 32, 32)),
+        ([(64, 32, 16)], (64, 32, 16)),
+    ],
+)
+def test_the_proposed_grid_has_the_usual_spacing_and_holds_every_volume(
+    tmp_path: Path, shapes: list[tuple[int, int, int]], size: tuple[int, int, int]
+) -> None:
+    cases = {str(index): {"shape": shape, "spacing_mm": [1.953124, 1, 3.27]} for index, shape in enumerate(shapes)}
+    cases["bad"] = {"shape": [999, 999, 999], "spacing_mm": [9, 9, 9]}
+    write_json(tmp_path / "report.json", {"cases": cases, "left_out": ["bad"]})
+    assert fitting_grid(tmp_path) == ModelGrid((1.95, 1.0, 3.27), size)
+    cases["coarse"] = {"shape": [40, 8, 8], "spacing_mm": [4, 1, 3.27]}
+    cases |= {"b": cases["0"], "c": cases["0"]}
+    write_json(tmp_path / "report.json", {"cases": cases, "left_out": ["bad"]})
+    assert fitting_grid(tmp_path).spacing[0] == 1.95 and fitting_grid(tmp_path).size[0] == 96  # 160 mm
+
+
+def test_a_warning_that_many_cases_share_is_said_once_and_errors_one_by_one() -> None:
+    many = [Finding(f"p{index}", "warning", "image: no orientation") for index in range(60)]
+    few = [Finding(f"p{index}", "warning", "a couch") for index in range(3)]
+    errors = [Finding(f"p{index}", "error", "image: NaN") for index in range(5)]
+    assert table([*many[:2], *few, *errors, *many[2:]]) == [
+        "60 cases  warning  image: no orientation (p0, p1, p2, ...)",
+        *(f"p{index}        warning  a couch" for index in range(3)),
+        *(f"p{index}        error    image: NaN" for index in range(5)),
+    ]
+    assert table([]) == []
 
 
 def test_files_of_the_same_size_and_time_are_not_taken_for_each_other(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ prints for people with ``print``, and returns what ``--json`` shows, or ``None``
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -131,5 +132,7 @@ def _usage_message(error: typer.TyperException) -> str:
 
 
 def main() -> None:
-    """The console script ``fibldm``."""
+    """The console script ``fibldm``; lines of a log are there when they are said, not when a command ends."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run(sys.argv[1:]))

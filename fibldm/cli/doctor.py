@@ -4,7 +4,7 @@ from typing import Any
 
 
 def doctor() -> dict[str, Any]:
-    """Say what FibLDM finds here: versions, device, memory, disk, data, extras. Exit code 1 where it cannot work."""
+    """Show what FibLDM finds here: versions, device, memory, disk, data, extras. Exit code 1: it cannot work."""
     from dataclasses import asdict
 
     from fibldm.doctor import diagnose

@@ -14,5 +14,5 @@ def encode(
     restart: Restart = False,
     print_config: PrintConfig = False,
 ) -> dict[str, Any]:
-    """Cache the latents of the training and validation cases; what is there is kept."""
+    """Encode the training and validation cases and cache their latents; existing ones are kept."""
     return run_stage("latents", data, run, config, overrides, restart, devices=devices, print_config=print_config)

@@ -20,12 +20,13 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; defaul
 Weights = Annotated[
     str | None,
     typer.Option(
-        "--weights", help="Measure volumes made with these weights (as the sidecar's source says), not the run's."
+        "--weights",
+        help="Measure volumes drawn with other weights, by their hash (in the sidecars, under source).",
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="With --bundle: accept changes since export.")]
 Perceptual = Annotated[
-    Path | None, typer.Option("--perceptual", help="Weights of a ResNet of slices, a local file, for LPIPS.")
+    Path | None, typer.Option("--perceptual", help="For LPIPS: local file with the weights of a 2-D ResNet.")
 ]
 
 evaluate = typer.Typer(
@@ -62,7 +63,7 @@ def realism(
     weights: Weights = None,
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
-    """Do they look like real ones? KID, MMD, Frechet, precision, recall, spectrum, diversity, LPIPS; beside real."""
+    """Do they look like real scans? KID, MMD, Frechet, precision, recall, spectrum, diversity, LPIPS; beside real."""
     return _measure(["realism"], data, synthetic, (run, bundle, out), settings, device, trust, weights, perceptual)
 
 

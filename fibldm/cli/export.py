@@ -8,7 +8,9 @@ import typer
 
 def export(
     run: Annotated[Path, typer.Option("--run", help="Run folder with all stages finished.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; words in its export.yaml are used.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the bundle; its export.yaml has texts for the model card.")
+    ],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
         Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
@@ -33,7 +35,7 @@ def export(
         typer.Option("--set", help="Default sampling of the bundle, such as steps=5; default: as measured."),
     ] = [],
 ) -> dict[str, Any]:
-    """Write a run as a MONAI bundle, which draws by default as was measured: weights, configurations, model card."""
+    """Write a run as a MONAI bundle: weights, configurations, model card; the default sampling is what was measured."""
     from fibldm.cli.synthesize import read_strengths
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle

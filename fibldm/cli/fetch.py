@@ -11,7 +11,7 @@ def fetch(
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
     sha256: Annotated[str, typer.Option(help="Expected SHA-256 of the file.")],
 ) -> dict[str, Any]:
-    """Download a file, such as published weights; kept only if it has the hash. Nothing else ever downloads."""
+    """Download a file, such as weights; kept only if its hash matches. No other command downloads anything."""
     from fibldm.delivery.fetch import fetch as download
 
     came = download(url, out, sha256)

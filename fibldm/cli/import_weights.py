@@ -26,7 +26,7 @@ def import_weights(
         list[str],
         typer.Option(
             metavar="NAME=NUMBERS",
-            help="Fix a further input to a value: class=1, spacing=1.5,1.5,1.5, top_region=0,1,0,0, "
+            help="Fix an additional input to a value: class=1, spacing=1.5,1.5,1.5, top_region=0,1,0,0, "
             "bottom_region=0,0,1,0.",
         ),
     ] = [],

@@ -7,18 +7,19 @@ import typer
 
 
 def phantoms(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; fibldm prepare makes a work folder of it.")],
-    subjects: Annotated[int, typer.Option(help="Patients; about one in six has two scans.")] = 50,
-    seed: Annotated[int, typer.Option(help="Same seed, same phantoms.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, a dataset for fibldm prepare.")],
+    subjects: Annotated[int, typer.Option(help="Number of patients; about one in six has two scans.")] = 50,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     spacing: Annotated[
         tuple[float, float, float] | None,
         typer.Option(metavar="X,Y,Z", help="Voxel size in mm; default: about 5 along each axis."),
     ] = None,
 ) -> dict[str, Any]:
-    """Write procedural chest CT with fibrosis and its labels: no network, no patient."""
+    """Write computer-generated chest CT phantoms with fibrosis, and their labels; no patient data."""
     from fibldm.phantoms.phantoms import write_phantoms
+    from fibldm.plain_values import counted
     from fibldm.workers import cores
 
     images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())
-    print(f"{len(images)} phantoms of {subjects} patients in {out}")
+    print(f"{counted(len(images), 'phantom')} of {counted(subjects, 'patient')} in {out}")
     return {"outputs": [str(out)], "phantoms": len(images)}

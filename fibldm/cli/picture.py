@@ -17,17 +17,23 @@ def picture(
     window: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            metavar="LOW HIGH", help="Display window: values shown black and white; default: the run's, or percentiles."
+            metavar="LOW,HIGH", help="Display window: values shown black and white; default: the run's, or percentiles."
         ),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="Number of volumes shown.")] = 24,
+    labels: Annotated[
+        str | None, typer.Option(help='Names for the legend, for example "1=tumour"; default: those of a work folder.')
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Maximum number of volumes shown.")] = 24,
 ) -> dict[str, Any]:
-    """Draw three planes of each volume with the outlines of its mask; one file, to be opened without a network."""
+    """Draw three planes of each volume with the outlines of its mask; one file that opens offline."""
+    from fibldm.datasets.settings import parse_label_names
+    from fibldm.plain_values import counted
     from fibldm.report.gallery import volumes_of, write_gallery
 
     volumes, names = volumes_of(source, split)
+    names |= parse_label_names(labels) if labels is not None else {}
     left_out = max(0, len(volumes) - most)
     write_gallery(out, volumes[:most], names=names, window=window, left_out=left_out)
     more = f"; {left_out} more are not shown (--most)" if left_out else ""
-    print(f"{min(most, len(volumes))} volumes in {out}{more}")
+    print(f"{counted(min(most, len(volumes)), 'volume')} in {out}{more}")
     return {"outputs": [str(out)], "volumes": min(most, len(volumes)), "left_out": left_out}

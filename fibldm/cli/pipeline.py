@@ -8,7 +8,7 @@ import typer
 
 def pipeline(
     source: Annotated[Path, typer.Argument(help="Dataset, as for `fibldm prepare`.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything: work, run, synthetic, bundle.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything: work, run, synthetic, bundle.")],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
         Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
@@ -17,7 +17,7 @@ def pipeline(
         str | None, typer.Option(help="Path or name of a shipped recipe; default: recipe_default.")
     ] = None,
     config: Annotated[
-        list[str], typer.Option("--config", help="Configuration of all stages, such as the model grid; repeatable.")
+        list[str], typer.Option("--config", help="Configuration for all stages, such as the model grid; repeatable.")
     ] = [],
     overrides: Annotated[
         list[str],
@@ -27,11 +27,11 @@ def pipeline(
     ] = [],
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", help="Time budget of all training stages together; default: all epochs are trained."),
+        typer.Option("--minutes", help="Time limit for all training stages together; default: all epochs."),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
 ) -> dict[str, Any]:
-    """Prepare, train all stages, synthesize, measure, export and verify; what was trained and drawn is kept."""
+    """Prepare, train all stages, synthesize, measure, export and verify; finished steps are kept."""
     from fibldm.cli.output import log_to_standard_error
     from fibldm.delivery.export import ExportSettings
     from fibldm.pipeline import Recipe

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from fibldm.cli.train import Configs, Overrides, Work
+from fibldm.plain_values import counted
 
 
 def plan(
@@ -19,7 +20,7 @@ def plan(
         float | None, typer.Option("--memory", help="Device memory in GB; default: this machine's.")
     ] = None,
 ) -> dict[str, Any]:
-    """Say how much memory and time each stage will need, and which batch would fit; only a few steps are tried out."""
+    """Estimate memory and time of each stage, and the largest batch that fits, from a few trial steps."""
     import torch
 
     from fibldm.planning.plan import plan as make_plan
@@ -35,9 +36,9 @@ def plan(
         print(f"warning: training will refuse this grid, as nothing is left of {', '.join(made['grid']['lost'])}")
     for stage, found in made["stages"].items():
         size = " x ".join(str(axis) for axis in found["input_size"])
-        parts = ", ".join(f"{part} {found[f'{part}_gb']:.2f}" for part in ("resident", "step", "validation"))
+        parts = ", ".join(f"{part} {_memory(found[f'{part}_gb'])}" for part in ("resident", "step", "validation"))
         print(
-            f"{stage:<12} {found['peak_gb']:6.2f} GB at batch {found['batch_size']} of {size} ({parts}): "
+            f"{stage:<12} {_memory(found['peak_gb'])} at batch {found['batch_size']} of {size} ({parts}): "
             f"{'fits' if found['fits'] else 'does not fit'}"
         )
         print(f"{'':<12} {_largest(found)}")
@@ -47,12 +48,16 @@ def plan(
     return made
 
 
+def _memory(gigabytes: float) -> str:
+    return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.1f} MB"
+
+
 def _minutes(found: dict[str, Any]) -> str:
     if found["minutes"] is None:
         return "not timed: the steps cannot be tried out on this machine"
     return (
-        f"{found['minutes']:.1f} minutes: {found['epochs']} epochs of {found['steps']} steps of "
-        f"{found['seconds_per_step']:.2g} s, {found['validations']} validations of "
+        f"{found['minutes']:.1f} minutes: {counted(found['epochs'], 'epoch')} of {counted(found['steps'], 'step')} of "
+        f"{found['seconds_per_step']:.2g} s, {counted(found['validations'], 'validation')} of "
         f"{found['seconds_per_validation']:.2g} s"
     )
 

@@ -19,16 +19,16 @@ def prepare(
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW,HIGH", help="CT only: HU window mapped to -1 and 1 (default -1000 1000)."),
+        typer.Option(metavar="LOW,HIGH", help="CT only: HU window mapped to -1 and 1; default: -1000,1000."),
     ] = None,
     intensity_range: Annotated[
         tuple[float, float] | None,
-        typer.Option("--range", help="Modality other: values mapped to -1 and 1, such as 0 255."),
+        typer.Option("--range", metavar="LOW,HIGH", help="Modality other: values mapped to -1 and 1, such as 0,255."),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help='Names, for example "1=right lung,2=left lung".')] = None,
+    labels: Annotated[str | None, typer.Option(help='Label names, for example "1=right lung,2=left lung".')] = None,
     remap: Annotated[str | None, typer.Option(help='Label values to change, for example "2=1,4=1".')] = None,
     channels: Annotated[
-        str | None, typer.Option(help='Image channels, for example "T1w,FLAIR"; of BIDS, those to take.')
+        str | None, typer.Option(help='Names of the image channels, for example "T1w,FLAIR"; with BIDS, those to read.')
     ] = None,
     merge_masks: Annotated[
         str | None, typer.Option(help="Binary masks to merge, most important first: airways,lung_left,lung_right.")
@@ -69,6 +69,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Check every volume and mask of a dataset, split it by patient (70/10/20), and write the work folder."""
     from fibldm.datasets.findings import table
+    from fibldm.datasets.fitting_grid import fitting_grid
     from fibldm.datasets.preparation import prepare as prepare_dataset
     from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
     from fibldm.workers import cores
@@ -99,9 +100,15 @@ def prepare(
     for line in (*table(report.findings), *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))
+    grid = fitting_grid(report.work)
+    print(
+        "a model grid that cuts nothing off, for your data configuration (a coarser one is faster; `fibldm plan` says "
+        f"what fits):\n  spacing: {list(grid.spacing)}\n  size: {list(grid.size)}"
+    )
     return {
         "outputs": [str(report.work / name) for name in ("datalist.json", "intensity.json", "report.json")],
         "counts": dict(report.counts),
+        "grid": {"spacing": list(grid.spacing), "size": list(grid.size)},
         "unchanged": report.unchanged,
         "left_out": list(report.left_out),
         "findings": [asdict(finding) for finding in report.findings],

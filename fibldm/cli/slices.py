@@ -9,11 +9,12 @@ import typer
 
 def slices(
     work: Annotated[Path, typer.Argument(help="Work folder of fibldm prepare, with volumes.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; fibldm prepare makes a work folder of it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, a dataset for fibldm prepare.")],
     every: Annotated[float, typer.Option(help="Slice distance in mm.")] = 10.0,
 ) -> dict[str, Any]:
-    """Cut the volumes of a work folder into axial slices; a patient's slices stay in one split."""
+    """Cut the volumes of a work folder into axial slices; all slices of a patient stay in one split."""
     from fibldm.datasets.slices import write_slices
+    from fibldm.plain_values import counted
     from fibldm.verbatim import as_word
     from fibldm.volumes.datalist import read_datalist
     from fibldm.volumes.intensity import load_intensity
@@ -26,5 +27,5 @@ def slices(
     following = f"fibldm prepare {as_word(out)} --out {as_word(f'{out}_work')} " + shlex.join(
         ["--modality", modality, *window]
     )
-    print(f"{count} slices in {out}; go on with\n  {following}")
+    print(f"{counted(count, 'slice')} in {out}; go on with\n  {following}")
     return {"outputs": [str(out)], "slices": count, "next": following}

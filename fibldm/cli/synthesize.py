@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-_ELSE = "by default the bundle's, else"
+_ELSE = "default: that of the bundle, else"
 
 
 def synthesize(
@@ -27,19 +27,23 @@ def synthesize(
         Path | None,
         typer.Option("--data", help="Work folder whose masks of --split are used, in addition to --masks."),
     ] = None,
-    split: Annotated[str, typer.Option(help="With --data: training, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="With --data: the split, training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of sampling.")] = 1,
     seed: Annotated[
         int | None, typer.Option(help=f"Random seed; same seed, mask and number give the same volume; {_ELSE} 0.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Sampler steps; {_ELSE} 10.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Number of sampler steps; {_ELSE} 10.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help=f"One of ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Sampler ddim only: 0 = deterministic, 1 = ancestral.")] = None,
-    guidance: Annotated[float | None, typer.Option(help=f"1 is none; more follows the mask harder; {_ELSE} 1.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help=f"1 = none; higher values follow the mask more closely; {_ELSE} 1.")
+    ] = None,
     guidance_rescale: Annotated[
         float | None,
-        typer.Option(help=f"0 to 1: hold back the contrast that guidance adds; 0.7 is usual; {_ELSE} 0."),
+        typer.Option(help=f"0 to 1: how much of the contrast added by guidance is removed, often 0.7; {_ELSE} 0."),
     ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
@@ -51,7 +55,7 @@ def synthesize(
         float | None, typer.Option(help="Time shift; above 1 puts more steps at high noise; default: as in training.")
     ] = None,
     dynamic_threshold: Annotated[
-        float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped; 0.995 is usual.")
+        float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped, often 0.995.")
     ] = None,
     residual_noise: Annotated[
         float | None,
@@ -71,7 +75,7 @@ def synthesize(
         list[str],
         typer.Option(
             metavar="NAME=VALUE",
-            help="Covariate of all patients, such as age=63; repeatable. Others are unknown. A bundle's card "
+            help="Covariate of all patients, such as age=63; repeatable. Those not given are unknown. A bundle's card "
             "lists them.",
         ),
     ] = [],
@@ -79,14 +83,14 @@ def synthesize(
         list[str],
         typer.Option(
             metavar="NAME=VALUE",
-            help="Further condition of the training beside mask and covariates, of all masks; repeatable. A bundle's "
-            "card lists them.",
+            help="Another condition that the network was trained with, of all masks; repeatable. A bundle's card lists "
+            "them.",
         ),
     ] = [],
     conditions_table: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or JSON with a row for every mask: column mask, then covariates and further conditions by name, "
+            help="CSV or JSON with a row for every mask: column mask, then covariates and other conditions by name, "
             "empty = unknown. Goes before --covariate and --condition."
         ),
     ] = None,
@@ -140,10 +144,10 @@ def synthesize(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")] = None,
 ) -> dict[str, Any]:
-    """Write a synthetic volume on every mask's own grid, marked as synthetic, with a sidecar.
+    """Write a synthetic volume on the grid of every mask, marked as synthetic, with a sidecar.
 
-    A generator that was trained without masks takes none: --count volumes are drawn on the model grid. A bundle draws
-    as it was measured, unless options of sampling say otherwise.
+    A generator trained without masks takes none: it draws --count volumes on the model grid. A bundle uses the sampling
+    settings that it was measured with, unless options change them.
     """
     options = dict(locals())
     from fibldm.cli.output import log_to_standard_error

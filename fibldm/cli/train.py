@@ -22,28 +22,28 @@ Overrides = Annotated[
     list[str], typer.Option("--set", help="Override of the configuration, key::sub=value; repeatable.")
 ]
 Devices = Annotated[
-    int, typer.Option("--devices", help="Processes that share the work, each with a GPU; on a CPU with a part of it.")
+    int, typer.Option("--devices", help="Number of processes, one per GPU; without GPUs they share the CPU cores.")
 ]
 PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Only print the merged configuration, with where each part comes from.")
+    bool, typer.Option("--print-config", help="Only print the merged configuration, and where each part comes from.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over; the old folder is kept as NAME.replaced-1.")]
 
 
 def train(
-    stage: Annotated[str, typer.Argument(help=f"{', '.join(_STAGES[:-1])} or {_STAGES[-1]}.")],
+    stage: Annotated[str, typer.Argument(help=f"Stage: {', '.join(_STAGES[:-1])} or {_STAGES[-1]}.")],
     data: Work,
     run: Run,
     config: Configs = [],
     overrides: Overrides = [],
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Time budget of the stage; as many epochs as fit are trained.")
+        float | None, typer.Option("--minutes", help="Time limit of the stage; trains as many epochs as fit.")
     ] = None,
     devices: Devices = 1,
     restart: Restart = False,
     print_config: PrintConfig = False,
 ) -> dict[str, Any]:
-    """Train one stage; an interrupted one goes on, a finished one is skipped."""
+    """Train one stage. An interrupted stage resumes, a finished one is skipped."""
     return run_stage(
         stage, data, run, config, overrides, restart, minutes=minutes, devices=devices, print_config=print_config
     )

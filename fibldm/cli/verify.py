@@ -16,7 +16,7 @@ def verify(
     ] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Run the bundle although files changed since export.")] = False,
 ) -> dict[str, Any]:
-    """Try out everything that is promised of a bundle, in a fresh process; its configurations run as code."""
+    """Test everything that a bundle promises, in a fresh process; this runs its configurations as code."""
     from dataclasses import asdict
 
     from fibldm.cli.output import log_to_standard_error

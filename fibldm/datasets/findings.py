@@ -1,11 +1,14 @@
 """What a preparation finds wrong and has to say: collected first, and told all at once."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.scan import Files, Level, Remark
+
+_NAMED = 3  # of the cases that share a warning
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class Findings:
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    """A line for every finding; cases, levels and messages stand in columns."""
-    width = max((len(finding.case) for finding in findings), default=0)
-    return [f"{finding.case:<{width}}  {finding.level:<7}  {finding.message}" for finding in findings]
+    """A line for each finding; a warning that more than three cases share is one line that counts them."""
+    sharing = defaultdict(list)
+    for finding in findings:
+        sharing[finding.level, finding.message].append(finding.case)
+    rows, told = [], set()
+    for finding in findings:
+        cases, case, message = sharing[finding.level, finding.message], finding.case, finding.message
+        if finding.level == "warning" and len(cases) > _NAMED:
+            case, message = f"{len(cases)} cases", f"{message} ({', '.join(cases[:_NAMED])}, ...)"
+        row = (case, finding.level, message)
+        if row not in told:
+            told.add(row)
+            rows.append(row)
+    width = max((len(case) for case, _, _ in rows), default=0)
+    return [f"{case:<{width}}  {level:<7}  {message}" for case, level, message in rows]

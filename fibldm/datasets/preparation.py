@@ -35,6 +35,7 @@ from fibldm.datasets.work_folder import (
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone, beside
+from fibldm.plain_values import counted
 from fibldm.progress import track
 from fibldm.workers import in_processes
 
@@ -281,7 +282,7 @@ def _refuse_bad(work: Path, found: Source, checked: Checked, *, complete: bool) 
         raise FibldmError(f"{too_few(len(patients))}{':' if lines else ''}{lines}", ADD_PATIENTS)
     errors = sum(finding.level == "error" for finding in listed)
     raise FibldmError(
-        f"every case must be sound; {errors} errors and {len(listed) - errors} warnings in "
-        f"{len(plan.source.cases)} cases, nothing was prepared:{lines}",
+        f"every case must be sound; {counted(errors, 'error')} and {counted(len(listed) - errors, 'warning')} in "
+        f"{counted(len(plan.source.cases), 'case')}, nothing was prepared:{lines}",
         f"correct these cases, or leave them out with `skip_bad` ({pending_path(work).name} says where each lies)",
     )

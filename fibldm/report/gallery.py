@@ -3,6 +3,7 @@
 Slices are turned as `fibldm.volumes.pictures` says, and go through the middle of the labels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +190,12 @@ def _range(voxels: Array) -> tuple[float, float]:
 
 def _drawn(rows: Sequence[_Row], *, titles: bool = False, legend: Sequence[tuple[str, str]] = ()) -> Figure:
     planes = max(len(planes_of(row.voxels)) for row in rows)
-    figure = Figure(figsize=(_INCHES * planes, (_INCHES + 0.3) * len(rows) + 0.3), dpi=100, layout="constrained")
+    width, height = _INCHES * planes, _INCHES + 0.3
+    across = max(1, round(math.sqrt(len(rows) * height / width)))  # about as wide as high
+    down = math.ceil(len(rows) / across)
+    figure = Figure(figsize=(width * across, height * down + 0.3), dpi=100, layout="constrained")
     figure.set_facecolor("black")
-    for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False).ravel(), rows, strict=True):
+    for part, row in zip(figure.subfigures(down, across, squeeze=False).ravel(), rows, strict=False):
         part.set_facecolor("black")
         if titles:
             part.suptitle(_plain(row.title), color="white", fontsize=_FONT + 1, parse_math=False)

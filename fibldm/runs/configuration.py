@@ -343,8 +343,21 @@ def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(key: str, where: str, known: set[str]) -> FibldmError:
+    name = key.lstrip("+").split("::")[0]
+    if name not in known:
+        stages = [stage for stage, row in TABLE.items() if name in _read(shipped(row.files[-1]))]
+        options = [file.stem for file in sorted(configs_folder().glob("*.yaml")) if name in _own_keys(file)]
+        if stages or options:
+            owners = f"stage {' or '.join(stages)}" if stages else f"the configuration {' or '.join(options)}"
+            remedy = "set it for that stage" if stages else f"add --config {options[0]} where that is wanted"
+            return FibldmError(f"configuration key {key!r}{where} is not known here; it belongs to {owners}", remedy)
     nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
     return FibldmError(f"configuration key {key!r}{where} is not known", f"did you mean {nearest[0]!r}?")
+
+
+def _own_keys(file: Path) -> set[str]:
+    """Keys that an option brings; data and recipes only give values to those of others."""
+    return set() if file.stem.startswith(("data_", "recipe_", "tiny", "demo")) else set(_read(file))
 
 
 @contextmanager
