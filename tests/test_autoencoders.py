@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import kl_numbers, normal
 from generative.networks.nets import VQVAE as GenerativeVQVAE
 from generative.networks.nets import AutoencoderKL as GenerativeAutoencoderKL
 from ignite.engine import Engine
@@ -32,28 +33,9 @@ from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
 CONFIGS = ("vq", "maisi", "generative", "spade", "f8", "anisotropic", "identity")
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def kl_network(levels: int = 3, *, spatial_dims: int = 3, channels: int = 1, **changes: object) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(**kl_numbers(levels, spatial_dims=spatial_dims, channels=channels), **changes)
-
-
-def kl_numbers(levels: int = 3, *, spatial_dims: int = 3, channels: int = 1) -> dict[str, object]:
-    return {
-        "spatial_dims": spatial_dims,
-        "in_channels": channels,
-        "out_channels": channels,
-        "channels": (8,) * levels,
-        "num_res_blocks": (1,) * levels,
-        "latent_channels": 3,
-        "norm_num_groups": 4,
-        "attention_levels": (False,) * levels,
-        "with_encoder_nonlocal_attn": False,
-        "with_decoder_nonlocal_attn": False,
-    }
 
 
 def generative_numbers(levels: int = 3, **changes: object) -> dict[str, object]:
@@ -81,7 +63,7 @@ def vq_network(kind: type[nn.Module] = VQVAE, *, spatial_dims: int = 3, codes: i
 
 def spade_network() -> SPADEAutoencoderKL:
     torch.manual_seed(0)
-    return SPADEAutoencoderKL(label_nc=4, spade_intermediate_channels=4, **kl_numbers())
+    return SPADEAutoencoderKL(label_nc=4, spade_intermediate_channels=4, **kl_numbers(3))
 
 
 def maisi_network(splits: int = 1, *, axis: int = 0, norm_float16: bool = False) -> AutoencoderKlMaisi:
@@ -471,7 +453,7 @@ def test_the_network_of_monai_generative_is_monais_on_equal_weights(attention: b
     """Through MONAI's `load_old_state_dict`, and behind the same wavelet and norms."""
     changes = {"attention_levels": (False, False, attention), "with_encoder_nonlocal_attn": attention}
     old = GenerativeAutoencoderKL(**generative_numbers(**changes, in_channels=8, out_channels=8))
-    new = AutoencoderKL(**{**kl_numbers(channels=8), **changes}, include_fc=False)
+    new = AutoencoderKL(**kl_numbers(3, channels=8, **changes), include_fc=False)
     with torch.no_grad():
         for seed, weight in enumerate(old.parameters()):
             weight.copy_(0.2 * normal(*weight.shape, seed=seed))

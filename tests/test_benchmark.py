@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from builders import script
 
 from fibldm.runs import STAGES
 
@@ -17,11 +18,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module that child processes find as well."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import benchmark
-
-    return benchmark
+    return script("benchmark", monkeypatch)
 
 
 @pytest.fixture

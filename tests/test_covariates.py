@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from builders import awake, script, unet_numbers
 from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
@@ -157,18 +158,7 @@ def test_a_case_of_the_data_may_hold_what_training_never_saw() -> None:
 
 
 def numbers(**changes: object) -> dict[str, Any]:
-    numbers = {"spatial_dims": 3, "in_channels": 2, "channels": (8, 16), "attention_levels": (False, True)}
-    numbers |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 4}
-    return numbers | {"with_conditioning": True, "cross_attention_dim": WIDTH} | changes
-
-
-def awake(network: nn.Module, seed: int = 0) -> nn.Module:
-    """With weights where MONAI starts at 0, so that everything matters."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in network.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.3, generator=generator)
-    return network.eval()
+    return unet_numbers(**{"in_channels": 2, "with_conditioning": True, "cross_attention_dim": WIDTH, **changes})
 
 
 def base(kind: str = "plain") -> ConditionedNetwork:
@@ -631,9 +621,7 @@ def test_every_door_takes_covariates(
     (volume,) = (tmp_path / "monai").glob("*.nii.gz")
     assert read_json(sidecar(volume))["covariates"] == {"age": age.low, "sex": None}
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import watch_folder
-
+    watch_folder = script("watch_folder", monkeypatch)
     for name, content in {"one": {"age": age.high}, "two": {"agee": 3}, "three": [1]}.items():
         (tmp_path / "inbox" / name).mkdir(parents=True)
         shutil.copy(mask_file, tmp_path / "inbox" / name / "mask.nii.gz")

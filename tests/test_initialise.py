@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import unet_numbers
 from ignite.engine import Engine, Events
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from monai.optimizers.lr_scheduler import WarmupCosineSchedule
@@ -203,8 +204,7 @@ def test_a_share_of_nothing_is_refused(share: float) -> None:
 
 # --- memory and numbers
 
-UNET = {"spatial_dims": 3, "in_channels": 2, "channels": (8, 16), "attention_levels": (False, True)}
-UNET |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 8}
+UNET = unet_numbers(in_channels=2, norm_num_groups=8)
 
 
 def controlled() -> ConditionedNetwork:

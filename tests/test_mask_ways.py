@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from builders import with_latents_of
 
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
@@ -22,9 +23,7 @@ SETTINGS = SamplingSettings(steps=2, guidance=2.0)
 @pytest.fixture
 def train(phantom_work: Path, tiny_data: Path, tiny_run: Path, tmp_path: Path) -> Train:
     """Stages of a run with the latents of `tiny_run`."""
-    run = tmp_path / "run"
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, run / stage)
+    run = with_latents_of(tiny_run, tmp_path / "run")
 
     def configuration(stage: str, *configs: str, **overrides: object) -> Configuration:
         settings = {"device": "cpu", "precision": "float32", "mask_dropout": 0.5, **overrides}

@@ -1,4 +1,4 @@
-"""Samplers against closed forms: B15 and C12 (DDIM), G1 (rectified flow), H8 (one seed per sample), H9 (few steps)."""
+"""Samplers against closed forms."""
 
 import math
 from functools import partial
@@ -44,15 +44,6 @@ every_process_and_number_of_steps = pytest.mark.parametrize(
     ("name", "steps"),
     [*product([*PROCESSES, SHIFTED], [50, 10, 5, 2, 1]), ("scaled_linear", 1000), ("flow", 1000)],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only cost time on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(count: int, seed: int = 0) -> list[torch.Generator]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import kl_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import VQVAE, AutoencoderKL, SPADEAutoencoderKL
@@ -27,19 +28,8 @@ def autoencoder(
     *, local: bool = True, wavelet: bool = True, attention: bool = False, axes: int = 3
 ) -> FrozenFirstStage:
     torch.manual_seed(0)
-    channels = 2**axes if wavelet else 1
-    network = AutoencoderKL(
-        spatial_dims=axes,
-        in_channels=channels,
-        out_channels=channels,
-        channels=(8, 8),
-        num_res_blocks=(1, 1),
-        latent_channels=3,
-        norm_num_groups=4,
-        attention_levels=(False, False),
-        with_encoder_nonlocal_attn=attention,
-        with_decoder_nonlocal_attn=attention,
-    )
+    attentive = {"with_encoder_nonlocal_attn": attention, "with_decoder_nonlocal_attn": attention}
+    network = AutoencoderKL(**kl_numbers(spatial_dims=axes, channels=2**axes if wavelet else 1, **attentive))
     return FrozenFirstStage(Autoencoder(network, wavelet=wavelet, local_norm=local))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import with_latents_of
 from monai.bundle import create_workflow
 
 from fibldm import UNKNOWN_LABEL
@@ -155,8 +156,7 @@ def test_networks_of_monai_generative_are_trained_drawn_from_and_exported(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, mask_file: Path
 ) -> None:
     """UNet and ControlNet, from the configurations that come along."""
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
+    with_latents_of(tiny_run, tmp_path / "run")
     tiny_stage("diffusion", tmp_path / "run", "unet_generative").run()
     tiny_stage("controlnet", tmp_path / "run", "controlnet_generative").run()
     network = StageFolder(tmp_path / "run", "controlnet").trained()

@@ -21,6 +21,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from builders import script as script_of
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
 
 from fibldm.delivery.export import ExportSettings, export
@@ -63,10 +64,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import watch_folder
-
-    return watch_folder
+    return script_of("watch_folder", monkeypatch)
 
 
 @pytest.fixture
