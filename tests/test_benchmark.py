@@ -90,7 +90,9 @@ def test_options_are_rows_of_their_own(benchmark, bench) -> None:
 
 
 def test_plan_stands_beside_the_memory_of_a_step(benchmark, bench) -> None:
-    plain, saving = (benchmark.planned(bench, row)["planned_mb"] for row in ("diffusion step", "diffusion, bfloat16"))
+    plain, saving = (
+        benchmark.planned(bench, row)["planned_mb"] for row in ("autoencoder step", "autoencoder, bfloat16")
+    )
     assert 0 < saving < plain
     assert benchmark.planned(bench, "decode") == {}
 

@@ -102,7 +102,6 @@ def test_sampling_is_chosen_on_the_call(tiny_run: Path, a_mask: Volume) -> None:
 
 
 def test_a_bundle_has_the_layout_of_monai_and_no_paths_of_this_machine(bundle: Path, tiny_run: Path) -> None:
-    """G8."""
     names = sorted(str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file())
     assert names == [
         "LICENSE",
@@ -351,6 +350,7 @@ def test_one_tensor_is_enough(bundle: Path) -> None:
         assert torch.equal(OneTensorDecoder(autoencoder)(latent), autoencoder.decode(latent))
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export_takes_other_sizes(bundle: Path, tmp_path: Path) -> None:
     made = Synthesizer.from_bundle(bundle, device="cpu")
     channels = len(made.space.mean)
@@ -640,7 +640,6 @@ def test_a_bundle_is_verified_in_a_fresh_process(
 
 
 def test_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Path) -> None:
-    """G10."""
     (check,) = run_checks(bundle, tmp_path, ["ONNX"])
     there = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     assert check.ok and check.saw.startswith("network, encoder, decoder at 3 sizes" if there else NOT_TRIED)

@@ -99,7 +99,7 @@ def check_references(parser: ConfigParser) -> None:
 
 
 def check_all(merged: list[str]) -> None:
-    parser = ConfigParser(ConfigParser.load_config_files(merged))
+    parser = ConfigParser(ConfigFiles.load_config_files(merged))
     found = list(components(parser.get()))
     assert found
     for component in found:
@@ -244,7 +244,7 @@ def test_the_command_in_a_stage_file_is_the_one_that_runs_it(stage: str) -> None
     assert [str(file) for file in listed] == files(stage, "data_chest_phantom")
     option = re.search(r"Override: --([\w:]+) ", text)
     assert option is not None
-    assert option.group(1) in ConfigParser(ConfigParser.load_config_files(files(stage, DATA[0])))
+    assert option.group(1) in ConfigParser(ConfigFiles.load_config_files(files(stage, DATA[0])))
 
 
 def test_presets_of_three_sizes_have_the_parameters_that_the_docs_say(tiny_run: Path, tiny_data: Path) -> None:
@@ -518,7 +518,7 @@ def test_the_rate_warms_up_falls_and_may_follow_the_batch() -> None:
     """As docs/training.md says it: an expression as a value, on a schedule; by Muon, or by AdamW if asked for."""
     overrides = parse_overrides(["learning_rate=$1e-5 * @batch_size * @accumulation_steps", "batch_size=4"])
     changes = {"accumulation_steps": 2, "warmup_steps": 10, "lr_scheduler::t_total": 100, **overrides}
-    parser = ConfigParser(ConfigParser.load_config_files(files("diffusion", DATA[0])))
+    parser = ConfigParser(ConfigFiles.load_config_files(files("diffusion", DATA[0])))
     for key, value in changes.items():
         parser[key] = value
     parser["network"] = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
