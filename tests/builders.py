@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 import nibabel
-import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -51,11 +50,6 @@ def write_nifti(path: Path, array: NDArray[Any], affine: NDArray[Any]) -> Path:
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
     return path
-
-
-def oblique_turn(degrees: float) -> NDArray[np.float64]:
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
 
 def with_latents_of(run: Path, folder: Path) -> Path:

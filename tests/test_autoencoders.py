@@ -30,8 +30,6 @@ from fibldm.runs.stages import TABLE
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
 
-CONFIGS = ("vq", "maisi", "generative", "spade", "f8", "anisotropic", "identity")
-
 
 def kl_network(levels: int = 3, *, spatial_dims: int = 3, channels: int = 1, **changes: object) -> AutoencoderKL:
     torch.manual_seed(0)
@@ -518,11 +516,10 @@ def test_training_gives_the_mask_beside_the_volume() -> None:
 # --- configurations
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["vq", "maisi", "generative", "spade", "f8", "identity"])
 def test_every_first_stage_trains_from_the_same_configuration_and_a_small_file(
     name: str, phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """C2, C3, A9, A12, B8, B12, C13."""
     stage_configuration(
         "autoencoder",
         work=phantom_work,
@@ -534,8 +531,6 @@ def test_every_first_stage_trains_from_the_same_configuration_and_a_small_file(
     volume = normal(1, 1, 16, 16, 16)
     mask = torch.rand(1, 8, 16, 16, 16)
     assert trained.decode(trained.encode(volume).mean, mask).shape == volume.shape
-    if name == "anisotropic":
-        assert trained.compression == (4, 4, 2)
     if name == "vq":
         assert int(trained.passes) == 2
 
@@ -551,6 +546,8 @@ def test_a_run_with_anisotropic_latents_goes_all_the_way(phantom_work: Path, tin
             configs=[str(tiny_data), *extra, "tiny"],
             overrides={"device": "cpu", "precision": "float32"},
         ).run()
+    trained = StageFolder(tmp_path, "autoencoder").trained()
+    assert trained.decode(trained.encode(normal(1, 1, 16, 16, 16)).mean).shape == (1, 1, 16, 16, 16)
     assert read_json(tmp_path / "latents" / "latents.json")["compression"] == [4, 4, 2]
     assert StageFolder(tmp_path, "controlnet").component("mask").factors == (4, 4, 2)
 

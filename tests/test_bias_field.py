@@ -48,7 +48,6 @@ def test_a_planted_field_is_taken_away():
 
 @pytest.mark.slow
 def test_every_channel_has_a_field_of_its_own():
-    """B7."""
     image, tissue, field = head()
     biased = np.stack([image * field, image / field], axis=-1).astype(np.float32)
     corrected = correct(Scan(biased, AFFINE, "0"))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import TinyStage
 from monai.bundle import ConfigParser, create_workflow, load, verify_net_in_out
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,6 @@ from fibldm.files import hash_file, read_json, write_json
 from fibldm.manifest import write_manifest
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.definitions import TARGETS, build
@@ -47,7 +47,6 @@ QUICK = SamplingSettings(steps=2)
 CC0 = ExportSettings("CC0-1.0")
 
 Change = Callable[[Path], object]
-TinyStage = Callable[..., Configuration]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from builders import write_nifti
 from monai.transforms import LoadImaged
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -52,13 +53,6 @@ def scan(number: int) -> Array:
     return np.float32((shown + drawn) * (10, 1000))
 
 
-def save(array: NDArray[np.generic], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(array, AFFINE)
-    image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
-
-
 def write_work(work: Path) -> Path:
     """A work folder of two-channel MR scans."""
     splits: dict[str, list[dict[str, str]]] = {}
@@ -67,8 +61,8 @@ def write_work(work: Path) -> Path:
         splits[split] = []
         for number in (next(names) for _ in range(count)):
             entry = {"image": f"images/p{number}.nii.gz", "label": f"labels/p{number}.nii.gz"}
-            save(scan(number), work / entry["image"])
-            save(anatomy(number), work / entry["label"])
+            write_nifti(work / entry["image"], scan(number), AFFINE)
+            write_nifti(work / entry["label"], anatomy(number), AFFINE)
             splits[split].append({**entry, "case": f"p{number}", "subject": f"s{number}"})
     envelope: dict[str, object] = {
         name: {"min": [1.0] * 3, "max": [200.0] * 3} for name in ("spacing_mm", "field_of_view_mm")
@@ -229,7 +223,7 @@ def test_the_details_of_two_channels_are_those_of_each() -> None:
 
 
 def test_a_scan_with_other_channels_than_the_run_is_refused(evaluated: Evaluated, tmp_path: Path) -> None:
-    save(scan(0)[..., 0], tmp_path / "one.nii.gz")
+    write_nifti(tmp_path / "one.nii.gz", scan(0)[..., 0], AFFINE)
     with pytest.raises(FibldmError, match=r"one\.nii\.gz must hold 2 channels, as \(X, Y, Z, C\); its shape is"):
         evaluated.read(Case("one", "one", None, tmp_path / "one.nii.gz", None))
     whole = evaluated.real("test")[0].image.read_bytes()

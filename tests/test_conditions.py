@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders import awake, unet_numbers, with_latents_of
+from conftest import TinyStage
 from made_up_condition import FieldStrength, FieldToken
 from monai.networks.nets import ControlNet, DiffusionModelUNet
 from torch import nn
@@ -25,7 +25,6 @@ from fibldm.models.network import ConditionedNetwork, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.runs.renamed import current, current_generator
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.synthesis.bundle import GENERATOR
@@ -34,8 +33,6 @@ from fibldm.training.latents import Latents
 from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
-
-TinyStage = Callable[..., Configuration]
 
 FIELD = FieldStrength(1.5, 3.0)
 MASK = MaskEncoding((0, 1, 4), 4)

@@ -7,13 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import TinyStage
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import optional_import
 
@@ -35,7 +36,6 @@ from fibldm.runs.stages import TABLE
 from fibldm.training.muon import Muon
 
 ROOT = Path(__file__).parents[1]
-TinyStage = Callable[..., Configuration]
 
 ALONE = ("inference", "evaluate", "load_dicom")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))

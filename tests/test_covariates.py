@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders import awake, script, unet_numbers
+from conftest import TinyStage
 from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.pipeline import Recipe, check_covariates
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import Output, SamplingSettings, SynthesisRequest, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import AutocastInferer
 from fibldm.training.latents import Latents, LoadLatent
@@ -44,8 +45,6 @@ from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
-
-TinyStage = Callable[..., Configuration]
 
 CASES: list[dict[str, Any]] = [
     {"age": 40.0, "sex": "M", "centre": 10.0, "kernel": "b"},

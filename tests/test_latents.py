@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TinyStage
 from monai.bundle import ConfigParser
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,12 +25,11 @@ from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
-from fibldm.runs.configuration import Configuration, read_configuration
+from fibldm.runs.configuration import read_configuration
 from fibldm.shards import Shard, wait_for
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import EncodeStage, Latents, LoadLatent
 
-TinyStage = Callable[..., Configuration]
 GRID = {"spacing": [1, 1, 1]}
 
 

@@ -1,12 +1,12 @@
 """Low-rank adaptation: the network begins as it was, few numbers move it, what is kept is a network as any other."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from builders import awake, with_latents_of
+from conftest import TinyStage
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -14,10 +14,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank, merged_state, plain_name
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training.initialise import rate_groups
-
-TinyStage = Callable[..., Configuration]
 
 
 def unet() -> nn.Module:
@@ -35,7 +32,6 @@ def apply(network: nn.Module) -> torch.Tensor:
 
 
 def test_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
-    """D4."""
     plain, adapted = unet(), unet()
     count = add_low_rank(adapted, 2, ["*"])
     assert torch.equal(apply(adapted), apply(plain))
@@ -144,6 +140,5 @@ def test_weights_that_are_not_given_are_trained_in_full(tiny_stage: TinyStage, t
 
 
 def test_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:
-    """D4."""
     with pytest.raises(FibldmError, match="lora_rank adapts weights that are there; init_from names none"):
         tiny_stage("autoencoder", tmp_path / "run", lora_rank=4).run()

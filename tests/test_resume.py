@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyStage
 
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import FrozenFirstStage
@@ -23,7 +24,6 @@ from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
 EPOCHS = 4
-TinyStage = Callable[..., Configuration]
 
 # Runs a command of MONAI's after making every checkpoint or latent take long enough to be killed at.
 SLOWLY = """

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import with_latents_of
+from conftest import TinyStage
 from monai.bundle import create_workflow
 
 from fibldm import UNKNOWN_LABEL
@@ -18,14 +18,12 @@ from fibldm.delivery.verify import run_checks
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import sidecar
 
 QUICK = SamplingSettings(steps=1)
-TinyStage = Callable[..., Configuration]
 
 
 @pytest.fixture
@@ -72,7 +70,6 @@ def test_a_run_without_masks_is_sampled_by_the_command(
 
 
 def test_from_python_without_a_mask(unmasked: Path, mask_file: Path) -> None:
-    """A15."""
     with pytest.raises(FibldmError, match="stage 'controlnet' of .* must be finished first; .*knows no masks; run"):
         Synthesizer.from_run(unmasked)
     made = Synthesizer.from_run(unmasked, unconditional=True)
@@ -110,7 +107,6 @@ def test_a_generator_that_follows_masks_draws_without_only_if_asked(
 
 
 def test_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path: Path) -> None:
-    """A15."""
     export(tiny_run, tmp_path / "bundle", ExportSettings("CC0-1.0"))
     given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tmp_path / "bundle"}
     with pytest.raises(FibldmError, match="masks must be given to this generator, .*--unconditional for volumes"):
