@@ -115,6 +115,21 @@ def tiny_run(tiny_stage: TinyStage, made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, made_once: MadeOnce) -> Path:
+    """The tiny run, which ends with a ControlNet, as a bundle; read only."""
+    from fibldm.delivery.export import ExportSettings, export
+
+    made = made_once("bundles", lambda folder: export(tiny_run, folder / "tiny", ExportSettings("CC0-1.0")))
+    return made / "tiny"
+
+
+@pytest.fixture(scope="session")
+def mask_file(phantom_work: Path) -> Path:
+    """One of the phantoms' masks."""
+    return sorted((phantom_work / "labels").iterdir())[0]
+
+
+@pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real data, ``$FIBLDM_DATA``."""
     folder = Path(os.environ.get("FIBLDM_DATA", ROOT.parent / "shared" / "data"))

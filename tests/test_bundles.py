@@ -49,12 +49,9 @@ CC0 = ExportSettings("CC0-1.0")
 Change = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run, which ends with a ControlNet, as a bundle; read only."""
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(tiny_run, out, CC0)
-    return out
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture

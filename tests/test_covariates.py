@@ -508,11 +508,6 @@ def synthesizer(tiny_run: Path) -> Synthesizer:
     return replace(made, network=network, conditions=conditions)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def mask_file(phantom_work: Path) -> Path:
-    return sorted((phantom_work / "labels").iterdir())[0]
-
-
 def test_covariates_steer_a_volume_and_stand_in_the_sidecar(
     synthesizer: Synthesizer, mask_file: Path, tmp_path: Path
 ) -> None:

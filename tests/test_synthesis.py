@@ -824,10 +824,9 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_writes_dicom_and_bids(tiny_run, phantom_work, tmp_path):
+def test_the_command_writes_dicom_and_bids(tiny_run, mask_file, tmp_path):
     """With the phantoms' own labels, whose codes and names come from the run."""
-    mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
-    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--steps", "1", "--allow-extrapolation"]
+    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask_file), "--steps", "1", "--allow-extrapolation"]
     assert run([*command, "--out", str(tmp_path / "dicom"), "--format", "dicom"]) == 0
     (segmentation,) = (tmp_path / "dicom" / "masks").iterdir()
     named = {item.SegmentLabel for item in pydicom.dcmread(segmentation).SegmentSequence}
@@ -856,14 +855,22 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
-def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
+def test_monai_gives_what_the_command_gives(tiny_run, mask_file, tmp_path):
     """The command in the configuration's header, and another format."""
-    mask = str(sorted((phantom_work / "labels").glob("*.nii.gz"))[0])
-    given = {"run_dir": str(tiny_run), "masks": [mask], "allow_extrapolation": True, "device": "cpu"}
+    given = {"run_dir": str(tiny_run), "masks": [str(mask_file)], "allow_extrapolation": True, "device": "cpu"}
     file = str(Path(__file__).parents[1] / "configs" / "inference.yaml")
     changes = {"settings::seed": 7, "settings::steps": 1}
     monai.bundle.run(config_file=file, out=str(tmp_path / "monai"), count=2, **given, **changes)
-    command = ["synthesize", "--run", str(tiny_run), "--masks", mask, "--allow-extrapolation", "--device", "cpu"]
+    command = [
+        "synthesize",
+        "--run",
+        str(tiny_run),
+        "--masks",
+        str(mask_file),
+        "--allow-extrapolation",
+        "--device",
+        "cpu",
+    ]
     assert run([*command, "--out", str(tmp_path / "own"), "--count", "2", "--seed", "7", "--steps", "1"]) == 0
     made, own = ({path.name: path for path in (tmp_path / name).glob("*.*")} for name in ("monai", "own"))
     assert len(own) == 4 and {name: hash_file(path) for name, path in made.items()} == {
@@ -873,9 +880,8 @@ def test_monai_gives_what_the_command_gives(tiny_run, phantom_work, tmp_path):
     assert len(list((tmp_path / "dicom" / "masks").glob("*.dcm"))) == 1
 
 
-def test_the_command_takes_the_options_of_guidance(tiny_run, phantom_work, tmp_path, capsys):
-    mask = sorted((phantom_work / "labels").glob("*.nii.gz"))[0]
-    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path), "--json"]
+def test_the_command_takes_the_options_of_guidance(tiny_run, mask_file, tmp_path, capsys):
+    command = ["synthesize", "--run", str(tiny_run), "--masks", str(mask_file), "--out", str(tmp_path), "--json"]
     command += ["--allow-extrapolation", "--steps", "4", "--sampler", "ddim", "--guidance", "5.5"]
     options = ["--guidance-rescale", "0.7", "--guidance-interval", "0.3", "0.8", "--shift", "1.5"]
     assert run([*command, *options]) == 0

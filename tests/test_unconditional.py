@@ -34,11 +34,6 @@ def unmasked(tiny_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def mask_file(phantom_work: Path) -> Path:
-    return sorted((phantom_work / "labels").iterdir())[0]
-
-
 def test_a_run_without_masks_is_sampled_by_the_command(
     unmasked: Path, tmp_path: Path, mask_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,9 +101,8 @@ def test_a_generator_that_follows_masks_draws_without_only_if_asked(
         assert "mask_dropout was 0" in told["extrapolation"][0]
 
 
-def test_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path: Path) -> None:
-    export(tiny_run, tmp_path / "bundle", ExportSettings("CC0-1.0"))
-    given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tmp_path / "bundle"}
+def test_a_bundle_that_follows_masks_asks_for_them(tiny_bundle: Path, tmp_path: Path) -> None:
+    given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tiny_bundle}
     with pytest.raises(FibldmError, match="masks must be given to this generator, .*--unconditional for volumes"):
         synthesize_files(None, [], tmp_path / "out", **given)  # type: ignore[arg-type]
     (file,) = synthesize_files(None, [], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
