@@ -214,7 +214,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_a_rank_when(process: subprocess.Popen[str], file: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not file.exists():
         assert process.poll() is None, "the processes ended before they could be killed"
         assert time.monotonic() < deadline

@@ -455,7 +455,7 @@ def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outb
     ]
     command = [sys.executable, ROOT / "scripts" / "watch_folder.py", *folders]
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
             time.sleep(0.02)
         process.kill()
