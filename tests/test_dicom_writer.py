@@ -162,7 +162,7 @@ def test_dcm2niix_converts_it_to_the_same_volume(written, tmp_path, modality):
     np.testing.assert_array_equal(np.sort(read.dataobj.get_unscaled().ravel()), np.sort(stored.ravel()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     angles=st.tuples(*[st.floats(-180, 180)] * 3),
     spacing=st.tuples(*[st.floats(0.2, 8)] * 3),

@@ -110,7 +110,7 @@ def test_one_volume_is_read_alike_from_every_format_with_geometry(suffix, codes,
     np.testing.assert_allclose(scan.spacing, SPACING, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     codes=st.sampled_from(AXIS_ORDERS),
     turn=st.tuples(*[st.floats(-30, 30)] * 3),
