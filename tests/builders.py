@@ -9,8 +9,11 @@ from typing import Any
 import nibabel
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from fibldm.runs.configuration import Configuration, stage_configuration
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +42,19 @@ def awake(network: Any, *, std: float = 0.3, generator: torch.Generator | None =
         if not weight.any():
             nn.init.normal_(weight, std=std, generator=generator)
     return network.eval()
+
+
+def tiny_configuration(stage: str, work: Path, run_dir: Path, *configs: Path | str, **overrides: Any) -> Configuration:
+    """As `stage_configuration`, on the CPU in float32."""
+    settings = {"device": "cpu", "precision": "float32", **overrides}
+    named = [str(config) for config in configs]
+    return stage_configuration(stage, work=work, run_dir=run_dir, configs=named, overrides=settings)
+
+
+def data_file(folder: Path, spacing: float, *size: int) -> Path:
+    """A data configuration with such a model grid."""
+    (folder / "data.yaml").write_text(yaml.safe_dump({"spacing": [spacing] * 3, "size": [*size]}))
+    return folder / "data.yaml"
 
 
 def write_nifti(path: Path, array: NDArray[Any], affine: NDArray[Any]) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import tiny_configuration
 from monai.bundle import ConfigParser
 from monai.data import list_data_collate
 from monai.engines import SupervisedTrainer
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, shipped, stage_configuration
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.adversarial import (
     Adversary,
@@ -547,8 +548,6 @@ class Interrupted(Exception):
 
 def against(work: Path, data: Path, run: Path, **overrides: Any) -> Configuration:
     settings = {
-        "device": "cpu",
-        "precision": "float32",
         "epochs": 3,
         "batch_size": 1,
         "discriminator_channels": 4,
@@ -557,8 +556,7 @@ def against(work: Path, data: Path, run: Path, **overrides: Any) -> Configuratio
         "log_variance": True,
         **overrides,
     }
-    configs = [str(data), "tiny", "autoencoder_adversarial"]
-    return stage_configuration("autoencoder", work=work, run_dir=run, configs=configs, overrides=settings)
+    return tiny_configuration("autoencoder", work, run, data, "tiny", "autoencoder_adversarial", **settings)
 
 
 def test_training_against_discriminators_goes_on_to_the_bit(

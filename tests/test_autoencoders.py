@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import kl_numbers, normal
+from builders import kl_numbers, normal, tiny_configuration
 from generative.networks.nets import VQVAE as GenerativeVQVAE
 from generative.networks.nets import AutoencoderKL as GenerativeAutoencoderKL
 from ignite.engine import Engine
@@ -25,7 +25,7 @@ from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.vector_quantised import VectorQuantisedAutoencoder
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.configuration import shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch
@@ -520,13 +520,7 @@ def test_training_gives_the_mask_beside_the_volume() -> None:
 def test_every_first_stage_trains_from_the_same_configuration_and_a_small_file(
     name: str, phantom_work: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    stage_configuration(
-        "autoencoder",
-        work=phantom_work,
-        run_dir=tmp_path,
-        configs=[str(tiny_data), f"autoencoder_{name}", "tiny"],
-        overrides={"device": "cpu", "precision": "float32"},
-    ).run()
+    tiny_configuration("autoencoder", phantom_work, tmp_path, tiny_data, f"autoencoder_{name}", "tiny").run()
     trained = StageFolder(tmp_path, "autoencoder").trained()
     volume = normal(1, 1, 16, 16, 16)
     mask = torch.rand(1, 8, 16, 16, 16)
@@ -539,13 +533,7 @@ def test_a_run_with_anisotropic_latents_goes_all_the_way(phantom_work: Path, tin
     """Encode, base network and ControlNet at a latent of 8 x 8 x 16 cells."""
     for stage in STAGES:
         extra = ["autoencoder_anisotropic"] if stage == "autoencoder" else []
-        stage_configuration(
-            stage,
-            work=phantom_work,
-            run_dir=tmp_path,
-            configs=[str(tiny_data), *extra, "tiny"],
-            overrides={"device": "cpu", "precision": "float32"},
-        ).run()
+        tiny_configuration(stage, phantom_work, tmp_path, tiny_data, *extra, "tiny").run()
     trained = StageFolder(tmp_path, "autoencoder").trained()
     assert trained.decode(trained.encode(normal(1, 1, 16, 16, 16)).mean).shape == (1, 1, 16, 16, 16)
     assert read_json(tmp_path / "latents" / "latents.json")["compression"] == [4, 4, 2]

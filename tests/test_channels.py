@@ -8,8 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import yaml
-from builders import write_nifti
+from builders import data_file, tiny_configuration, write_nifti
 from monai.transforms import LoadImaged
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -23,7 +22,7 @@ from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.intensity import NormaliseIntensityd
@@ -111,12 +110,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The configuration of a stage at the smallest size: ``stage(name, work, run)``."""
-    data = tmp_path_factory.mktemp("configs") / "data.yaml"
-    data.write_text(yaml.safe_dump({"spacing": [4.0, 4.0, 4.0], "size": [32, 32, 32]}))
+    data = data_file(tmp_path_factory.mktemp("configs"), 4.0, 32, 32, 32)
 
     def configuration(name: str, work: Path, run: Path, **more: object) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32", **more}
-        return stage_configuration(name, work=work, run_dir=run, configs=[str(data), "tiny"], overrides=settings)
+        return tiny_configuration(name, work, run, data, "tiny", **more)
 
     return configuration
 
