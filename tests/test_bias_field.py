@@ -9,7 +9,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Scan
 
-SHAPE = (60, 72, 40)
+SHAPE = (48, 60, 36)
 AFFINE = np.array([[0, 0, 4, 3], [-2, 0, 0, -4], [0, 1.5, 0, 50], [0, 0, 0, 1.0]])
 """Axes stored in another order, none like the other."""
 NOISE = 0.03

@@ -20,6 +20,9 @@ from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
 
 
+SPACING = (7.5, 7.5, 7.5)  # coarse, as most of the time goes by voxels
+
+
 class Smoothing:
     """Stands in for an autoencoder, which loses detail of about a voxel."""
 
@@ -37,9 +40,9 @@ class Smoothing:
 def evaluated(tmp_path_factory) -> Evaluated:
     """Phantoms of fourteen patients, the middle 24 cm of them, and an empty run."""
     folder = tmp_path_factory.mktemp("copies")
-    write_phantoms(folder / "source", subjects=14, seed=5, progress=iter)
+    write_phantoms(folder / "source", subjects=14, seed=5, spacing=SPACING, progress=iter)
     prepare(folder / "source", folder / "work", progress=False)
-    grid = ModelGrid((5.0, 5.0, 5.0), (48, 48, 48))
+    grid = ModelGrid(SPACING, (32, 32, 32))
     return Evaluated(folder / "run", folder / "work", grid, Intensity("window"), LABELS)
 
 
@@ -66,7 +69,7 @@ def planted(evaluated, tmp_path_factory) -> Path:
     for case in evaluated.real("validation", "test"):
         plant(case, folder, f"held-out-{case.name}")
     for seed, subject in itertools.product((21, 22), (1, 2)):
-        phantom = make_phantom(seed, subject)
+        phantom = make_phantom(seed, subject, spacing=SPACING)
         image = nibabel.Nifti1Image(phantom.volume, phantom.affine)
         nibabel.save(image, folder / f"other-{seed}-{subject}_000.nii.gz")
     return folder

@@ -57,6 +57,19 @@ def test_a_controlnet_starts_with_the_weights_of_its_base() -> None:
     assert all(own[name].data_ptr() != base[name].data_ptr() for name in shared)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": (8, 24)},
+        {"channels": (8, 16, 16), "attention_levels": (False, True, True)},
+        {"channels": (8,), "attention_levels": (False,)},
+        {"num_res_blocks": 2},
+        {"attention_levels": (True, True)},
+        {"num_head_channels": 16},
+        {"norm_num_groups": 8},
+    ],
+    ids=str,
+)
 def test_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(FibldmError, match="must be built with the numbers of its base network"):
         steered(ConditionedNetwork(unet()), controlnet(**changes))

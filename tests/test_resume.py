@@ -23,7 +23,7 @@ from fibldm.runs.configuration import Configuration
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
-EPOCHS = 4
+EPOCHS = 3
 
 # Runs a command of MONAI's after making every checkpoint or latent take long enough to be killed at.
 SLOWLY = """
