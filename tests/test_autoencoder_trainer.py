@@ -293,30 +293,19 @@ def test_the_output_tells_every_term() -> None:
     assert not any(part.requires_grad for part in parts.values())
 
 
-def test_two_batches_of_one_are_one_of_two() -> None:
+@pytest.mark.parametrize("rivals", [False, True])
+def test_two_batches_of_one_are_one_of_two(rivals: bool) -> None:
+    """Clipped, or against discriminators."""
     pairs = batches(3, size=2)
     singles = [{name: value[[at]] for name, value in pair.items()} for pair in pairs for at in range(2)]
-    one, two = (
-        trainer(data, optimizer=torch.optim.SGD, accumulation_steps=n) for n, data in ((1, pairs), (2, singles))
-    )
-    for engine in (one, two):
-        ClipGradient(engine.network, 0.05).attach(engine)
+    found = []
+    for data, count in ((pairs, 1), (singles, 2)):
+        rival = adversary(slice_weight=0.3, adaptive=False, feature_weight=0.2) if rivals else None
+        engine = trainer(data, adversary=rival, optimizer=torch.optim.SGD, accumulation_steps=count)
+        if rival is None:
+            ClipGradient(engine.network, 0.05).attach(engine)
         engine.run()
-    for ours, theirs in zip(weights(one), weights(two), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_two_batches_of_one_are_one_of_two_against_discriminators_too() -> None:
-    pairs = batches(3, size=2)
-    singles = [{name: value[[at]] for name, value in pair.items()} for pair in pairs for at in range(2)]
-    rivals = [adversary(slice_weight=0.3, adaptive=False, feature_weight=0.2) for _ in range(2)]
-    one = trainer(pairs, adversary=rivals[0], optimizer=torch.optim.SGD)
-    two = trainer(singles, adversary=rivals[1], optimizer=torch.optim.SGD, accumulation_steps=2)
-    for engine in (one, two):
-        engine.run()
-    found = [
-        [*weights(engine), *rival.discriminators.parameters()] for engine, rival in zip((one, two), rivals, strict=True)
-    ]
+        found.append([*weights(engine), *(() if rival is None else rival.discriminators.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 

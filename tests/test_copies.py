@@ -19,7 +19,6 @@ from fibldm.phantoms.phantoms import LABELS, make_phantom, write_phantoms
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
 
-
 SPACING = (7.5, 7.5, 7.5)  # coarse, as most of the time goes by voxels
 
 

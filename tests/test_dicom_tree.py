@@ -570,12 +570,6 @@ def test_slices_that_hold_no_dicom_any_more_are_said(tmp_path: Path, content: by
         assert said in caught.value.message
 
 
-def test_tree_without_images_is_refused(tmp_path: Path) -> None:
-    write_scout(tmp_path)
-    with pytest.raises(FibldmError, match="must hold a series of CT or MR; none of 1 series is one"):
-        dicom_tree(tmp_path)
-
-
 @pytest.mark.data
 def test_real_study_with_a_flipped_nifti(data_folder: Path) -> None:
     """A JPEG 2000 series and a NIfTI segmentation that is stored upside down: soft tissue where it says so."""

@@ -505,11 +505,6 @@ def test_what_a_bundles_unet_says(scheduler: Any, prediction: str | None, said: 
     assert set(yaml.safe_load((tmp_path / "out" / "network.yaml").read_text())) == {"unet", *said}
 
 
-def test_one_network_of_a_bundle(tmp_path: Path) -> None:
-    facts = import_weights(zoo(tmp_path / "zoo"), tmp_path / "out", ImportSettings("MIT", kind="autoencoder"))
-    assert list(facts) == [str(tmp_path / "out")] and (tmp_path / "out" / "network.yaml").exists()
-
-
 PLANTED = "$[__import__('pathlib').Path('planted').touch(), [8, 16]][1]"
 
 

@@ -71,8 +71,9 @@ def test_a_controlnet_starts_with_the_weights_of_its_base() -> None:
     ids=str,
 )
 def test_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
+    mask = {"conditioning_embedding_in_channels": 5, "conditioning_embedding_num_channels": (8,)}
     with pytest.raises(FibldmError, match="must be built with the numbers of its base network"):
-        steered(ConditionedNetwork(unet()), controlnet(**changes))
+        steered(ConditionedNetwork(unet()), ControlNet(in_channels=2, **mask, **numbers(**changes)))
 
 
 @pytest.mark.parametrize("mask_channels", [1, 4, 183])

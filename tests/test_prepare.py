@@ -428,8 +428,10 @@ def test_the_same_data_and_settings_give_the_same_folder_h13(tmp_path: Path) -> 
     source = make_folders(tmp_path / "data", 5)
     prepare(source, tmp_path / "one", CT)
     (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
-    prepare(source, tmp_path / "two", CT)
+    prepare(source, tmp_path / "two", CT, workers=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    with pytest.raises(FibldmError, match="--workers must be at least 1; got 0"):
+        prepare(source, tmp_path / "none", CT, workers=0)
     prepare(source, tmp_path / "other", CT)  # a salt of its own: other names of patients, the same data
     one, other = (read_json(tmp_path / name / "datalist.json") for name in ("one", "other"))
     assert one["content"] == other["content"] and one["training"] != other["training"]
@@ -759,16 +761,6 @@ def test_cases_without_masks_are_kept_and_go_to_training(tmp_path: Path) -> None
 def prepared(source: Path, work: Path) -> dict[str, dict]:
     prepare(source, work, CT)
     return entries(work)
-
-
-def test_several_processes_give_the_same_folder(tmp_path: Path) -> None:
-    source = make_folders(tmp_path / "data", 5)
-    prepare(source, tmp_path / "one", CT)
-    (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
-    prepare(source, tmp_path / "two", CT, workers=2)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
-    with pytest.raises(FibldmError, match="--workers must be at least 1; got 0"):
-        prepare(source, tmp_path / "three", CT, workers=0)
 
 
 def test_names_of_patients_stay_outside_of_the_work_folder(tmp_path: Path) -> None:
