@@ -1,4 +1,4 @@
-"""Copies of training scans among synthetic volumes: H3."""
+"""Copies of training scans among synthetic volumes."""
 
 import itertools
 import shutil
@@ -19,8 +19,6 @@ from fibldm.phantoms.phantoms import LABELS, make_phantom, write_phantoms
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
 
-SPACING = (7.5, 7.5, 7.5)  # coarse, as most of the time goes by voxels
-
 
 class Smoothing:
     """Stands in for an autoencoder, which loses detail of about a voxel."""
@@ -39,9 +37,9 @@ class Smoothing:
 def evaluated(tmp_path_factory) -> Evaluated:
     """Phantoms of fourteen patients, the middle 24 cm of them, and an empty run."""
     folder = tmp_path_factory.mktemp("copies")
-    write_phantoms(folder / "source", subjects=14, seed=5, spacing=SPACING, progress=iter)
+    write_phantoms(folder / "source", subjects=14, seed=5, progress=iter)
     prepare(folder / "source", folder / "work", progress=False)
-    grid = ModelGrid(SPACING, (32, 32, 32))
+    grid = ModelGrid((5.0, 5.0, 5.0), (48, 48, 48))
     return Evaluated(folder / "run", folder / "work", grid, Intensity("window"), LABELS)
 
 
@@ -68,7 +66,7 @@ def planted(evaluated, tmp_path_factory) -> Path:
     for case in evaluated.real("validation", "test"):
         plant(case, folder, f"held-out-{case.name}")
     for seed, subject in itertools.product((21, 22), (1, 2)):
-        phantom = make_phantom(seed, subject, spacing=SPACING)
+        phantom = make_phantom(seed, subject)
         image = nibabel.Nifti1Image(phantom.volume, phantom.affine)
         nibabel.save(image, folder / f"other-{seed}-{subject}_000.nii.gz")
     return folder
