@@ -36,8 +36,9 @@ def unet_numbers(**changes: Any) -> dict[str, Any]:
     return numbers | {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 4} | changes
 
 
-def awake(network: Any, *, std: float = 0.3, generator: torch.Generator | None = None) -> Any:
-    """With weights where MONAI starts at 0, which would hide all that comes before."""
+def awake(network: Any, seed: int | None = None, *, std: float = 0.3) -> Any:
+    """With weights where MONAI starts at 0, which would hide all that comes before; by torch's own draws or a seed."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     for weight in network.parameters():
         if not weight.any():
             nn.init.normal_(weight, std=std, generator=generator)
