@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from builders import data_file, tiny_configuration
 
 from fibldm.datasets.preparation import prepare
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.runs import STAGES
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import Configuration
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = 5
@@ -87,8 +87,7 @@ def phantom_work(made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(made_once: MadeOnce) -> Path:
     """A data configuration with the smallest model grid that the networks allow for whole chests."""
-    content = yaml.safe_dump({"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 32]})
-    return made_once("configs", lambda folder: (folder / "data_tiny.yaml").write_text(content)) / "data_tiny.yaml"
+    return made_once("configs", lambda folder: data_file(folder, 10.0, 32, 32, 32)) / "data.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +95,7 @@ def tiny_stage(phantom_work: Path, tiny_data: Path) -> TinyStage:
     """Makes the configuration of a stage with tiny networks: ``tiny_stage(stage, run, *configs, key=value)``."""
 
     def configuration(stage: str, run: Path, *more: str, **overrides: object) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32", **overrides}
-        configs = [str(tiny_data), "tiny", *more]
-        return stage_configuration(stage, work=phantom_work, run_dir=run, configs=configs, overrides=settings)
+        return tiny_configuration(stage, phantom_work, run, tiny_data, "tiny", *more, **overrides)
 
     return configuration
 
@@ -112,6 +109,21 @@ def tiny_run(tiny_stage: TinyStage, made_once: MadeOnce) -> Path:
             tiny_stage(stage, folder / "tiny").run()
 
     return made_once("runs", make) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, made_once: MadeOnce) -> Path:
+    """The tiny run, which ends with a ControlNet, as a bundle; read only."""
+    from fibldm.delivery.export import ExportSettings, export
+
+    made = made_once("bundles", lambda folder: export(tiny_run, folder / "tiny", ExportSettings("CC0-1.0")))
+    return made / "tiny"
+
+
+@pytest.fixture(scope="session")
+def mask_file(phantom_work: Path) -> Path:
+    """One of the phantoms' masks."""
+    return sorted((phantom_work / "labels").iterdir())[0]
 
 
 @pytest.fixture(scope="session")

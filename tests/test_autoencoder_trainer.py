@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import tiny_configuration
 from monai.bundle import ConfigParser
 from monai.data import list_data_collate
 from monai.engines import SupervisedTrainer
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, shipped, stage_configuration
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.adversarial import (
     Adversary,
@@ -292,30 +293,19 @@ def test_the_output_tells_every_term() -> None:
     assert not any(part.requires_grad for part in parts.values())
 
 
-def test_two_batches_of_one_are_one_of_two() -> None:
+@pytest.mark.parametrize("rivals", [False, True])
+def test_two_batches_of_one_are_one_of_two(rivals: bool) -> None:
+    """Clipped, or against discriminators."""
     pairs = batches(3, size=2)
     singles = [{name: value[[at]] for name, value in pair.items()} for pair in pairs for at in range(2)]
-    one, two = (
-        trainer(data, optimizer=torch.optim.SGD, accumulation_steps=n) for n, data in ((1, pairs), (2, singles))
-    )
-    for engine in (one, two):
-        ClipGradient(engine.network, 0.05).attach(engine)
+    found = []
+    for data, count in ((pairs, 1), (singles, 2)):
+        rival = adversary(slice_weight=0.3, adaptive=False, feature_weight=0.2) if rivals else None
+        engine = trainer(data, adversary=rival, optimizer=torch.optim.SGD, accumulation_steps=count)
+        if rival is None:
+            ClipGradient(engine.network, 0.05).attach(engine)
         engine.run()
-    for ours, theirs in zip(weights(one), weights(two), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_two_batches_of_one_are_one_of_two_against_discriminators_too() -> None:
-    pairs = batches(3, size=2)
-    singles = [{name: value[[at]] for name, value in pair.items()} for pair in pairs for at in range(2)]
-    rivals = [adversary(slice_weight=0.3, adaptive=False, feature_weight=0.2) for _ in range(2)]
-    one = trainer(pairs, adversary=rivals[0], optimizer=torch.optim.SGD)
-    two = trainer(singles, adversary=rivals[1], optimizer=torch.optim.SGD, accumulation_steps=2)
-    for engine in (one, two):
-        engine.run()
-    found = [
-        [*weights(engine), *rival.discriminators.parameters()] for engine, rival in zip((one, two), rivals, strict=True)
-    ]
+        found.append([*weights(engine), *(() if rival is None else rival.discriminators.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -547,8 +537,6 @@ class Interrupted(Exception):
 
 def against(work: Path, data: Path, run: Path, **overrides: Any) -> Configuration:
     settings = {
-        "device": "cpu",
-        "precision": "float32",
         "epochs": 3,
         "batch_size": 1,
         "discriminator_channels": 4,
@@ -557,8 +545,7 @@ def against(work: Path, data: Path, run: Path, **overrides: Any) -> Configuratio
         "log_variance": True,
         **overrides,
     }
-    configs = [str(data), "tiny", "autoencoder_adversarial"]
-    return stage_configuration("autoencoder", work=work, run_dir=run, configs=configs, overrides=settings)
+    return tiny_configuration("autoencoder", work, run, data, "tiny", "autoencoder_adversarial", **settings)
 
 
 def test_training_against_discriminators_goes_on_to_the_bit(

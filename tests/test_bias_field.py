@@ -9,7 +9,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import Scan
 
-SHAPE = (60, 72, 40)
+SHAPE = (48, 60, 36)
 AFFINE = np.array([[0, 0, 4, 3], [-2, 0, 0, -4], [0, 1.5, 0, 50], [0, 0, 0, 1.0]])
 """Axes stored in another order, none like the other."""
 NOISE = 0.03
@@ -48,7 +48,6 @@ def test_a_planted_field_is_taken_away():
 
 @pytest.mark.slow
 def test_every_channel_has_a_field_of_its_own():
-    """B7."""
     image, tissue, field = head()
     biased = np.stack([image * field, image / field], axis=-1).astype(np.float32)
     corrected = correct(Scan(biased, AFFINE, "0"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyStage
 from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
@@ -23,7 +24,6 @@ from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.runs import BUDGET, StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training import budget as budget_module
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, WallTime
@@ -31,8 +31,6 @@ from fibldm.training.draws import Draw, EpochSampler
 from fibldm.training.handlers import EMA, Schedule, SetEpoch
 from fibldm.training.pace import Length, Pace, Place, Stopwatch, fit, remaining, shortened, spaced
 from fibldm.training.watch import Validation
-
-TinyStage = Callable[..., Configuration]
 
 # --- arithmetic
 

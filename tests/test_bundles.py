@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import TinyStage
 from monai.bundle import ConfigParser, create_workflow, load, verify_net_in_out
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,6 @@ from fibldm.files import hash_file, read_json, write_json
 from fibldm.manifest import write_manifest
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.synthesis.definitions import TARGETS, build
@@ -47,15 +47,11 @@ QUICK = SamplingSettings(steps=2)
 CC0 = ExportSettings("CC0-1.0")
 
 Change = Callable[[Path], object]
-TinyStage = Callable[..., Configuration]
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run, which ends with a ControlNet, as a bundle; read only."""
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(tiny_run, out, CC0)
-    return out
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture
@@ -102,7 +98,6 @@ def test_sampling_is_chosen_on_the_call(tiny_run: Path, a_mask: Volume) -> None:
 
 
 def test_a_bundle_has_the_layout_of_monai_and_no_paths_of_this_machine(bundle: Path, tiny_run: Path) -> None:
-    """G8."""
     names = sorted(str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file())
     assert names == [
         "LICENSE",
@@ -351,6 +346,7 @@ def test_one_tensor_is_enough(bundle: Path) -> None:
         assert torch.equal(OneTensorDecoder(autoencoder)(latent), autoencoder.decode(latent))
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export_takes_other_sizes(bundle: Path, tmp_path: Path) -> None:
     made = Synthesizer.from_bundle(bundle, device="cpu")
     channels = len(made.space.mean)
@@ -640,7 +636,6 @@ def test_a_bundle_is_verified_in_a_fresh_process(
 
 
 def test_onnx_is_tried_out_where_it_is_installed(bundle: Path, tmp_path: Path) -> None:
-    """G10."""
     (check,) = run_checks(bundle, tmp_path, ["ONNX"])
     there = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     assert check.ok and check.saw.startswith("network, encoder, decoder at 3 sizes" if there else NOT_TRIED)

@@ -6,14 +6,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from monai.transforms import LoadImaged
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated, FeatureCache, Sample, need_masks
 from fibldm.files import read_json, write_json
-from fibldm.volumes.intensity import NormaliseIntensityd
-from fibldm.volumes.transforms import ToModelGridd
 
 
 @pytest.fixture
@@ -33,22 +30,6 @@ def synthetic(evaluated: Evaluated, tmp_path: Path) -> Path:
         shutil.copy(case.image, folder / f"{name}.nii.gz")
     shutil.copy(case.label, folder / "masks" / f"{case.name}.nii.gz")  # type: ignore[arg-type]
     return folder
-
-
-def test_a_real_case_is_read_as_training_reads_it(evaluated: Evaluated) -> None:
-    for case in evaluated.real():
-        item = {"image": str(case.image), "label": str(case.label)}
-        for transform in (
-            LoadImaged(["image", "label"], reader="NibabelReader", ensure_channel_first=True),
-            NormaliseIntensityd(["image"], intensity=evaluated.intensity),
-            ToModelGridd(evaluated.grid),
-        ):
-            item = transform(item)
-        made = evaluated.read(case)
-        np.testing.assert_allclose(made.image, item["image"][0], atol=1e-6)
-        assert np.array_equal(made.labels, item["label"][0])
-        assert np.array_equal(made.valid, item["valid"][0])
-        assert made.image.shape == evaluated.grid.size
 
 
 def test_splits_and_patients_are_those_of_the_work_folder(evaluated: Evaluated) -> None:

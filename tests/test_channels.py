@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import yaml
+from builders import data_file, tiny_configuration, write_nifti
 from monai.transforms import LoadImaged
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.intensity import NormaliseIntensityd
@@ -52,13 +52,6 @@ def scan(number: int) -> Array:
     return np.float32((shown + drawn) * (10, 1000))
 
 
-def save(array: NDArray[np.generic], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(array, AFFINE)
-    image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
-
-
 def write_work(work: Path) -> Path:
     """A work folder of two-channel MR scans."""
     splits: dict[str, list[dict[str, str]]] = {}
@@ -67,8 +60,8 @@ def write_work(work: Path) -> Path:
         splits[split] = []
         for number in (next(names) for _ in range(count)):
             entry = {"image": f"images/p{number}.nii.gz", "label": f"labels/p{number}.nii.gz"}
-            save(scan(number), work / entry["image"])
-            save(anatomy(number), work / entry["label"])
+            write_nifti(work / entry["image"], scan(number), AFFINE)
+            write_nifti(work / entry["label"], anatomy(number), AFFINE)
             splits[split].append({**entry, "case": f"p{number}", "subject": f"s{number}"})
     envelope: dict[str, object] = {
         name: {"min": [1.0] * 3, "max": [200.0] * 3} for name in ("spacing_mm", "field_of_view_mm")
@@ -117,12 +110,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The configuration of a stage at the smallest size: ``stage(name, work, run)``."""
-    data = tmp_path_factory.mktemp("configs") / "data.yaml"
-    data.write_text(yaml.safe_dump({"spacing": [4.0, 4.0, 4.0], "size": [32, 32, 32]}))
+    data = data_file(tmp_path_factory.mktemp("configs"), 4.0, 32, 32, 32)
 
     def configuration(name: str, work: Path, run: Path, **more: object) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32", **more}
-        return stage_configuration(name, work=work, run_dir=run, configs=[str(data), "tiny"], overrides=settings)
+        return tiny_configuration(name, work, run, data, "tiny", **more)
 
     return configuration
 
@@ -229,7 +220,7 @@ def test_the_details_of_two_channels_are_those_of_each() -> None:
 
 
 def test_a_scan_with_other_channels_than_the_run_is_refused(evaluated: Evaluated, tmp_path: Path) -> None:
-    save(scan(0)[..., 0], tmp_path / "one.nii.gz")
+    write_nifti(tmp_path / "one.nii.gz", scan(0)[..., 0], AFFINE)
     with pytest.raises(FibldmError, match=r"one\.nii\.gz must hold 2 channels, as \(X, Y, Z, C\); its shape is"):
         evaluated.read(Case("one", "one", None, tmp_path / "one.nii.gz", None))
     whole = evaluated.real("test")[0].image.read_bytes()

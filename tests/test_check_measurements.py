@@ -1,26 +1,21 @@
 """The degradations do what they say, and the command runs end to end on a tiny run."""
 
 import shutil
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from builders import script
 
 from fibldm.evaluation.cases import Sample
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import check_measurements
-
-    return check_measurements
+    return script("check_measurements", monkeypatch)
 
 
 @pytest.fixture

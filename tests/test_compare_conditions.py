@@ -4,19 +4,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from builders import script as script_of
 
 from fibldm.files import write_json
 from fibldm.runs.configuration import shipped, stage_configuration
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import compare_conditions
-
-    return compare_conditions
+    return script_of("compare_conditions", monkeypatch)
 
 
 def test_every_row_is_a_configuration_that_can_be_trained(script: ModuleType, tmp_path: Path) -> None:

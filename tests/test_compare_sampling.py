@@ -5,21 +5,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from builders import script as script_of
 from PIL import Image
 
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.statistics import Figure
 from fibldm.files import read_json
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import compare_sampling
-
-    return compare_sampling
+    return script_of("compare_sampling", monkeypatch)
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import awake, unet_numbers, with_latents_of
+from conftest import TinyStage
 from made_up_condition import FieldStrength, FieldToken
 from monai.networks.nets import ControlNet, DiffusionModelUNet
 from torch import nn
@@ -24,7 +25,6 @@ from fibldm.models.network import ConditionedNetwork, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.runs.renamed import current, current_generator
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.synthesis.bundle import GENERATOR
@@ -33,8 +33,6 @@ from fibldm.training.latents import Latents
 from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
-
-TinyStage = Callable[..., Configuration]
 
 FIELD = FieldStrength(1.5, 3.0)
 MASK = MaskEncoding((0, 1, 4), 4)
@@ -45,11 +43,6 @@ EVERY: dict[str, tuple[Condition, Any]] = {
     "mask": (MASK, LABELS),
     "covariates": (COVARIATES, [{"age": 50.0, "sex": "F"}] * 2),
     "field": (FIELD, [3.0, 3.0]),
-}
-NUMBERS: dict[str, Any] = {"spatial_dims": 3, "channels": (8, 16), "attention_levels": (False, True)} | {
-    "num_res_blocks": 1,
-    "num_head_channels": 8,
-    "norm_num_groups": 4,
 }
 MADE_UP = str(Path(__file__).with_name("made_up_condition.yaml"))
 
@@ -112,11 +105,8 @@ def base(**routes: Any) -> ConditionedNetwork:
     torch.manual_seed(0)
     channels = 2 + 3 * sum(part is not None for part in routes.get("channels", {}).values())
     context = {"with_conditioning": True, "cross_attention_dim": 12} if routes.get("tokens") else {}
-    unet = DiffusionModelUNet(in_channels=channels, out_channels=2, **NUMBERS, **context)
-    for weight in unet.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.3)
-    return ConditionedNetwork(unet, **routes).eval()
+    unet = DiffusionModelUNet(in_channels=channels, out_channels=2, **unet_numbers(), **context)
+    return ConditionedNetwork(awake(unet), **routes).eval()
 
 
 def test_several_conditions_share_a_route() -> None:
@@ -144,7 +134,7 @@ def test_several_conditions_share_a_route() -> None:
 
 def test_a_controlnet_may_be_steered_by_any_condition() -> None:
     control = ControlNet(
-        in_channels=2, conditioning_embedding_in_channels=3, conditioning_embedding_num_channels=(8,), **NUMBERS
+        in_channels=2, conditioning_embedding_in_channels=3, conditioning_embedding_num_channels=(8,), **unet_numbers()
     )
     network = steered(base(), control, sees="image").eval()
     nn.init.normal_(control.controlnet_mid_block.conv.weight)
@@ -161,8 +151,7 @@ def test_a_controlnet_may_be_steered_by_any_condition() -> None:
 @pytest.fixture
 def scanned(tiny_run: Path, tmp_path: Path) -> Path:
     """A run with autoencoder and latents, whose cases come from scanners of 1.5 and 3 T."""
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
+    with_latents_of(tiny_run, tmp_path / "run")
     file = tmp_path / "run" / "latents" / "latents.json"
     facts = read_json(file)
     cases = dict.fromkeys(one["case"] for split in facts["items"].values() for one in split)
@@ -237,7 +226,7 @@ OLD_TOKENS = {
     "width": 12,
 }
 OLD_ENCODER = {"_target_": "fibldm.models.mask_encoders.MaskRescaler", "mask": OLD_MASK, "channels": 3}
-OLD_UNET = {"_target_": "monai.networks.nets.DiffusionModelUNet", "out_channels": 2, **NUMBERS}
+OLD_UNET = {"_target_": "monai.networks.nets.DiffusionModelUNet", "out_channels": 2, **unet_numbers()}
 OLD_BASE = {"_target_": "fibldm.models.network.ConditionedNetwork", "unet": OLD_UNET | {"in_channels": 5}}
 
 

@@ -1,4 +1,4 @@
-"""Copies of training scans among synthetic volumes: H3."""
+"""Copies of training scans among synthetic volumes."""
 
 import itertools
 import shutil

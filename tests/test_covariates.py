@@ -13,6 +13,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from builders import awake, script, unet_numbers
+from conftest import TinyStage
 from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from fibldm.models.network import ConditionedNetwork, joined, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import Output, SamplingSettings, SynthesisRequest, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import AutocastInferer
 from fibldm.training.latents import Latents, LoadLatent
@@ -42,8 +44,6 @@ from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
-
-TinyStage = Callable[..., Configuration]
 
 CASES: list[dict[str, Any]] = [
     {"age": 40.0, "sex": "M", "centre": 10.0, "kernel": "b"},
@@ -156,18 +156,7 @@ def test_a_case_of_the_data_may_hold_what_training_never_saw() -> None:
 
 
 def numbers(**changes: object) -> dict[str, Any]:
-    numbers = {"spatial_dims": 3, "in_channels": 2, "channels": (8, 16), "attention_levels": (False, True)}
-    numbers |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 4}
-    return numbers | {"with_conditioning": True, "cross_attention_dim": WIDTH} | changes
-
-
-def awake(network: nn.Module, seed: int = 0) -> nn.Module:
-    """With weights where MONAI starts at 0, so that everything matters."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in network.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.3, generator=generator)
-    return network.eval()
+    return unet_numbers(**{"in_channels": 2, "with_conditioning": True, "cross_attention_dim": WIDTH, **changes})
 
 
 def base(kind: str = "plain") -> ConditionedNetwork:
@@ -518,11 +507,6 @@ def synthesizer(tiny_run: Path) -> Synthesizer:
     return replace(made, network=network, conditions=conditions)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def mask_file(phantom_work: Path) -> Path:
-    return sorted((phantom_work / "labels").iterdir())[0]
-
-
 def test_covariates_steer_a_volume_and_stand_in_the_sidecar(
     synthesizer: Synthesizer, mask_file: Path, tmp_path: Path
 ) -> None:
@@ -630,9 +614,7 @@ def test_every_door_takes_covariates(
     (volume,) = (tmp_path / "monai").glob("*.nii.gz")
     assert read_json(sidecar(volume))["covariates"] == {"age": age.low, "sex": None}
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import watch_folder
-
+    watch_folder = script("watch_folder", monkeypatch)
     for name, content in {"one": {"age": age.high}, "two": {"agee": 3}, "three": [1]}.items():
         (tmp_path / "inbox" / name).mkdir(parents=True)
         shutil.copy(mask_file, tmp_path / "inbox" / name / "mask.nii.gz")

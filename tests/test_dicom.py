@@ -112,7 +112,7 @@ def scan_thickness(options: dict[str, Any]) -> float:
     return float(options.get("spacing", SPACING)[2])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rotation=st.tuples(*[st.floats(-180, 180)] * 3),
     spacing=st.tuples(*[st.floats(0.2, 8)] * 3),

@@ -470,7 +470,7 @@ def drawn_inside(polygons: Sequence[Sequence[tuple[float, float]]]) -> NDArray[n
     return filled(contours, np.eye(4), (*PLANE, 1), 2, "Lung")[0][..., 0]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(arrays(bool, PLANE))
 def test_contours_that_touch_are_one(mask: NDArray[np.bool_]) -> None:
     """Every voxel drawn as a square of its own: squares meet along edges and in corners, and enclose holes."""
@@ -480,7 +480,7 @@ def test_contours_that_touch_are_one(mask: NDArray[np.bool_]) -> None:
     np.testing.assert_array_equal(drawn_inside(squares), mask)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(
     st.sets(st.integers(1, 10), max_size=3),
     st.sets(st.integers(1, 12), max_size=3),
@@ -499,7 +499,7 @@ def test_rooms_that_share_walls_of_voxels_leave_none_out(across: set[int], along
     np.testing.assert_array_equal(drawn_inside(drawn), wanted)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(st.tuples(*[st.integers(0, 3)] * 4), st.tuples(*[st.integers(0, 2)] * 4), st.booleans(), st.booleans())
 def test_a_hole_keeps_its_rim_however_it_is_drawn(
     outer: tuple[int, ...], wall: tuple[int, ...], keyhole: bool, same_sense: bool

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pydicom
 import pytest
+from builders import write_nifti as write_image
 from dicom_files import AXIAL, NAME, PLANTED, example, expected, new_uid, write_scout, write_series
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -50,12 +50,14 @@ def add_study(folder: Path, name: str, *, patient: str = "ID-1", modality: str =
 
 def segment(folder: Path, file: Path, names: tuple[str, ...] = ("Lung", "Honeycombing"), **options: Any) -> Path:
     """Write a segmentation of the series in ``folder``."""
-    import pydicom
-
     series = [pydicom.dcmread(path) for path in sorted(folder.glob("0*.dcm"))]
     labels = LABELS if len(names) > 1 else (LABELS == 1).astype(np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     return write_segmentation(file, series, labels, names=names, **options)
+
+
+def write_nifti(file: Path) -> Path:
+    return write_image(file, *expected(LABELS))
 
 
 def case_of(cases: tuple[Case, ...], study: str) -> Case:
@@ -288,12 +290,6 @@ def test_files_of_one_mask_series_go_to_their_images(tmp_path: Path) -> None:
     cases = dicom_tree(tmp_path).cases
 
     assert [case_of(cases, name).masks[0].files for name in ("x", "y")] == [(files[0],), (files[1],)]
-
-
-def write_nifti(file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(*expected(LABELS)), file)
-    return file
 
 
 @pytest.mark.parametrize("place", ["ct/mask.nii.gz", "mask.nii"])
@@ -579,12 +575,6 @@ def test_slices_that_hold_no_dicom_any_more_are_said(tmp_path: Path, content: by
     for number in (1, 2, 3):
         said = f"study {number} of 3, series 1 of 1: 1 files beside its slices are empty or damaged"
         assert said in caught.value.message
-
-
-def test_tree_without_images_is_refused(tmp_path: Path) -> None:
-    write_scout(tmp_path)
-    with pytest.raises(FibldmError, match="must hold a series of CT or MR; none of 1 series is one"):
-        dicom_tree(tmp_path)
 
 
 @pytest.mark.data

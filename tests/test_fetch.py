@@ -46,7 +46,6 @@ def address(tmp_path: Path) -> Iterator[str]:
 def test_a_file_is_fetched_once_and_has_its_hash(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D3, H12."""
     out = tmp_path / "deep" / "weights.pt"
     command = ["fetch", f"{address}/weights.pt", "--out", str(out), "--sha256", HASH.upper()]
     assert run(command) == 0 and out.read_bytes() == CONTENT
@@ -68,25 +67,20 @@ def test_a_file_is_fetched_once_and_has_its_hash(
 def test_what_is_not_meant_leaves_nothing(
     name: str, sha256: str, message: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D3."""
     out = tmp_path / "made" / "weights.pt"
     assert run(["fetch", f"{address}/{name}", "--out", str(out), "--sha256", sha256]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
-def test_another_file_is_not_replaced(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """D3."""
+def test_another_file_or_a_folder_is_not_replaced(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "weights.pt").write_text("mine")
-    assert run(["fetch", f"{address}/weights.pt", "--out", str(tmp_path / "weights.pt"), "--sha256", HASH]) == 2
-    assert "lies there already and is not the file with this hash" in capsys.readouterr().err.replace("\n", " ")
+    for place, message in ((tmp_path / "weights.pt", " and is not the file with this hash"), (tmp_path, "")):
+        assert run(["fetch", f"{address}/weights.pt", "--out", str(place), "--sha256", HASH]) == 2
+        assert f"lies there already{message}" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "weights.pt").read_text() == "mine"
-
-
-def test_a_folder_is_no_file(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """D3."""
-    assert run(["fetch", f"{address}/weights.pt", "--out", str(tmp_path), "--sha256", HASH]) == 2
-    assert "lies there already" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,6 @@ def test_a_folder_is_no_file(address: str, tmp_path: Path, capsys: pytest.Captur
 def test_an_address_that_does_not_lead_anywhere_is_refused(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D3."""
     assert run(["fetch", url, "--out", str(tmp_path / "weights.pt"), "--sha256", HASH]) == 2
     said = capsys.readouterr().err
     assert "fetched by https, http or file" in said or "cannot download" in said

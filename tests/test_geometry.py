@@ -41,7 +41,7 @@ def assert_same(found: Scan | Volume, volume: Volume) -> None:
 
 
 @given(angles=ANGLES, spacing=SPACINGS, origin=ORIGINS, flips=FLIPS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_nifti_and_dicom_out_give_one_volume(angles: tuple, spacing: tuple, origin: tuple, flips: tuple) -> None:
     """Written as NIfTI and as DICOM and read back, a volume has its voxels at the same places."""
     volume = volume_of(angles, spacing, origin, flips)
@@ -55,7 +55,7 @@ def test_nifti_and_dicom_out_give_one_volume(angles: tuple, spacing: tuple, orig
 
 
 @given(angles=ANGLES, spacing=SPACINGS, origin=ORIGINS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_nifti_and_dicom_in_give_one_volume(angles: tuple, spacing: tuple, origin: tuple) -> None:
     """A scanner's series and the NIfTI of the same volume are read as one array and affine."""
     turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()

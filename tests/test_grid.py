@@ -77,7 +77,6 @@ def write(path: Path, array: NDArray[np.generic], affine=None, units: str = "mm"
 
 @pytest.mark.parametrize("turn", AXIS_ORDERS, ids=lambda turn: "".join(orientations.ornt2axcodes(turn)))
 def test_all_48_axis_orders_give_one_canonical_volume_and_turn_back_exactly(turn):
-    """H5."""
     plain = asymmetric()
     stored = stored_as(plain, turn)
     canonical = stored.canonical()
@@ -130,7 +129,6 @@ def test_world_ramp_stays_right_on_the_training_grid(spacing):
 
 @pytest.mark.parametrize("spacing", [(2.0, 3.5, 5.0), (5.3, 4.8, 5.0), (6.0, 7.5, 9.0)])
 def test_world_ramp_survives_the_way_to_the_synthesis_grid_and_back(spacing):
-    """H5."""
     source = Grid((40, 26, 19), oblique_affine(spacing))
     stored = stored_as(ramp_on(source), AXIS_ORDERS[13])
     canonical = stored.canonical()
@@ -154,7 +152,6 @@ def test_training_grid_of_a_volume_at_the_model_spacing_moves_whole_voxels(shape
 
 
 def test_labels_never_get_a_new_value():
-    """A3."""
     rng = np.random.default_rng(3)
     labels = Volume(rng.choice([0, 2, 7], (13, 11, 9)).astype(np.uint8), oblique_affine())
     for model in (ModelGrid((1.7, 1.7, 1.7), (40, 40, 40)), ModelGrid((6.0, 5.0, 9.0), (8, 8, 8))):
@@ -194,7 +191,6 @@ def test_every_axis_is_padded_to_its_own_multiple():
 
 
 def test_a_mask_within_ten_percent_is_padded_by_whole_voxels_only():
-    """H5, A27."""
     model = ModelGrid((5.0, 5.0, 5.0), (32, 32, 32))
     labels = asymmetric((9, 14, 11), oblique_affine((5.5, 4.5, 5.0)))
     grid = model.synthesis_grid(labels.grid, 8)
@@ -208,7 +204,6 @@ def test_a_mask_within_ten_percent_is_padded_by_whole_voxels_only():
 
 @pytest.mark.parametrize("spacing", [(5.51, 5.0, 5.0), (5.0, 4.49, 5.0), (1.0, 1.0, 1.0)])
 def test_a_mask_more_than_ten_percent_off_is_resampled(spacing):
-    """A27."""
     model, source = ModelGrid((5.0, 5.0, 5.0), (32, 32, 32)), Grid((20, 20, 20), oblique_affine(spacing))
     np.testing.assert_allclose(model.synthesis_grid(source, 8).spacing, model.spacing)
 

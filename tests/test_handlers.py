@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyStage
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.optimizers.lr_scheduler import WarmupCosineSchedule
@@ -19,13 +20,10 @@ from torch.nn.functional import mse_loss
 from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, WallTime
 from fibldm.training.handlers import EMA, ClipGradient, Metrics, Schedule, is_step, steps_done
 from fibldm.training.precision import ScaledTrainer
 from fibldm.training.step_losses import StepLosses
-
-TinyStage = Callable[..., Configuration]
 
 
 def engine_of(step: Callable[[Engine, Any], Any], accumulation: int = 1) -> Engine:
@@ -127,7 +125,6 @@ def output(loss: float, **parts: float) -> list[dict[str, Any]]:
 
 
 def test_every_part_of_the_loss_has_a_column_from_the_epoch_on_that_has_it(tmp_path: Path) -> None:
-    """D19, B14."""
     rows = watched(tmp_path, [output(1.0, kl=0.25), output(2.0, kl=0.5, generator=3.0)])
     assert [(row["loss"], row["loss/kl"], row["loss/generator"]) for row in rows] == [
         ("1", "0.25", ""),
@@ -188,7 +185,6 @@ def test_losses_of_single_steps_are_kept_if_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, -math.inf])
 def test_a_loss_that_is_not_finite_ends_the_training_within_the_epoch(tmp_path: Path, loss: float) -> None:
-    """D19."""
     losses = [1.0, 1.0, 1.0, loss, 1.0]
     engine = Engine(lambda engine, item: output(losses[item]))
     Metrics(tmp_path / "metrics.csv", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)).attach(engine)
@@ -279,7 +275,6 @@ def test_training_stops_when_the_validation_loss_falls_no_more(
 
 
 def test_patience_counts_validations_and_not_epochs(tmp_path: Path) -> None:
-    """F1."""
     _, checkpoints = checkpointed(tmp_path, [1.0])
     checkpoints.best = {"epoch": 10}
     patience = Patience(checkpoints, patience=2, interval=5)
@@ -328,7 +323,6 @@ def test_training_stops_when_the_gap_stays_too_large(
 
 
 def test_the_limit_of_a_gap_is_above_0_or_none(tmp_path: Path) -> None:
-    """F1."""
     engine, checkpoints, limit = gapped(tmp_path, [9.0], 0)
     engine.run([0], max_epochs=1)
     assert not GapLimit(checkpoints, limit.metrics, limit=None).is_over(1)
@@ -374,7 +368,6 @@ class Counter:
 
 
 def test_whatever_else_a_stage_names_is_saved_and_restored(tmp_path: Path) -> None:
-    """H7, D24."""
     engine, _ = checkpointed(tmp_path, [1.0], counter=Counter(5))
     engine.run([0], max_epochs=1)
     counter = Counter()
@@ -387,7 +380,6 @@ def test_whatever_else_a_stage_names_is_saved_and_restored(tmp_path: Path) -> No
 
 
 def test_what_a_kill_left_is_gone_after_a_resume(tmp_path: Path) -> None:
-    """H7."""
     engine, checkpoints = checkpointed(tmp_path, [1.0])
     engine.run([0], max_epochs=1)
     for name in ("checkpoints/tmpk2x9", ".writing-ab12metrics.csv"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
+from builders import normal
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
@@ -100,10 +101,6 @@ def random_weights(network: nn.Module) -> Any:
     return network.eval()
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def present(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"channels" if key == "num_channels" else key: value for key, value in arguments.items()}
 
@@ -153,7 +150,7 @@ def test_autoencoder_of_monai_generative(changes: dict[str, Any], tmp_path: Path
     assert facts["arguments"] == expected
     assert facts["left_out"] and all(".proj_attn." in name for name in facts["left_out"])
     size = (8, 12, 4)[: arguments["spatial_dims"]]
-    volume, ours = noise(1, 1, *size), made(tmp_path / "out")
+    volume, ours = normal(1, 1, *size), made(tmp_path / "out")
     flat = (lambda tensor: tensor) if len(size) == 3 else (lambda tensor: tensor[..., 0])
     posterior = ours.encode(volume if len(size) == 3 else volume[..., None])
     mean, std = network.encode(volume)
@@ -171,11 +168,11 @@ def test_unet_of_monai_generative(changes: dict[str, Any], tmp_path: Path) -> No
     assert facts["format"] == "monai-generative" and facts["source"]["place"] == "model/"
     kept = {key: facts["arguments"][key] for key in present(arguments)}
     assert kept == present(arguments) and facts["arguments"]["include_fc"] is ("cross_attention_dim" in arguments)
-    z, times, ours = noise(2, 3, 4, 8, 4), torch.tensor([3.0, 700.0]), made(tmp_path / "out")
+    z, times, ours = normal(2, 3, 4, 8, 4), torch.tensor([3.0, 700.0]), made(tmp_path / "out")
     if arguments["spatial_dims"] == 2:
         assert_equal(ours(z[..., :1], times)[..., 0], network(z[..., 0], times))
     elif "cross_attention_dim" in arguments:
-        context = noise(2, 3, 5)
+        context = normal(2, 3, 5)
         assert_equal(ours.unet(z, times, context=context), network(z, times, context=context))
     else:
         assert_equal(ours(z, times), network(z, times))
@@ -189,8 +186,8 @@ def test_controlnet_of_monai_generative(changes: dict[str, Any], tmp_path: Path)
     network = random_weights(old.ControlNet(**arguments))
     facts = imported({"state_dict": network.state_dict()}, tmp_path / "out", arguments=hidden(arguments))
     assert {key: facts["arguments"][key] for key in present(arguments)} == present(arguments)
-    given = {"context": noise(2, 3, 5)} if changes else {}
-    inputs = (noise(2, 3, 4, 4, 4), torch.tensor([3.0, 700.0]), noise(2, 2, 8, 8, 8, seed=1))
+    given = {"context": normal(2, 3, 5)} if changes else {}
+    inputs = (normal(2, 3, 4, 4, 4), torch.tensor([3.0, 700.0]), normal(2, 2, 8, 8, 8, seed=1))
     theirs, ours = network(*inputs, **given), made(tmp_path / "out")(*inputs, **given)
     for one, two in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]], strict=True):
         assert_equal(one, two)
@@ -199,10 +196,10 @@ def test_controlnet_of_monai_generative(changes: dict[str, Any], tmp_path: Path)
 @torch.no_grad()
 def test_vqvae(tmp_path: Path) -> None:
     network = random_weights(old.VQVAE(**VQVAE))
-    network.quantizer.quantizer.embedding.weight.data = noise(16, 3)
+    network.quantizer.quantizer.embedding.weight.data = normal(16, 3)
     facts = imported(network.state_dict(), tmp_path / "out")
     assert facts["arguments"] == present(VQVAE) and "check downsample_parameters" in facts["notes"][0]
-    volume, ours = noise(1, 1, 8, 8, 8), made(tmp_path / "out")
+    volume, ours = normal(1, 1, 8, 8, 8), made(tmp_path / "out")
     assert_equal(ours(volume).volume, network(volume)[0])
     assert_equal(ours.encode(volume).mean, network.quantizer.quantizer.embed(network.index_quantize(volume)))
 
@@ -308,7 +305,7 @@ def test_a_stage_begins_with_what_was_imported(tmp_path: Path) -> None:
     built = parser.get_parsed_content("network_def")
     assert initialise(built, tmp_path / "out" / "weights.safetensors").complete
     optimiser = torch.optim.SGD(built.parameters(), lr=1e-3)
-    volume = noise(1, 1, 8, 8, 8)
+    volume = normal(1, 1, 8, 8, 8)
     losses = []
     for _ in range(3):
         loss = (built(volume, seeds=torch.tensor([1])).volume.mean(1, keepdim=True) - volume).abs().mean()
@@ -375,7 +372,7 @@ def test_maisi_says_the_same_for_what_was_fixed(tmp_path: Path) -> None:
     facts = imported(content, tmp_path / "out", arguments=hidden(MAISI), fixed=fixed)
     assert facts["format"] == "maisi" and facts["prediction"] == "epsilon" and not facts["negated"]
     assert facts["latent_space"]["scale_factor"] == pytest.approx(0.97)
-    z, times = noise(2, 3, 4, 4, 8), torch.tensor([20.0, 950.0])
+    z, times = normal(2, 3, 4, 4, 8), torch.tensor([20.0, 950.0])
     theirs = network(
         z,
         times,
@@ -400,7 +397,7 @@ def test_maisis_rectified_flow_runs_the_other_way(tmp_path: Path) -> None:
     assert said["target"] == "flow" and build(said["process"], "process") == RectifiedFlow()
     scheduler = RFlowScheduler(use_discrete_timesteps=False)
     scheduler.set_timesteps(5)
-    start = noise(1, 3, 4, 4, 4)
+    start = normal(1, 3, 4, 4, 4)
     z, times = start, [float(time) for time in scheduler.timesteps] + [0.0]
     given = {"class_labels": torch.tensor([1]), "spacing_tensor": torch.tensor([[150.0, 100.0, 200.0]])}
     for time, following in zip(times[:-1], times[1:], strict=True):
@@ -421,7 +418,7 @@ def test_maisis_controlnet_and_autoencoder(tmp_path: Path) -> None:
     content = {"controlnet_state_dict": control.state_dict(), "epoch": 1}
     facts = imported(content, tmp_path / "control", arguments=hidden(MAISI), fixed={"class": [2]})
     assert "learned anew" in facts["notes"][-1] and facts["use"].endswith("--set init_strict=false")
-    inputs = (noise(1, 3, 4, 4, 4), torch.tensor([800.0]), noise(1, 2, 8, 8, 8, seed=1))
+    inputs = (normal(1, 3, 4, 4, 4), torch.tensor([800.0]), normal(1, 2, 8, 8, 8, seed=1))
     ours = made(tmp_path / "control")(*inputs)
     theirs = control(*inputs, class_labels=torch.tensor([2]))
     for one, two in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]], strict=True):
@@ -429,7 +426,7 @@ def test_maisis_controlnet_and_autoencoder(tmp_path: Path) -> None:
 
     first = AutoencoderKlMaisi(**{**AUTOENCODER, "attention_levels": [False, False]}, num_splits=1, save_mem=False)
     imported({"unet_state_dict": random_weights(first).state_dict()}, tmp_path / "ae", arguments=hidden(AUTOENCODER))
-    volume, mine = noise(1, 1, 8, 8, 8), made(tmp_path / "ae")
+    volume, mine = normal(1, 1, 8, 8, 8), made(tmp_path / "ae")
     assert type(mine).__name__ == "MaisiAutoencoder" and mine.splits == 1
     assert_equal(mine.encode(volume).mean, first.encode(volume)[0])
 
@@ -508,11 +505,6 @@ def test_what_a_bundles_unet_says(scheduler: Any, prediction: str | None, said: 
     assert set(yaml.safe_load((tmp_path / "out" / "network.yaml").read_text())) == {"unet", *said}
 
 
-def test_one_network_of_a_bundle(tmp_path: Path) -> None:
-    facts = import_weights(zoo(tmp_path / "zoo"), tmp_path / "out", ImportSettings("MIT", kind="autoencoder"))
-    assert list(facts) == [str(tmp_path / "out")] and (tmp_path / "out" / "network.yaml").exists()
-
-
 PLANTED = "$[__import__('pathlib').Path('planted').touch(), [8, 16]][1]"
 
 
@@ -576,7 +568,7 @@ def test_a_definition_leaves_out_what_is_as_by_default(tmp_path: Path) -> None:
     (tmp_path / "definition.yaml").write_text(yaml.safe_dump({**arguments, "_target_": "AutoencoderKL"}))
     facts = imported(network.state_dict(), tmp_path / "out", network=tmp_path / "definition.yaml")
     assert facts["arguments"]["norm_num_groups"] == 32
-    assert_equal(made(tmp_path / "out").encode(noise(1, 1, 4, 4, 4)).mean, network.encode(noise(1, 1, 4, 4, 4))[0])
+    assert_equal(made(tmp_path / "out").encode(normal(1, 1, 4, 4, 4)).mean, network.encode(normal(1, 1, 4, 4, 4))[0])
     with pytest.raises(FibldmError, match="norm_num_groups of the autoencoder in .* must be known, .* give it by"):
         imported(network.state_dict(), tmp_path / "other")
 

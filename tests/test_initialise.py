@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import unet_numbers
+from conftest import TinyStage
 from ignite.engine import Engine, Events
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from monai.optimizers.lr_scheduler import WarmupCosineSchedule
@@ -17,13 +19,10 @@ from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.network import ConditionedNetwork, Control
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training.draws import take_subset
 from fibldm.training.handlers import Schedule
 from fibldm.training.initialise import freeze, initialise, rate_groups, read_weights
 from fibldm.training.precision import gradient_scaler, store_channels_last
-
-TinyStage = Callable[..., Configuration]
 
 
 def network(width: int = 3) -> nn.Sequential:
@@ -56,7 +55,6 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_with_a_report(tmp_path: Path) -> None:
-    """D4, A14."""
     torch.save({**state(), "0.bias": torch.zeros(5), "other.bias": torch.zeros(1)}, tmp_path / "weights.pt")
     expected = (
         r"weights of .*weights\.pt must fit the network; 3 loaded; 0 missing; 1 unexpected \(other\.bias\); "
@@ -111,14 +109,12 @@ def test_a_stage_begins_with_the_weights_of_another_run(tiny_stage: TinyStage, t
 
 
 def test_weights_are_frozen_by_name() -> None:
-    """D4."""
     made = network()
     assert freeze(made, ["0.*", "*.bias"]) == 3
     assert [name for name, weight in made.named_parameters() if weight.requires_grad] == ["1.weight"]
 
 
 def test_a_pattern_that_fits_nothing_or_everything_is_refused() -> None:
-    """D4."""
     with pytest.raises(FibldmError, match=r"'2\.\*' fits none; they have names such as 0\.weight, 0\.bias"):
         freeze(network(), ["0.*", "2.*"])
     with pytest.raises(FibldmError, match="something must be left to train"):
@@ -149,7 +145,6 @@ def test_layers_have_rates_of_their_own() -> None:
     ],
 )
 def test_rates_of_nothing_are_refused(shares: Any, message: str) -> None:
-    """D4."""
     with pytest.raises(FibldmError, match=message):
         rate_groups(network(), 0.1, shares)
 
@@ -196,15 +191,13 @@ def test_another_preparation_has_the_same_subset() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_a_share_of_nothing_is_refused(share: float) -> None:
-    """F1."""
     with pytest.raises(FibldmError, match="subset must be a share above 0 and at most 1"):
         take_subset([{"subject": "a", "case": "1"}], share)
 
 
 # --- memory and numbers
 
-UNET = {"spatial_dims": 3, "in_channels": 2, "channels": (8, 16), "attention_levels": (False, True)}
-UNET |= {"num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 8}
+UNET = unet_numbers(in_channels=2, norm_num_groups=8)
 
 
 def controlled() -> ConditionedNetwork:
@@ -236,7 +229,6 @@ CASES = [
 def test_activation_checkpointing_changes_neither_gradients_nor_names(
     make: Callable[[], nn.Module], inputs: tuple[Any, ...], least: int
 ) -> None:
-    """C14, B4."""
     plain, checkpointed = make(), make()
     assert checkpoint_activations(checkpointed) >= least
     assert checkpointed.state_dict().keys() == plain.state_dict().keys()
@@ -268,7 +260,6 @@ def test_activation_checkpointing_keeps_less() -> None:
 
 
 def test_a_network_without_blocks_is_refused() -> None:
-    """C14."""
     with pytest.raises(FibldmError, match=r"needs blocks of a class named \*ResBlock, .*; Sequential has none"):
         checkpoint_activations(network())
 
@@ -285,7 +276,6 @@ def test_channels_last_is_an_order_of_memory_and_no_other_network() -> None:
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
-    """E6, C15."""
     with pytest.raises(FibldmError, match="float16 trains on CUDA only; the device is 'cpu'.*bfloat16"):
         gradient_scaler("float16", "cpu")
     assert not gradient_scaler("auto", "cpu").is_enabled()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TinyStage
 from monai.bundle import ConfigParser
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,12 +25,11 @@ from fibldm.files import hash_file, read_json
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
-from fibldm.runs.configuration import Configuration, read_configuration
+from fibldm.runs.configuration import read_configuration
 from fibldm.shards import Shard, wait_for
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import EncodeStage, Latents, LoadLatent
 
-TinyStage = Callable[..., Configuration]
 GRID = {"spacing": [1, 1, 1]}
 
 
@@ -102,10 +102,10 @@ def test_ranks_that_come_one_after_the_other_write_what_one_process_writes(
     encode(shared, 1, 3)  # a rank that starts late finds it done
 
 
-def test_every_rank_encodes_its_own_cases_only(encode: Callable[..., None], trained: Callable[[str], Path]) -> None:
-    whole, shared = trained("whole"), trained("shared")
-    encode(whole, 0, 1)
-    items = read_json(whole / "latents" / "latents.json")["items"]
+def test_every_rank_encodes_its_own_cases_only(
+    encode: Callable[..., None], trained: Callable[[str], Path], tiny_run: Path
+) -> None:
+    shared, items = trained("shared"), read_json(tiny_run / "latents" / "latents.json")["items"]
     cases = list(dict.fromkeys(item["case"] for split in ("training", "validation") for item in items[split]))
     with pytest.raises(FibldmError, match="the first that is missing"):
         encode(shared, 0, 2)

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TinyStage
 
 from fibldm import locks
 from fibldm.datasets.preparation import prepare
@@ -23,10 +23,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.results import Section, record
 from fibldm.locks import alone, beside
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
-
-TinyStage = Callable[..., Configuration]
 
 HOLD = """
 import os, sys, time

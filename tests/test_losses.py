@@ -1,13 +1,13 @@
 """What the stages minimise, against closed forms; padding weighs nothing in any of it."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import normal, with_latents_of
 from monai.bundle import ConfigParser
 from monai.losses import JukeboxLoss
 from monai.networks.nets.resnet import ResNetFeatures
@@ -39,10 +39,6 @@ from fibldm.volumes.masks import read_mask
 SIZE = (6, 8, 10)
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def number(scalar: Tensor) -> float:
     return float(scalar.detach())
 
@@ -52,7 +48,7 @@ def everywhere(value: Tensor) -> Weighted:
 
 
 def reconstruction(volume: Tensor, **parts: Any) -> Reconstruction:
-    return Reconstruction(volume, Posterior(drawn(2, 3, 2, 2, 2), drawn(2, 3, 2, 2, 2, seed=1).abs()), **parts)
+    return Reconstruction(volume, Posterior(normal(2, 3, 2, 2, 2), normal(2, 3, 2, 2, 2, seed=1).abs()), **parts)
 
 
 def test_the_charbonnier_error_is_the_root_of_square_and_epsilon() -> None:
@@ -87,14 +83,14 @@ def test_the_spectrum_of_a_wave_is_its_amplitude_at_two_places() -> None:
 
 
 def test_the_spectrum_does_not_see_where_things_are() -> None:
-    volume = drawn(1, 1, *SIZE)
+    volume = normal(1, 1, *SIZE)
     rolled = volume.roll((1, 3, 2), dims=(2, 3, 4))
     assert number(spectral_distance(rolled, everywhere(volume))) == pytest.approx(0, abs=1e-6)
     assert number((rolled - volume).abs().mean()) > 0.5
 
 
 def test_the_amplitudes_are_those_of_monai() -> None:
-    volume, target = drawn(1, 1, *SIZE), torch.zeros(1, 1, *SIZE)
+    volume, target = normal(1, 1, *SIZE), torch.zeros(1, 1, *SIZE)
     every = torch.fft.fftn(volume, dim=(2, 3, 4), norm="ortho").abs()
     assert number(every.square().mean()) == pytest.approx(number(JukeboxLoss(3)(volume, target)), rel=1e-5)
     half = every[..., : SIZE[2] // 2 + 1]  # the others are equal to these
@@ -108,7 +104,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     loss = AutoencoderLoss(
         "l2", kl_weight=0.25, spectral_weight=0.5, perceptual=lambda *_: torch.tensor(7.0), perceptual_weight=2
     )
-    volume, target = drawn(2, 1, *SIZE), everywhere(drawn(2, 1, *SIZE, seed=3))
+    volume, target = normal(2, 1, *SIZE), everywhere(normal(2, 1, *SIZE, seed=3))
     found = reconstruction(volume)
     expected = {
         "reconstruction": (volume - target.value).square().mean(),
@@ -126,7 +122,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 def test_a_codebook_takes_the_place_of_the_kl_divergence_and_its_perplexity_is_only_told() -> None:
     loss = AutoencoderLoss(kl_weight=100.0, codebook_weight=0.5)
-    volume = drawn(2, 1, *SIZE)
+    volume = normal(2, 1, *SIZE)
     found = reconstruction(volume, quantisation=Quantisation(torch.tensor(3.0), torch.tensor(40.0)))
     terms = loss.terms(found, everywhere(volume))
     assert {name: number(term) for name, term in terms.items()} == {
@@ -142,7 +138,7 @@ def test_a_weight_of_0_computes_and_builds_nothing() -> None:
         raise AssertionError("computed")
 
     loss = AutoencoderLoss(kl_weight=0, codebook_weight=0, perceptual=forbidden)
-    volume = drawn(2, 1, *SIZE)
+    volume = normal(2, 1, *SIZE)
     assert list(loss.terms(reconstruction(volume), everywhere(volume))) == ["reconstruction"]
     assert list(loss.parameters()) == []
     assert loss.state_dict() == {}
@@ -162,7 +158,7 @@ def test_the_learned_log_variance_is_that_of_the_error() -> None:
 
 
 def test_validation_does_not_judge_by_the_learned_log_variance() -> None:
-    volume, target = drawn(2, 1, *SIZE), everywhere(drawn(2, 1, *SIZE, seed=3))
+    volume, target = normal(2, 1, *SIZE), everywhere(normal(2, 1, *SIZE, seed=3))
     loss = AutoencoderLoss(log_variance=True)
     assert loss.log_variance is not None
     with torch.no_grad():
@@ -188,15 +184,15 @@ def test_the_perceptual_distance_is_0_for_equal_volumes_and_leads_towards_the_ta
     request: pytest.FixtureRequest, weights: str
 ) -> None:
     distance = PerceptualDistance(request.getfixturevalue(weights), slices_per_axis=2)
-    target = everywhere(drawn(2, 1, 16, 20, 24))
+    target = everywhere(normal(2, 1, 16, 20, 24))
     assert number(distance(target.value, target)) == 0
-    volume = drawn(2, 1, 16, 20, 24, seed=1).requires_grad_()
+    volume = normal(2, 1, 16, 20, 24, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad(distance(volume, target), volume)
     assert number(distance(volume - 20 * gradient, target)) < number(distance(volume, target))
 
 
 def test_in_volumes_it_compares_normalised_features_of_every_layer(weights_3d: Path) -> None:
-    volume, target = drawn(1, 2, 16, 16, 16), drawn(1, 2, 16, 16, 16, seed=1)
+    volume, target = normal(1, 2, 16, 16, 16), normal(1, 2, 16, 16, 16, seed=1)
     network = ResNetFeatures("resnet10", pretrained=False, spatial_dims=3, in_channels=1).eval()
     stored = torch.load(weights_3d, weights_only=True)["state_dict"]
     network.load_state_dict({name.removeprefix("module."): value for name, value in stored.items()})
@@ -213,7 +209,7 @@ def test_in_volumes_it_compares_normalised_features_of_every_layer(weights_3d: P
 
 def test_slices_are_taken_along_every_axis(slice_weights: Path) -> None:
     distance = PerceptualDistance(slice_weights, slices_per_axis=1)
-    target = everywhere(drawn(1, 1, 16, 20, 24))
+    target = everywhere(normal(1, 1, 16, 20, 24))
     for axis, middle in enumerate((8, 10, 12)):
         inside, outside = target.value.clone(), target.value.clone()
         inside.select(axis + 2, middle).mul_(-1)
@@ -263,7 +259,7 @@ def test_what_is_in_the_padding_changes_no_term(slice_weights: Path) -> None:
         perceptual=PerceptualDistance(slice_weights, slices_per_axis=2),
         perceptual_weight=1.0,
     )
-    volume, value = drawn(1, 1, 16, 20, 24), drawn(1, 1, 16, 20, 24, seed=1)
+    volume, value = normal(1, 1, 16, 20, 24), normal(1, 1, 16, 20, 24, seed=1)
     weight = torch.ones_like(value)
     weight[..., 17:] = 0
     changed = torch.where(weight > 0, volume, 5.0)
@@ -297,7 +293,7 @@ def test_a_configuration_chooses_the_error(norm: str, expected: float) -> None:
 
 
 def test_the_likelihood_is_that_of_a_gaussian() -> None:
-    mean, log_variance, value = drawn(2, 3, 4, 2, 2), drawn(2, 3, 4, 2, 2, seed=1), drawn(2, 3, 4, 2, 2, seed=2)
+    mean, log_variance, value = normal(2, 3, 4, 2, 2), normal(2, 3, 4, 2, 2, seed=1), normal(2, 3, 4, 2, 2, seed=2)
     gaussian = torch.distributions.Normal(mean, (log_variance / 2).exp())
     expected = -gaussian.log_prob(value)[:, :, :3].mean() - math.log(2 * math.pi) / 2
     weight = torch.ones(2, 1, 4, 2, 2)
@@ -306,7 +302,7 @@ def test_the_likelihood_is_that_of_a_gaussian() -> None:
 
 
 def test_the_variance_learns_from_the_mean_and_does_not_move_it() -> None:
-    output, target = drawn(2, 6, 2, 2, 2).requires_grad_(), everywhere(drawn(2, 3, 2, 2, 2, seed=1))
+    output, target = normal(2, 6, 2, 2, 2).requires_grad_(), everywhere(normal(2, 3, 2, 2, 2, seed=1))
     plain, hybrid = DenoisingLoss(), DenoisingLoss(variance_weight=0.25, process=VariancePreserving())
     terms = hybrid.terms(output, target)
     assert list(terms) == ["denoising", "variance"]
@@ -334,11 +330,11 @@ def test_a_variance_is_refused_where_it_cannot_be_learned() -> None:
         DenoisingLoss(variance_weight=0.001)
     with pytest.raises(FibldmError, match="variance_weight must be a number of at least 0; got -1"):
         DenoisingLoss(variance_weight=-1)
-    target = everywhere(drawn(1, 3, 2, 2, 2))
+    target = everywhere(normal(1, 3, 2, 2, 2))
     with pytest.raises(FibldmError, match=r"of 3 channels must give 6 with variance_weight 0.001; got 3; put config"):
         DenoisingLoss(variance_weight=0.001, process=VariancePreserving())(target.value, target)
     with pytest.raises(FibldmError, match=r"of 3 channels must give 3 with variance_weight 0; got 6; put config"):
-        DenoisingLoss()(drawn(1, 6, 2, 2, 2), target)
+        DenoisingLoss()(normal(1, 6, 2, 2, 2), target)
 
 
 class AffineNetwork(nn.Module):
@@ -402,8 +398,7 @@ def test_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ancestral
 def test_both_stages_learn_a_variance_that_ancestral_sampling_uses(
     tmp_path: Path, tiny_run: Path, phantom_work: Path, tiny_data: Path
 ) -> None:
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, tmp_path / stage)
+    with_latents_of(tiny_run, tmp_path)
     configs = [str(tiny_data), "tiny", "learned_variance"]
     settings = {"device": "cpu", "precision": "float32"}
     for stage in ("diffusion", "controlnet"):

@@ -1,12 +1,12 @@
 """Low-rank adaptation: the network begins as it was, few numbers move it, what is kept is a network as any other."""
 
-import shutil
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from builders import awake, with_latents_of
+from conftest import TinyStage
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -14,20 +14,15 @@ from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank, merged_state, plain_name
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training.initialise import rate_groups
-
-TinyStage = Callable[..., Configuration]
 
 
 def unet() -> nn.Module:
+    """With all weights at work, as in a trained one; nothing would be learned behind zeros."""
     torch.manual_seed(0)
     sizes = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blocks": 1, "norm_num_groups": 8}
     made = DiffusionModelUNet(spatial_dims=3, in_channels=2, out_channels=2, num_head_channels=8, **sizes)
-    for weight in made.parameters():
-        if not weight.any():  # as trained networks have none, and nothing would be learned behind them
-            nn.init.normal_(weight, std=0.1)
-    return made
+    return awake(made, std=0.1).train()
 
 
 def apply(network: nn.Module) -> torch.Tensor:
@@ -37,7 +32,6 @@ def apply(network: nn.Module) -> torch.Tensor:
 
 
 def test_a_network_begins_as_it_was_and_few_numbers_are_trained() -> None:
-    """D4."""
     plain, adapted = unet(), unet()
     count = add_low_rank(adapted, 2, ["*"])
     assert torch.equal(apply(adapted), apply(plain))
@@ -136,7 +130,7 @@ def test_weights_that_are_not_given_are_trained_in_full(tiny_stage: TinyStage, t
     with pytest.raises(
         FibldmError, match=r"does not have must be trained in full; .*unet\.conv_in\.conv\.weight would stay"
     ):
-        tiny_stage("diffusion", prepared(tiny_run, tmp_path), "mask_concat", **settings).run()
+        tiny_stage("diffusion", with_latents_of(tiny_run, tmp_path / "run"), "mask_concat", **settings).run()
     # what was refused has begun nothing
     settings["lora_full"] = ["unet.conv_in.*", "mask_encoder.*"]
     tiny_stage("diffusion", tmp_path / "run", "mask_concat", **settings).run()
@@ -145,14 +139,6 @@ def test_weights_that_are_not_given_are_trained_in_full(tiny_stage: TinyStage, t
     assert after["unet.conv_in.conv.weight"].shape != before.state_dict()["unet.conv_in.conv.weight"].shape
 
 
-def prepared(tiny_run: Path, folder: Path) -> Path:
-    """A run whose latents are there."""
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, folder / "run" / stage)
-    return folder / "run"
-
-
 def test_without_weights_to_begin_with_there_is_nothing_to_adapt(tiny_stage: TinyStage, tmp_path: Path) -> None:
-    """D4."""
     with pytest.raises(FibldmError, match="lora_rank adapts weights that are there; init_from names none"):
         tiny_stage("autoencoder", tmp_path / "run", lora_rank=4).run()

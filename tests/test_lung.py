@@ -162,7 +162,6 @@ def test_lungs_of_patients_agree_with_another_derivation(name, data_folder):
 @pytest.mark.data
 @pytest.mark.slow
 def test_lungs_of_a_dicom_series_agree_with_another_derivation(data_folder):
-    """F6, H2."""
     folder = data_folder / "dicom" / "lungdx-a0002_B40f_8mm"
     right, left, airways = compare(tuple(sorted((folder / "series").iterdir())), folder / "lung_derived.nii.gz")
     assert min(right, left) > 0.96

@@ -8,11 +8,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from builders import tiny_configuration, with_latents_of
 
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 
 Train = Callable[..., Configuration]
@@ -22,14 +23,11 @@ SETTINGS = SamplingSettings(steps=2, guidance=2.0)
 @pytest.fixture
 def train(phantom_work: Path, tiny_data: Path, tiny_run: Path, tmp_path: Path) -> Train:
     """Stages of a run with the latents of `tiny_run`."""
-    run = tmp_path / "run"
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, run / stage)
+    run = with_latents_of(tiny_run, tmp_path / "run")
 
     def configuration(stage: str, *configs: str, **overrides: object) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32", "mask_dropout": 0.5, **overrides}
-        chosen = [str(tiny_data), "tiny", *configs]
-        return stage_configuration(stage, work=phantom_work, run_dir=run, configs=chosen, overrides=settings)
+        settings = {"mask_dropout": 0.5, **overrides}
+        return tiny_configuration(stage, phantom_work, run, tiny_data, "tiny", *configs, **settings)
 
     return configuration
 

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from builders import kl_numbers, normal
 from monai.networks.nets import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Autoencoder, ChannelNorm, FrozenFirstStage, Posterior
@@ -16,24 +17,9 @@ from fibldm.models.wavelet import HaarWavelet
 LABELS = (0, 1, 4, 7)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def autoencoder(*, wavelet: bool = True, local_norm: bool = True) -> Autoencoder:
     torch.manual_seed(0)
-    network = AutoencoderKL(
-        spatial_dims=3,
-        in_channels=8 if wavelet else 1,
-        out_channels=8 if wavelet else 1,
-        channels=(8, 8) if wavelet else (8, 8, 8),
-        num_res_blocks=(1, 1) if wavelet else (1, 1, 1),
-        latent_channels=3,
-        norm_num_groups=4,
-        attention_levels=(False,) * (2 if wavelet else 3),
-        with_encoder_nonlocal_attn=False,
-        with_decoder_nonlocal_attn=False,
-    )
+    network = AutoencoderKL(**kl_numbers(channels=8) if wavelet else kl_numbers(3))
     return Autoencoder(network, wavelet=wavelet, local_norm=local_norm)
 
 

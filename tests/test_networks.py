@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from builders import awake, normal
+from builders import unet_numbers as numbers
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
-from torch import Tensor, nn
+from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.conditions.mask import MaskEncoding
@@ -15,10 +17,6 @@ from fibldm.models.network import ConditionedNetwork, Control, joined, steered
 from fibldm.models.process import RectifiedFlow
 
 MASK = MaskEncoding((0, 1, 4, 7), 4)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def unet(*, channels: int = 2, **changes: object) -> DiffusionModelUNet:
@@ -36,18 +34,6 @@ def controlnet(*, channels: int = 2, mask_channels: int = 5, **changes: object) 
         conditioning_embedding_num_channels=(8,),
         **numbers(**changes),
     )
-
-
-def numbers(**changes: object) -> dict[str, object]:
-    return {
-        "spatial_dims": 3,
-        "channels": (8, 16),
-        "attention_levels": (False, True),
-        "num_res_blocks": 1,
-        "num_head_channels": 8,
-        "norm_num_groups": 4,
-        **changes,
-    }
 
 
 def controlled(**changes: object) -> ConditionedNetwork:
@@ -85,15 +71,9 @@ def test_a_controlnet_starts_with_the_weights_of_its_base() -> None:
     ids=str,
 )
 def test_a_controlnet_of_other_numbers_is_refused(changes: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    other = ControlNet(
-        in_channels=2,
-        conditioning_embedding_in_channels=5,
-        conditioning_embedding_num_channels=(8,),
-        **numbers(**changes),
-    )
+    mask = {"conditioning_embedding_in_channels": 5, "conditioning_embedding_num_channels": (8,)}
     with pytest.raises(FibldmError, match="must be built with the numbers of its base network"):
-        steered(ConditionedNetwork(unet()), other)
+        steered(ConditionedNetwork(unet()), ControlNet(in_channels=2, **mask, **numbers(**changes)))
 
 
 @pytest.mark.parametrize("mask_channels", [1, 4, 183])
@@ -151,17 +131,9 @@ def concat_network(channels: int = MASK.channels, encoder: nn.Module | None = No
 
 def spade_network() -> ConditionedNetwork:
     torch.manual_seed(1)
-    network = SPADEDiffusionModelUNet(
-        in_channels=2,
-        out_channels=2,
-        label_nc=MASK.channels,
-        spade_intermediate_channels=8,
-        **numbers(),  # type: ignore[arg-type]
-    )
-    for weight in network.parameters():  # MONAI starts the last layer of every block at 0, which hides the norms
-        if not weight.any():
-            nn.init.normal_(weight, std=0.3)
-    return ConditionedNetwork(network, norms={"mask": nn.Identity()})
+    norms = {"label_nc": MASK.channels, "spade_intermediate_channels": 8}
+    network = SPADEDiffusionModelUNet(in_channels=2, out_channels=2, **norms, **numbers())
+    return ConditionedNetwork(awake(network), norms={"mask": nn.Identity()})
 
 
 def test_a_concatenated_mask_comes_behind_the_latent() -> None:

@@ -83,26 +83,31 @@ def test_dice_is_that_of_monai_and_simpleitk(seed: int) -> None:
     assert measured == {label: one.dice for label, one in overlaps(found, wanted, [1, 2], SPACING).items()}
 
 
+AS_HERE = {"include_background": True, "spacing": list(SPACING)}
+
+
+def one_hot(*volumes: Labels) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.stack([labels == label for label in (1, 2)])[None]) for labels in volumes]
+
+
 @pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
 @pytest.mark.parametrize("seed", range(4))
 def test_distance_is_that_of_monai_and_of_distance_maps(seed: int) -> None:
     found, wanted = blobs(seed), blobs(seed + 10)
-    hot = [torch.from_numpy(np.stack([labels == label for label in (1, 2)])[None]) for labels in (found, wanted)]
-    monai = compute_hausdorff_distance(*hot, include_background=True, percentile=95, spacing=list(SPACING))[0]
+    monai = compute_hausdorff_distance(*one_hot(found, wanted), percentile=95, **AS_HERE)[0]
     for label in (1, 2):
         expected = surface_percentile(found == label, wanted == label)
         assert expected > max(SPACING)
         assert float(monai[label - 1]) == pytest.approx(expected, rel=1e-5)
-        assert hd95(found == label, wanted == label, SPACING) == pytest.approx(expected, rel=1e-5)
-        assert hd95(wanted == label, found == label, SPACING) == pytest.approx(expected, rel=1e-5)
+        for pair in ((found == label, wanted == label), (wanted == label, found == label)):
+            assert hd95(*pair, SPACING) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
 @pytest.mark.parametrize("seed", range(4))
 def test_the_mean_surface_distance_is_that_of_monai(seed: int) -> None:
     found, wanted = blobs(seed), blobs(seed + 10)
-    hot = [torch.from_numpy(np.stack([labels == label for label in (1, 2)])[None]) for labels in (found, wanted)]
-    monai = compute_average_surface_distance(*hot, include_background=True, symmetric=True, spacing=list(SPACING))[0]
+    monai = compute_average_surface_distance(*one_hot(found, wanted), symmetric=True, **AS_HERE)[0]
     for label in (1, 2):
         for pair in ((found == label, wanted == label), (wanted == label, found == label)):
             assert assd(*pair, SPACING) == pytest.approx(float(monai[label - 1]), rel=1e-5)

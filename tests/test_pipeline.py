@@ -42,7 +42,6 @@ def test_shipped_recipes_can_be_followed(name: str) -> None:
 
 
 def test_changes_come_on_top_of_a_file(tmp_path: Path) -> None:
-    """H6."""
     file = tmp_path / "mine.yaml"
     file.write_text("configs: [data_lung_ct]\ndiffusion: {epochs: 3, mask_detail: 4}\nprepare: {modality: ct}\n")
     overrides = parse_overrides(["diffusion::epochs=5", "controlnet=null", "synthesize::steps=7", "latents::views=2"])
@@ -100,7 +99,6 @@ def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) ->
 def test_mistakes_are_refused_before_anything_is_written(
     overrides: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    """H6, H13."""
     with pytest.raises(FibldmError, match=message):
         recipe = Recipe.read(None, configs=["data_chest_phantom"], overrides=overrides)
         pipeline(tmp_path / "absent", tmp_path / "out", recipe, CC0, say=quiet)
@@ -166,7 +164,6 @@ def test_a_run_of_the_old_default_goes_on_as_it_was_begun_or_is_refused(tiny_run
 
 
 def test_the_command_refuses_what_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """H6."""
     given = ["pipeline", str(tmp_path), "--out", str(tmp_path / "out"), "--license", "CC0-1.0"]
     assert run([*given, "--recipe", "recipe_of_nothing"]) == 2
     assert "configuration must be one of" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import yaml
+from builders import data_file, tiny_configuration
 from safetensors.torch import load_file
 
 from fibldm.evaluation.cases import Evaluated
@@ -16,7 +16,7 @@ from fibldm.files import read_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import load_datalist
 
@@ -26,18 +26,11 @@ PixelStage = Callable[..., Configuration]
 @pytest.fixture(scope="module")
 def pixel_stage(phantom_work: Path, tmp_path_factory: pytest.TempPathFactory) -> PixelStage:
     """Makes the configuration of a stage with tiny networks, for whole chests on 16 voxels an axis."""
-    data = tmp_path_factory.mktemp("configs") / "data_smallest.yaml"
-    data.write_text(yaml.safe_dump({"spacing": [20.0, 20.0, 20.0], "size": [16, 16, 16]}))
+    data = data_file(tmp_path_factory.mktemp("configs"), 20.0, 16, 16, 16)
 
     def configuration(stage: str, run_dir: Path, **overrides: object) -> Configuration:
         extra = ["autoencoder_identity"] if stage == "autoencoder" else []
-        return stage_configuration(
-            stage,
-            work=phantom_work,
-            run_dir=run_dir,
-            configs=[str(data), "tiny", *extra],
-            overrides={"device": "cpu", "precision": "float32", **overrides},
-        )
+        return tiny_configuration(stage, phantom_work, run_dir, data, "tiny", *extra, **overrides)
 
     return configuration
 

@@ -28,6 +28,12 @@ def request_(phantom_work: Path, tiny_data: Path) -> Request:
 
 
 @pytest.fixture(scope="module")
+def smaller(request_: Request) -> Request:
+    """With a UNet of one level, as tracing takes as long as there are layers."""
+    return request_.changed(unet_channels=[16], unet_attention_levels=[True])
+
+
+@pytest.fixture(scope="module")
 def traced(request_: Request) -> dict[str, StageMemory]:
     """Every stage as it is configured."""
     return {stage: trace_stage(stage, request_) for stage in trained()}
@@ -96,7 +102,6 @@ def test_stage_is_traced_as_it_is_configured(traced: dict[str, StageMemory], sta
 
 @pytest.mark.slow
 def test_checkpointing_and_bfloat16_and_smaller_batches_save_memory(request_: Request) -> None:
-    """C15."""
     larger = request_.changed(batch_size=32)
     plain = trace_stage("diffusion", larger)
     assert trace_stage("diffusion", larger.changed(activation_checkpointing=True)).step < 0.7 * plain.step
@@ -112,9 +117,9 @@ def test_updates_of_low_rank_are_planned(request_: Request) -> None:
     assert adapted.step < plain.step and adapted.parameters > plain.parameters
 
 
-def test_settings_go_to_the_stages_that_have_them(request_: Request) -> None:
+def test_settings_go_to_the_stages_that_have_them(smaller: Request) -> None:
     """A patch is none of stage 2; what changes the autoencoder changes the size of the latents."""
-    coarser = replace(request_.changed(patch=[16, 16, 8]), autoencoder_configs=("autoencoder_anisotropic",))
+    coarser = replace(smaller.changed(patch=[16, 16, 8]), autoencoder_configs=("autoencoder_anisotropic",))
     assert trace_stage("autoencoder", coarser).size == (16, 16, 8)
     assert trace_stage("diffusion", coarser).size == (8, 8, 16)
 
@@ -202,12 +207,12 @@ def test_largest_patch_of_slices_is_a_square(traced: dict[str, StageMemory]) -> 
     assert largest_patch(slices, 1e12) == [192, 192, 1]
 
 
-def test_what_is_not_trained_is_not_planned(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_trained_is_not_planned(smaller: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Volumes that are their own latents."""
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder", "diffusion"))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)  # too little to try a step
-    pixels = replace(request_, autoencoder_configs=("autoencoder_identity",))
+    pixels = replace(smaller, autoencoder_configs=("autoencoder_identity",))
     made = plan(pixels, memory=1e12)
     assert list(made["stages"]) == ["diffusion"] and made["stages"]["diffusion"]["input_size"] == [32, 32, 32]
 
@@ -247,9 +252,9 @@ def test_minutes_are_those_of_the_steps_that_training_does(request_: Request, st
     assert found.seconds == pytest.approx(expected)
 
 
-def test_views_and_accumulation_count_in_the_steps(request_: Request) -> None:
-    one = time_stage("diffusion", request_.changed(val_interval=1))
-    four = time_stage("diffusion", request_.changed(views=4, accumulation_steps=2))
+def test_views_and_accumulation_count_in_the_steps(smaller: Request) -> None:
+    one = time_stage("diffusion", smaller.changed(val_interval=1))
+    four = time_stage("diffusion", smaller.changed(views=4, accumulation_steps=2))
     assert four.steps == pytest.approx(2 * one.steps, abs=1)
     assert one.validations == one.epochs == 1
 
@@ -257,11 +262,11 @@ def test_views_and_accumulation_count_in_the_steps(request_: Request) -> None:
 def test_the_plan_has_minutes_where_the_device_is_there(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """H11."""
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("diffusion",))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     configs = [part for name in request_.configs for part in ("--config", name)]
     given = ["plan", "--data", str(request_.work), *configs, "--set", "precision=float32", "--json"]
+    given += ["--set", "unet_channels=[16]", "--set", "unet_attention_levels=[true]"]
     assert run([*given, "--device", "cpu"]) == 0
     said = capsys.readouterr()
     made = json.loads(said.out.splitlines()[-1])
@@ -277,12 +282,12 @@ def test_the_plan_has_minutes_where_the_device_is_there(
         assert "not timed" in said.err
 
 
-def test_what_does_not_fit_is_not_tried(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_tried(smaller: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("diffusion",))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)
     monkeypatch.setattr("fibldm.planning.plan.time_stage", lambda *_: pytest.fail("the machine would swap"))
-    made = plan(request_, memory=1e12)
+    made = plan(smaller, memory=1e12)
     assert made["stages"]["diffusion"]["fits"] and made["stages"]["diffusion"]["minutes"] is None
 
 

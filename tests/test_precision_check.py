@@ -3,12 +3,12 @@
 import copy
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TinyStage
 from torch import Tensor, nn
 
 import fibldm.doctor
@@ -17,11 +17,8 @@ from fibldm.models.activation_checkpointing import checkpoint_activations
 from fibldm.models.low_rank import add_low_rank
 from fibldm.models.precision_check import LayerShape, compare, correct_layers, layer_shapes, run_in_float32, slowdown
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training import inferers
 from fibldm.training.inferers import AutocastInferer
-
-TinyStage = Callable[..., Configuration]
 
 SHAPES = [
     (nn.Conv3d(4, 8, 3, padding=1), (1, 4, 4, 3, 5)),

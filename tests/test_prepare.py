@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from builders import write_nifti as write_image
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.data import load_decathlon_datalist
@@ -46,14 +47,7 @@ def oblique_affine() -> np.ndarray:
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([1.5, 1.5, 3, 1]) if affine is None else affine
-    image = nib.Nifti1Image(array, affine)
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-    return path
+    return write_image(path, array, np.diag([1.5, 1.5, 3, 1]) if affine is None else affine)
 
 
 def ct_array(seed: int) -> np.ndarray:
@@ -267,21 +261,13 @@ def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
     image, label = (lambda i: source / f"images/p{i}.nii.gz"), (lambda i: source / f"labels/p{i}.nii.gz")
     image(0).write_bytes(image(0).read_bytes()[:-5])
     image(1).write_bytes(b"not an image")
-    write_nifti(image(2), np.stack([ct_array(2)] * 2, axis=-1))
     write_nifti(image(3), np.where(ct_array(3) > 0, np.nan, ct_array(3)).astype(np.float32))
-    write_nifti(image(4), np.zeros(SHAPE, np.int16))
     write_nifti(image(5), ct_array(5).astype(np.int32) + 1000)
     write_nifti(label(6), label_array(6), np.diag([1.5, 1.51, 3, 1]))
-    write_nifti(label(7), label_array(7)[:-1])
     write_nifti(label(8), label_array(8) * np.float32(0.5))
-    write_nifti(label(9), label_array(9).astype(np.int16) * -1)
-    write_nifti(label(10), label_array(10).astype(np.int32) * 255)
     write_nifti(image(11), ct_array(12).astype(np.float32))
-    break_header(image(13), srow_x=[1.5, 0, 0, 9])
-    break_header(image(14), srow_y=[0, 0, 0, 0])
     write_nifti(label(15), np.zeros(SHAPE, np.uint8))
     write_nifti(image(16), ct_array(16).astype(np.int32) - 4000)
-    break_header(image(17), xyzt_units=1)
     break_header(image(18), srow_x=[1.5, 0, 0, 0.3], qoffset_x=0)
     break_header(label(18), srow_x=[1.5, 0, 0, 0.3], qoffset_x=0)
     sheared = np.diag([1.5, 1.5, 3, 1])
@@ -293,21 +279,13 @@ def test_findings_of_all_cases_are_listed_at_once(tmp_path: Path) -> None:
     expected = {
         "p0": "cannot be read to its last byte",
         "p1": "must be compressed by gzip, as its name says, and is not",
-        "p2": "image must have the channels image; it has 2 (name them with --channels)",
         "p3": "image must be finite",
-        "p4": "image must not be constant; every voxel is 0",
         "p5": "a CT must have air (-1024 to -500 HU)",
         "p6": "image and label must have one affine; they differ by",
-        "p7": "image and label must have one size; image (7, 9, 5), label (6, 9, 5)",
         "p8": "labels must be whole numbers",
-        "p9": "labels must be within 0...254 (255 is kept for unknown); they run from -2 to 0",
-        "p10": "they run from 0 to 510",
         "p12": "image must be there once; it has the same voxels as p11",
-        "p13": "sform and qform of the header must agree; corners lie 6 voxels apart",
-        "p14": "the affine must be finite and invertible",
         "p15": "the label volume is all background",
         "p16": "for a dataset of MR give --modality mr",
-        "p17": "the file must be in mm; its header says meter",
         "p19": "error    image: the axes must be at right angles; their cosine is 0.316",
         "p18": "warning  image: sform and qform of the header differ by 0.20 voxels at the corners; sform is used",
     }
@@ -343,17 +321,6 @@ def test_warnings_are_recorded_and_do_not_fail(tmp_path: Path) -> None:
         ("p2", "the label volume is all background"),
     }
     assert len(read_json(tmp_path / "work/report.json")["findings"]) == 3
-
-
-def test_datasets_without_labels_or_with_an_image_as_label_are_refused(tmp_path: Path) -> None:
-    source = make_folders(tmp_path / "data", 3)
-    for index in range(3):
-        write_nifti(source / f"labels/p{index}.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(FibldmError, match="at least one label must occur"):
-        prepare(source, tmp_path / "work", CT)
-    write_nifti(source / "labels/p0.nii.gz", (np.arange(np.prod(SHAPE)) % 230).astype(np.uint8).reshape(SHAPE))
-    with pytest.raises(FibldmError, match="there must be at most 200 labels; 229 occur"):
-        prepare(source, tmp_path / "work", CT)
 
 
 def test_mr_that_is_nearly_all_background_is_refused(tmp_path: Path) -> None:
@@ -466,8 +433,10 @@ def test_the_same_data_and_settings_give_the_same_folder_h13(tmp_path: Path) -> 
     source = make_folders(tmp_path / "data", 5)
     prepare(source, tmp_path / "one", CT)
     (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
-    prepare(source, tmp_path / "two", CT)
+    prepare(source, tmp_path / "two", CT, workers=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    with pytest.raises(FibldmError, match="--workers must be at least 1; got 0"):
+        prepare(source, tmp_path / "none", CT, workers=0)
     prepare(source, tmp_path / "other", CT)  # a salt of its own: other names of patients, the same data
     one, other = (read_json(tmp_path / name / "datalist.json") for name in ("one", "other"))
     assert one["content"] == other["content"] and one["training"] != other["training"]
@@ -863,16 +832,6 @@ def prepared(source: Path, work: Path) -> dict[str, dict]:
     return entries(work)
 
 
-def test_several_processes_give_the_same_folder(tmp_path: Path) -> None:
-    source = make_folders(tmp_path / "data", 5)
-    prepare(source, tmp_path / "one", CT)
-    (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
-    prepare(source, tmp_path / "two", CT, workers=2)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
-    with pytest.raises(FibldmError, match="`workers` must be at least 1; got 0"):
-        prepare(source, tmp_path / "three", CT, workers=0)
-
-
 def test_names_of_patients_stay_outside_of_the_work_folder(tmp_path: Path) -> None:
     """A salted hash links the cases of one patient; the key lies beside the work folder, for its owner only."""
     rows = "".join(f"site-{i}/ct.nii.gz,site-{i}/lung.nii.gz,DOE^JANE{i % 3},{i},1956-07-23\n" for i in range(4))
@@ -900,6 +859,7 @@ def test_names_of_patients_stay_outside_of_the_work_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.data
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (DATA / "hippocampus_mri").is_dir(), reason=f"no folder hippocampus_mri in {DATA} ($FIBLDM_DATA)"
 )

@@ -1,7 +1,6 @@
 """Pictures while a stage trains: what is where, when they come, and that training does not notice them."""
 
 import csv
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TinyStage
 from ignite.engine import Engine
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,8 +32,6 @@ from fibldm.training.latents import Latents
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 from fibldm.training.preview import Preview, ReconstructionRows, SampleRows, _panels
 from fibldm.volumes.pictures import Panel, compared, middle, render, slice_of, write_picture
-
-TinyStage = Callable[..., Configuration]
 
 # --- slices
 
@@ -427,7 +425,6 @@ def test_sampler_steps_and_eta_can_be_chosen(latents: Latents) -> None:
 def test_the_first_stage_is_read_once_and_only_if_it_is_needed(
     latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E7."""
     trained, read = StageFolder.trained, []
 
     def count(self: StageFolder, **overrides: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import kl_numbers
 from conftest import TinyStage
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from torch import Tensor
@@ -18,18 +19,8 @@ from fibldm.runs import StageFolder
 
 
 def network(bands: int, *, latent_channels: int = 3, channels: tuple[int, ...] = (8,), axes: int = 3) -> AutoencoderKL:
-    return AutoencoderKL(
-        spatial_dims=axes,
-        in_channels=bands,
-        out_channels=bands,
-        channels=channels,
-        num_res_blocks=(1,) * len(channels),
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        attention_levels=(False,) * len(channels),
-        with_encoder_nonlocal_attn=False,
-        with_decoder_nonlocal_attn=False,
-    )
+    numbers = kl_numbers(len(channels), spatial_dims=axes, channels=bands, latent_channels=latent_channels)
+    return AutoencoderKL(**{**numbers, "channels": channels})
 
 
 def autoencoder(levels: int = 1, **settings: Any) -> Autoencoder:

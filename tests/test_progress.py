@@ -19,24 +19,17 @@ def screen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> i
     return screen
 
 
-@pytest.mark.parametrize("screen", [True], indirect=True)
-def test_a_terminal_sees_what_is_done_and_how_far(screen: io.StringIO) -> None:
+@pytest.mark.parametrize(("screen", "is_terminal"), [(True, True), (False, False)], indirect=["screen"])
+def test_a_terminal_sees_what_is_done_and_how_far_and_a_log_no_bar(screen: io.StringIO, is_terminal: bool) -> None:
     assert list(progress.track([1, 2, 3], "encode")) == [1, 2, 3]
     with progress.reading(io.BytesIO(b"abc"), 3, "weights.bin") as stream:
         assert stream.read() == b"abc"
     with progress.bar() as shown:
         shown.advance(shown.add_task("decode", total=1))
-    assert all(part in screen.getvalue() for part in ("encode", "100%", "weights.bin", "3/3", "decode"))
-
-
-@pytest.mark.parametrize("screen", [False], indirect=True)
-def test_a_log_sees_no_bar(screen: io.StringIO) -> None:
-    assert list(progress.track([1, 2, 3], "encode")) == [1, 2, 3]
-    with progress.reading(io.BytesIO(b"abc"), 3, "weights.bin") as stream:
-        assert stream.read() == b"abc"
-    with progress.bar() as shown:
-        shown.advance(shown.add_task("decode", total=1))
-    assert screen.getvalue() == ""
+    if is_terminal:
+        assert all(part in screen.getvalue() for part in ("encode", "100%", "weights.bin", "3/3", "decode"))
+    else:
+        assert screen.getvalue() == ""
 
 
 @pytest.mark.parametrize("screen", [True], indirect=True)

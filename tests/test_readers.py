@@ -1,11 +1,9 @@
-"""Readers: H5 (world coordinates survive), B6 and F7 (formats), B7 (several channels), on files of other libraries."""
+"""Readers on files of other libraries; what is wrong with single volumes stands in the corpus of bad inputs, too."""
 
-import gzip
 import hashlib
 import itertools
 import os
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.io
 import SimpleITK
+from builders import write_nifti
 from dicom_files import AXIAL, example, expected, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,12 +60,7 @@ def write(path: Path, array: Array, affine: Array | None = None, *, compress: bo
     """By nibabel or SimpleITK."""
     affine = affine_of() if affine is None else affine
     if ".nii" in path.suffixes:
-        image = nibabel.Nifti1Image(array, affine)
-        image.set_sform(affine, 1)
-        image.set_qform(affine, 1)
-        image.header.set_xyzt_units("mm")
-        nibabel.save(image, path)
-        return path
+        return write_nifti(path, array, affine)
     itk = SimpleITK.GetImageFromArray(np.moveaxis(array, (0, 1, 2), (2, 1, 0)), isVector=array.ndim == 4)
     lps = LPS @ affine
     steps = np.linalg.norm(lps[:3, :3], axis=0)
@@ -116,7 +110,7 @@ def test_one_volume_is_read_alike_from_every_format_with_geometry(suffix, codes,
     np.testing.assert_allclose(scan.spacing, SPACING, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     codes=st.sampled_from(AXIS_ORDERS),
     turn=st.tuples(*[st.floats(-30, 30)] * 3),
@@ -140,14 +134,12 @@ def test_voxels_keep_their_type(suffix, dtype, tmp_path):
 
 @pytest.mark.parametrize("suffix", GEOMETRIC)
 def test_channels_come_last(suffix, tmp_path):
-    """B7."""
     array = voxels((4, 5, 7, 3), "float32")
     scan = read_scan((write(tmp_path / f"a{suffix}", array, affine_of("LPS")),))
     assert_same(scan, *canonical(array, affine_of("LPS")))
 
 
 def test_vector_nifti_slices_and_single_channels_have_their_plain_shape(tmp_path):
-    """B7."""
     for shape, read in {
         (4, 5, 7, 1, 2): (4, 5, 7, 2),
         (4, 5): (4, 5, 1),
@@ -156,21 +148,6 @@ def test_vector_nifti_slices_and_single_channels_have_their_plain_shape(tmp_path
     }.items():
         array = voxels(shape)
         assert_same(read_scan((write(tmp_path / "a.nii", array),)), array.reshape(read), affine_of())
-
-
-def test_scaled_and_big_endian_nifti_and_nifti_2(tmp_path):
-    array = voxels()
-    scaled = nibabel.Nifti1Image(array, affine_of())
-    scaled.header.set_slope_inter(0.5, -3)
-    nibabel.save(scaled, tmp_path / "a.nii")
-    np.testing.assert_array_equal(read_scan((tmp_path / "a.nii",)).array, array * 0.5 - 3)
-    header = nibabel.Nifti1Header(endianness=">")
-    header.set_data_dtype(array.dtype)
-    big = nibabel.Nifti1Image(array, affine_of(), header)
-    nibabel.save(big, tmp_path / "b.nii.gz")
-    assert_same(read_scan((tmp_path / "b.nii.gz",)), array, affine_of())
-    nibabel.save(nibabel.Nifti2Image(array, affine_of()), tmp_path / "c.nii.gz")
-    assert_same(read_scan((tmp_path / "c.nii.gz",)), array, affine_of())
 
 
 @pytest.mark.parametrize("dtype", ["int16", "uint16", "int32"])
@@ -198,7 +175,6 @@ def test_real_fractions_stay_what_they_are(off, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".h5", ".hdf5", ".mat", ".npz"])
 def test_arrays_are_chosen_by_name_and_indexed_as_x_y_z(suffix, tmp_path):
-    """B6, F7."""
     image, label = voxels(dtype="float32"), voxels() % 3 == 0
     file = write_array(tmp_path / f"a{suffix}", image, label)
     scan = read_scan((file,), spacing=SPACING)
@@ -219,7 +195,6 @@ def test_a_matlab_7_3_file_is_indexed_as_matlab_does(tmp_path):
 
 
 def test_uncompressed_and_big_endian_matlab_and_numpy(tmp_path):
-    """F7."""
     scipy.io.savemat(tmp_path / "a.mat", {"slice": voxels((4, 5), "float64"), "c": np.array(["x"], dtype=object)})
     assert read_scan((tmp_path / "a.mat",), spacing=SPACING).array.shape == (4, 5, 1)
     np.save(tmp_path / "b.npy", voxels((4, 5, 7, 2)).astype(">i2"))
@@ -239,7 +214,6 @@ def test_png_slices_are_stacked_by_their_numbers_as_radiologists_look_at_them(dt
 
 
 def test_dicom_goes_to_the_dicom_reader_with_or_without_a_suffix(tmp_path):
-    """H2."""
     files = write_series(tmp_path, example(), spacing=SPACING, orientation=AXIAL)
     array, affine = expected(example(), spacing=SPACING, orientation=AXIAL)
     assert_same(read_scan(tuple(files)), array, affine)
@@ -290,53 +264,6 @@ def test_the_example_configuration_loads_a_dicom_series_through_monai(tmp_path):
     parser["spacing"] = [4.0, 4.0, 4.0]
     coarser = parser.get_parsed_content("loaded")["image"]
     np.testing.assert_allclose(nibabel.affines.voxel_sizes(np.asarray(coarser.affine)), 4.0)
-
-
-# What is wrong with a header, but keeps nothing from being read
-
-
-def nifti_with(path: Path, change: Callable[[nibabel.Nifti1Image], None]) -> Scan:
-    image = nibabel.Nifti1Image(voxels(), affine_of())
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine_of(), 1)
-    image.set_qform(affine_of(), 1)
-    change(image)
-    nibabel.save(image, path)
-    return read_scan((path,))
-
-
-@pytest.mark.parametrize(
-    ("change", "level", "message"),
-    [
-        (lambda image: image.header.set_xyzt_units("micron"), "error", "must be in mm; its header says micron"),
-        (
-            lambda image: (image.set_sform(None, 0), image.set_qform(None, 0)),
-            "warning",
-            "no orientation .* are a guess",
-        ),
-        (
-            lambda image: image.set_sform(affine_of(turn=(0, 0, 0)), 1),
-            "error",
-            r"must agree; corners lie [\d.]+ voxels",
-        ),
-        (lambda image: image.set_sform(affine_of(origin=(-40.9, 17, 230)), 1), "warning", r"differ by 0\.1\d voxels"),
-        (lambda image: image.header.__setitem__("quatern_b", 3.0), "error", "qform of the header must be a rotation"),
-    ],
-    ids=["units", "codes 0", "forms apart", "forms near", "no rotation"],
-)
-def test_findings_of_a_nifti_header(change, level, message, tmp_path):
-    ((found, text),) = nifti_with(tmp_path / "a.nii", change).findings
-    assert found == level
-    assert re.search(message, text)
-
-
-def test_axes_that_are_not_at_right_angles_are_said(tmp_path):
-    sheared = affine_of() @ nibabel.affines.from_matvec([[1, 0, 0.2], [0, 1, 0], [0, 0, 1]])
-    ((level, message),) = nifti_with(
-        tmp_path / "a.nii", lambda image: (image.set_sform(sheared, 1), image.set_qform(None, 0))
-    ).findings
-    assert level == "error"
-    assert re.fullmatch(r"the axes must be at right angles; their cosine is 0\.0\d\d, as with a tilted gantry", message)
 
 
 @pytest.mark.parametrize(
@@ -433,49 +360,6 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(suffix, tmp_path):
         refused("as its name says, and is not|cannot be read to its last byte", file, spacing=spacing_for(suffix))
 
 
-def test_gzip_must_be_as_the_name_says(tmp_path):
-    file = write(tmp_path / "a.nii", voxels())
-    plain = (tmp_path / "b.nii.gz").resolve()
-    plain.write_bytes(file.read_bytes())
-    refused("b.nii.gz must be compressed by gzip, as its name says, and is not; rename it to end in .nii", plain)
-    edited(file, gzip.compress)
-    refused("a.nii must not be compressed, as its name says, and is; rename it to end in .nii.gz", file)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("dim", [3, 30000, 30000, 30000, 1, 1, 1, 1], r"its header asks for 54000000000352 bytes, and it has \d+"),
-        ("dim", [3, -4, 5, 7, 1, 1, 1, 1], "cannot be read"),
-        ("vox_offset", 1e9, "its header asks for"),
-        ("datatype", 9999, "cannot be read"),
-        ("pixdim", [1, 0, 1, 1, 0, 0, 0, 0], "spacing .pixdim. must be positive, and is"),
-        ("pixdim", [1, 1, -1, 1, 0, 0, 0, 0], "spacing .pixdim. must be positive, and is"),
-        ("magic", b"abc", "it has no NIfTI header"),
-    ],
-    ids=["huge", "negative", "offset", "type", "no spacing", "negative spacing", "magic"],
-)
-def test_impossible_nifti_headers_are_refused(field, value, message, tmp_path):
-    image = nibabel.Nifti1Image(voxels(), affine_of())
-    image.set_sform(None, 0)
-    image.set_qform(affine_of(), 1)
-    file = tmp_path / "a.nii"
-    nibabel.save(image, file)
-    header = nibabel.Nifti1Header(file.read_bytes()[:348], check=False)
-    header[field] = value
-    refused(message, edited(file, lambda data: header.binaryblock + data[348:]))
-
-
-@pytest.mark.parametrize("sform", [np.zeros((4, 4)), np.diag([1, 1, 0, 1]), np.diag([np.nan, 1, 1, 1])])
-def test_an_affine_that_places_no_voxels_is_refused(sform, tmp_path):
-    image = nibabel.Nifti1Image(voxels(), affine_of())
-    image.header["sform_code"] = 1
-    for axis, row in enumerate("xyz"):
-        image.header[f"srow_{row}"] = sform[axis]
-    (tmp_path / "a.nii").write_bytes(image.header.binaryblock + b"\0" * 4 + voxels().tobytes(order="F"))
-    refused("the affine must be finite and invertible; in a.nii it is", tmp_path / "a.nii")
-
-
 def test_voxels_that_are_no_plain_numbers_are_refused(tmp_path):
     colours = np.zeros((4, 5, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     for array in (colours, voxels(dtype="complex64")):
@@ -485,13 +369,6 @@ def test_voxels_that_are_no_plain_numbers_are_refused(tmp_path):
             refused("voxels must be plain numbers", write_array(tmp_path / f"a{suffix}", array), spacing=SPACING)
     file = write(tmp_path / "a.nrrd", voxels((4, 5, 7, 3), "uint8"))
     refused("a.nrrd they are colours", edited(file, lambda data: data.replace(b"kinds: vector", b"kinds: RGB-color")))
-
-
-@pytest.mark.parametrize("shape", [(4, 5, 7, 2, 3), (4, 1, 1), (0, 4, 5)])
-def test_sizes_that_are_no_volume_are_refused(shape, tmp_path):
-    image = nibabel.Nifti1Image(voxels(shape), affine_of())
-    nibabel.save(image, tmp_path / "a.nii")
-    refused(r"must be a slice \(X, Y\), a volume .* a.nii has size|cannot be read", tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize(
@@ -594,14 +471,7 @@ def test_a_file_without_permission_is_refused(tmp_path):
         os.seteuid(user)
 
 
-def test_a_mask_of_several_channels_is_refused(tmp_path):
-    file = write(tmp_path / "a.nii", voxels((4, 5, 7, 2)))
-    with pytest.raises(FibldmError, match="a mask must be one label map .X, Y, Z.; a.nii has 2 channels; merge them"):
-        read_mask(Mask((file,)), read_scan((file,)))
-
-
 def test_a_dicom_mask_must_be_a_segmentation_or_structure_set(tmp_path):
-    """H2."""
     files = write_series(tmp_path, example())
     with pytest.raises(FibldmError, match="a DICOM mask must be one file, a segmentation or an RT structure set"):
         read_mask(Mask((files[0],), names={"lung": 1}), read_scan(tuple(files)))
@@ -627,7 +497,6 @@ def itk_canonical(file: Path) -> tuple[Array, Array]:
     ],
 )  # fmt: skip
 def test_real_files_agree_with_simpleitk(name, data_folder):
-    """H5, B6."""
     file = data_folder / "lung_ct" / name
     scan = read_scan((file,))
     assert_same(scan, *itk_canonical(file))

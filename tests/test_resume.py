@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyStage
 
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import FrozenFirstStage
@@ -22,8 +23,7 @@ from fibldm.runs.configuration import Configuration
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
-EPOCHS = 4
-TinyStage = Callable[..., Configuration]
+EPOCHS = 3
 
 # Runs a command of MONAI's after making every checkpoint or latent take long enough to be killed at.
 SLOWLY = """
@@ -159,7 +159,7 @@ def start(configuration: Configuration) -> subprocess.Popen[bytes]:
 
 
 def kill_when(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not happened():
         assert process.poll() is None, "the process ended before it could be killed"
         assert time.monotonic() < deadline
@@ -179,7 +179,7 @@ def test_a_stage_that_was_killed_ends_with_the_same_weights(
     kill_when(start(interrupted), (killed / stage / "checkpoints" / "last.pt").exists)
     assert StageFolder(killed, stage).done() is None
     assert StageFolder(killed, stage).weights("last")["epoch"] < EPOCHS
-    assert start(interrupted).wait(60) == 0
+    assert start(interrupted).wait(600) == 0
     assert checkpoint_differences(whole, killed, stage) == []
     assert losses(whole, stage) == losses(killed, stage)
 
@@ -192,5 +192,5 @@ def test_latents_that_were_killed_end_the_same(tiny_stage: TinyStage, before: Ca
     folder = killed / "latents" / "training"
     kill_when(start(interrupted), lambda: any(folder.glob("sub*.safetensors")))
     assert 0 < len(latent_files(killed)) < len(latent_files(whole))
-    assert start(interrupted).wait(60) == 0
+    assert start(interrupted).wait(600) == 0
     assert latent_files(killed) == latent_files(whole)

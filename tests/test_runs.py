@@ -2,22 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import TinyStage
 
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.runs import STAGES, StageFolder, hash_weights, load_facts
-from fibldm.runs.configuration import Configuration
 from fibldm.training.latents import Latents, LoadLatent
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
-TinyStage = Callable[..., Configuration]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import kl_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import VQVAE, AutoencoderKL, SPADEAutoencoderKL
@@ -27,19 +28,8 @@ def autoencoder(
     *, local: bool = True, wavelet: bool = True, attention: bool = False, axes: int = 3
 ) -> FrozenFirstStage:
     torch.manual_seed(0)
-    channels = 2**axes if wavelet else 1
-    network = AutoencoderKL(
-        spatial_dims=axes,
-        in_channels=channels,
-        out_channels=channels,
-        channels=(8, 8),
-        num_res_blocks=(1, 1),
-        latent_channels=3,
-        norm_num_groups=4,
-        attention_levels=(False, False),
-        with_encoder_nonlocal_attn=attention,
-        with_decoder_nonlocal_attn=attention,
-    )
+    attentive = {"with_encoder_nonlocal_attn": attention, "with_decoder_nonlocal_attn": attention}
+    network = AutoencoderKL(**kl_numbers(spatial_dims=axes, channels=2**axes if wavelet else 1, **attentive))
     return FrozenFirstStage(Autoencoder(network, wavelet=wavelet, local_norm=local))
 
 
@@ -128,20 +118,7 @@ def test_codebook(quantised: bool) -> None:
 
 def test_mask_is_tiled_with_the_latent() -> None:
     torch.manual_seed(0)
-    network = SPADEAutoencoderKL(
-        spatial_dims=3,
-        label_nc=2,
-        in_channels=1,
-        out_channels=1,
-        channels=(8, 8),
-        num_res_blocks=(1, 1),
-        latent_channels=3,
-        norm_num_groups=4,
-        attention_levels=(False, False),
-        with_encoder_nonlocal_attn=False,
-        with_decoder_nonlocal_attn=False,
-        spade_intermediate_channels=8,
-    )
+    network = SPADEAutoencoderKL(label_nc=2, spade_intermediate_channels=8, **kl_numbers())
     stage = FrozenFirstStage(SpadeAutoencoder(network))
     latent, mask = random(1, 3, *CELLS), random(1, 2, *voxels(stage, CELLS))
     tiled = tiled_decode(stage, latent, mask=mask, max_voxels=third(stage, CELLS))

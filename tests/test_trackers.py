@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
+from conftest import TinyStage
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 
@@ -20,8 +21,6 @@ from fibldm.errors import FibldmError
 from fibldm.runs.configuration import Configuration, shipped
 from fibldm.training.profiler import Profiler
 from fibldm.training.trackers import MLflow, Tracker, WandB, settings
-
-TinyStage = Callable[..., Configuration]
 
 CONFIG = {
     "epochs": 2,

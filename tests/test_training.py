@@ -308,7 +308,6 @@ def test_metrics_write_a_row_per_epoch_and_drop_those_that_are_done_again(tmp_pa
 
 
 def test_tensorboard_shows_the_rows_and_those_done_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A24."""
     # files of one second are read in the order of a count that sorts as text, in which the tenth comes before the ninth
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import yaml
+from builders import data_file, tiny_configuration
 from monai.bundle import ConfigParser
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from fibldm.evaluation.segmentation_metrics import hd95
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum
 from fibldm.files import read_json
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, shipped, stage_configuration
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.runs.stages import TABLE
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import SPLITS, load_datalist
@@ -52,13 +52,10 @@ def slices_work(phantom_work: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def slice_stage(slices_work: Path, tmp_path_factory: pytest.TempPathFactory) -> SliceStage:
     """Makes the configuration of a stage with tiny networks, on a model grid of one slice."""
-    data = tmp_path_factory.mktemp("configs") / "data_tiny_slices.yaml"
-    data.write_text(yaml.safe_dump({"spacing": [10.0, 10.0, 10.0], "size": [32, 32, 1]}))
+    data = data_file(tmp_path_factory.mktemp("configs"), 10.0, 32, 32, 1)
 
     def configuration(stage: str, run_dir: Path, *configs: str, **overrides: Any) -> Configuration:
-        settings = {"device": "cpu", "precision": "float32", **overrides}
-        chosen = [str(data), *configs, "tiny"]
-        return stage_configuration(stage, work=slices_work, run_dir=run_dir, configs=chosen, overrides=settings)
+        return tiny_configuration(stage, slices_work, run_dir, data, *configs, "tiny", **overrides)
 
     return configuration
 

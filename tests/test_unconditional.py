@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import with_latents_of
+from conftest import TinyStage
 from monai.bundle import create_workflow
 
 from fibldm import UNKNOWN_LABEL
@@ -17,14 +18,12 @@ from fibldm.delivery.verify import run_checks
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import sidecar
 
 QUICK = SamplingSettings(steps=1)
-TinyStage = Callable[..., Configuration]
 
 
 @pytest.fixture
@@ -33,11 +32,6 @@ def unmasked(tiny_run: Path, tmp_path: Path) -> Path:
     for stage in ("autoencoder", "latents", "diffusion"):
         shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
     return tmp_path / "run"
-
-
-@pytest.fixture
-def mask_file(phantom_work: Path) -> Path:
-    return sorted((phantom_work / "labels").iterdir())[0]
 
 
 def test_a_run_without_masks_is_sampled_by_the_command(
@@ -71,7 +65,6 @@ def test_a_run_without_masks_is_sampled_by_the_command(
 
 
 def test_from_python_without_a_mask(unmasked: Path, mask_file: Path) -> None:
-    """A15."""
     with pytest.raises(FibldmError, match="stage 'controlnet' of .* must be finished first; .*knows no masks; run"):
         Synthesizer.from_run(unmasked)
     made = Synthesizer.from_run(unmasked, unconditional=True)
@@ -108,10 +101,8 @@ def test_a_generator_that_follows_masks_draws_without_only_if_asked(
         assert "mask_dropout was 0" in told["extrapolation"][0]
 
 
-def test_a_bundle_that_follows_masks_asks_for_them(tiny_run: Path, tmp_path: Path) -> None:
-    """A15."""
-    export(tiny_run, tmp_path / "bundle", ExportSettings("CC0-1.0"))
-    given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tmp_path / "bundle"}
+def test_a_bundle_that_follows_masks_asks_for_them(tiny_bundle: Path, tmp_path: Path) -> None:
+    given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tiny_bundle}
     with pytest.raises(FibldmError, match="masks must be given to this generator, .*--unconditional for volumes"):
         synthesize_files(None, [], tmp_path / "out", **given)  # type: ignore[arg-type]
     (file,) = synthesize_files(None, [], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
@@ -155,8 +146,7 @@ def test_networks_of_monai_generative_are_trained_drawn_from_and_exported(
     tiny_stage: TinyStage, tiny_run: Path, tmp_path: Path, mask_file: Path
 ) -> None:
     """UNet and ControlNet, from the configurations that come along."""
-    for stage in ("autoencoder", "latents"):
-        shutil.copytree(tiny_run / stage, tmp_path / "run" / stage)
+    with_latents_of(tiny_run, tmp_path / "run")
     tiny_stage("diffusion", tmp_path / "run", "unet_generative").run()
     tiny_stage("controlnet", tmp_path / "run", "controlnet_generative").run()
     network = StageFolder(tmp_path / "run", "controlnet").trained()

@@ -9,6 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
+from conftest import TinyStage
 from ignite.engine import Engine
 from monai.data import list_data_collate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,15 +19,12 @@ from fibldm.errors import FibldmError
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import GridTimes
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training import watch
 from fibldm.training.draws import EpochSampler, KeyedDataset, take_subset
 from fibldm.training.latents import Latents, LoadLatent
 from fibldm.training.losses import DenoisingLoss, Weighted
 from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.training.watch import LossByTime, Validation, as_many_patients, gap
-
-TinyStage = Callable[..., Configuration]
 
 # --- which patients
 
@@ -156,7 +154,6 @@ def test_validation_sees_as_many_batches_as_it_may() -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_validation_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
-    """D19."""
     engine = Engine(lambda engine, item: None)
     metrics: Any = SimpleNamespace()
     Validation(Evaluator(validation_loss=loss), metrics, interval=1).attach(engine)
@@ -235,7 +232,6 @@ def test_what_is_written_is_the_loss_of_the_averaged_weights(watched_run: Path) 
 
 
 def test_the_losses_stand_side_by_side_and_tensorboard_has_them(watched_run: Path) -> None:
-    """D19, E16."""
     names = list(rows_of(watched_run)[0])
     place = names.index("validation_loss")
     assert names[place : place + 3] == ["validation_loss", "training_loss", "gap"]
@@ -247,7 +243,6 @@ def test_the_losses_stand_side_by_side_and_tensorboard_has_them(watched_run: Pat
 
 
 def test_the_gap_of_the_best_and_of_the_last_epoch_is_kept(watched_run: Path) -> None:
-    """E16."""
     done = StageFolder(watched_run, "diffusion").require()
     gaps = [float(row["gap"]) for row in rows_of(watched_run)]
     assert done["gap"] == {"best": gaps[done["best_epoch"] - 1], "last": gaps[-1]}

@@ -21,9 +21,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from builders import script as script_of
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
 
-from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.synthesis import Job, Output, SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files
@@ -40,15 +40,8 @@ Watch = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(tiny_run, out, ExportSettings("CC0-1.0"))
-    return out
-
-
-@pytest.fixture(scope="module")
-def synthesizer(bundle: Path) -> Synthesizer:
-    return Synthesizer.from_bundle(bundle)
+def synthesizer(tiny_bundle: Path) -> Synthesizer:
+    return Synthesizer.from_bundle(tiny_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +56,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import watch_folder
-
-    return watch_folder
+    return script_of("watch_folder", monkeypatch)
 
 
 @pytest.fixture
@@ -82,12 +72,12 @@ def outbox(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def watch(
-    script: ModuleType, bundle: Path, inbox: Path, outbox: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tiny_bundle: Path, inbox: Path, outbox: Path, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Watch]:
     """Runs the script with ``--once`` and more options; gives its exit code and its lines of JSON."""
 
     def run(*options: str | Path) -> tuple[int, list[dict[str, Any]]]:
-        folders = ("--bundle", bundle, "--inbox", inbox, "--outbox", outbox)
+        folders = ("--bundle", tiny_bundle, "--inbox", inbox, "--outbox", outbox)
         with pytest.raises(SystemExit) as left:
             script.main([str(part) for part in (*folders, *OPTIONS, *options)])
         return int(left.value.code or 0), [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -170,7 +160,7 @@ def test_a_segmentation_becomes_a_series(
     assert not [item for item in inbox.iterdir() if item.name != ".claimed"]
 
 
-def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Path, bundle: Path) -> None:
+def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Path, tiny_bundle: Path) -> None:
     """For a file of that name."""
     file = write_mask(inbox / "a.nii.gz")
     name = hash_file(file)[:16]
@@ -184,7 +174,7 @@ def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Pa
         count=2,
         settings=settings,
         allow_extrapolation=True,
-        bundle=bundle,
+        bundle=tiny_bundle,
         device="cpu",
     )
     assert [hash_file(place / file.name) for file in made] == [hash_file(file) for file in made]
@@ -447,13 +437,25 @@ def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle(watch: Watch, bundle: Path, inbox: Path, outbox: Path) -> None:
+def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outbox: Path) -> None:
     """By kill -9, while volumes are made; nothing of it shows until the next watcher has finished it."""
     name = hash_file(write_mask(inbox / "a.nii.gz"))[:16]
-    folders = ["--bundle", bundle, "--inbox", inbox, "--outbox", outbox, *OPTIONS, "--format", "nifti", "--count", "40"]
+    folders = [
+        "--bundle",
+        tiny_bundle,
+        "--inbox",
+        inbox,
+        "--outbox",
+        outbox,
+        *OPTIONS,
+        "--format",
+        "nifti",
+        "--count",
+        "40",
+    ]
     command = [sys.executable, ROOT / "scripts" / "watch_folder.py", *folders]
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
             time.sleep(0.02)
         process.kill()

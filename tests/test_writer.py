@@ -89,7 +89,7 @@ def test_axes_that_are_not_at_right_angles_are_refused_and_can_be_squared_up(tmp
 ANGLES = st.tuples(*[st.one_of(st.floats(-180, 180), st.sampled_from([0.0, 90.0, -180.0, 1e-3, 179.9]))] * 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     angles=ANGLES,
     spacing=st.tuples(*[st.floats(0.05, 12)] * 3),
