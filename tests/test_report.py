@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import Figure
+from fibldm.evaluation.statistics import Estimate
 from fibldm.report.report import Match, Window, loss_curves, montage, write_report
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
@@ -66,7 +66,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
     ill = {**healthy, "case": match.case, "texture_ratio_fibrosis": 0.7, "fibrosis_contrast_ratio": 1.23}
     loss_curves(losses).savefig(tmp_path / "worst.png")
     measured = Section(
-        {"kid/<x>": Figure(0.125, 0.1, 0.15, 12, 0.05)}, {"picture": "worst.png"}, notes=["too <smooth>"]
+        {"kid/<x>": Estimate(0.125, 0.1, 0.15, 12, 0.05)}, {"picture": "worst.png"}, notes=["too <smooth>"]
     )
     write_report(
         tmp_path / "report.html",

@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-from fibldm.delivery.model_card import Words
-from fibldm.plain_values import counted
+from fibldm.delivery.model_card import CardText
 from fibldm.runs import StageFolder
 from fibldm.runs.renamed import current
 from fibldm.synthesis.bundle import GENERATOR
+from fibldm.typed_settings import counted
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", "scipy")
@@ -119,7 +119,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(facts: Mapping[str, Any], words: CardText, figures: Mapping[str, Any]) -> dict[str, Any]:
     """``metadata.json``, with the fields of MONAI's schema."""
     return {
         "schema": SCHEMA,

@@ -22,7 +22,7 @@ from fibldm.delivery.configurations import (
     train_configuration,
 )
 from fibldm.delivery.measured import Measured, followed
-from fibldm.delivery.model_card import Words, card
+from fibldm.delivery.model_card import CardText, card
 from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_file, hash_value, write_json, write_tensors, write_text
@@ -80,7 +80,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         FibldmError: the run is not finished, the licence is not known, the run's networks cannot be described, its
             figures are of several samplings and none is chosen, or another process writes the bundle.
     """
-    words = Words.read(out / WORDS)
+    words = CardText.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another --out"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:

@@ -14,7 +14,7 @@ from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.demo.chest_metrics import measure
 from fibldm.errors import FibldmError
-from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
+from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, train_steps
@@ -117,7 +117,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     say("5/6 evaluate")
     segmenter = {**settings.segmenter, **_segmenter_minutes(settings)}
     sections = evaluate(
-        OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
+        DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
     )
     changes = as_options(segmenter)
     folders = f"--data {as_word(work)} --run {as_word(run)} --synthetic {as_word(synthetic)}"

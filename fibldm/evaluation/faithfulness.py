@@ -15,7 +15,7 @@ from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
 from fibldm.evaluation.results import SHUFFLED, Section
 from fibldm.evaluation.segmentation_metrics import FEWEST_VOXELS, named_values, overlaps
 from fibldm.evaluation.segmenter import Segmenter
-from fibldm.evaluation.statistics import Figure, by_patient, mean_figure
+from fibldm.evaluation.statistics import Estimate, by_patient, mean_estimate
 from fibldm.progress import track
 
 
@@ -55,9 +55,9 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
             f"none of {len(synthetic)} has as many of {', '.join(names.values())}",
             "check that these are the masks of the volumes",
         )
-    ceiling = mean_figures(measure_overlaps(evaluated, [(case, case) for case in real], segmenter))
-    shuffled = mean_figures(measure_overlaps(evaluated, _with_other_masks(synthetic), segmenter))
-    figures = mean_figures(measured, {name: figure.value for name, figure in ceiling.items()})
+    ceiling = mean_estimates(measure_overlaps(evaluated, [(case, case) for case in real], segmenter))
+    shuffled = mean_estimates(measure_overlaps(evaluated, _with_other_masks(synthetic), segmenter))
+    figures = mean_estimates(measured, {name: figure.value for name, figure in ceiling.items()})
     floor = {f"{name}{SHUFFLED}": figure for name, figure in shuffled.items()}
     return Section(
         figures | floor,
@@ -78,9 +78,9 @@ def segmentation(evaluated: Evaluated, case: Case, segmenter: Segmenter) -> NDAr
     return cache.get(case, lambda sample: segmenter.segment(sample.image))
 
 
-def mean_figures(
+def mean_estimates(
     measured: Sequence[Measured], real_vs_real: Mapping[str, float | None] | None = None
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """The mean over patients of everything that was measured, each over the volumes that have it.
 
     Args:
@@ -88,7 +88,7 @@ def mean_figures(
         real_vs_real: by name of the figure; None has none.
     """
     names = dict.fromkeys(name for row in measured for name in row.values)
-    return {name: _mean_figure(measured, name, (real_vs_real or {}).get(name)) for name in names}
+    return {name: _mean_estimate(measured, name, (real_vs_real or {}).get(name)) for name in names}
 
 
 def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -122,10 +122,10 @@ def _with_other_masks(synthetic: Sequence[Case]) -> list[tuple[Case, Case]]:
     return [(case, first[following[case.subject]]) for case in synthetic] if len(patients) > 1 else []
 
 
-def _mean_figure(measured: Sequence[Measured], name: str, real_vs_real: float | None) -> Figure:
+def _mean_estimate(measured: Sequence[Measured], name: str, real_vs_real: float | None) -> Estimate:
     having = [row for row in measured if name in row.values]
     values = by_patient([row.case.subject for row in having], [row.values[name] for row in having])
-    return mean_figure(values, real_vs_real=real_vs_real)
+    return mean_estimate(values, real_vs_real=real_vs_real)
 
 
 def _facts(
@@ -142,7 +142,7 @@ def _facts(
     }
 
 
-def _notes(figures: Mapping[str, Figure], synthetic: Sequence[Case], names: Mapping[int, str]) -> list[str]:
+def _notes(figures: Mapping[str, Estimate], synthetic: Sequence[Case], names: Mapping[int, str]) -> list[str]:
     notes = []
     easy = {name: figures[f"dice/{name}"] for name in names.values() if _above_ceiling(figures.get(f"dice/{name}"))}
     if easy:
@@ -162,7 +162,7 @@ def _notes(figures: Mapping[str, Figure], synthetic: Sequence[Case], names: Mapp
     return notes
 
 
-def _above_ceiling(figure: Figure | None) -> bool:
+def _above_ceiling(figure: Estimate | None) -> bool:
     """Whether the whole interval lies above, or the figure itself where there are too few patients for an interval."""
     if figure is None or figure.value is None or figure.real_vs_real is None:
         return False

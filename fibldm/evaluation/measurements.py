@@ -119,7 +119,7 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "copies": Measurements.copies,
     "utility": Measurements.utility,
 }
-OF_ANY_MASKS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
+DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
 
 
 def evaluate(

@@ -31,7 +31,7 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample
 from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import FEWEST_PATIENTS, Figure, by_patient, mean_figure
+from fibldm.evaluation.statistics import FEWEST_PATIENTS, Estimate, by_patient, mean_estimate
 from fibldm.files import hash_value
 from fibldm.progress import track
 
@@ -187,7 +187,7 @@ def _figures(
     test: Sequence[Nearest],
     closest: float,
     threshold: float,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     real = _mean(test).value
     figures = {"nearest_training_similarity": _mean(made, real)}
     if validation:
@@ -197,14 +197,14 @@ def _figures(
     return figures
 
 
-def _mean(found: Sequence[Nearest], real: float | None = None) -> Figure:
+def _mean(found: Sequence[Nearest], real: float | None = None) -> Estimate:
     similarities = [nearest.similarity for nearest in found]
-    return mean_figure(by_patient([nearest.case.subject for nearest in found], similarities), real_vs_real=real)
+    return mean_estimate(by_patient([nearest.case.subject for nearest in found], similarities), real_vs_real=real)
 
 
-def _share(found: Sequence[Nearest], limit: float, real: float | None = None) -> Figure:
+def _share(found: Sequence[Nearest], limit: float, real: float | None = None) -> Estimate:
     above = [float(nearest.similarity > limit) for nearest in found]
-    return mean_figure(by_patient([nearest.case.subject for nearest in found], above), real_vs_real=real)
+    return mean_estimate(by_patient([nearest.case.subject for nearest in found], above), real_vs_real=real)
 
 
 def _entry(nearest: Nearest, threshold: float) -> dict[str, object]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
-from fibldm.plain_values import counted
 from fibldm.synthesis import SamplingSettings
+from fibldm.typed_settings import counted
 from fibldm.volumes.writer import sidecar, volume_stem
 
 _SHORT = 12  # of a fingerprint, in messages

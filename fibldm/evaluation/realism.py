@@ -27,7 +27,7 @@ from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
-from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
+from fibldm.evaluation.statistics import TOO_FEW, Estimate, Indices, estimate
 from fibldm.files import hash_value
 from fibldm.progress import track
 from fibldm.volumes.writer import volume_stem
@@ -172,7 +172,7 @@ def standardised(features: Arrays) -> Arrays:
     return Arrays(*(np.nan_to_num(np.arcsinh((part - mean) / scale), nan=0.0) for part in features))
 
 
-def _distances(features: dict[str, Arrays]) -> dict[str, Figure]:
+def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:
     scaled = {name: standardised(arrays) for name, arrays in features.items()}
     kid = {f"kid/{name}": _compared(_kid, arrays) for name, arrays in scaled.items()}
     mmd = {f"mmd/{name}": _mmd(arrays) for name, arrays in scaled.items()}
@@ -190,21 +190,21 @@ def _kid(x: Array, y: Array) -> float:
     return squared_mmd(x, y, polynomial_kernel)
 
 
-def _mmd(arrays: Arrays) -> Figure:
+def _mmd(arrays: Arrays) -> Estimate:
     bandwidth = median_bandwidth(np.concatenate([arrays.real, arrays.reference]))
     return _compared(partial(squared_mmd, kernel=gaussian_kernel(bandwidth)), arrays)
 
 
-def _frechet(arrays: Arrays) -> Figure:
+def _frechet(arrays: Arrays) -> Estimate:
     n, dimensions = arrays.real.shape
     if n > dimensions:
         return _compared(frechet_distance, arrays)
-    return Figure(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
+    return Estimate(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
 
 
-def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Figure:
+def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Estimate:
     synthetic, real, reference = arrays
-    return figure(
+    return estimate(
         lambda chosen: distance(synthetic[chosen], reference[chosen]),
         len(synthetic),
         real_vs_real=distance(real, reference),
@@ -224,7 +224,7 @@ def _spectra(evaluated: Evaluated, sets: Sets) -> Arrays:
     return _arrays(cache, lambda sample: channel_spectra(sample.image, sample.spacing, edges=edges), sets)
 
 
-def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
+def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Estimate, int]:
     """MS-SSIM among at most 50 patients in about 50 pairs, the same on both sides, and the number of pairs."""
     n = min(len(sets.real), _PAIRS)
     pairs = spread_pairs(n, _PAIRS)
@@ -234,7 +234,7 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
     def mean_among(chosen: Indices) -> float:
         return float(values[np.isin(members, chosen).all(axis=1)].mean())
 
-    return figure(mean_among, n, real_vs_real=float(of_real.mean())), len(pairs)
+    return estimate(mean_among, n, real_vs_real=float(of_real.mean())), len(pairs)
 
 
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
@@ -245,7 +245,7 @@ def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tu
     )
 
 
-def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict[str, Figure]:
+def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict[str, Estimate]:
     cache = FeatureCache(evaluated, "lpips", planes.fingerprint)
 
     def distance(real: Sample, other: Sample) -> Array:
@@ -257,9 +257,9 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
 
     made, others = distances(sets.synthetic, "volumes"), distances(sets.reference, "scans")
 
-    def compared(plane: int) -> Figure:
+    def compared(plane: int) -> Estimate:
         real = float(others[:, plane].mean())
-        return figure(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
+        return estimate(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
 
     return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
 

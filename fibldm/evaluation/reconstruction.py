@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel
-from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
+from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_estimates, segmentation
 from fibldm.evaluation.ms_ssim import channel_similarity
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
@@ -21,7 +21,7 @@ from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmentation_metrics import dice_by_label, measured_labels
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
-from fibldm.evaluation.statistics import Figure, figure
+from fibldm.evaluation.statistics import Estimate, estimate
 from fibldm.files import hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.progress import track
@@ -147,7 +147,7 @@ def measure_reconstruction(
         "picture": PICTURE,
         **({} if planes is None else {"lpips": planes.facts}),
     }
-    return Section(mean_figures(values) | {"spectrum": _spectrum_figure(measured)}, facts, described(values))
+    return Section(mean_estimates(values) | {"spectrum": _spectrum_figure(measured)}, facts, described(values))
 
 
 def image_quality(real: Image, made: Image, regions: Mapping[str, Region], *, unit: float = 1) -> dict[str, float]:
@@ -235,14 +235,14 @@ def _unit(intensity: Intensity) -> tuple[float, str]:
     return (intensity.high - intensity.low) / 2, "HU" if intensity.kind == "window" else "units of the data"
 
 
-def _spectrum_figure(measured: Sequence[Reconstructed]) -> Figure:
+def _spectrum_figure(measured: Sequence[Reconstructed]) -> Estimate:
     """Distance of the patients' mean spectra; two halves of the patients compare at least two."""
     patients = list(dict.fromkeys(row.case.subject for row in measured))
     grouped = [[row for row in measured if row.case.subject == patient] for patient in patients]
     real = np.stack([np.mean([row.real_spectrum for row in rows], axis=0) for rows in grouped])
     made = np.stack([np.mean([row.spectrum for row in rows], axis=0) for rows in grouped])
     halves = spectrum_distance(real[::2], real[1::2]) if len(patients) > 1 else None
-    return figure(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
+    return estimate(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
 
 
 def _pairs(evaluated: Evaluated, row: Measured, reconstructor: Reconstructor) -> list[Pair]:

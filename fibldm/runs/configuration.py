@@ -36,7 +36,7 @@ _GRID = {"spacing", "size"}
 _BY_NAME = frozenset("conditions routes::channels routes::norms routes::tokens train::prepare_batch::dropout".split())
 
 
-class UnfitGrid(FibldmError):
+class IncompatibleGrid(FibldmError):
     """The model grid does for stage 1, and not for stage 2."""
 
 
@@ -134,7 +134,7 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
         diffusion: stage 2; None takes the UNet as it ships.
 
     Raises:
-        UnfitGrid: an axis is not divisible by the autoencoder's compression times what the UNet halves.
+        IncompatibleGrid: an axis is not divisible by the autoencoder's compression times what the UNet halves.
         FibldmError: the autoencoder is refused.
     """
     first = autoencoder.parser()
@@ -150,7 +150,7 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
     steps = [step * 2**halvings if length > 1 else 1 for length, step in zip(size, compression, strict=True)]
     if any(length % step for length, step in zip(size, steps, strict=True)):
         fitting = tuple(-(-length // step) * step for length, step in zip(size, steps, strict=True))
-        raise UnfitGrid(
+        raise IncompatibleGrid(
             f"for stage 2, size {size} of the model grid must be divisible by {tuple(steps)}, "
             f"which is the autoencoder's compression times 2^{halvings} of the UNet",
             f"choose size {fitting}, or fewer unet_channels",

@@ -13,9 +13,9 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti, read_volume
+from fibldm.volumes.formats.raw_volume import Findings, straightened
 from fibldm.volumes.formats.readers import read_scan, stem
 from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
-from fibldm.volumes.formats.stored import Findings, straightened
 from fibldm.volumes.grid import Grid, Volume, turned_like
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
 from fibldm.volumes.writer import write_labels

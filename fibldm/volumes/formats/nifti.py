@@ -12,7 +12,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres
+from fibldm.volumes.formats.raw_volume import RawVolume, check_affine, damaged, millimetres
 from fibldm.volumes.grid import SCANNER, Volume
 from fibldm.volumes.scan import Level
 
@@ -23,7 +23,7 @@ _GZIP = b"\x1f\x8b"
 _SINGLE_FILE = {540: b"n+2", 348: b"n+1"}
 
 
-def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
+def read_nifti(path: Path, *, any_unit: bool = False) -> RawVolume:
     """A NIfTI-1 or -2 file, decompressed and checked to its last byte; scaled as its header says.
 
     Args:
@@ -48,14 +48,14 @@ def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
     factor, said = millimetres(image.header.get_xyzt_units()[0], any_unit=any_unit)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     check_affine(affine, path.name)
-    return Stored(array, affine, (*said, *_findings(image)), _space(image.header))
+    return RawVolume(array, affine, (*said, *_findings(image)), _space(image.header))
 
 
 def read_volume(path: str | Path) -> Volume:
     """One 3-D volume in the axis order of its file, integers as integers.
 
     Raises:
-        FibldmError: the file is missing, `read_nifti` or `Stored.volume` refuses it.
+        FibldmError: the file is missing, `read_nifti` or `RawVolume.volume` refuses it.
     """
     file = Path(path)
     if not file.is_file():

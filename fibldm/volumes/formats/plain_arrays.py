@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import damaged
+from fibldm.volumes.formats.raw_volume import damaged
 from fibldm.volumes.scan import Files
 
 Key = Literal["image", "label"]

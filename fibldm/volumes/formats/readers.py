@@ -11,7 +11,7 @@ from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
-from fibldm.volumes.formats.stored import Findings, Stored, straightened
+from fibldm.volumes.formats.raw_volume import Findings, RawVolume, straightened
 from fibldm.volumes.grid import Grid
 from fibldm.volumes.scan import Files, Scan
 
@@ -76,7 +76,7 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
     else:
         array = read_slices(files, colours=not scanner) if suffix == _PNG else read_array(files[0], key)
         sha256 = _sha256(files)
-    return Stored(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, sha256)
+    return RawVolume(array, np.diag([*(spacing or ()), 1.0]), findings).scan(files[0].name, sha256)
 
 
 def stem(path: Path) -> str:

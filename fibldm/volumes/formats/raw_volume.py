@@ -25,7 +25,7 @@ _SHEAR = 0.01
 
 
 @dataclass(frozen=True)
-class Stored:
+class RawVolume:
     """A file's voxels in its own axis order.
 
     Attributes:
