@@ -10,6 +10,7 @@ from fibldm.delivery.model_card import CardText
 from fibldm.runs import StageFolder
 from fibldm.runs.renamed import current
 from fibldm.synthesis.bundle import GENERATOR
+from fibldm.synthesis.definitions import build
 from fibldm.typed_settings import counted
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -162,7 +163,8 @@ def _values(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``one_tensor_network``: latent, time and mask as channels of one tensor."""
-    channels, masks = len(facts["space"]["mean"]), _mask_channels(facts)
+    channels = len(facts["space"]["mean"])
+    masks = build(facts["conditions"]["mask"], "mask").channels if facts["sees_mask"] else 0
     compression = facts["conditions"]["mask"]["compression"]
     steps = [compression] * 3 if isinstance(compression, int) else compression
     size = [length // step for length, step in zip(facts["grid"]["size"], steps, strict=True)]
@@ -178,11 +180,3 @@ def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _tensor(tensor: Mapping[str, Any], names: list[str], value_range: list[float]) -> dict[str, Any]:
     channels = {str(number): name for number, name in enumerate(names)}
     return {**tensor, "num_channels": len(names), "value_range": value_range, "channel_def": channels}
-
-
-def _mask_channels(facts: Mapping[str, Any]) -> int:
-    from fibldm.synthesis.definitions import build
-
-    if not facts["sees_mask"]:
-        return 0
-    return int(build(facts["conditions"]["mask"], "mask").channels)

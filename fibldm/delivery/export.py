@@ -85,7 +85,8 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     remedy = "wait until that has ended, or choose another --out"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
         stage = generating_stage(run, unconditional=settings.unconditional)
-        measured = _measured(run, stage)
+        network, autoencoder = (part.require()["weights"] for part in (stage, StageFolder(run, "autoencoder")))
+        measured = Measured.read(run, network=network, autoencoder=autoencoder)
         facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling))
         write_text(folder / "LICENSE", notice)
         write_json(folder / "configs" / "metadata.json", metadata(facts, words, measured.figures))
@@ -107,12 +108,6 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     }
 
 
-def _measured(run: Path, stage: StageFolder) -> Measured:
-    """The figures of the weights that are exported, perhaps none."""
-    network, autoencoder = (part.require()["weights"] for part in (stage, StageFolder(run, "autoencoder")))
-    return Measured.read(run, network=network, autoencoder=autoencoder)
-
-
 def _write_generator(
     run: Path, folder: Path, settings: ExportSettings, name: str, sampling: SamplingSettings
 ) -> dict[str, Any]:
@@ -129,7 +124,8 @@ def _write_generator(
         file = folder / "models" / f"{key}.safetensors"
         write_tensors(file, state)
         weights[key] = {"file": f"models/{file.name}", "sha256": hash_file(file)}
-        fingerprints[key] = hash_weights(_as_read(state, network))
+        as_read = {name: state[name].to(tensor.dtype) for name, tensor in network.state_dict().items()}
+        fingerprints[key] = hash_weights(as_read)
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
             asked = {name: part.facts() for name, part in present(stage.component("conditions")).items()}
@@ -195,11 +191,6 @@ def _kept(network: nn.Module, *, half: bool) -> dict[str, Tensor]:
     if large := [name for name, tensor in halved.items() if not bool(tensor.isfinite().all())]:
         raise FibldmError(f"{large[0]} is too large for half precision", "leave --half out")
     return halved
-
-
-def _as_read(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The state as a reader has it: in the types of the network."""
-    return {name: state[name].to(tensor.dtype) for name, tensor in network.state_dict().items()}
 
 
 def _fits(definition: Any, state: Mapping[str, Tensor], key: str) -> None:

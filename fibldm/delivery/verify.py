@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,13 +45,7 @@ NOT_TRIED = "not tried"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried out.
-
-    Attributes:
-        name: of it.
-        ok: whether it holds.
-        saw: what was seen, or what is wrong.
-    """
+    """One thing that was tried out, whether it holds, and what was seen or is wrong."""
 
     name: str
     ok: bool
@@ -70,7 +64,9 @@ def verify(bundle: Path, *, trust: bool = False) -> Iterator[Check]:
             broke off.
     """
     require_bundle(bundle)
-    check_manifest(Path(bundle), trust=trust, named=_names_manifest(Path(bundle)))  # before anything of it is run
+    facts = read_json(Path(bundle) / GENERATOR) if (Path(bundle) / GENERATOR).is_file() else None
+    named = isinstance(facts, dict) and "manifest" in facts
+    check_manifest(Path(bundle), trust=trust, named=named)  # before anything of it is run
     program = f"from {__name__} import print_checks; print_checks()"
     command = [sys.executable, "-c", program, str(Path(bundle).resolve()), str(trust)]
     done = 0
@@ -101,11 +97,6 @@ def require_bundle(bundle: Path) -> None:
         )
 
 
-def _names_manifest(bundle: Path) -> bool:
-    facts = read_json(bundle / GENERATOR) if (bundle / GENERATOR).is_file() else None
-    return isinstance(facts, dict) and "manifest" in facts
-
-
 def print_checks() -> None:
     """Print every check as a line of JSON; what `verify` starts."""
     for check in run_checks(Path(sys.argv[1]), Path.cwd(), trust=sys.argv[2] == "True"):
@@ -132,13 +123,7 @@ def run_checks(bundle: Path, folder: Path, names: Sequence[str] = (), *, trust: 
 
 @dataclass(frozen=True)
 class BundleUnderTest:
-    """What all checks share.
-
-    Attributes:
-        bundle: its folder.
-        folder: to write in.
-        trust: take what changed since the export.
-    """
+    """What all checks share: see `run_checks`."""
 
     bundle: Path
     folder: Path
@@ -308,14 +293,6 @@ def _in_and_out(trial: BundleUnderTest) -> str:
     return "one_tensor_network as metadata.json says"
 
 
-def _exported(trial: BundleUnderTest) -> str:
-    return _compared(trial, lambda network, example: torch.export.export(network, (example,), strict=False).module())
-
-
-def _traced(trial: BundleUnderTest) -> str:
-    return _compared(trial, lambda network, example: torch.jit.trace(network, example, check_trace=False))
-
-
 def _onnx(trial: BundleUnderTest) -> str:
     if missing := [name for name in _OF_ONNX if find_spec(name) is None]:
         return f"{NOT_TRIED}: {', '.join(missing)} missing (pip install 'fibldm[onnx]')"
@@ -410,8 +387,8 @@ CHECKS: Mapping[str, Callable[[BundleUnderTest], str]] = {
     "train properties": _train_properties,
     "monai.bundle.load": _load,
     "verify_net_in_out": _in_and_out,
-    "torch.export": _exported,
-    "torch.jit.trace": _traced,
+    "torch.export": partial(_compared, convert=lambda net, x: torch.export.export(net, (x,), strict=False).module()),
+    "torch.jit.trace": partial(_compared, convert=lambda net, x: torch.jit.trace(net, x, check_trace=False)),
     "ONNX": _onnx,
     "synthesis": _synthesis,
     "monai.bundle run": _inference,

@@ -19,7 +19,7 @@ from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, train_steps
 from fibldm.progress import track
-from fibldm.report.report import Match, Window, write_report
+from fibldm.report.report import Match, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
 from fibldm.runs.stages import TABLE, begun
@@ -140,7 +140,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         evaluation=run / "evaluation",
         losses={kind.name: run / kind.name / "metrics.csv" for kind in begun(run) if kind.is_trained},
         labels=read_json(work / "datalist.json")["labels"],
-        window=Window(-1000, 300),
+        window=(-1000, 300),
         commands=commands,
     )
     say(_summary(out, figures, commands))

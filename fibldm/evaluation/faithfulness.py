@@ -31,8 +31,8 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
 
     Figures are ``dice``, ``hd95`` and ``assd`` (mm), ``volume_error`` (absolute) and ``volume_bias`` (signed, both
     relative to the mask): ``<measure>/<label>`` for each label, ``<measure>`` for their mean in each volume, see
-    `overlap.Overlap`. ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks
-    were used where there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no
+    `Overlap`. ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks were
+    used where there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no
     ceiling.
 
     A Dice above its ceiling is no success: what is easier to segment than a real scan is simpler than one.
@@ -88,7 +88,14 @@ def mean_estimates(
         real_vs_real: by name of the figure; None has none.
     """
     names = dict.fromkeys(name for row in measured for name in row.values)
-    return {name: _mean_estimate(measured, name, (real_vs_real or {}).get(name)) for name in names}
+    ceiling = real_vs_real or {}
+    return {name: mean_estimate(values_of(measured, name), real_vs_real=ceiling.get(name)) for name in names}
+
+
+def values_of(measured: Sequence[Measured], name: str) -> dict[str, list[float]]:
+    """The values of one figure by patient, of the volumes that have it."""
+    having = [row for row in measured if name in row.values]
+    return by_patient([row.case.subject for row in having], [row.values[name] for row in having])
 
 
 def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -120,12 +127,6 @@ def _with_other_masks(synthetic: Sequence[Case]) -> list[tuple[Case, Case]]:
     patients = list(first)
     following = dict(zip(patients, patients[1:] + patients[:1], strict=True))
     return [(case, first[following[case.subject]]) for case in synthetic] if len(patients) > 1 else []
-
-
-def _mean_estimate(measured: Sequence[Measured], name: str, real_vs_real: float | None) -> Estimate:
-    having = [row for row in measured if name in row.values]
-    values = by_patient([row.case.subject for row in having], [row.values[name] for row in having])
-    return mean_estimate(values, real_vs_real=real_vs_real)
 
 
 def _facts(

@@ -96,7 +96,12 @@ def read_provenance(
     _check_weights(said, ours, of, weights)
     _check_one_way(said)
     first = said[files[0]]
-    _check_known(files[0], first)
+    try:
+        SamplingSettings.from_dict(first["sampling"])
+    except FibldmError as error:
+        raise FibldmError(
+            f"{sidecar(files[0])}: {error.message}", "measure it with the version of FibLDM that wrote it"
+        ) from error
     return Provenance(
         len(files),
         first["source"]["weights"],
@@ -150,15 +155,6 @@ def _check_one_way(said: Mapping[Path, _Said]) -> None:
             + "; ".join(differing),
             "give each sampling a folder of its own",
         )
-
-
-def _check_known(file: Path, content: _Said) -> None:
-    try:
-        SamplingSettings.from_dict(content["sampling"])
-    except FibldmError as error:
-        raise FibldmError(
-            f"{sidecar(file)}: {error.message}", "measure it with the version of FibLDM that wrote it"
-        ) from error
 
 
 def _way(content: _Said) -> dict[str, Any]:

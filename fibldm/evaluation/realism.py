@@ -7,13 +7,13 @@ other patients, and so are the scans of the first: the same masks, the same refe
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel, need_masks
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
 from fibldm.evaluation.distances import (
     frechet_distance,
     gaussian_kernel,
@@ -26,6 +26,7 @@ from fibldm.evaluation.ms_ssim import channel_similarity, scale_weights, spread_
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
+from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Estimate, Indices, estimate
 from fibldm.files import hash_value
@@ -37,15 +38,6 @@ _PAIRS = 50
 _SPECTRUM_VERSION = 1  # Count up whenever the same volume gives another spectrum.
 
 Array = NDArray[np.float64]
-
-
-class FeatureExtractor(Protocol):
-    """A network that gives features, such as `fibldm.evaluation.segmenter.Segmenter`."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def features(self, image: NDArray[np.float32], /) -> NDArray[np.float32]: ...
 
 
 class Sets(NamedTuple):
@@ -74,7 +66,7 @@ class Arrays(NamedTuple):
 
 
 def measure_realism(
-    evaluated: Evaluated, synthetic: Sequence[Case], segmenter: FeatureExtractor, *, planes: PlaneDistance | None = None
+    evaluated: Evaluated, synthetic: Sequence[Case], segmenter: Segmenter, *, planes: PlaneDistance | None = None
 ) -> Section:
     """Distances between the synthetic volumes and real scans.
 
@@ -103,9 +95,7 @@ def measure_realism(
     sets = choose_sets(evaluated.real(), synthetic)
     radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
     features = {
-        "radiomics": _arrays(
-            FeatureCache(evaluated, "radiomics", radiomics.fingerprint), partial(_of_each_channel, radiomics), sets
-        ),
+        "radiomics": _arrays(FeatureCache(evaluated, "radiomics", radiomics.fingerprint), radiomics, sets),
         "segmenter": _arrays(
             FeatureCache(evaluated, "segmenter-features", segmenter.fingerprint),
             lambda sample: segmenter.features(sample.image),
@@ -123,7 +113,10 @@ def measure_realism(
         "ms_ssim": {"scales": len(scale_weights(evaluated.grid.size)), "pairs": pairs},
         "scaling": "arcsinh of the difference from the mean of the scans in their standard deviations",
         "units": {"spectrum": "dB"},
-        **_who(sets),
+        "patients": len(sets.real),
+        "compared_with": "scans of the same masks" if sets.paired else "scans of test patients",
+        "real": [case.name for case in sets.real],
+        "reference": [case.name for case in sets.reference],
     }
     if planes is not None:
         figures |= _perceptual(evaluated, sets, planes)
@@ -174,20 +167,14 @@ def standardised(features: Arrays) -> Arrays:
 
 def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:
     scaled = {name: standardised(arrays) for name, arrays in features.items()}
-    kid = {f"kid/{name}": _compared(_kid, arrays) for name, arrays in scaled.items()}
-    mmd = {f"mmd/{name}": _mmd(arrays) for name, arrays in scaled.items()}
-    frechet = {f"frechet/{name}": _frechet(arrays) for name, arrays in scaled.items()}
-    among = {f"precision/{name}": _compared(precision, arrays) for name, arrays in scaled.items()}
-    covered = {f"recall/{name}": _compared(_recall, arrays) for name, arrays in scaled.items()}
-    return {**kid, **mmd, **frechet, **among, **covered}
-
-
-def _recall(x: Array, y: Array) -> float:
-    return precision(y, x)
-
-
-def _kid(x: Array, y: Array) -> float:
-    return squared_mmd(x, y, polynomial_kernel)
+    measures: dict[str, Callable[[Arrays], Estimate]] = {
+        "kid": partial(_compared, partial(squared_mmd, kernel=polynomial_kernel)),
+        "mmd": _mmd,
+        "frechet": _frechet,
+        "precision": partial(_compared, precision),
+        "recall": partial(_compared, lambda x, y: precision(y, x)),
+    }
+    return {f"{of}/{name}": measure(arrays) for of, measure in measures.items() for name, arrays in scaled.items()}
 
 
 def _mmd(arrays: Arrays) -> Estimate:
@@ -262,19 +249,6 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
         return estimate(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
 
     return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
-
-
-def _of_each_channel(compute: Callable[[Sample], Array], sample: Sample) -> Array:
-    return np.concatenate([compute(sample._replace(image=channel)) for channel in each_channel(sample.image)])
-
-
-def _who(sets: Sets) -> dict[str, Any]:
-    return {
-        "patients": len(sets.real),
-        "compared_with": "scans of the same masks" if sets.paired else "scans of test patients",
-        "real": [case.name for case in sets.real],
-        "reference": [case.name for case in sets.reference],
-    }
 
 
 def _cases(sets: Sets, spectra: Arrays) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
-from fibldm.evaluation.faithfulness import Measured, described, mean_estimates, measure_overlaps
+from fibldm.evaluation.faithfulness import Measured, described, mean_estimates, measure_overlaps, values_of
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmenter import Segmenter
-from fibldm.evaluation.statistics import Estimate, by_patient, estimate
+from fibldm.evaluation.statistics import Estimate, estimate
 
 Train = Callable[[Sequence[Case]], Segmenter]
 
@@ -59,11 +59,6 @@ def measure_utility(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
 def _ratio(one: Sequence[Measured], other: Sequence[Measured]) -> Estimate:
     """The mean Dice of one over that of the other, on the same patients."""
     ours, theirs = (
-        np.array([np.mean(values) for values in by_patient(*_dice(measured)).values()]) for measured in (one, other)
+        np.array([np.mean(values) for values in values_of(measured, "dice").values()]) for measured in (one, other)
     )
     return estimate(lambda chosen: float(ours[chosen].mean() / theirs[chosen].mean()), len(ours), real_vs_real=1.0)
-
-
-def _dice(measured: Sequence[Measured]) -> tuple[list[str], list[float]]:
-    having = [row for row in measured if "dice" in row.values]
-    return [row.case.subject for row in having], [row.values["dice"] for row in having]
