@@ -142,7 +142,7 @@ class _Case:
         """In the closest RAS+ order."""
         header = nibabel.Nifti1Image.from_filename(self.entry["image"])
         x, y, z = header.shape[:3]
-        return Volume(np.broadcast_to(np.uint8(0), (x, y, z)), header.affine).canonical().grid
+        return Grid((x, y, z), header.affine).canonical()
 
     @cached_property
     def target(self) -> Grid:

@@ -48,7 +48,9 @@ def read_nifti(path: Path, *, any_unit: bool = False) -> RawVolume:
     factor, said = millimetres(image.header.get_xyzt_units()[0], any_unit=any_unit)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     check_affine(affine, path.name)
-    return RawVolume(array, affine, (*said, *_findings(image)), _space(image.header))
+    # the code of the transform that nibabel takes; a file without one is taken as the scanner's
+    space = int(image.header["sform_code"]) or int(image.header["qform_code"]) or SCANNER
+    return RawVolume(array, affine, (*said, *_findings(image)), space)
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -111,19 +113,10 @@ def _check_length(image: Any, length: int) -> None:
         raise ValueError(f"its header asks for {needed} bytes, and it has {length}")
 
 
-def _space(header: Any) -> int:
-    """The code of the transform that nibabel takes; a file without one is taken as the scanner's."""
-    return int(header["sform_code"]) or int(header["qform_code"]) or SCANNER
-
-
 def _findings(image: nibabel.Nifti1Image) -> Iterator[tuple[Level, str]]:
-    header = image.header
+    header, shape = image.header, (*image.shape, 1)[:3]
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         yield "warning", "the header has no orientation (sform and qform codes are 0); left and right are a guess"
-    yield from _form_findings(header, (*image.shape, 1)[:3])
-
-
-def _form_findings(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[Level, str]]:
     try:
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError) as error:
