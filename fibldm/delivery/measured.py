@@ -59,9 +59,6 @@ class Measured:
     def default(self, chosen: Mapping[str, Any]) -> SamplingSettings:
         """The sampling that was measured, with what was chosen in its place; where nothing was measured, the usual one.
 
-        Args:
-            chosen: settings by name.
-
         Raises:
             FibldmError: sections were measured with several samplings, and what differs was not chosen; or a setting is
                 unknown or out of range.
@@ -113,11 +110,7 @@ class Measured:
 
 
 def followed(facts: Mapping[str, Any]) -> SamplingSettings:
-    """The sampling of a bundle by default, as its generator follows it.
-
-    Args:
-        facts: of ``generator.json``.
-    """
+    """The sampling of a bundle by default, as its generator follows it."""
     known = facts["weights"].get("residual_noise") is not None
     return SamplingSettings.from_dict(facts["sampling"]).as_trained(
         shift=facts["shift"], latents=False, residual_noise=known

@@ -82,14 +82,7 @@ class CardText:
 
 
 def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size: int) -> str:
-    """The card in Markdown, with front matter that model hubs read.
-
-    Args:
-        facts: of ``generator.json``.
-        words: of a person.
-        measured: the figures of these weights, perhaps none.
-        size: of the weights in bytes.
-    """
+    """The card in Markdown, with front matter that model hubs read; ``size`` is that of the weights in bytes."""
     modality = str(facts["modality"])
     if modality == OTHER:
         words = _unmedical(words)

@@ -95,10 +95,6 @@ def texture(volume: Hounsfield, labels: Labels) -> dict[str, float]:
 def spread_between(volumes: Sequence[Hounsfield], labels: Labels) -> float:
     """How much volumes of one mask differ: the standard deviation between them, in HU, averaged over lung and fibrosis.
 
-    Args:
-        volumes: at least two, of other seeds.
-        labels: their mask.
-
     Raises:
         FibldmError: fewer than two volumes.
     """

@@ -182,13 +182,6 @@ def _segmenter_minutes(settings: DemoSettings) -> dict[str, float]:
 def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:
     """Volumes of the masks of the test patients, of the first two masks with several seeds; what is there is kept.
 
-    Args:
-        run: a finished run.
-        phantoms: folder of the phantoms.
-        work: the work folder made of it.
-        out: folder to write to.
-        sampling: how to sample.
-
     Raises:
         FibldmError: there are too few test cases.
     """

@@ -37,17 +37,13 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
 
     A Dice above its ceiling is no success: what is easier to segment than a real scan is simpler than one.
 
-    Args:
-        evaluated: run and work folder.
-        synthetic: volumes with their masks.
-        segmenter: trained on the training split of the work folder.
-
     Raises:
         FibldmError: a volume has no mask, or no mask holds a label of at least 10 voxels.
     """
     need_masks(list(synthetic), "faithfulness")
     names = foreground(evaluated)
-    real = _same_patients(evaluated.real("test"), synthetic)
+    patients, test = {case.subject for case in synthetic}, evaluated.real("test")
+    real = [case for case in test if case.subject in patients] or test
     measured = measure_overlaps(evaluated, [(case, case) for case in synthetic], segmenter)
     if not any(row.values for row in measured):
         raise FibldmError(
@@ -81,12 +77,7 @@ def segmentation(evaluated: Evaluated, case: Case, segmenter: Segmenter) -> NDAr
 def mean_estimates(
     measured: Sequence[Measured], real_vs_real: Mapping[str, float | None] | None = None
 ) -> dict[str, Estimate]:
-    """The mean over patients of everything that was measured, each over the volumes that have it.
-
-    Args:
-        measured: the values of each volume.
-        real_vs_real: by name of the figure; None has none.
-    """
+    """The mean over patients of everything that was measured, each over the volumes that have it."""
     names = dict.fromkeys(name for row in measured for name in row.values)
     ceiling = real_vs_real or {}
     return {name: mean_estimate(values_of(measured, name), real_vs_real=ceiling.get(name)) for name in names}
@@ -111,12 +102,6 @@ def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], s
         found = overlaps(segmentation(evaluated, case, segmenter), mask.labels, names, mask.spacing)
         measured.append(Measured(case, named_values(found, names)))
     return measured
-
-
-def _same_patients(real: list[Case], synthetic: Sequence[Case]) -> list[Case]:
-    """The real cases of the patients whose masks were used; all where there is none."""
-    patients = {case.subject for case in synthetic}
-    return [case for case in real if case.subject in patients] or real
 
 
 def _with_other_masks(synthetic: Sequence[Case]) -> list[tuple[Case, Case]]:

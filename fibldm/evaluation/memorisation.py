@@ -88,11 +88,7 @@ def measure_copies(
 ) -> Section:
     """How close synthetic volumes are to training scans, beside how close real scans of other patients are.
 
-    Args:
-        evaluated: the run and its data.
-        synthetic: the volumes to look at.
-        pictures: folder; gets ``copies.png``, the closest pairs.
-        reconstruct: the run's autoencoder.
+    The closest pairs are drawn in ``copies.png`` of the folder ``pictures``.
 
     Returns:
         Figures ``nearest_training_similarity`` (real: of test scans) and the same ``/validation``;

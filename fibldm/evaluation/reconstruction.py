@@ -43,13 +43,7 @@ Region = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """A volume through the autoencoder and back: its posterior's mean, decoded.
-
-    Attributes:
-        first_stage: the autoencoder.
-        fingerprint: hash of its weights.
-        device: where it is.
-    """
+    """A volume through the autoencoder and back: its posterior's mean, decoded; ``fingerprint`` is of its weights."""
 
     first_stage: FrozenFirstStage
     fingerprint: str
@@ -110,14 +104,7 @@ def measure_reconstruction(
 
     Of several channels, `image_quality` and MS-SSIM are the mean of them, and the spectra stand one after the other.
 
-    The four scans with the largest error are drawn in ``reconstruction.png``.
-
-    Args:
-        evaluated: run and work folder.
-        segmenter: trained on the training split of the work folder.
-        reconstructor: of the run.
-        pictures: folder to draw in.
-        planes: for LPIPS; None leaves it out.
+    The four scans with the largest error are drawn in ``reconstruction.png`` of the folder ``pictures``.
 
     Raises:
         FibldmError: the model grid is too small, or the picture cannot be written.

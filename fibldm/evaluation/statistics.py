@@ -74,10 +74,6 @@ def estimate(statistic: Callable[[Indices], float], n: int, *, real_vs_real: flo
 def mean_estimate(values: Mapping[str, Sequence[float]], *, real_vs_real: float | None = None) -> Estimate:
     """The mean over patients of the mean over each patient's volumes.
 
-    Args:
-        values: of every volume, by patient.
-        real_vs_real: see `Estimate`.
-
     Raises:
         FibldmError: there is no patient, or one without a value.
     """

@@ -73,15 +73,9 @@ def device_memory(device: str) -> float:
 
 
 def largest_batch(stage: str, request: Request, usable: float, most: int = LARGEST_BATCH) -> int:
-    """How many cases a batch may hold in ``usable`` bytes; 0: not even one.
+    """How many cases, of at most ``most``, a batch may hold in ``usable`` bytes; 0: not even one.
 
     Found by the secant method: above some size a step needs about the same for each case.
-
-    Args:
-        stage: of training.
-        request: what is planned.
-        usable: bytes.
-        most: larger ones are not looked for.
 
     Raises:
         FibldmError: as `trace_stage`.

@@ -59,11 +59,7 @@ class StageTime:
 
 
 def time_stage(stage: str, request: Request) -> StageTime:
-    """What a stage takes here; its first steps are done, on the first case or on a latent without content.
-
-    Args:
-        stage: of training.
-        request: what is planned, for a device that is there.
+    """What a stage takes on a device that is there; its first steps are done, on the first case or an empty latent.
 
     Raises:
         FibldmError: the configuration or the data are refused.

@@ -231,7 +231,7 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
             "a data configuration must give spacing and size of the model grid; none was given",
             f"give --config with a file of your own or one of {', '.join(data)}",
         )
-    allowed = known | _GRID | set(_references(config))
+    allowed = known | _GRID | set(re.findall(r"@(\w+)", yaml.safe_dump(config)))
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
         before = ConfigFiles.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:
@@ -328,10 +328,6 @@ def _parameters(config: Mapping[str, Any]) -> set[str]:
         return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     except (ImportError, AttributeError) as error:
         raise FibldmError(f"_target_ must name a class or function that can be imported; {error}") from error
-
-
-def _references(config: Any) -> Iterator[str]:
-    yield from re.findall(r"@(\w+)", yaml.safe_dump(config))
 
 
 def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:

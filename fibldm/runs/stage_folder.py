@@ -105,11 +105,7 @@ class StageFolder:
 
     @contextmanager
     def kept_until_begun(self, restart: bool) -> Iterator[None]:
-        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything.
-
-        Args:
-            restart: whether `begin`, which is called inside, moves it aside.
-        """
+        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything."""
         aside = _free_name(self.path) if restart and self.path.exists() else None
         try:
             yield

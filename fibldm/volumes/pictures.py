@@ -224,16 +224,7 @@ def draw_plane(
     centre: Sequence[int] | None = None,
     **style: Any,
 ) -> None:
-    """Draw one slice, without interpolation and without axes.
-
-    Args:
-        axis: to draw on.
-        volume: as of `slice_of`.
-        spacing: as of `slice_of`.
-        plane: as of `slice_of`.
-        centre: as of `slice_of`; ``None`` is the `middle`.
-        style: of ``imshow``.
-    """
+    """Draw what `slice_of` gives, through the `middle` where ``centre`` is None; ``style`` is of ``imshow``."""
     picture, aspect = slice_of(volume, spacing, plane, centre or middle(volume))
     show(axis, picture, aspect, **style)
 

@@ -35,10 +35,6 @@ def read_file(source: Path | BinaryIO, **options: Any) -> "Dataset":
     Its uncompressed encoding becomes the transfer syntax where the file states none; compressed voxels then stay of
     unknown syntax.
 
-    Args:
-        source: path, or a stream at its beginning.
-        options: of ``pydicom.dcmread``.
-
     Raises:
         InvalidDicomError: it is no DICOM file.
     """

@@ -130,10 +130,6 @@ def read_structures(
 def on_grid_of(mask: Scan, image: Scan) -> Scan:
     """A mask whose voxels coincide with voxels of the image, cropped and padded to the image's grid; exact.
 
-    Args:
-        mask: label map ``(X, Y, Z)``.
-        image: whose grid is asked for.
-
     Returns:
         The mask as it came where its voxels do not coincide with the image's, or lie outside of it altogether.
     """

@@ -106,14 +106,11 @@ def find_series(files: Iterable[Path]) -> list[Series]:
 
 
 def read_series(files: Sequence[Path]) -> Scan:
-    """Read one series as a volume in RAS+ order; the place of every slice decides, not its number.
+    """Read one series, its files in any order, as a volume in RAS+; the place of a slice decides, not its number.
 
     CT comes in HU, PET in its units, each slice by its own rescale; int16 where that is exact, else float32. Scouts
     among other images are left out. A single slice becomes ``(X, Y, 1)`` of its slice thickness (its thin axis is the
     one closest to the normal). An enhanced multi-frame image is read as its frames.
-
-    Args:
-        files: of one series, in any order.
 
     Raises:
         FibldmError: it is not one volume of parallel, evenly spaced slices in known units, or its voxels cannot be

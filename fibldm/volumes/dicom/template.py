@@ -55,11 +55,7 @@ class Template:
     tags: Dataset
 
     def check(self, modality: Modality, grid: Grid) -> None:
-        """See that a volume fits the template.
-
-        Args:
-            modality: of the volume.
-            grid: of the volume, in any axis order.
+        """See that a volume, in any axis order, fits the template.
 
         Raises:
             FibldmError: another modality, or voxels that lie elsewhere; says what differs.
@@ -140,13 +136,10 @@ def _shared_tags(slices: Sequence[Dataset], keywords: Sequence[str]) -> Dataset:
     for keyword in keywords:
         values = [header.get(keyword) for header in slices]
         if values[0] not in (None, "") and all(value == values[0] for value in values):
-            setattr(shared, keyword, _rewritten(slices[0][keyword].VR, values[0]))
+            # a decimal in at most the 16 characters that DICOM allows, whatever the template had
+            decimal = slices[0][keyword].VR == "DS"
+            setattr(shared, keyword, DSfloat(format_number_as_ds(float(values[0]))) if decimal else values[0])
     return shared
-
-
-def _rewritten(kind: str, value: object) -> object:
-    """A decimal in at most the 16 characters that DICOM allows, whatever the template had."""
-    return DSfloat(format_number_as_ds(float(value))) if kind == "DS" else value  # type: ignore[arg-type]
 
 
 def _differences(template: Grid, given: Grid) -> list[str]:

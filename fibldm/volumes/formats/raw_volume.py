@@ -43,10 +43,6 @@ class RawVolume:
     def scan(self, name: str, sha256: str) -> Scan:
         """The same voxels at the same places with their axes in the closest RAS+ order.
 
-        Args:
-            name: of the file, for messages.
-            sha256: of the file's bytes.
-
         Raises:
             FibldmError: the voxels are no plain numbers, the size fits neither a slice nor a volume, or the affine is
                 not invertible.
@@ -60,9 +56,6 @@ class RawVolume:
 
     def volume(self, name: str) -> tuple[Volume, list[str]]:
         """The only volume of the file in the file's axis order, and what there is to say of it.
-
-        Args:
-            name: of the file, for messages.
 
         Raises:
             FibldmError: it is not 3-D, not in mm, or its axes are not at right angles or have two directions that
