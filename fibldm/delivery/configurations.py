@@ -16,6 +16,10 @@ from fibldm.typed_settings import counted
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", "scipy")
 _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
+_OF_EVALUATOR = (
+    "synthesizer dataset output_dir inferer batch_size allow_extrapolation covariates conditions format template "
+    "label_codes patient_position"
+).split()
 
 
 def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,18 +71,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         },
         "evaluator": {
             "_target_": "fibldm.synthesis.evaluator.SynthesisEvaluator",
-            "synthesizer": "@synthesizer",
-            "dataset": "@dataset",
-            "output_dir": "@output_dir",
-            "inferer": "@inferer",
-            "batch_size": "@batch_size",
-            "allow_extrapolation": "@allow_extrapolation",
-            "covariates": "@covariates",
-            "conditions": "@conditions",
-            "format": "@format",
-            "template": "@template",
-            "label_codes": "@label_codes",
-            "patient_position": "@patient_position",
+            **{name: f"@{name}" for name in _OF_EVALUATOR},
         },
         "run": ["$@evaluator.run()"],
         "inference": "@run",

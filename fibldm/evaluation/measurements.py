@@ -27,18 +27,7 @@ from fibldm.synthesis.loading import generating_weights
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured, with what all of it shares made once and only where it is needed.
-
-    Attributes:
-        evaluated: the run and its data.
-        synthetic_folder: folder of synthetic volumes; None where nothing needs one.
-        segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
-        device: to compute on; None takes CUDA where there is one.
-        bundle: whose autoencoder is measured, in place of that of the run.
-        trust: take a bundle that changed since its export.
-        weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
-        perceptual: file of weights for LPIPS; None leaves it out.
-    """
+    """What is measured, as `evaluate` is asked, with what all of it shares made once and only where it is needed."""
 
     evaluated: Evaluated
     synthetic_folder: Path | None = None
@@ -143,7 +132,7 @@ def evaluate(
         device: None takes CUDA where there is one.
         bundle: measured in place of the run, see `Evaluated.open_bundle`.
         trust: take a bundle that changed since its export.
-        weights: see `Measurements`.
+        weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
         perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
         say: where the figures go, as text.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, some_of
 from fibldm.files import read_json
 from fibldm.synthesis import SamplingSettings
 from fibldm.typed_settings import counted
@@ -167,5 +167,4 @@ def _way(content: _Said) -> dict[str, Any]:
 
 
 def _names(files: Sequence[Path]) -> str:
-    shown = ", ".join(volume_stem(file) for file in files[:_SHOWN])
-    return shown if len(files) <= _SHOWN else f"{shown} and {len(files) - _SHOWN} more"
+    return some_of(map(volume_stem, files), _SHOWN)
