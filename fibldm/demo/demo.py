@@ -115,7 +115,9 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         f"--steps {sampling.steps} --guidance {sampling.guidance:g} --allow-extrapolation"
     )
     say("5/6 evaluate")
-    segmenter = {**settings.segmenter, **_segmenter_minutes(settings)}
+    segmenter = dict(settings.segmenter)
+    if settings.minutes is not None:
+        segmenter["minutes"] = round(_OF_SEGMENTER * settings.minutes, 3)
     sections = evaluate(
         DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
     )
@@ -173,10 +175,6 @@ def _training_minutes(out: Path, settings: DemoSettings, seconds: float) -> floa
         noted = {"minutes": settings.minutes, "making_seconds": round(before, 1), "training_minutes": round(left, 3)}
         write_json(file, noted)
     return float(noted["training_minutes"])
-
-
-def _segmenter_minutes(settings: DemoSettings) -> dict[str, float]:
-    return {} if settings.minutes is None else {"minutes": round(_OF_SEGMENTER * settings.minutes, 3)}
 
 
 def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:

@@ -17,7 +17,6 @@ found.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +108,13 @@ def measure_copies(
         )
     made_with = hash_value([reconstruct.fingerprint, _LONGEST_AXIS, _BLUR])
     cache = FeatureCache(evaluated, "detail", made_with)
-    detail = partial(_cached_detail, cache, reconstruct)
+
+    def compute(sample: Sample) -> NDArray[np.float16]:
+        return detail_of(reconstruct(sample.image)).astype(np.float16)
+
+    def detail(case: Case) -> Floats:
+        return cache.get(case, compute).astype(np.float32)
+
     known = TrainingDetails.of(training, map(detail, track(training, "training scans")))
     others = track([*test, *validation, *synthetic], "nearest training scans")
     found = [known.nearest(case, detail(case)) for case in others]
@@ -147,13 +152,6 @@ def detail_of(image: Floats) -> Floats:
     coarse = F.adaptive_avg_pool3d(channels, (x, y, z)).numpy()
     detail = coarse - ndimage.gaussian_filter(coarse, _BLUR, mode="nearest", axes=(1, 2, 3))
     return np.asarray(detail.reshape(*image.shape[:-3], x, y, z))
-
-
-def _cached_detail(cache: FeatureCache, reconstruct: Reconstructor, case: Case) -> Floats:
-    def compute(sample: Sample) -> NDArray[np.float16]:
-        return detail_of(reconstruct(sample.image)).astype(np.float16)
-
-    return cache.get(case, compute).astype(np.float32)
 
 
 def _shifted(detail: Floats, step: tuple[int, ...]) -> Floats:

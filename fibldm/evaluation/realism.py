@@ -121,7 +121,11 @@ def measure_realism(
     if planes is not None:
         figures |= _perceptual(evaluated, sets, planes)
         facts["lpips"] = planes.facts
-    return Section(figures, facts, _cases(sets, spectra), _notes(sets, synthetic))
+    cases = [
+        {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
+        for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
+    ]
+    return Section(figures, facts, cases, _notes(sets, synthetic))
 
 
 def choose_sets(real: Sequence[Case], synthetic: Sequence[Case]) -> Sets:
@@ -249,13 +253,6 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
         return estimate(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
 
     return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
-
-
-def _cases(sets: Sets, spectra: Arrays) -> list[dict[str, Any]]:
-    return [
-        {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
-        for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
-    ]
 
 
 def _notes(sets: Sets, synthetic: Sequence[Case]) -> list[str]:

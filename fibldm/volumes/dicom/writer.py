@@ -103,7 +103,10 @@ def write_series(folder: Path, slices: Sequence[Dataset]) -> None:
     """
     with atomic_folder(folder) as temporary:
         for number, dataset in enumerate(slices, start=1):
-            _write(temporary / f"{number:04d}.dcm", dataset)
+            with (temporary / f"{number:04d}.dcm").open("wb") as stream:
+                dataset.save_as(stream, enforce_file_format=True)
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
 def in_viewing_order(volume: Volume) -> Volume:
@@ -233,10 +236,3 @@ def _slice(shared: Dataset, stored: NDArray[Any], k: int, turned: Volume, identi
 def _decimal(value: float) -> DSfloat:
     """The value as it will be read: rounded to the 16 characters that DICOM allows."""
     return DSfloat(format_number_as_ds(float(value)))
-
-
-def _write(file: Path, dataset: Dataset) -> None:
-    with file.open("wb") as stream:
-        dataset.save_as(stream, enforce_file_format=True)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -57,7 +57,12 @@ def read_scan(
 
 def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
     for file in files:
-        _check_readable(file)
+        try:
+            with file.open("rb") as stream:
+                stream.read(1)
+        except OSError as error:
+            message = f"a file must be readable; {error.strerror}"
+            raise FibldmError(message, "check the path and its permissions") from error
     if _is_dicom(files):
         from fibldm.volumes.dicom.series import read_series
 
@@ -83,14 +88,6 @@ def stem(path: Path) -> str:
     """The file name without its suffix, of which ``.nii.gz`` is one; without a supported suffix, the whole name."""
     suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix else path.name
-
-
-def _check_readable(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            stream.read(1)
-    except OSError as error:
-        raise FibldmError(f"a file must be readable; {error.strerror}", "check the path and its permissions") from error
 
 
 def _is_dicom(files: Files) -> bool:
