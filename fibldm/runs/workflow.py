@@ -38,6 +38,11 @@ def running_parser(stage: object) -> ConfigParser:
     # not of another stage, from within which this one is run
     if parser is not None and "stage" in parser and parser.get_parsed_content("stage") is stage:
         return parser
+    return _evaluating_parser()
+
+
+def _evaluating_parser() -> ConfigParser:
+    """The parser whose expression is being evaluated."""
     frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
