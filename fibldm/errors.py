@@ -1,5 +1,7 @@
 """The one exception of FibLDM: what must hold and what came, and what to do about it."""
 
+from collections.abc import Iterable
+
 
 class FibldmError(Exception):
     """Bad input or a state that forbids going on; the command line shows it without a traceback and exits with 2.
@@ -22,6 +24,12 @@ def sentence(message: str, remedy: str) -> str:
     """Message and remedy as one text; after a list, the remedy has a line of its own."""
     separator = "\n" if "\n" in message else "; "
     return f"{message}{separator}{remedy}" if remedy else message
+
+
+def some_of(texts: Iterable[str], most: int) -> str:
+    """The first texts of a list, and how many more there are."""
+    listed = list(texts)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def unknown_choice(what: str, given: object, choices: object) -> FibldmError:

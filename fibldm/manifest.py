@@ -42,7 +42,8 @@ def differences(root: Path) -> list[str] | None:
         return None
     told, there = _read(file), dict(_files(root))
     try:
-        changed = [name for name in told if name in there and _hash(there[name]) != told[name]]
+        now = {name: hash_file(path) if path.is_file() else "" for name, path in there.items() if name in told}
+        changed = [name for name in told if name in now and now[name] != told[name]]
     except OSError as error:
         raise FibldmError(f"files of {root} must be readable; {error}", "check their permissions") from error
     return [
@@ -106,10 +107,6 @@ def _is_code(name: str) -> bool:
 
 def _holds_code(link: Path) -> bool:
     return any(_is_code(part.name) for part in link.iterdir())
-
-
-def _hash(path: Path) -> str:
-    return hash_file(path) if path.is_file() else ""
 
 
 def _read(file: Path) -> Mapping[str, str]:

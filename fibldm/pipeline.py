@@ -13,18 +13,17 @@ from typing import Any
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.delivery.export import WORDS, ExportSettings, export
-from fibldm.delivery.model_card import Words
+from fibldm.delivery.model_card import CardText
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.evaluation.measurements import MEASUREMENTS, OF_ANY_MASKS, evaluate
+from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, MEASUREMENTS, evaluate
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
 from fibldm.models.conditions.condition import present
 from fibldm.models.conditions.covariates import CovariateEncoding
-from fibldm.plain_values import settings_of
 from fibldm.planning.timing import encoding_seconds
 from fibldm.planning.traced_step import imagined_latents
-from fibldm.runs import STAGES, MadeOtherwise, StageFolder
+from fibldm.runs import STAGES, StageConflict, StageFolder
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import (
     Configuration,
@@ -40,6 +39,7 @@ from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
 from fibldm.synthesis.asked import COVARIATES, MASK, check, check_names, read
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
+from fibldm.typed_settings import settings_of
 from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.masks import mask_stem
@@ -70,7 +70,7 @@ class Recipe:
     prepare: Mapping[str, Any] = field(default_factory=dict)
     of_stages: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     synthesize: Mapping[str, Any] = field(default_factory=dict)
-    measure: Sequence[str] = OF_ANY_MASKS
+    measure: Sequence[str] = DEFAULT_MEASUREMENTS
     perceptual: str | None = None
     minutes: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -211,7 +211,7 @@ class TrainingStep:
         began, given = time.monotonic(), {} if minutes is None else {"minutes": minutes}
         try:
             replace(self, overrides={**self.overrides, **given}).configuration(work, run).run(began=began)
-        except MadeOtherwise as error:
+        except StageConflict as error:
             raise FibldmError(
                 error.message,
                 f"choose another --out folder, or give --set {self.name}::restart=true, once, to train this stage anew "
@@ -306,7 +306,7 @@ def pipeline(
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
     synthesize_masks(run, masks["test"], out / "synthetic", drawing)
     say("4/6 evaluate")
-    names = [name for name in recipe.measure if name in OF_ANY_MASKS]
+    names = [name for name in recipe.measure if name in DEFAULT_MEASUREMENTS]
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
     evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "training" in masks:
@@ -355,7 +355,7 @@ def _check(
     TrainingStep("segmenter", recipe.configs, recipe.of_segmenter).configuration(work, run)
     if recipe.perceptual is not None:
         PlaneDistance(recipe.perceptual)
-    words = Words.read(out / "bundle" / WORDS)
+    words = CardText.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
     if any(kind_of(name).brings_mask for name in configurations):
         return

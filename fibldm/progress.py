@@ -14,13 +14,7 @@ Bar = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def track(items: Sequence[Item], what: str, *, shown: bool = True) -> Iterable[Item]:
-    """The items one after the other, with a bar that says how many are done.
-
-    Args:
-        items: to go through.
-        what: is done with them, in a word or two.
-        shown: False shows no bar on a terminal, either.
-    """
+    """The items one after the other, with a bar that says how many are done; ``shown=False`` shows none anywhere."""
     return rich_progress.track(items, what, **_place(shown))
 
 

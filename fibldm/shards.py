@@ -18,10 +18,6 @@ _LOOK_EVERY = 0.5  # seconds
 class Shard:
     """The share of one process: every ``ranks``-th part, beginning at ``rank``.
 
-    Attributes:
-        rank: of this process, from 0.
-        ranks: number of processes.
-
     Raises:
         FibldmError: the rank is none of them.
     """

@@ -18,11 +18,15 @@ _CACHES = {
 def settle() -> None:
     """Make up for what is missing, by variables of the environment, before MONAI and Matplotlib look for it."""
     _name_the_user()
-    if not _is_writable(Path(os.path.expanduser("~"))):
+    home = Path(os.path.expanduser("~"))
+    if not (home.is_absolute() and home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
         caches = _cache_folder()
         for variable, inside in _CACHES.items():
             os.environ.setdefault(variable, str(caches / inside))
-    _be_quiet_about_nvimagecodec()
+    # MONAI says before every command that this decoder of DICOM is missing, which nothing here uses
+    warnings.filterwarnings("ignore", "NvImgCodecPydicomReader: nvImageCodec decoder plugin did not", UserWarning)
+    logger = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
+    logger.addFilter(lambda record: not record.getMessage().startswith("nvImageCodec is not available"))
 
 
 def _name_the_user() -> None:
@@ -31,10 +35,6 @@ def _name_the_user() -> None:
         getpass.getuser()
     except (KeyError, OSError, ImportError):
         os.environ["USER"] = f"user{os.getuid()}" if hasattr(os, "getuid") else "user"
-
-
-def _is_writable(folder: Path) -> bool:
-    return folder.is_absolute() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _cache_folder() -> Path:
@@ -48,10 +48,3 @@ def _cache_folder() -> Path:
     except OSError:
         own = False
     return folder if own else Path(tempfile.mkdtemp(prefix="fibldm-"))
-
-
-def _be_quiet_about_nvimagecodec() -> None:
-    """MONAI says before every command that this decoder of DICOM is missing, which nothing here uses."""
-    warnings.filterwarnings("ignore", "NvImgCodecPydicomReader: nvImageCodec decoder plugin did not", UserWarning)
-    logger = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
-    logger.addFilter(lambda record: not record.getMessage().startswith("nvImageCodec is not available"))

@@ -25,7 +25,7 @@ from fibldm.cli.output import emit_error, log_to_standard_error
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.measurements import MEASUREMENTS, Measurements
-from fibldm.evaluation.statistics import Figure
+from fibldm.evaluation.statistics import Estimate
 from fibldm.files import atomic_path, read_json, write_json
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import SPLITS, load_datalist
@@ -97,15 +97,15 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Rows of figures as text, each with its interval; the last is that of real scans."""
     cells = [[name, str(row["network_calls"]), f"{row['seconds']:.2f}"] for name, row in rows.items()]
     for line, row in zip(cells, rows.values(), strict=True):
-        line += [_shown(Figure(**row["figures"][name])) for name in FIGURES]
-    last = [Figure(**list(rows.values())[-1]["figures"][name]).real_vs_real for name in FIGURES]
+        line += [_shown(Estimate(**row["figures"][name])) for name in FIGURES]
+    last = [Estimate(**list(rows.values())[-1]["figures"][name]).real_vs_real for name in FIGURES]
     cells += [["real", "", "", *("" if value is None else f"{value:.3f}" for value in last)]]
     cells = [["", "calls", "s/volume", *FIGURES], *cells]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def _shown(figure: Figure) -> str:
+def _shown(figure: Estimate) -> str:
     if figure.value is None:
         return "-"
     return f"{figure.value:.3f}" + ("" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]")
@@ -147,7 +147,7 @@ def _draw(file: Path, varied: str, values: Sequence[Any], rows: Sequence[Mapping
     places, labels = range(len(values)), [str(value).removeprefix("epoch_").lstrip("0") or "0" for value in values]
     drawing, axes = pyplot.subplots(1, len(FIGURES), figsize=(3.2 * len(FIGURES), 3), layout="constrained")
     for axis, name in zip(axes, FIGURES, strict=True):
-        figures = [Figure(**row["figures"][name]) for row in rows]
+        figures = [Estimate(**row["figures"][name]) for row in rows]
         middle = [float("nan") if figure.value is None else figure.value for figure in figures]
         low = [figure.low if figure.low is not None else value for figure, value in zip(figures, middle, strict=True)]
         high = [

@@ -39,10 +39,10 @@ from fibldm.cli.output import emit_error, log_to_standard_error
 from fibldm.cli.synthesize import read_named, read_strengths
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
-from fibldm.plain_values import counted
 from fibldm.synthesis import Output, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.synthesis.asked import COVARIATES, check, read
 from fibldm.synthesis.settings import OPTIONS
+from fibldm.typed_settings import counted
 from fibldm.volumes.masks import hash_mask, mask_suffix, parts_of
 
 CLAIMED = ".claimed"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, each_channel
-from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
+from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, evaluate
 from fibldm.evaluation.memorisation import TrainingDetails, detail_of
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
@@ -178,7 +178,7 @@ def test_everything_is_measured_of_two_channels(evaluated: Evaluated, tmp_path: 
         shutil.copy(case.image, folder / f"{case.name}_000.nii.gz")
         shutil.copy(case.label, folder / "masks" / f"{case.name}.nii.gz")  # type: ignore[arg-type]
     sections = evaluate(
-        OF_ANY_MASKS,
+        DEFAULT_MEASUREMENTS,
         run_dir=evaluated.run_dir,
         work=evaluated.work,
         synthetic=folder,

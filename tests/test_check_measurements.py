@@ -9,7 +9,7 @@ from builders import script
 
 from fibldm.evaluation.cases import Sample
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import Figure
+from fibldm.evaluation.statistics import Estimate
 from fibldm.files import read_json
 
 
@@ -53,7 +53,7 @@ def test_the_command_measures_every_strength(checks, tmp_path, tiny_run, phantom
     few = dict(list(checks.DEGRADATIONS.items())[2:])
     monkeypatch.setattr(checks, "DEGRADATIONS", few)
     # realism needs more patients than this run has
-    distances = {name: Figure(1.0, None, None, 1, 0.5) for name in checks.WORSE if name not in ("dice", "hd95")}
+    distances = {name: Estimate(1.0, None, None, 1, 0.5) for name in checks.WORSE if name not in ("dice", "hd95")}
     monkeypatch.setattr(checks, "measure_realism", lambda *_: Section(distances))
     settings = ["--set", "steps=2", "--set", "segmenter_channels=[4, 8, 8]", "--out", str(tmp_path / "made.json")]
     checks.main(["--data", str(phantom_work), "--run", str(run), *settings])

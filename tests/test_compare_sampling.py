@@ -9,7 +9,7 @@ from builders import script as script_of
 from PIL import Image
 
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import Figure
+from fibldm.evaluation.statistics import Estimate
 from fibldm.files import read_json
 
 
@@ -26,7 +26,7 @@ def measured(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def section(measurements: Any) -> Section:
         folders.append(measurements.synthetic_folder)
         wanted = ("dice", "kid/radiomics", "spectrum", "closer_than_any_real", "named")
-        return Section(dict.fromkeys(wanted, Figure(0.5, 0.25, 0.75, 8, real_vs_real=0.125)))
+        return Section(dict.fromkeys(wanted, Estimate(0.5, 0.25, 0.75, 8, real_vs_real=0.125)))
 
     monkeypatch.setattr(script, "MEASUREMENTS", dict.fromkeys(("faithfulness", "realism", "copies"), section))
     return folders

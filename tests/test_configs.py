@@ -25,7 +25,7 @@ from fibldm.runs import STAGES, StageFolder, decisive
 from fibldm.runs.configuration import (
     ConfigFiles,
     Configuration,
-    UnfitGrid,
+    IncompatibleGrid,
     check_grid,
     configs_folder,
     shipped,
@@ -503,7 +503,7 @@ def test_a_grid_that_stage_2_refuses_is_told_before_stage_1(
     configs = () if autoencoder is None else (autoencoder,)
     if fitting is None:
         return grid_of(phantom_work, size, *configs)
-    with pytest.raises(UnfitGrid, match=re.escape(f"choose size {fitting}, or fewer unet_channels")):
+    with pytest.raises(IncompatibleGrid, match=re.escape(f"choose size {fitting}, or fewer unet_channels")):
         grid_of(phantom_work, size, *configs)
 
 
@@ -514,7 +514,7 @@ def test_a_network_of_another_kind_is_not_judged_by_its_grid(phantom_work: Path,
     one, two = (tuple(map(shipped, ("common", *TABLE[stage].files))) for stage in ("autoencoder", "diffusion"))
     first = Configuration((*one, tmp_path / "grid.yaml"), {"work": phantom_work})
     check_grid(first, Configuration((*two, tmp_path / "mine.yaml"), {}))
-    with pytest.raises(UnfitGrid, match=r"size \(52, 64, 48\)"):
+    with pytest.raises(IncompatibleGrid, match=r"size \(52, 64, 48\)"):
         check_grid(first)
 
 
@@ -522,7 +522,7 @@ def test_the_grid_of_a_refused_autoencoder_is_not_told(phantom_work: Path) -> No
     """What the autoencoder refuses comes as itself, without MONAI's wrapping."""
     with pytest.raises(FibldmError, match="strides") as refused:
         grid_of(phantom_work, [64, 64, 1], "autoencoder_anisotropic")
-    assert not isinstance(refused.value, UnfitGrid)
+    assert not isinstance(refused.value, IncompatibleGrid)
 
 
 @pytest.mark.parametrize(

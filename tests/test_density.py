@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fibldm.demo import density
+from fibldm.demo import chest_metrics
 from fibldm.demo.chest_metrics import measure
 from fibldm.errors import FibldmError
 from fibldm.report.report import Match
@@ -39,7 +39,7 @@ def body(labels: NDArray[np.uint8], scar: float = -400) -> NDArray[np.int16]:
 
 
 def test_dice_of_a_volume_that_follows_its_mask_is_one():
-    assert density.lung_dice(body(chest()), chest()) == 1
+    assert chest_metrics.lung_dice(body(chest()), chest()) == 1
 
 
 def test_dice_of_a_shifted_volume_by_counting():
@@ -49,29 +49,29 @@ def test_dice_of_a_shifted_volume_by_counting():
     dense = np.isin(moved, (1, 2, 3)) & ~airways
     wanted = 2 * (dense & lung).sum() / (dense.sum() + lung.sum())
     assert 0.5 < wanted < 0.9
-    assert density.lung_dice(body(moved), labels) == pytest.approx(wanted)
+    assert chest_metrics.lung_dice(body(moved), labels) == pytest.approx(wanted)
 
 
 def test_air_around_the_body_and_an_empty_volume_are_no_lung():
-    hull = density.body_hull(body(chest()))
+    hull = chest_metrics.body_hull(body(chest()))
     np.testing.assert_array_equal(hull, np.broadcast_to(_inside(), SHAPE))
     air = np.full(SHAPE, -1000, dtype=np.int16)
-    assert not density.body_hull(air).any()
-    assert density.lung_dice(air, chest()) == 0
+    assert not chest_metrics.body_hull(air).any()
+    assert chest_metrics.lung_dice(air, chest()) == 0
 
 
 def test_a_table_beside_the_body_is_no_body():
     volume = body(chest())
     volume[:, 15] = 100
-    assert not density.body_hull(volume)[:, 15].any()
-    assert density.lung_dice(volume, chest()) == 1
+    assert not chest_metrics.body_hull(volume)[:, 15].any()
+    assert chest_metrics.lung_dice(volume, chest()) == 1
 
 
 def test_fibrosis_contrast():
-    assert density.fibrosis_contrast(body(chest()), chest()) == pytest.approx(450)
-    assert density.fibrosis_contrast(body(chest()), chest(fibrosis=False)) is None
+    assert chest_metrics.fibrosis_contrast(body(chest()), chest()) == pytest.approx(450)
+    assert chest_metrics.fibrosis_contrast(body(chest()), chest(fibrosis=False)) is None
     only_scar = np.where(chest() == 5, 5, 0)
-    assert density.fibrosis_contrast(body(chest()), only_scar) is None
+    assert chest_metrics.fibrosis_contrast(body(chest()), only_scar) is None
 
 
 def test_texture_and_spreads_against_numpy():
@@ -79,20 +79,20 @@ def test_texture_and_spreads_against_numpy():
     labels = chest()
     volumes = [body(labels) + rng.normal(0, 30, SHAPE) for _ in range(3)]
     lung, scar = np.isin(labels, (1, 2)), labels == 5
-    assert density.texture(volumes[0], labels) == {
+    assert chest_metrics.texture(volumes[0], labels) == {
         "lung": pytest.approx(volumes[0][lung].std()),
         "fibrosis": pytest.approx(volumes[0][scar].std()),
     }
-    assert set(density.texture(volumes[0], chest(fibrosis=False))) == {"lung"}
+    assert set(chest_metrics.texture(volumes[0], chest(fibrosis=False))) == {"lung"}
     both = np.stack(volumes)[:, lung | scar]
-    assert density.spread_between(volumes, labels) == pytest.approx(np.sqrt(both.var(axis=0, ddof=1).mean()))
+    assert chest_metrics.spread_between(volumes, labels) == pytest.approx(np.sqrt(both.var(axis=0, ddof=1).mean()))
     residuals = np.concatenate(
         [volumes[0][labels == value] - volumes[0][labels == value].mean() for value in (1, 2, 5)]
     )
-    assert density.spread_within(volumes[0], labels) == pytest.approx(residuals.std())
-    assert density.spread_between([volumes[0]] * 2, labels) == 0
+    assert chest_metrics.spread_within(volumes[0], labels) == pytest.approx(residuals.std())
+    assert chest_metrics.spread_between([volumes[0]] * 2, labels) == 0
     with pytest.raises(FibldmError, match="at least two of them; got 1"):
-        density.spread_between(volumes[:1], labels)
+        chest_metrics.spread_between(volumes[:1], labels)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.torch_datasets import WorkDataset
 from fibldm.delivery.measured import Measured
-from fibldm.delivery.model_card import Words, card
+from fibldm.delivery.model_card import CardText, card
 from fibldm.errors import FibldmError
 from fibldm.volumes.bids_writer import check_bids
 from fibldm.volumes.datalist import SPLITS, load_datalist
@@ -147,10 +147,10 @@ def facts(modality: str, intensity: Intensity) -> dict[str, Any]:
 
 
 def test_the_card_speaks_of_no_patients_where_there_are_none_c21() -> None:
-    text = card(facts("other", Intensity("range", low=0, high=4095)), Words(), Measured({}), size=1)
+    text = card(facts("other", Intensity("range", low=0, high=4095)), CardText(), Measured({}), size=1)
     assert "Volumes are in the units of the training data, from 0 to 4095" in text
     assert "Subjects were split" in text and "copies of training subjects" in text
     for word in ("patient", "medical", "diagnosis", "HU"):
         assert word not in text, word
-    ct = card(facts("ct", Intensity("window", low=-900, high=300)), Words(), Measured({}), size=1)
+    ct = card(facts("ct", Intensity("window", low=-900, high=300)), CardText(), Measured({}), size=1)
     assert "Volumes are in HU, from -900 to 300" in ct and "Patients were split" in ct and "- medical" in ct

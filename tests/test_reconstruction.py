@@ -18,7 +18,6 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation import reconstruction
 from fibldm.evaluation.cases import Evaluated, Sample
 from fibldm.evaluation.faithfulness import foreground
-from fibldm.evaluation.pictures import Pair
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality, measure_reconstruction
 from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.spectrum import radial_spectrum, spectrum_distance
@@ -26,6 +25,7 @@ from fibldm.files import read_json, write_json
 from fibldm.runs import StageFolder
 from fibldm.volumes.datalist import SPLITS
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.pictures import Pair
 
 SHAPE = (26, 20, 17)
 EVERYWHERE = {"": np.ones(SHAPE, dtype=bool)}

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import Figure
-from fibldm.report.report import Match, Window, loss_curves, montage, write_report
+from fibldm.evaluation.statistics import Estimate
+from fibldm.report.report import Match, loss_curves, montage, write_report
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 
@@ -66,7 +66,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
     ill = {**healthy, "case": match.case, "texture_ratio_fibrosis": 0.7, "fibrosis_contrast_ratio": 1.23}
     loss_curves(losses).savefig(tmp_path / "worst.png")
     measured = Section(
-        {"kid/<x>": Figure(0.125, 0.1, 0.15, 12, 0.05)}, {"picture": "worst.png"}, notes=["too <smooth>"]
+        {"kid/<x>": Estimate(0.125, 0.1, 0.15, 12, 0.05)}, {"picture": "worst.png"}, notes=["too <smooth>"]
     )
     write_report(
         tmp_path / "report.html",
@@ -76,7 +76,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
         evaluation=tmp_path,
         losses=losses,
         labels={"0": "background", "5": "scar <i>", "7": "seven"},
-        window=Window(-1000, 300),
+        window=(-1000, 300),
         commands=["fibldm prepare 'a&b' --out <work>"],
     )
     html = (tmp_path / "report.html").read_text()
@@ -92,7 +92,7 @@ def test_report_is_one_file_with_every_case_and_escaped_names(tmp_path, match, l
 
 def test_montage_shows_the_patients_right_on_the_left(match):
     """Bright: right, front, bottom. Radiologists look from the feet and from the front."""
-    figure = montage(match, Window(-1000, 300))
+    figure = montage(match, (-1000, 300))
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:4] == ["mask, axial", "mask, coronal", "mask, sagittal", "real, axial"]
     for axis in figure.axes[3:]:
@@ -105,12 +105,12 @@ def test_montage_shows_the_patients_right_on_the_left(match):
 
 
 def test_montage_draws_voxels_in_their_proportions(match):
-    axial, coronal, sagittal = (axis.get_aspect() for axis in montage(match, Window(-1000, 300)).axes[:3])
+    axial, coronal, sagittal = (axis.get_aspect() for axis in montage(match, (-1000, 300)).axes[:3])
     assert (axial, coronal, sagittal) == pytest.approx((1, 1.5, 1.5))
 
 
 def test_montage_overlay_is_clear_but_for_labels(match):
-    overlay = np.asarray(montage(match, Window(-1000, 300)).axes[0].images[1].get_array())
+    overlay = np.asarray(montage(match, (-1000, 300)).axes[0].images[1].get_array())
     assert overlay.shape == (SHAPE[1], SHAPE[0], 4)
     drawn = overlay[..., 3] > 0
     assert drawn.sum() == 7
@@ -119,7 +119,7 @@ def test_montage_overlay_is_clear_but_for_labels(match):
 
 def test_montage_of_an_empty_mask_goes_through_the_middle(tmp_path, match):
     write_labels(match.mask, Volume(np.zeros(SHAPE, dtype=np.uint8), AFFINE))
-    assert len(montage(match, Window(-1000, 300)).axes) == 9
+    assert len(montage(match, (-1000, 300)).axes) == 9
 
 
 def test_loss_curves_skip_epochs_without_validation(losses):

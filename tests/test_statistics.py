@@ -7,14 +7,14 @@ import pytest
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.results import Section, record
-from fibldm.evaluation.statistics import TOO_FEW, by_patient, figure, mean_figure
+from fibldm.evaluation.statistics import TOO_FEW, by_patient, estimate, mean_estimate
 from fibldm.files import read_json
 
 
 @pytest.mark.parametrize("n", [20, 41])
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution(n: int) -> None:
     values = np.random.default_rng(3).normal(5, 2, n)
-    made = mean_figure({str(number): [value] for number, value in enumerate(values)})
+    made = mean_estimate({str(number): [value] for number, value in enumerate(values)})
     half_width = 1.96 * values.std(ddof=1) / math.sqrt(n)
     assert made.value == pytest.approx(values.mean())
     assert made.low is not None and made.high is not None
@@ -28,7 +28,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(100):
         values = drawn.normal(0, 1, 24)
-        made = figure(lambda chosen, values=values: float(values[chosen].mean()), 24)  # type: ignore[misc]
+        made = estimate(lambda chosen, values=values: float(values[chosen].mean()), 24)  # type: ignore[misc]
         assert made.low is not None and made.high is not None
         covered += made.low <= 0 <= made.high
     assert 86 <= covered <= 100
@@ -36,7 +36,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_a_patient_with_many_volumes_counts_once() -> None:
     values = {"a": [0.0], "b": [10.0] * 50}
-    made = mean_figure(values)
+    made = mean_estimate(values)
     assert (made.value, made.n) == (5.0, 2)
     assert by_patient(["a", "b", "a"], [1, 2, 3]) == {"a": [1, 3], "b": [2]}
 
@@ -49,31 +49,31 @@ def test_a_subsample_never_holds_a_patient_twice() -> None:
         seen.append(len(chosen))
         return 0.0
 
-    figure(statistic, 11)
+    estimate(statistic, 11)
     assert seen[0] == 11
     assert set(seen[1:]) == {5}
 
 
 def test_few_patients_get_a_value_and_no_interval() -> None:
-    made = mean_figure({"a": [1.0], "b": [3.0]}, real_vs_real=2.5)
+    made = mean_estimate({"a": [1.0], "b": [3.0]}, real_vs_real=2.5)
     assert made.to_dict() == {"value": 2.0, "low": None, "high": None, "n": 2, "real_vs_real": 2.5, "note": TOO_FEW}
-    assert "note" not in mean_figure({str(number): [1.0] for number in range(8)}).to_dict()
+    assert "note" not in mean_estimate({str(number): [1.0] for number in range(8)}).to_dict()
 
 
 def test_the_same_values_give_the_same_interval() -> None:
     values = {str(number): [float(number**2)] for number in range(12)}
-    assert mean_figure(values) == mean_figure(values)
+    assert mean_estimate(values) == mean_estimate(values)
 
 
 def test_no_patient_or_one_without_a_value_is_refused() -> None:
     with pytest.raises(FibldmError, match="at least one patient; got none"):
-        mean_figure({})
+        mean_estimate({})
     with pytest.raises(FibldmError, match="at least one value; b came without"):
-        mean_figure({"a": [1.0], "b": []})
+        mean_estimate({"a": [1.0], "b": []})
 
 
 def test_sections_are_recorded_side_by_side(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    one = Section({"psnr": mean_figure({"a": [30.0]})}, facts={"unit": "dB"}, cases=[{"case": "a"}], notes=["few"])
+    one = Section({"psnr": mean_estimate({"a": [30.0]})}, facts={"unit": "dB"}, cases=[{"case": "a"}], notes=["few"])
     record(tmp_path, "reconstruction", one)
     file = record(tmp_path, "copies", Section({}))
     record(tmp_path, "reconstruction", one)
@@ -85,7 +85,7 @@ def test_sections_are_recorded_side_by_side(tmp_path) -> None:  # type: ignore[n
 
 
 def test_shuffled_masks_stand_beside_the_right_ones() -> None:
-    figures = {"dice": mean_figure({"a": [0.9]}, real_vs_real=0.95), "dice/shuffled": mean_figure({"a": [0.2]})}
+    figures = {"dice": mean_estimate({"a": [0.9]}, real_vs_real=0.95), "dice/shuffled": mean_estimate({"a": [0.2]})}
     (row,) = Section(figures).rows()
     assert (row.name, row.value, row.real, row.shuffled) == ("dice", "0.9", "0.95", "0.2")
     assert Section(figures, notes=["so it is"]).text("faithfulness").splitlines()[-1] == "  note: so it is"

@@ -69,8 +69,8 @@ def edit(
     options = dict(locals())
     from fibldm.cli.output import log_to_standard_error
     from fibldm.editing import EditSettings, edit_files
-    from fibldm.plain_values import counted
     from fibldm.synthesis.settings import OPTIONS
+    from fibldm.typed_settings import counted
 
     log_to_standard_error()
     options |= {"covariates": read_named(covariate), "conditions": read_named(condition, "--condition")}

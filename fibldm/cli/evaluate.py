@@ -128,9 +128,9 @@ def everything(
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
     """All of these but utility, which needs volumes of the training masks."""
-    from fibldm.evaluation.measurements import OF_ANY_MASKS
+    from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS
 
-    names = list(OF_ANY_MASKS)
+    names = list(DEFAULT_MEASUREMENTS)
     return _measure(names, data, synthetic, (run, bundle, out), settings, device, trust, weights, perceptual)
 
 

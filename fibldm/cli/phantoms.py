@@ -17,7 +17,7 @@ def phantoms(
 ) -> dict[str, Any]:
     """Write computer-generated chest CT phantoms with fibrosis, and their labels; no patient data."""
     from fibldm.phantoms.phantoms import write_phantoms
-    from fibldm.plain_values import counted
+    from fibldm.typed_settings import counted
     from fibldm.workers import cores
 
     images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())

@@ -27,8 +27,8 @@ def picture(
 ) -> dict[str, Any]:
     """Draw three planes of each volume with the outlines of its mask; one file that opens offline."""
     from fibldm.datasets.settings import parse_label_names
-    from fibldm.plain_values import counted
     from fibldm.report.gallery import volumes_of, write_gallery
+    from fibldm.typed_settings import counted
 
     volumes, names = volumes_of(source, split)
     names |= parse_label_names(labels) if labels is not None else {}

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from fibldm.cli.train import Configs, Overrides, Work
-from fibldm.plain_values import counted
+from fibldm.typed_settings import counted
 
 
 def plan(

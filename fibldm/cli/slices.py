@@ -14,7 +14,7 @@ def slices(
 ) -> dict[str, Any]:
     """Cut the volumes of a work folder into axial slices; all slices of a patient stay in one split."""
     from fibldm.datasets.slices import write_slices
-    from fibldm.plain_values import counted
+    from fibldm.typed_settings import counted
     from fibldm.verbatim import as_word
     from fibldm.volumes.datalist import read_datalist
     from fibldm.volumes.intensity import load_intensity

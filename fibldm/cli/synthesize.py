@@ -153,9 +153,9 @@ def synthesize(
     from fibldm.cli.output import log_to_standard_error
     from fibldm.errors import FibldmError
     from fibldm.files import read_json
-    from fibldm.plain_values import counted
     from fibldm.synthesis import SamplingSettings, synthesize_files
     from fibldm.synthesis.settings import OPTIONS
+    from fibldm.typed_settings import counted
     from fibldm.volumes.bids_writer import check_bids, write_bids
     from fibldm.volumes.writer import sidecar
 

@@ -115,9 +115,9 @@ def _train_rank(configuration: "Configuration", began: float, quiet: bool) -> No
 
 
 def _warn_of_grid(configuration: "Configuration") -> None:
-    from fibldm.runs.configuration import UnfitGrid, check_grid
+    from fibldm.runs.configuration import IncompatibleGrid, check_grid
 
     try:
         check_grid(configuration)
-    except UnfitGrid as error:
+    except IncompatibleGrid as error:
         print(f"warning: {error}")

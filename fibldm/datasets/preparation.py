@@ -35,8 +35,8 @@ from fibldm.datasets.work_folder import (
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone, beside
-from fibldm.plain_values import counted
 from fibldm.progress import track
+from fibldm.typed_settings import counted
 from fibldm.workers import in_processes
 
 MAX_LABELS = 200

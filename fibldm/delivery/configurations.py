@@ -6,15 +6,20 @@ from typing import Any
 
 import yaml
 
-from fibldm.delivery.model_card import Words
-from fibldm.plain_values import counted
+from fibldm.delivery.model_card import CardText
 from fibldm.runs import StageFolder
 from fibldm.runs.renamed import current
 from fibldm.synthesis.bundle import GENERATOR
+from fibldm.synthesis.definitions import build
+from fibldm.typed_settings import counted
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", "scipy")
 _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
+_OF_EVALUATOR = (
+    "synthesizer dataset output_dir inferer batch_size allow_extrapolation covariates conditions conditions_table "
+    "own_conditions adapters format template label_codes patient_position"
+).split()
 
 
 def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,21 +74,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         },
         "evaluator": {
             "_target_": "fibldm.synthesis.evaluator.SynthesisEvaluator",
-            "synthesizer": "@synthesizer",
-            "dataset": "@dataset",
-            "output_dir": "@output_dir",
-            "inferer": "@inferer",
-            "batch_size": "@batch_size",
-            "allow_extrapolation": "@allow_extrapolation",
-            "covariates": "@covariates",
-            "conditions": "@conditions",
-            "conditions_table": "@conditions_table",
-            "own_conditions": "@own_conditions",
-            "adapters": "@adapters",
-            "format": "@format",
-            "template": "@template",
-            "label_codes": "@label_codes",
-            "patient_position": "@patient_position",
+            **{name: f"@{name}" for name in _OF_EVALUATOR},
         },
         "run": ["$@evaluator.run()"],
         "inference": "@run",
@@ -125,7 +116,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata(facts: Mapping[str, Any], words: Words, figures: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(facts: Mapping[str, Any], words: CardText, figures: Mapping[str, Any]) -> dict[str, Any]:
     """``metadata.json``, with the fields of MONAI's schema."""
     return {
         "schema": SCHEMA,
@@ -169,7 +160,8 @@ def _values(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``one_tensor_network``: latent, time and mask as channels of one tensor."""
-    channels, masks = len(facts["space"]["mean"]), _mask_channels(facts)
+    channels = len(facts["space"]["mean"])
+    masks = build(facts["conditions"]["mask"], "mask").channels if facts["sees_mask"] else 0
     compression = facts["conditions"]["mask"]["compression"]
     steps = [compression] * 3 if isinstance(compression, int) else compression
     size = [length // step for length, step in zip(facts["grid"]["size"], steps, strict=True)]
@@ -185,11 +177,3 @@ def _data_format(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _tensor(tensor: Mapping[str, Any], names: list[str], value_range: list[float]) -> dict[str, Any]:
     channels = {str(number): name for number, name in enumerate(names)}
     return {**tensor, "num_channels": len(names), "value_range": value_range, "channel_def": channels}
-
-
-def _mask_channels(facts: Mapping[str, Any]) -> int:
-    from fibldm.synthesis.definitions import build
-
-    if not facts["sees_mask"]:
-        return 0
-    return int(build(facts["conditions"]["mask"], "mask").channels)

@@ -22,7 +22,7 @@ from fibldm.delivery.configurations import (
     train_configuration,
 )
 from fibldm.delivery.measured import Measured, followed
-from fibldm.delivery.model_card import Words, card
+from fibldm.delivery.model_card import CardText, card
 from fibldm.delivery.resolve import literal
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_file, hash_value, write_json, write_tensors, write_text
@@ -83,7 +83,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         FibldmError: the run is not finished, an adapter is refused, the licence is not known, the run's networks cannot
             be described, its figures are of several samplings and none is chosen, or another process writes the bundle.
     """
-    words = Words.read(out / WORDS)
+    words = CardText.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another --out"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
@@ -146,7 +146,8 @@ def _write_generator(
         file = folder / "models" / f"{key}.safetensors"
         write_tensors(file, state)
         weights[key] = {"file": f"models/{file.name}", "sha256": hash_file(file)}
-        fingerprints[key] = hash_weights(_as_read(state, network))
+        as_read = {name: state[name].to(tensor.dtype) for name, tensor in network.state_dict().items()}
+        fingerprints[key] = hash_weights(as_read)
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
             asked = {name: part.facts() for name, part in present(stage.component("conditions")).items()}
@@ -232,11 +233,6 @@ def _kept(network: nn.Module, *, half: bool) -> dict[str, Tensor]:
     if large := [name for name, tensor in halved.items() if not bool(tensor.isfinite().all())]:
         raise FibldmError(f"{large[0]} is too large for half precision", "leave --half out")
     return halved
-
-
-def _as_read(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The state as a reader has it: in the types of the network."""
-    return {name: state[name].to(tensor.dtype) for name, tensor in network.state_dict().items()}
 
 
 def _fits(definition: Any, state: Mapping[str, Tensor], key: str) -> None:

@@ -1,6 +1,6 @@
 """What was measured of the weights that a bundle ships, and the sampling that it therefore draws with by default."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,6 @@ class Measured:
     def default(self, chosen: Mapping[str, Any]) -> SamplingSettings:
         """The sampling that was measured, with what was chosen in its place; where nothing was measured, the usual one.
 
-        Args:
-            chosen: settings by name.
-
         Raises:
             FibldmError: sections were measured with several samplings, and what differs was not chosen; or a setting is
                 unknown or out of range.
@@ -95,7 +92,7 @@ class Measured:
         for name, one in self.samplings().items():
             other = one is not None and replace(one, seed=0) != replace(default, seed=0)
             sections.setdefault((one.described if one else "", other), []).append(name)
-        return [(_listed(names), words, other) for (words, other), names in sections.items()]
+        return [(", ".join(names), words, other) for (words, other), names in sections.items()]
 
     def notes(self, default: SamplingSettings) -> list[str]:
         """What a person who exports must know about the figures."""
@@ -107,16 +104,13 @@ class Measured:
             if other or not words
         ]
         if self.others:
-            notes.append(f"the figures of {_listed(self.others)} are of other weights and were left out; measure again")
+            others = ", ".join(self.others)
+            notes.append(f"the figures of {others} are of other weights and were left out; measure again")
         return notes
 
 
 def followed(facts: Mapping[str, Any]) -> SamplingSettings:
-    """The sampling of a bundle by default, as its generator follows it.
-
-    Args:
-        facts: of ``generator.json``.
-    """
+    """The sampling of a bundle by default, as its generator follows it."""
     known = facts["weights"].get("residual_noise") is not None
     return SamplingSettings.from_dict(facts["sampling"]).as_trained(
         shift=facts["shift"], latents=False, residual_noise=known
@@ -137,14 +131,10 @@ def _settings(name: str, drawn: Mapping[str, Any]) -> SamplingSettings | None:
         return None
     try:
         if missing := {field.name for field in fields(SamplingSettings)} - _MAY_BE_LEFT_OUT - set(given):
-            raise FibldmError(f"{_listed(sorted(missing))} is not said")
+            raise FibldmError(f"{', '.join(sorted(missing))} is not said")
         return SamplingSettings.from_dict(given)
     except FibldmError as error:
         raise FibldmError(
             f"metrics.json must say how the volumes of {name} were drawn; {error.message}",
             "synthesize and measure again with this version",
         ) from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

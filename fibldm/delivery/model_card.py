@@ -11,8 +11,8 @@ from jinja2 import Environment, StrictUndefined
 
 from fibldm.delivery.measured import Measured, followed
 from fibldm.errors import FibldmError
-from fibldm.plain_values import counted
 from fibldm.synthesis.definitions import build
+from fibldm.typed_settings import counted
 
 _SHOWN = {
     "faithfulness": ("dice", "hd95", "volume_error"),
@@ -31,7 +31,7 @@ _AUDIT = ("nearest_training_similarity", "closer_than_any_real", "named")
 
 
 @dataclass(frozen=True)
-class Words:
+class CardText:
     """What a person says of a bundle, in ``export.yaml``.
 
     Attributes:
@@ -60,7 +60,7 @@ class Words:
     tags: Sequence[str] = ()
 
     @classmethod
-    def read(cls, file: Path) -> "Words":
+    def read(cls, file: Path) -> "CardText":
         """The words of a file, those of every bundle where it is absent or says nothing.
 
         Raises:
@@ -81,15 +81,8 @@ class Words:
         return cls(**given)
 
 
-def card(facts: Mapping[str, Any], words: Words, measured: Measured, *, size: int) -> str:
-    """The card in Markdown, with front matter that model hubs read.
-
-    Args:
-        facts: of ``generator.json``.
-        words: of a person.
-        measured: the figures of these weights, perhaps none.
-        size: of the weights in bytes.
-    """
+def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size: int) -> str:
+    """The card in Markdown, with front matter that model hubs read; ``size`` is that of the weights in bytes."""
     modality = str(facts["modality"])
     if modality == OTHER:
         words = _unmedical(words)
@@ -133,9 +126,9 @@ def _example(known: Mapping[str, Any]) -> str:
     return str(known["values"][0]) if "values" in known else f"{known['high']:g}"
 
 
-def _unmedical(words: Words) -> Words:
+def _unmedical(words: CardText) -> CardText:
     """The words of a bundle that shows no patients, where a person has not said others."""
-    usual, said = Words(), {"intended_use": _OTHER_USE, "limits": _OTHER_LIMITS}
+    usual, said = CardText(), {"intended_use": _OTHER_USE, "limits": _OTHER_LIMITS}
     return replace(words, **{key: text for key, text in said.items() if getattr(words, key) == getattr(usual, key)})
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,13 +45,7 @@ NOT_TRIED = "not tried"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried out.
-
-    Attributes:
-        name: of it.
-        ok: whether it holds.
-        saw: what was seen, or what is wrong.
-    """
+    """One thing that was tried out, whether it holds, and what was seen or is wrong."""
 
     name: str
     ok: bool
@@ -70,8 +64,11 @@ def verify(bundle: Path, *, trust: bool = False) -> Iterator[Check]:
             broke off.
     """
     require_bundle(bundle)
-    check_manifest(Path(bundle), trust=trust, named=_names_manifest(Path(bundle)))  # before anything of it is run
-    command = [sys.executable, "-c", f"from {__name__} import tell; tell()", str(Path(bundle).resolve()), str(trust)]
+    facts = read_json(Path(bundle) / GENERATOR) if (Path(bundle) / GENERATOR).is_file() else None
+    named = isinstance(facts, dict) and "manifest" in facts
+    check_manifest(Path(bundle), trust=trust, named=named)  # before anything of it is run
+    program = f"from {__name__} import print_checks; print_checks()"
+    command = [sys.executable, "-c", program, str(Path(bundle).resolve()), str(trust)]
     done = 0
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -100,12 +97,7 @@ def require_bundle(bundle: Path) -> None:
         )
 
 
-def _names_manifest(bundle: Path) -> bool:
-    facts = read_json(bundle / GENERATOR) if (bundle / GENERATOR).is_file() else None
-    return isinstance(facts, dict) and "manifest" in facts
-
-
-def tell() -> None:
+def print_checks() -> None:
     """Print every check as a line of JSON; what `verify` starts."""
     for check in run_checks(Path(sys.argv[1]), Path.cwd(), trust=sys.argv[2] == "True"):
         print(json.dumps(asdict(check)), flush=True)
@@ -120,7 +112,7 @@ def run_checks(bundle: Path, folder: Path, names: Sequence[str] = (), *, trust: 
         names: of `CHECKS`; none means all.
         trust: take what changed since the export.
     """
-    trial = Trial(bundle, folder, trust)
+    trial = BundleUnderTest(bundle, folder, trust)
     for name in names or CHECKS:
         try:
             yield Check(name, True, CHECKS[name](trial))
@@ -130,14 +122,8 @@ def run_checks(bundle: Path, folder: Path, names: Sequence[str] = (), *, trust: 
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What all checks share.
-
-    Attributes:
-        bundle: its folder.
-        folder: to write in.
-        trust: take what changed since the export.
-    """
+class BundleUnderTest:
+    """What all checks share: see `run_checks`."""
 
     bundle: Path
     folder: Path
@@ -212,7 +198,7 @@ class Trial:
         return {name: (network.eval(), example) for name, (network, example) in networks.items()}
 
 
-def _manifest(trial: Trial) -> str:
+def _manifest(trial: BundleUnderTest) -> str:
     """Files changed after the export are refused before this, unless that was lifted."""
     found = differences(trial.bundle)
     if found is None:
@@ -223,7 +209,7 @@ def _manifest(trial: Trial) -> str:
     return f"trusted nevertheless: {'; '.join(found)}" if found else f"files as exported, {MANIFEST} is {digest}"
 
 
-def _layout(trial: Trial) -> str:
+def _layout(trial: BundleUnderTest) -> str:
     licence = inside(trial.bundle, "LICENSE").read_text(encoding="utf-8")
     if not licence.startswith("SPDX-License-Identifier: "):
         raise FibldmError("LICENSE must begin with SPDX-License-Identifier")
@@ -233,13 +219,13 @@ def _layout(trial: Trial) -> str:
     return f"licence {front['license']}, {size / 1e6:.1f} MB of weights"
 
 
-def _generator(trial: Trial) -> str:
+def _generator(trial: BundleUnderTest) -> str:
     made = trial.synthesizer
     count = sum(weight.numel() for weight in made.network.parameters())
     return f"hashes, definitions and weights fit; {count} parameters"
 
 
-def _metadata(trial: Trial) -> str:
+def _metadata(trial: BundleUnderTest) -> str:
     from jsonschema import validate
     from monai.bundle import verify_metadata
 
@@ -250,7 +236,7 @@ def _metadata(trial: Trial) -> str:
     return f"valid by {SCHEMA}"
 
 
-def _inference_properties(trial: Trial) -> str:
+def _inference_properties(trial: BundleUnderTest) -> str:
     from monai.bundle import create_workflow
 
     given: dict[str, Any] = verbatim(
@@ -268,7 +254,7 @@ def _inference_properties(trial: Trial) -> str:
     return "no property is missing"
 
 
-def _train_properties(trial: Trial) -> str:
+def _train_properties(trial: BundleUnderTest) -> str:
     """By name, as there is no training data to make them of."""
     from monai.bundle import ConfigParser
     from monai.bundle.properties import TrainProperties
@@ -282,7 +268,7 @@ def _train_properties(trial: Trial) -> str:
     return f"all {len(wanted)} are named"
 
 
-def _load(trial: Trial) -> str:
+def _load(trial: BundleUnderTest) -> str:
     from monai.bundle import load
 
     bundle = trial.current
@@ -293,7 +279,7 @@ def _load(trial: Trial) -> str:
     return f"{type(network).__name__} with the weights of the bundle"
 
 
-def _in_and_out(trial: Trial) -> str:
+def _in_and_out(trial: BundleUnderTest) -> str:
     from monai.bundle import verify_net_in_out
 
     verify_net_in_out(
@@ -307,15 +293,7 @@ def _in_and_out(trial: Trial) -> str:
     return "one_tensor_network as metadata.json says"
 
 
-def _exported(trial: Trial) -> str:
-    return _compared(trial, lambda network, example: torch.export.export(network, (example,), strict=False).module())
-
-
-def _traced(trial: Trial) -> str:
-    return _compared(trial, lambda network, example: torch.jit.trace(network, example, check_trace=False))
-
-
-def _onnx(trial: Trial) -> str:
+def _onnx(trial: BundleUnderTest) -> str:
     if missing := [name for name in _OF_ONNX if find_spec(name) is None]:
         return f"{NOT_TRIED}: {', '.join(missing)} missing (pip install 'fibldm[onnx]')"
     return _compared(trial, _as_onnx)
@@ -332,7 +310,7 @@ def _as_onnx(network: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda tensor: torch.from_numpy(session.run(None, {given.name: tensor.numpy()})[0])
 
 
-def _compared(trial: Trial, convert: Callable[[nn.Module, Tensor], Any]) -> str:
+def _compared(trial: BundleUnderTest, convert: Callable[[nn.Module, Tensor], Any]) -> str:
     worst = 0.0
     with torch.no_grad():
         for network, example in trial.networks.values():
@@ -345,7 +323,7 @@ def _compared(trial: Trial, convert: Callable[[nn.Module, Tensor], Any]) -> str:
     return f"{', '.join(trial.networks)} at {len(_MULTIPLES)} sizes, differ by at most {worst:.1g}"
 
 
-def _synthesis(trial: Trial) -> str:
+def _synthesis(trial: BundleUnderTest) -> str:
     out = trial.folder / "own"
     (file,) = synthesize_files(
         *(None, trial.masks, out),
@@ -362,7 +340,7 @@ def _synthesis(trial: Trial) -> str:
     return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_STEPS} steps"
 
 
-def _inference(trial: Trial) -> str:
+def _inference(trial: BundleUnderTest) -> str:
     """By MONAI, in another process; equal to FibLDM's own."""
     _check_sampling(trial)
     command = [sys.executable, "-m", "monai.bundle", "run"]
@@ -388,7 +366,7 @@ def _inference(trial: Trial) -> str:
     return f"the same volume as by fibldm synthesize, differs by {difference:.1g} of its range"
 
 
-def _check_sampling(trial: Trial) -> None:
+def _check_sampling(trial: BundleUnderTest) -> None:
     """Whether MONAI and FibLDM draw by the same default, where the bundle says one."""
     own = read_json(trial.bundle / GENERATOR).get("sampling")
     inferer = read_json(trial.bundle / "configs" / "inference.json")["inferer"]
@@ -400,7 +378,7 @@ def _check_sampling(trial: Trial) -> None:
         )
 
 
-CHECKS: Mapping[str, Callable[[Trial], str]] = {
+CHECKS: Mapping[str, Callable[[BundleUnderTest], str]] = {
     "manifest": _manifest,
     "layout": _layout,
     "generator": _generator,
@@ -409,8 +387,8 @@ CHECKS: Mapping[str, Callable[[Trial], str]] = {
     "train properties": _train_properties,
     "monai.bundle.load": _load,
     "verify_net_in_out": _in_and_out,
-    "torch.export": _exported,
-    "torch.jit.trace": _traced,
+    "torch.export": partial(_compared, convert=lambda net, x: torch.export.export(net, (x,), strict=False).module()),
+    "torch.jit.trace": partial(_compared, convert=lambda net, x: torch.jit.trace(net, x, check_trace=False)),
     "ONNX": _onnx,
     "synthesis": _synthesis,
     "monai.bundle run": _inference,

@@ -1,5 +1,5 @@
 """The whole way in one command, on phantoms.
 
 * ``demo``: make phantoms, train, synthesise, measure, report
-* ``chest_metrics``, ``density``: figures of chest phantoms, which need no network
+* ``chest_metrics``: figures of chest phantoms, which need no network
 """

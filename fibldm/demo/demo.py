@@ -14,12 +14,12 @@ from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.demo.chest_metrics import measure
 from fibldm.errors import FibldmError
-from fibldm.evaluation.measurements import OF_ANY_MASKS, evaluate
+from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import TrainingStep, train_steps
 from fibldm.progress import track
-from fibldm.report.report import Match, Window, write_report
+from fibldm.report.report import Match, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
 from fibldm.runs.stages import TABLE, begun
@@ -115,9 +115,11 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         f"--steps {sampling.steps} --guidance {sampling.guidance:g} --allow-extrapolation"
     )
     say("5/6 evaluate")
-    segmenter = {**settings.segmenter, **_segmenter_minutes(settings)}
+    segmenter = dict(settings.segmenter)
+    if settings.minutes is not None:
+        segmenter["minutes"] = round(_OF_SEGMENTER * settings.minutes, 3)
     sections = evaluate(
-        OF_ANY_MASKS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
+        DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
     )
     changes = as_options(segmenter)
     folders = f"--data {as_word(work)} --run {as_word(run)} --synthetic {as_word(synthetic)}"
@@ -140,7 +142,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         evaluation=run / "evaluation",
         losses={kind.name: run / kind.name / "metrics.csv" for kind in begun(run) if kind.is_trained},
         labels=read_json(work / "datalist.json")["labels"],
-        window=Window(-1000, 300),
+        window=(-1000, 300),
         commands=commands,
     )
     say(_summary(out, figures, commands))
@@ -175,19 +177,8 @@ def _training_minutes(out: Path, settings: DemoSettings, seconds: float) -> floa
     return float(noted["training_minutes"])
 
 
-def _segmenter_minutes(settings: DemoSettings) -> dict[str, float]:
-    return {} if settings.minutes is None else {"minutes": round(_OF_SEGMENTER * settings.minutes, 3)}
-
-
 def synthesize_test_masks(run: Path, phantoms: Path, work: Path, out: Path, sampling: SamplingSettings) -> list[Match]:
     """Volumes of the masks of the test patients, of the first two masks with several seeds; what is there is kept.
-
-    Args:
-        run: a finished run.
-        phantoms: folder of the phantoms.
-        work: the work folder made of it.
-        out: folder to write to.
-        sampling: how to sample.
 
     Raises:
         FibldmError: there are too few test cases.

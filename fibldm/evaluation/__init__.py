@@ -11,5 +11,4 @@
 * ``preview_figures``: a few of these while a stage trains
 * ``memorisation``: is one a copy of a training scan?
 * ``measurements``: all of these by name
-* ``pictures``: volumes side by side
 """

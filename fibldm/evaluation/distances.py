@@ -19,11 +19,6 @@ def squared_mmd(x: Features, y: Features, kernel: Kernel) -> float:
     Gretton et al. 2012, "A kernel two-sample test", equation 3. With `polynomial_kernel` it is the kernel Inception
     distance (KID) over all features at once.
 
-    Args:
-        x: ``(n, d)``.
-        y: ``(m, d)``.
-        kernel: from ``(n, d)`` and ``(m, d)`` to ``(n, m)``.
-
     Raises:
         FibldmError: a set has fewer than two members, or the two have other features.
     """
@@ -50,9 +45,6 @@ def median_bandwidth(real: Features) -> float:
 
     Never of the synthetic volumes: a ruler must not stretch with what it measures.
 
-    Args:
-        real: ``(n, d)``.
-
     Raises:
         FibldmError: half of the pairs or more are equal.
     """
@@ -74,10 +66,6 @@ def frechet_distance(x: Features, y: Features) -> float:
 
     Biased upwards, and the more so the smaller the sets: not to be compared between sets of other sizes, and without
     meaning where ``n <= d``.
-
-    Args:
-        x: ``(n, d)``.
-        y: ``(m, d)``.
 
     Raises:
         FibldmError: a set has fewer than two members, or the two have other features.

@@ -15,7 +15,7 @@ from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
 from fibldm.evaluation.results import SHUFFLED, Section
 from fibldm.evaluation.segmentation_metrics import FEWEST_VOXELS, named_values, overlaps
 from fibldm.evaluation.segmenter import Segmenter
-from fibldm.evaluation.statistics import Figure, by_patient, mean_figure
+from fibldm.evaluation.statistics import Estimate, by_patient, mean_estimate
 from fibldm.progress import track
 
 
@@ -31,23 +31,19 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
 
     Figures are ``dice``, ``hd95`` and ``assd`` (mm), ``volume_error`` (absolute) and ``volume_bias`` (signed, both
     relative to the mask): ``<measure>/<label>`` for each label, ``<measure>`` for their mean in each volume, see
-    `overlap.Overlap`. ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks
-    were used where there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no
+    `Overlap`. ``real_vs_real`` is the ceiling: the same of real test scans, of those patients only whose masks were
+    used where there are such. ``<figure>/shuffled`` is the floor, against the mask of the next patient; it has no
     ceiling.
 
     A Dice above its ceiling is no success: what is easier to segment than a real scan is simpler than one.
-
-    Args:
-        evaluated: run and work folder.
-        synthetic: volumes with their masks.
-        segmenter: trained on the training split of the work folder.
 
     Raises:
         FibldmError: a volume has no mask, or no mask holds a label of at least 10 voxels.
     """
     need_masks(list(synthetic), "faithfulness")
     names = foreground(evaluated)
-    real = _same_patients(evaluated.real("test"), synthetic)
+    patients, test = {case.subject for case in synthetic}, evaluated.real("test")
+    real = [case for case in test if case.subject in patients] or test
     measured = measure_overlaps(evaluated, [(case, case) for case in synthetic], segmenter)
     if not any(row.values for row in measured):
         raise FibldmError(
@@ -55,9 +51,9 @@ def measure_faithfulness(evaluated: Evaluated, synthetic: Sequence[Case], segmen
             f"none of {len(synthetic)} has as many of {', '.join(names.values())}",
             "check that these are the masks of the volumes",
         )
-    ceiling = mean_figures(measure_overlaps(evaluated, [(case, case) for case in real], segmenter))
-    shuffled = mean_figures(measure_overlaps(evaluated, _with_other_masks(synthetic), segmenter))
-    figures = mean_figures(measured, {name: figure.value for name, figure in ceiling.items()})
+    ceiling = mean_estimates(measure_overlaps(evaluated, [(case, case) for case in real], segmenter))
+    shuffled = mean_estimates(measure_overlaps(evaluated, _with_other_masks(synthetic), segmenter))
+    figures = mean_estimates(measured, {name: figure.value for name, figure in ceiling.items()})
     floor = {f"{name}{SHUFFLED}": figure for name, figure in shuffled.items()}
     return Section(
         figures | floor,
@@ -78,17 +74,19 @@ def segmentation(evaluated: Evaluated, case: Case, segmenter: Segmenter) -> NDAr
     return cache.get(case, lambda sample: segmenter.segment(sample.image))
 
 
-def mean_figures(
+def mean_estimates(
     measured: Sequence[Measured], real_vs_real: Mapping[str, float | None] | None = None
-) -> dict[str, Figure]:
-    """The mean over patients of everything that was measured, each over the volumes that have it.
-
-    Args:
-        measured: the values of each volume.
-        real_vs_real: by name of the figure; None has none.
-    """
+) -> dict[str, Estimate]:
+    """The mean over patients of everything that was measured, each over the volumes that have it."""
     names = dict.fromkeys(name for row in measured for name in row.values)
-    return {name: _mean_figure(measured, name, (real_vs_real or {}).get(name)) for name in names}
+    ceiling = real_vs_real or {}
+    return {name: mean_estimate(values_of(measured, name), real_vs_real=ceiling.get(name)) for name in names}
+
+
+def values_of(measured: Sequence[Measured], name: str) -> dict[str, list[float]]:
+    """The values of one figure by patient, of the volumes that have it."""
+    having = [row for row in measured if name in row.values]
+    return by_patient([row.case.subject for row in having], [row.values[name] for row in having])
 
 
 def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -106,12 +104,6 @@ def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], s
     return measured
 
 
-def _same_patients(real: list[Case], synthetic: Sequence[Case]) -> list[Case]:
-    """The real cases of the patients whose masks were used; all where there is none."""
-    patients = {case.subject for case in synthetic}
-    return [case for case in real if case.subject in patients] or real
-
-
 def _with_other_masks(synthetic: Sequence[Case]) -> list[tuple[Case, Case]]:
     """Each volume with the first of the next patient; none where there is one patient only."""
     first: dict[str, Case] = {}
@@ -120,12 +112,6 @@ def _with_other_masks(synthetic: Sequence[Case]) -> list[tuple[Case, Case]]:
     patients = list(first)
     following = dict(zip(patients, patients[1:] + patients[:1], strict=True))
     return [(case, first[following[case.subject]]) for case in synthetic] if len(patients) > 1 else []
-
-
-def _mean_figure(measured: Sequence[Measured], name: str, real_vs_real: float | None) -> Figure:
-    having = [row for row in measured if name in row.values]
-    values = by_patient([row.case.subject for row in having], [row.values[name] for row in having])
-    return mean_figure(values, real_vs_real=real_vs_real)
 
 
 def _facts(
@@ -142,7 +128,7 @@ def _facts(
     }
 
 
-def _notes(figures: Mapping[str, Figure], synthetic: Sequence[Case], names: Mapping[int, str]) -> list[str]:
+def _notes(figures: Mapping[str, Estimate], synthetic: Sequence[Case], names: Mapping[int, str]) -> list[str]:
     notes = []
     easy = {name: figures[f"dice/{name}"] for name in names.values() if _above_ceiling(figures.get(f"dice/{name}"))}
     if easy:
@@ -162,7 +148,7 @@ def _notes(figures: Mapping[str, Figure], synthetic: Sequence[Case], names: Mapp
     return notes
 
 
-def _above_ceiling(figure: Figure | None) -> bool:
+def _above_ceiling(figure: Estimate | None) -> bool:
     """Whether the whole interval lies above, or the figure itself where there are too few patients for an interval."""
     if figure is None or figure.value is None or figure.real_vs_real is None:
         return False

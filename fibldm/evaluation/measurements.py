@@ -27,18 +27,7 @@ from fibldm.synthesis.loading import generating_weights
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured, with what all of it shares made once and only where it is needed.
-
-    Attributes:
-        evaluated: the run and its data.
-        synthetic_folder: folder of synthetic volumes; None where nothing needs one.
-        segmenter_settings: overrides of ``configs/train_segmenter.yaml``.
-        device: to compute on; None takes CUDA where there is one.
-        bundle: whose autoencoder is measured, in place of that of the run.
-        trust: take a bundle that changed since its export.
-        weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
-        perceptual: file of weights for LPIPS; None leaves it out.
-    """
+    """What is measured, as `evaluate` is asked, with what all of it shares made once and only where it is needed."""
 
     evaluated: Evaluated
     synthetic_folder: Path | None = None
@@ -59,7 +48,7 @@ class Measurements:
     def provenance(self) -> Provenance:
         """How the synthetic volumes were drawn."""
         files = [case.image for case in self.synthetic]
-        return read_provenance(files, self._own_weights, of=self._measured, weights=self.weights)
+        return read_provenance(files, self._own_weights, of=self.bundle or self.evaluated.run_dir, weights=self.weights)
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -97,10 +86,6 @@ class Measurements:
     def _trained(self, cases: Sequence[Case] | None = None) -> Segmenter:
         return trained_segmenter(self.evaluated, cases=cases, overrides=self.segmenter_settings, device=self._device)
 
-    @property
-    def _measured(self) -> Path:
-        return self.bundle or self.evaluated.run_dir
-
     def _own_weights(self) -> set[str]:
         if self.bundle is None:
             return generating_weights(self.evaluated.run_dir)
@@ -119,7 +104,7 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "copies": Measurements.copies,
     "utility": Measurements.utility,
 }
-OF_ANY_MASKS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
+DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
 
 
 def evaluate(
@@ -147,7 +132,7 @@ def evaluate(
         device: None takes CUDA where there is one.
         bundle: measured in place of the run, see `Evaluated.open_bundle`.
         trust: take a bundle that changed since its export.
-        weights: see `Measurements`.
+        weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
         perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
         say: where the figures go, as text.
 
@@ -159,21 +144,13 @@ def evaluate(
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown_choice("measurement", name, MEASUREMENTS)
-    folder = Path(synthetic) if synthetic is not None else None
     if bundle:
         evaluated = Evaluated.open_bundle(bundle, work, out=run_dir, trust=trust)
     else:
         evaluated = Evaluated.open(run_dir, work)
-    measurements = Measurements(
-        evaluated,
-        folder,
-        segmenter_settings,
-        device,
-        Path(bundle) if bundle else None,
-        trust,
-        weights,
-        Path(perceptual) if perceptual else None,
-    )
+    folder = None if synthetic is None else Path(synthetic)
+    of, network = (Path(path) if path else None for path in (bundle, perceptual))
+    measurements = Measurements(evaluated, folder, segmenter_settings, device, of, trust, weights, network)
     _ = measurements.planes  # before a segmenter is trained, as what follows
     if drawn := [name for name in names if name != "reconstruction"]:
         say(measurements.provenance.text)
@@ -183,12 +160,10 @@ def evaluate(
     sections = {}
     for name in names:
         section = MEASUREMENTS[name](measurements)
-        sections[name] = _with_provenance(section, measurements.provenance) if name in drawn else section
-        record(measurements.evaluated.folder, name, sections[name])
-        say(sections[name].text(name))
+        if name in drawn:
+            facts = {**section.facts, "drawn": measurements.provenance.to_dict()}
+            section = replace(section, facts=facts, notes=[*section.notes, *measurements.provenance.notes])
+        record(evaluated.folder, name, section)
+        say(section.text(name))
+        sections[name] = section
     return sections
-
-
-def _with_provenance(section: Section, provenance: Provenance) -> Section:
-    facts = {**section.facts, "drawn": provenance.to_dict()}
-    return replace(section, facts=facts, notes=[*section.notes, *provenance.notes])

@@ -17,9 +17,8 @@ found.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +28,12 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample
-from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
+from fibldm.evaluation.reconstruction import Reconstructor
 from fibldm.evaluation.results import Section
-from fibldm.evaluation.statistics import FEWEST_PATIENTS, Figure, by_patient, mean_figure
+from fibldm.evaluation.statistics import FEWEST_PATIENTS, Estimate, by_patient, mean_estimate
 from fibldm.files import hash_value
 from fibldm.progress import track
+from fibldm.volumes.pictures import Pair, channel_pairs, write_comparison
 
 _LONGEST_AXIS = 64
 _BLUR = 1.0
@@ -42,15 +42,6 @@ _SMALLEST_NORM = 1e-6
 _PICTURED = 4
 
 Floats = NDArray[np.float32]
-
-
-class Reconstruct(Protocol):
-    """An autoencoder's pass: an image ``(X, Y, Z)`` or ``(C, X, Y, Z)`` in ``[-1, 1]`` to its reconstruction."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __call__(self, image: Floats, /) -> Floats: ...
 
 
 class Nearest(NamedTuple):
@@ -92,15 +83,11 @@ class TrainingDetails:
 
 
 def measure_copies(
-    evaluated: Evaluated, synthetic: Sequence[Case], *, pictures: Path, reconstruct: Reconstruct
+    evaluated: Evaluated, synthetic: Sequence[Case], *, pictures: Path, reconstruct: Reconstructor
 ) -> Section:
     """How close synthetic volumes are to training scans, beside how close real scans of other patients are.
 
-    Args:
-        evaluated: the run and its data.
-        synthetic: the volumes to look at.
-        pictures: folder; gets ``copies.png``, the closest pairs.
-        reconstruct: the run's autoencoder.
+    The closest pairs are drawn in ``copies.png`` of the folder ``pictures``.
 
     Returns:
         Figures ``nearest_training_similarity`` (real: of test scans) and the same ``/validation``;
@@ -111,10 +98,23 @@ def measure_copies(
         FibldmError: no synthetic volume, fewer than two training scans, no test scan, or a file that cannot be read.
     """
     training, validation, test = (evaluated.real(split) for split in ("training", "validation", "test"))
-    _check_numbers(len(synthetic), len(training), len(test))
+    if not synthetic:
+        raise FibldmError("the search for copies needs at least one synthetic volume; got none")
+    if len(training) < 2 or not test:
+        raise FibldmError(
+            "the search for copies needs at least two training scans and one test scan; "
+            f"got {len(training)} and {len(test)}",
+            "prepare the data again with more patients",
+        )
     made_with = hash_value([reconstruct.fingerprint, _LONGEST_AXIS, _BLUR])
     cache = FeatureCache(evaluated, "detail", made_with)
-    detail = partial(_cached_detail, cache, reconstruct)
+
+    def compute(sample: Sample) -> NDArray[np.float16]:
+        return detail_of(reconstruct(sample.image)).astype(np.float16)
+
+    def detail(case: Case) -> Floats:
+        return cache.get(case, compute).astype(np.float32)
+
     known = TrainingDetails.of(training, map(detail, track(training, "training scans")))
     others = track([*test, *validation, *synthetic], "nearest training scans")
     found = [known.nearest(case, detail(case)) for case in others]
@@ -154,13 +154,6 @@ def detail_of(image: Floats) -> Floats:
     return np.asarray(detail.reshape(*image.shape[:-3], x, y, z))
 
 
-def _cached_detail(cache: FeatureCache, reconstruct: Reconstruct, case: Case) -> Floats:
-    def compute(sample: Sample) -> NDArray[np.float16]:
-        return detail_of(reconstruct(sample.image)).astype(np.float16)
-
-    return cache.get(case, compute).astype(np.float32)
-
-
 def _shifted(detail: Floats, step: tuple[int, ...]) -> Floats:
     """The voxels that lie ``step`` beyond those of the volume without its margin, ``(D,)``."""
     axes = zip(step, _margins(detail), detail.shape[-3:], strict=True)
@@ -187,7 +180,7 @@ def _figures(
     test: Sequence[Nearest],
     closest: float,
     threshold: float,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     real = _mean(test).value
     figures = {"nearest_training_similarity": _mean(made, real)}
     if validation:
@@ -197,14 +190,16 @@ def _figures(
     return figures
 
 
-def _mean(found: Sequence[Nearest], real: float | None = None) -> Figure:
-    similarities = [nearest.similarity for nearest in found]
-    return mean_figure(by_patient([nearest.case.subject for nearest in found], similarities), real_vs_real=real)
+def _mean(found: Sequence[Nearest], real: float | None = None) -> Estimate:
+    return _mean_of(found, [nearest.similarity for nearest in found], real)
 
 
-def _share(found: Sequence[Nearest], limit: float, real: float | None = None) -> Figure:
-    above = [float(nearest.similarity > limit) for nearest in found]
-    return mean_figure(by_patient([nearest.case.subject for nearest in found], above), real_vs_real=real)
+def _share(found: Sequence[Nearest], limit: float, real: float | None = None) -> Estimate:
+    return _mean_of(found, [float(nearest.similarity > limit) for nearest in found], real)
+
+
+def _mean_of(found: Sequence[Nearest], values: list[float], real: float | None) -> Estimate:
+    return mean_estimate(by_patient([nearest.case.subject for nearest in found], values), real_vs_real=real)
 
 
 def _entry(nearest: Nearest, threshold: float) -> dict[str, object]:
@@ -232,21 +227,5 @@ def _notes(made: Sequence[Nearest], threshold: float, test: Sequence[Case]) -> l
 def _pairs(evaluated: Evaluated, nearest: Nearest) -> list[Pair]:
     real, made = evaluated.read(nearest.training), evaluated.read(nearest.case)
     title = f"{nearest.training.name} and {nearest.case.name}: similarity {nearest.similarity:.3f}"
-    return channel_pairs(
-        title,
-        real.image,
-        made.image,
-        spacing=real.spacing,
-        names=("training", "synthetic"),
-        channels=evaluated.channels,
-    )
-
-
-def _check_numbers(synthetic: int, training: int, test: int) -> None:
-    if not synthetic:
-        raise FibldmError("the search for copies needs at least one synthetic volume; got none")
-    if training < 2 or not test:
-        raise FibldmError(
-            f"the search for copies needs at least two training scans and one test scan; got {training} and {test}",
-            "prepare the data again with more patients",
-        )
+    names, channels = ("training", "synthetic"), evaluated.channels
+    return channel_pairs(title, real.image, made.image, spacing=real.spacing, names=names, channels=channels)

@@ -22,9 +22,6 @@ def scale_weights(shape: Sequence[int]) -> tuple[float, ...]:
 
     Each scale halves the volume, and the window of 7 voxels must fit into the last.
 
-    Args:
-        shape: voxels along each axis.
-
     Raises:
         FibldmError: the window does not fit into the volume.
     """

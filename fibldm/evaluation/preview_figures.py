@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.evaluation.cases import Sample, each_channel
+from fibldm.evaluation.cases import Sample
 from fibldm.evaluation.distances import polynomial_kernel, squared_mmd
 from fibldm.evaluation.ms_ssim import channel_similarity
 from fibldm.evaluation.radiomics import Radiomics
@@ -49,26 +49,25 @@ class PreviewFigures:
         figures = {}
         if follows_masks:
             triples = list(zip(real, made, labels, strict=True))
-            figures["ssim"] = float(np.mean([_ssim(*triple) for triple in triples]))
+            ssim = [image_quality(one, other, {"": _known(mask)})["ssim"] for one, other, mask in triples]
+            figures["ssim"] = float(np.mean(ssim))
             figures["ms_ssim"] = float(np.mean([channel_similarity(one, other) for one, other, _ in triples]))
         if len(made) > 1:
             features = [
-                np.stack([self._features(*pair) for pair in zip(part, labels, strict=True)]) for part in (made, real)
+                np.stack(
+                    [
+                        self.radiomics(Sample(image, mask, _known(mask), self.spacing))
+                        for image, mask in zip(part, labels, strict=True)
+                    ]
+                )
+                for part in (made, real)
             ]
             scaled = standardised(Arrays(features[0], features[1], features[1]))
             figures["kid"] = squared_mmd(scaled.synthetic, scaled.real, polynomial_kernel)
         return figures
 
-    def _features(self, image: Image, labels: Labels) -> NDArray[np.float64]:
-        known = labels != UNKNOWN_LABEL
-        valid = known if known.any() else np.ones_like(known)
-        return np.concatenate(
-            [self.radiomics(Sample(channel, labels, valid, self.spacing)) for channel in each_channel(image)]
-        )
 
-
-def _ssim(real: Image, made: Image, labels: Labels) -> float:
+def _known(labels: Labels) -> NDArray[np.bool_]:
+    """Where it is known what is asked for; everywhere in a volume of unknown."""
     known = labels != UNKNOWN_LABEL
-    regions = {"": known if known.any() else np.ones_like(known)}
-    pairs = zip(each_channel(real), each_channel(made), strict=True)
-    return float(np.mean([image_quality(one, other, regions)["ssim"] for one, other in pairs]))
+    return known if known.any() else np.ones_like(known)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, some_of
 from fibldm.files import read_json
-from fibldm.plain_values import counted
 from fibldm.synthesis import SamplingSettings
+from fibldm.typed_settings import counted
 from fibldm.volumes.writer import sidecar, volume_stem
 
 _SHORT = 12  # of a fingerprint, in messages
@@ -96,7 +96,12 @@ def read_provenance(
     _check_weights(said, ours, of, weights)
     _check_one_way(said)
     first = said[files[0]]
-    _check_known(files[0], first)
+    try:
+        SamplingSettings.from_dict(first["sampling"])
+    except FibldmError as error:
+        raise FibldmError(
+            f"{sidecar(files[0])}: {error.message}", "measure it with the version of FibLDM that wrote it"
+        ) from error
     return Provenance(
         len(files),
         first["source"]["weights"],
@@ -152,15 +157,6 @@ def _check_one_way(said: Mapping[Path, _Said]) -> None:
         )
 
 
-def _check_known(file: Path, content: _Said) -> None:
-    try:
-        SamplingSettings.from_dict(content["sampling"])
-    except FibldmError as error:
-        raise FibldmError(
-            f"{sidecar(file)}: {error.message}", "measure it with the version of FibLDM that wrote it"
-        ) from error
-
-
 def _way(content: _Said) -> dict[str, Any]:
     settings = {name: value for name, value in content["sampling"].items() if name != "seed"}
     return {
@@ -171,5 +167,4 @@ def _way(content: _Said) -> dict[str, Any]:
 
 
 def _names(files: Sequence[Path]) -> str:
-    shown = ", ".join(volume_stem(file) for file in files[:_SHOWN])
-    return shown if len(files) <= _SHOWN else f"{shown} and {len(files) - _SHOWN} more"
+    return some_of(map(volume_stem, files), _SHOWN)

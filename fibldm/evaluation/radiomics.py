@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Sample
+from fibldm.evaluation.cases import Sample, each_channel
 from fibldm.files import hash_value
 from fibldm.volumes.grid import long_axes
 
@@ -56,18 +56,20 @@ class Radiomics:
         return hash_value([_VERSION, sorted(self.labels), self.scales, self.names])
 
     def __call__(self, sample: Sample) -> NDArray[np.float64]:
-        """The features, ``(d,)`` in the order of `names`; NaN for labels that the sample does not have.
+        """The features, ``(d,)`` in the order of `names`, one channel after the other; NaN for labels that are absent.
 
         Raises:
             FibldmError: the volume has fewer than two axes.
         """
-        if len(long_axes(sample.image.shape)) < 2:
+        if len(long_axes(sample.valid.shape)) < 2:
             raise FibldmError(f"features need at least two voxels along two axes; got {sample.image.shape}")
-        image, spacing = sample.image, sample.spacing
-        texture = [scale**2 * np.abs(blurred_laplacian(image, spacing, scale)) for scale in self.scales]
-        gradient = gradient_magnitude(image, spacing)
         regions = [(sample.labels == value) & sample.valid for value in self._names_by_value()]
-        return np.concatenate([_features(region, image, gradient, texture) for region in (*regions, sample.valid)])
+        features = []
+        for image in each_channel(sample.image):
+            texture = [scale**2 * np.abs(blurred_laplacian(image, sample.spacing, scale)) for scale in self.scales]
+            gradient = gradient_magnitude(image, sample.spacing)
+            features += [_features(region, image, gradient, texture) for region in (*regions, sample.valid)]
+        return np.concatenate(features)
 
     def _names_by_value(self) -> dict[int, str]:
         return {value: name for value, name in sorted(self.labels.items()) if value != _BACKGROUND}

@@ -7,13 +7,13 @@ other patients, and so are the scans of the first: the same masks, the same refe
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel, need_masks
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
 from fibldm.evaluation.distances import (
     frechet_distance,
     gaussian_kernel,
@@ -26,8 +26,9 @@ from fibldm.evaluation.ms_ssim import channel_similarity, scale_weights, spread_
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
+from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
-from fibldm.evaluation.statistics import TOO_FEW, Figure, Indices, figure
+from fibldm.evaluation.statistics import TOO_FEW, Estimate, Indices, estimate
 from fibldm.files import hash_value
 from fibldm.progress import track
 from fibldm.volumes.writer import volume_stem
@@ -37,15 +38,6 @@ _PAIRS = 50
 _SPECTRUM_VERSION = 1  # Count up whenever the same volume gives another spectrum.
 
 Array = NDArray[np.float64]
-
-
-class FeatureExtractor(Protocol):
-    """A network that gives features, such as `fibldm.evaluation.segmenter.Segmenter`."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def features(self, image: NDArray[np.float32], /) -> NDArray[np.float32]: ...
 
 
 class Sets(NamedTuple):
@@ -74,7 +66,7 @@ class Arrays(NamedTuple):
 
 
 def measure_realism(
-    evaluated: Evaluated, synthetic: Sequence[Case], segmenter: FeatureExtractor, *, planes: PlaneDistance | None = None
+    evaluated: Evaluated, synthetic: Sequence[Case], segmenter: Segmenter, *, planes: PlaneDistance | None = None
 ) -> Section:
     """Distances between the synthetic volumes and real scans.
 
@@ -103,9 +95,7 @@ def measure_realism(
     sets = choose_sets(evaluated.real(), synthetic)
     radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
     features = {
-        "radiomics": _arrays(
-            FeatureCache(evaluated, "radiomics", radiomics.fingerprint), partial(_of_each_channel, radiomics), sets
-        ),
+        "radiomics": _arrays(FeatureCache(evaluated, "radiomics", radiomics.fingerprint), radiomics, sets),
         "segmenter": _arrays(
             FeatureCache(evaluated, "segmenter-features", segmenter.fingerprint),
             lambda sample: segmenter.features(sample.image),
@@ -123,12 +113,19 @@ def measure_realism(
         "ms_ssim": {"scales": len(scale_weights(evaluated.grid.size)), "pairs": pairs},
         "scaling": "arcsinh of the difference from the mean of the scans in their standard deviations",
         "units": {"spectrum": "dB"},
-        **_who(sets),
+        "patients": len(sets.real),
+        "compared_with": "scans of the same masks" if sets.paired else "scans of test patients",
+        "real": [case.name for case in sets.real],
+        "reference": [case.name for case in sets.reference],
     }
     if planes is not None:
         figures |= _perceptual(evaluated, sets, planes)
         facts["lpips"] = planes.facts
-    return Section(figures, facts, _cases(sets, spectra), _notes(sets, synthetic))
+    cases = [
+        {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
+        for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
+    ]
+    return Section(figures, facts, cases, _notes(sets, synthetic))
 
 
 def choose_sets(real: Sequence[Case], synthetic: Sequence[Case]) -> Sets:
@@ -172,39 +169,33 @@ def standardised(features: Arrays) -> Arrays:
     return Arrays(*(np.nan_to_num(np.arcsinh((part - mean) / scale), nan=0.0) for part in features))
 
 
-def _distances(features: dict[str, Arrays]) -> dict[str, Figure]:
+def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:
     scaled = {name: standardised(arrays) for name, arrays in features.items()}
-    kid = {f"kid/{name}": _compared(_kid, arrays) for name, arrays in scaled.items()}
-    mmd = {f"mmd/{name}": _mmd(arrays) for name, arrays in scaled.items()}
-    frechet = {f"frechet/{name}": _frechet(arrays) for name, arrays in scaled.items()}
-    among = {f"precision/{name}": _compared(precision, arrays) for name, arrays in scaled.items()}
-    covered = {f"recall/{name}": _compared(_recall, arrays) for name, arrays in scaled.items()}
-    return {**kid, **mmd, **frechet, **among, **covered}
+    measures: dict[str, Callable[[Arrays], Estimate]] = {
+        "kid": partial(_compared, partial(squared_mmd, kernel=polynomial_kernel)),
+        "mmd": _mmd,
+        "frechet": _frechet,
+        "precision": partial(_compared, precision),
+        "recall": partial(_compared, lambda x, y: precision(y, x)),
+    }
+    return {f"{of}/{name}": measure(arrays) for of, measure in measures.items() for name, arrays in scaled.items()}
 
 
-def _recall(x: Array, y: Array) -> float:
-    return precision(y, x)
-
-
-def _kid(x: Array, y: Array) -> float:
-    return squared_mmd(x, y, polynomial_kernel)
-
-
-def _mmd(arrays: Arrays) -> Figure:
+def _mmd(arrays: Arrays) -> Estimate:
     bandwidth = median_bandwidth(np.concatenate([arrays.real, arrays.reference]))
     return _compared(partial(squared_mmd, kernel=gaussian_kernel(bandwidth)), arrays)
 
 
-def _frechet(arrays: Arrays) -> Figure:
+def _frechet(arrays: Arrays) -> Estimate:
     n, dimensions = arrays.real.shape
     if n > dimensions:
         return _compared(frechet_distance, arrays)
-    return Figure(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
+    return Estimate(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
 
 
-def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Figure:
+def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Estimate:
     synthetic, real, reference = arrays
-    return figure(
+    return estimate(
         lambda chosen: distance(synthetic[chosen], reference[chosen]),
         len(synthetic),
         real_vs_real=distance(real, reference),
@@ -224,7 +215,7 @@ def _spectra(evaluated: Evaluated, sets: Sets) -> Arrays:
     return _arrays(cache, lambda sample: channel_spectra(sample.image, sample.spacing, edges=edges), sets)
 
 
-def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
+def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Estimate, int]:
     """MS-SSIM among at most 50 patients in about 50 pairs, the same on both sides, and the number of pairs."""
     n = min(len(sets.real), _PAIRS)
     pairs = spread_pairs(n, _PAIRS)
@@ -234,7 +225,7 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Figure, int]:
     def mean_among(chosen: Indices) -> float:
         return float(values[np.isin(members, chosen).all(axis=1)].mean())
 
-    return figure(mean_among, n, real_vs_real=float(of_real.mean())), len(pairs)
+    return estimate(mean_among, n, real_vs_real=float(of_real.mean())), len(pairs)
 
 
 def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> Array:
@@ -245,7 +236,7 @@ def _pair_values(evaluated: Evaluated, cases: Sequence[Case], pairs: Sequence[tu
     )
 
 
-def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict[str, Figure]:
+def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict[str, Estimate]:
     cache = FeatureCache(evaluated, "lpips", planes.fingerprint)
 
     def distance(real: Sample, other: Sample) -> Array:
@@ -257,31 +248,11 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
 
     made, others = distances(sets.synthetic, "volumes"), distances(sets.reference, "scans")
 
-    def compared(plane: int) -> Figure:
+    def compared(plane: int) -> Estimate:
         real = float(others[:, plane].mean())
-        return figure(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
+        return estimate(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
 
     return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
-
-
-def _of_each_channel(compute: Callable[[Sample], Array], sample: Sample) -> Array:
-    return np.concatenate([compute(sample._replace(image=channel)) for channel in each_channel(sample.image)])
-
-
-def _who(sets: Sets) -> dict[str, Any]:
-    return {
-        "patients": len(sets.real),
-        "compared_with": "scans of the same masks" if sets.paired else "scans of test patients",
-        "real": [case.name for case in sets.real],
-        "reference": [case.name for case in sets.reference],
-    }
-
-
-def _cases(sets: Sets, spectra: Arrays) -> list[dict[str, Any]]:
-    return [
-        {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
-        for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
-    ]
 
 
 def _notes(sets: Sets, synthetic: Sequence[Case]) -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +12,14 @@ from skimage.metrics import structural_similarity
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, each_channel
-from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_figures, segmentation
+from fibldm.evaluation.faithfulness import Measured, described, foreground, mean_estimates, segmentation
 from fibldm.evaluation.ms_ssim import channel_similarity
 from fibldm.evaluation.perceptual import PlaneDistance
-from fibldm.evaluation.pictures import Pair, channel_pairs, write_comparison
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmentation_metrics import dice_by_label, measured_labels
 from fibldm.evaluation.segmenter import Segmenter
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
-from fibldm.evaluation.statistics import Figure, figure
+from fibldm.evaluation.statistics import Estimate, estimate
 from fibldm.files import hash_value
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.progress import track
@@ -29,6 +27,7 @@ from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.grid import long_axes
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.pictures import Pair, channel_pairs, write_comparison
 
 PICTURE = "reconstruction.png"
 
@@ -44,13 +43,7 @@ Region = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """A volume through the autoencoder and back: its posterior's mean, decoded.
-
-    Attributes:
-        first_stage: the autoencoder.
-        fingerprint: hash of its weights.
-        device: where it is.
-    """
+    """A volume through the autoencoder and back: its posterior's mean, decoded; ``fingerprint`` is of its weights."""
 
     first_stage: FrozenFirstStage
     fingerprint: str
@@ -91,15 +84,6 @@ class Reconstructor:
         return reconstruction
 
 
-class Reconstructed(NamedTuple):
-    """What was measured of one scan: values by figure, and the spectra of scan and reconstruction."""
-
-    case: Case
-    values: Mapping[str, float]
-    real_spectrum: NDArray[np.float64]
-    spectrum: NDArray[np.float64]
-
-
 def measure_reconstruction(
     evaluated: Evaluated,
     segmenter: Segmenter,
@@ -112,7 +96,7 @@ def measure_reconstruction(
 
     Figures are ``psnr`` (dB), ``ssim`` and ``mae`` (HU for a window, else of the range ``[-1, 1]``), see
     `image_quality`, over the field of view and per label as ``<figure>/<label>``; ``ms_ssim`` of the whole volume, see
-    `structure.ms_ssim`; ``lpips`` and ``lpips/<plane>``, where there is a network for it, see `PlaneDistance`;
+    `ms_ssim.ms_ssim`; ``lpips`` and ``lpips/<plane>``, where there is a network for it, see `PlaneDistance`;
     ``dice_change`` and ``dice_change/<label>``, the Dice of what a segmenter finds in the reconstruction minus that of
     the real scan, negative where the autoencoder loses what the segmenter goes by; and ``spectrum`` (dB), see
     `spectrum_distance`, whose ``real_vs_real`` is that of one half of the test patients and the other. The rest compare
@@ -120,23 +104,16 @@ def measure_reconstruction(
 
     Of several channels, `image_quality` and MS-SSIM are the mean of them, and the spectra stand one after the other.
 
-    The four scans with the largest error are drawn in ``reconstruction.png``.
-
-    Args:
-        evaluated: run and work folder.
-        segmenter: trained on the training split of the work folder.
-        reconstructor: of the run.
-        pictures: folder to draw in.
-        planes: for LPIPS; None leaves it out.
+    The four scans with the largest error are drawn in ``reconstruction.png`` of the folder ``pictures``.
 
     Raises:
         FibldmError: the model grid is too small, or the picture cannot be written.
     """
-    measured = [
-        _reconstructed(evaluated, case, segmenter, reconstructor, planes)
-        for case in track(evaluated.real("test"), "reconstruction")
-    ]
-    values = [Measured(row.case, row.values) for row in measured]
+    values, spectra = [], []
+    for case in track(evaluated.real("test"), "reconstruction"):
+        measured, spectrum = _measured(evaluated, case, segmenter, reconstructor, planes)
+        values.append(measured)
+        spectra.append(spectrum)
     worst = sorted(values, key=lambda row: -row.values["mae"])[:_PICTURED]
     write_comparison(pictures / PICTURE, [pair for row in worst for pair in _pairs(evaluated, row, reconstructor)])
     facts = {
@@ -147,60 +124,65 @@ def measure_reconstruction(
         "picture": PICTURE,
         **({} if planes is None else {"lpips": planes.facts}),
     }
-    return Section(mean_figures(values) | {"spectrum": _spectrum_figure(measured)}, facts, described(values))
+    figures = mean_estimates(values) | {"spectrum": _spectrum_figure(values, np.stack(spectra))}
+    return Section(figures, facts, described(values))
 
 
 def image_quality(real: Image, made: Image, regions: Mapping[str, Region], *, unit: float = 1) -> dict[str, float]:
-    """``psnr<name>``, ``ssim<name>`` and ``mae<name>`` of an image in each region, by the region's name.
+    """``psnr<name>``, ``ssim<name>`` and ``mae<name>`` of an image in each region; of several channels, their means.
 
     PSNR is ``10 log10(2^2 / MSE)`` dB, at most 100, where 2 is the range of ``[-1, 1]``. SSIM is the mean, over the
     region, of the map of Wang et al. 2004, "Image quality assessment", eq. 13, in 3-D (of a slice, in 2-D) with their
     Gaussian window of sigma 1.5 voxels.
 
     Args:
-        real: ``(X, Y, Z)`` in ``[-1, 1]``.
+        real: ``(X, Y, Z)`` or ``(C, X, Y, Z)``, in ``[-1, 1]``.
         made: of the same shape and range.
-        regions: where to measure, ``(X, Y, Z)``, none empty.
+        regions: where to measure, ``(X, Y, Z)`` by name, none empty.
         unit: what a step of 1 in ``[-1, 1]`` is in the unit of MAE.
 
     Raises:
         FibldmError: an axis is shorter than the window of SSIM.
     """
+    pairs = zip(each_channel(real), each_channel(made), strict=True)
+    values = [_channel_quality(one, other, regions, unit) for one, other in pairs]
+    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+
+
+def _channel_quality(real: Image, made: Image, regions: Mapping[str, Region], unit: float) -> dict[str, float]:
     if min(real.shape[axis] for axis in long_axes(real.shape)) < _SSIM_WINDOW:
         raise FibldmError(f"SSIM needs at least {_SSIM_WINDOW} voxels along each axis; got {real.shape}")
     one, other = (image.squeeze().astype(np.float64) for image in (real, made))
     _, similarity = structural_similarity(
         one, other, data_range=_RANGE, gaussian_weights=True, sigma=_SSIM_SIGMA, use_sample_covariance=False, full=True
     )
+    lowest = _RANGE**2 / 10 ** (_HIGHEST_PSNR / 10)  # a clipped region may come back without any error
     values: dict[str, float] = {}
     for name, region in regions.items():
         inside = region.squeeze()
         difference = (other - one)[inside]
+        error = max(float(np.square(difference).mean()), lowest)
         values |= {
-            f"psnr{name}": _psnr(float(np.square(difference).mean())),
+            f"psnr{name}": float(10 * np.log10(_RANGE**2 / error)),
             f"ssim{name}": float(similarity[inside].mean()),
             f"mae{name}": unit * float(np.abs(difference).mean()),
         }
     return values
 
 
-def _psnr(squared_error: float) -> float:
-    lowest = _RANGE**2 / 10 ** (_HIGHEST_PSNR / 10)  # a clipped region may come back without any error
-    return float(10 * np.log10(_RANGE**2 / max(squared_error, lowest)))
-
-
-def _reconstructed(
+def _measured(
     evaluated: Evaluated,
     case: Case,
     segmenter: Segmenter,
     reconstructor: Reconstructor,
     planes: PlaneDistance | None,
-) -> Reconstructed:
+) -> tuple[Measured, NDArray[np.float64]]:
+    """The figures of one scan, and the spectra of scan and reconstruction, ``(2, K)``."""
     sample, names = evaluated.read(case), foreground(evaluated)
     made = _inside(sample, reconstructor)
     labels = measured_labels(sample.labels, names)
     regions = {"": sample.valid} | {f"/{names[label]}": sample.labels == label for label in labels}
-    values = _channel_means(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
+    values = image_quality(sample.image, made, regions, unit=_unit(evaluated.intensity)[0])
     values["ms_ssim"] = channel_similarity(sample.image, made)
     if planes is not None:
         cache = FeatureCache(evaluated, "lpips", hash_value([planes.fingerprint, reconstructor.fingerprint]))
@@ -213,14 +195,8 @@ def _reconstructed(
         values |= {"dice_change": float(np.mean(list(changes.values()))), **changes}
     # the bins of the model grid, for cases that keep a spacing of their own
     edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
-    spectra = (channel_spectra(image, sample.spacing, edges=edges) for image in (sample.image, made))
-    return Reconstructed(case, values, *spectra)
-
-
-def _channel_means(real: Image, made: Image, regions: Mapping[str, Region], *, unit: float) -> dict[str, float]:
-    pairs = zip(each_channel(real), each_channel(made), strict=True)
-    values = [image_quality(one, other, regions, unit=unit) for one, other in pairs]
-    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+    spectra = [channel_spectra(image, sample.spacing, edges=edges) for image in (sample.image, made)]
+    return Measured(case, values), np.stack(spectra)
 
 
 def _inside(sample: Sample, reconstructor: Reconstructor) -> Image:
@@ -235,24 +211,17 @@ def _unit(intensity: Intensity) -> tuple[float, str]:
     return (intensity.high - intensity.low) / 2, "HU" if intensity.kind == "window" else "units of the data"
 
 
-def _spectrum_figure(measured: Sequence[Reconstructed]) -> Figure:
+def _spectrum_figure(measured: Sequence[Measured], spectra: NDArray[np.float64]) -> Estimate:
     """Distance of the patients' mean spectra; two halves of the patients compare at least two."""
-    patients = list(dict.fromkeys(row.case.subject for row in measured))
-    grouped = [[row for row in measured if row.case.subject == patient] for patient in patients]
-    real = np.stack([np.mean([row.real_spectrum for row in rows], axis=0) for rows in grouped])
-    made = np.stack([np.mean([row.spectrum for row in rows], axis=0) for rows in grouped])
+    subjects = np.array([row.case.subject for row in measured])
+    patients = dict.fromkeys(subjects.tolist())
+    real, made = np.stack([spectra[subjects == patient].mean(axis=0) for patient in patients], axis=1)
     halves = spectrum_distance(real[::2], real[1::2]) if len(patients) > 1 else None
-    return figure(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
+    return estimate(lambda chosen: spectrum_distance(made[chosen], real[chosen]), len(patients), real_vs_real=halves)
 
 
 def _pairs(evaluated: Evaluated, row: Measured, reconstructor: Reconstructor) -> list[Pair]:
     sample, (_, unit) = evaluated.read(row.case), _unit(evaluated.intensity)
-    title = f"{row.case.name}: MAE {row.values['mae']:.3g} {unit}"
-    return channel_pairs(
-        title,
-        sample.image,
-        _inside(sample, reconstructor),
-        spacing=sample.spacing,
-        names=("real", "reconstruction"),
-        channels=evaluated.channels,
-    )
+    title, made = f"{row.case.name}: MAE {row.values['mae']:.3g} {unit}", _inside(sample, reconstructor)
+    names, channels = ("real", "reconstruction"), evaluated.channels
+    return channel_pairs(title, sample.image, made, spacing=sample.spacing, names=names, channels=channels)

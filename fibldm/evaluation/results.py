@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fibldm import __version__
-from fibldm.evaluation.statistics import Figure
+from fibldm.evaluation.statistics import Estimate
 from fibldm.files import read_json, write_json
 from fibldm.locks import alone
 
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     note: str
 
     @classmethod
-    def of(cls, name: str, figure: Figure, shuffled: Figure | None) -> "Row":
+    def of(cls, name: str, figure: Estimate, shuffled: Estimate | None) -> "Row":
         return cls(
             name,
             "-" if figure.value is None else f"{figure.value:.4g}",
@@ -50,7 +50,7 @@ class Section:
         notes: sentences a reader must not miss.
     """
 
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Estimate]
     facts: Mapping[str, Any] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()

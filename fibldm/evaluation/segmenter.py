@@ -57,18 +57,15 @@ class Segmenter:
             ``(D,)``; of a volume larger than `window`, the mean over its windows.
         """
         means: list[Tensor] = []
-        hook = self._deepest.register_forward_hook(lambda _, __, output: means.append(output.mean(dim=(0, 2, 3, 4))))
+        # MONAI's UNet nests each level in the `SkipConnection` of the level above it
+        *_, deepest = (part.submodule for part in self.network.modules() if isinstance(part, SkipConnection))
+        hook = deepest.register_forward_hook(lambda _, __, output: means.append(output.mean(dim=(0, 2, 3, 4))))
         try:
             self._logits(image)
         finally:
             hook.remove()
         described: NDArray[np.float32] = torch.stack(means).mean(dim=0).cpu().numpy()
         return described
-
-    @property
-    def _deepest(self) -> nn.Module:
-        """MONAI's UNet nests each level in the `SkipConnection` of the level above it."""
-        return [part.submodule for part in self.network.modules() if isinstance(part, SkipConnection)][-1]
 
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.float32]) -> Tensor:

@@ -26,7 +26,7 @@ Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """One measured number.
 
     Attributes:
@@ -51,13 +51,13 @@ class Figure:
         return {key: value for key, value in asdict(self).items() if key != "note" or value}
 
 
-def figure(statistic: Callable[[Indices], float], n: int, *, real_vs_real: float | None = None) -> Figure:
+def estimate(statistic: Callable[[Indices], float], n: int, *, real_vs_real: float | None = None) -> Estimate:
     """A statistic over ``n`` patients with its interval.
 
     Args:
         statistic: of the patients with these indices (sorted, distinct, in 0..n-1).
         n: number of patients.
-        real_vs_real: see `Figure`.
+        real_vs_real: see `Estimate`.
 
     Raises:
         FibldmError: there is no patient.
@@ -66,17 +66,13 @@ def figure(statistic: Callable[[Indices], float], n: int, *, real_vs_real: float
         raise FibldmError("a figure needs at least one patient; got none")
     value = float(statistic(np.arange(n)))
     if n < FEWEST_PATIENTS:
-        return Figure(value, None, None, n, real_vs_real, TOO_FEW)
+        return Estimate(value, None, None, n, real_vs_real, TOO_FEW)
     low, high = value + _deviations(statistic, n)
-    return Figure(value, float(low), float(high), n, real_vs_real)
+    return Estimate(value, float(low), float(high), n, real_vs_real)
 
 
-def mean_figure(values: Mapping[str, Sequence[float]], *, real_vs_real: float | None = None) -> Figure:
+def mean_estimate(values: Mapping[str, Sequence[float]], *, real_vs_real: float | None = None) -> Estimate:
     """The mean over patients of the mean over each patient's volumes.
-
-    Args:
-        values: of every volume, by patient.
-        real_vs_real: see `Figure`.
 
     Raises:
         FibldmError: there is no patient, or one without a value.
@@ -85,7 +81,7 @@ def mean_figure(values: Mapping[str, Sequence[float]], *, real_vs_real: float | 
     if empty:
         raise FibldmError(f"every patient needs at least one value; {', '.join(empty)} came without")
     means = np.array([np.mean(measured) for measured in values.values()], dtype=np.float64)
-    return figure(lambda chosen: float(means[chosen].mean()), len(means), real_vs_real=real_vs_real)
+    return estimate(lambda chosen: float(means[chosen].mean()), len(means), real_vs_real=real_vs_real)
 
 
 def by_patient(subjects: Sequence[str], values: Sequence[float]) -> dict[str, list[float]]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
-from fibldm.evaluation.faithfulness import Measured, described, mean_figures, measure_overlaps
+from fibldm.evaluation.faithfulness import Measured, described, mean_estimates, measure_overlaps, values_of
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmenter import Segmenter
-from fibldm.evaluation.statistics import Figure, by_patient, figure
+from fibldm.evaluation.statistics import Estimate, estimate
 
 Train = Callable[[Sequence[Case]], Segmenter]
 
@@ -43,8 +43,8 @@ def measure_utility(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
         )
     test = [(case, case) for case in evaluated.real("test")]
     of_real, of_synthetic = (measure_overlaps(evaluated, test, used) for used in (segmenter, train(usable)))
-    ceiling = {name: part.value for name, part in mean_figures(of_real).items()}
-    figures = {"utility": _ratio(of_synthetic, of_real), **mean_figures(of_synthetic, ceiling)}
+    ceiling = {name: part.value for name, part in mean_estimates(of_real).items()}
+    figures = {"utility": _ratio(of_synthetic, of_real), **mean_estimates(of_synthetic, ceiling)}
     left_out = len(synthetic) - len(usable)
     notes = [f"{left_out} volumes of masks of validation or test patients were left out."] if left_out else []
     facts = {
@@ -56,14 +56,9 @@ def measure_utility(evaluated: Evaluated, synthetic: Sequence[Case], segmenter: 
     return Section(figures, facts, described(of_synthetic), notes)
 
 
-def _ratio(one: Sequence[Measured], other: Sequence[Measured]) -> Figure:
+def _ratio(one: Sequence[Measured], other: Sequence[Measured]) -> Estimate:
     """The mean Dice of one over that of the other, on the same patients."""
     ours, theirs = (
-        np.array([np.mean(values) for values in by_patient(*_dice(measured)).values()]) for measured in (one, other)
+        np.array([np.mean(values) for values in values_of(measured, "dice").values()]) for measured in (one, other)
     )
-    return figure(lambda chosen: float(ours[chosen].mean() / theirs[chosen].mean()), len(ours), real_vs_real=1.0)
-
-
-def _dice(measured: Sequence[Measured]) -> tuple[list[str], list[float]]:
-    having = [row for row in measured if "dice" in row.values]
-    return [row.case.subject for row in having], [row.values["dice"] for row in having]
+    return estimate(lambda chosen: float(ours[chosen].mean() / theirs[chosen].mean()), len(ours), real_vs_real=1.0)

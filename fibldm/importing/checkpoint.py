@@ -189,14 +189,10 @@ def _networks_of(file: Path) -> list[Foreign]:
             # where a program keeps an average as well, that is the model
             if kind not in found or ("ema" in there.place and "ema" not in found[kind].place):
                 found[kind] = there
-    return [_checked(part) for part in found.values()]
-
-
-def _checked(part: Foreign) -> Foreign:
-    wrong = [name for name, value in part.weights.items() if not bool(value.isfinite().all())]
-    if wrong:
-        raise FibldmError(f"weights must be finite; {wrong[0]} of {part.file} is not", "ask for the checkpoint again")
-    return part
+    for part in found.values():
+        if wrong := [name for name, value in part.weights.items() if not bool(value.isfinite().all())]:
+            raise FibldmError(f"weights must be finite; {wrong[0]} of {file} is not", "ask for the checkpoint again")
+    return list(found.values())
 
 
 def _is_number(value: Any) -> bool:

@@ -158,9 +158,14 @@ def _imported(part: Foreign, said: Mapping[str, Any], settings: ImportSettings) 
     definition = definition_of(part, arguments)
     network, state, mapped = converted(part, definition, fold(part.weights, fixed))
     against, difference = parity(part, arguments, network, fixed)
-    _check_parity(part, against, difference)
-    if prediction == "rflow":
-        _negate(state)
+    if not difference <= TOLERANCE:
+        raise FibldmError(
+            f"{part.kind} of {part.file} must say the same as {against}, to {TOLERANCE:g} of the largest value; "
+            f"it differs by {difference:.2g}",
+            "give what it was built with by --network",
+        )
+    if prediction == "rflow":  # it says ``z_0 - eps``, as MONAI's RFlowScheduler wants it; FibLDM ``eps - z_0``
+        state |= {name: -state[name] for name in ("unet.out.2.conv.weight", "unet.out.2.conv.bias")}
     facts = {
         "fibldm": fibldm.__version__,
         "kind": part.kind,
@@ -175,21 +180,6 @@ def _imported(part: Foreign, said: Mapping[str, Any], settings: ImportSettings) 
         "notes": list(_notes(part, arguments, prediction)),
     }
     return Imported(part, {**_configuration(part, definition), **process}, state, facts)
-
-
-def _check_parity(part: Foreign, against: str, difference: float) -> None:
-    if not difference <= TOLERANCE:
-        raise FibldmError(
-            f"{part.kind} of {part.file} must say the same as {against}, to {TOLERANCE:g} of the largest value; "
-            f"it differs by {difference:.2g}",
-            "give what it was built with by --network",
-        )
-
-
-def _negate(state: dict[str, Tensor]) -> None:
-    """Let a UNet say ``eps - z_0`` where it says ``z_0 - eps``, as MONAI's RFlowScheduler wants it."""
-    for name in ("weight", "bias"):
-        state[f"unet.out.2.conv.{name}"] = -state[f"unet.out.2.conv.{name}"]
 
 
 def _trained_for(part: Foreign, said: Mapping[str, Any], settings: ImportSettings) -> tuple[str | None, dict[str, Any]]:

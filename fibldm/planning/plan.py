@@ -11,7 +11,7 @@ from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
 from fibldm.progress import track
 from fibldm.runs.stages import kind_of, trained
-from fibldm.volumes.coverage import Coverage, measure_coverage
+from fibldm.volumes.coverage import measure_coverage
 
 DEVICES = ("cpu", "cuda")
 
@@ -44,7 +44,7 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
     if request.device not in DEVICES:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
-    grid = _coverage(request)
+    grid = measure_coverage(request.work, stage_parser("autoencoder", request).get_parsed_content("grid"))
     planned = [stage for stage in trained() if is_trained(stage, request)]
     stages = {stage: _described(stage, request, available) for stage in track(planned, "plan")}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
@@ -56,10 +56,6 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         "encoding_minutes": time_encoding(request) / 60 if fits_here else None,
         "stages": stages,
     }
-
-
-def _coverage(request: Request) -> Coverage:
-    return measure_coverage(request.work, stage_parser("autoencoder", request).get_parsed_content("grid"))
 
 
 def device_memory(device: str) -> float:
@@ -77,15 +73,9 @@ def device_memory(device: str) -> float:
 
 
 def largest_batch(stage: str, request: Request, usable: float, most: int = LARGEST_BATCH) -> int:
-    """How many cases a batch may hold in ``usable`` bytes; 0: not even one.
+    """How many cases, of at most ``most``, a batch may hold in ``usable`` bytes; 0: not even one.
 
     Found by the secant method: above some size a step needs about the same for each case.
-
-    Args:
-        stage: of training.
-        request: what is planned.
-        usable: bytes.
-        most: larger ones are not looked for.
 
     Raises:
         FibldmError: as `trace_stage`.
@@ -142,5 +132,4 @@ def _timed(stage: str, request: Request, traced: StageMemory) -> dict[str, Any]:
     if request.imitated or traced.peak > _USABLE * device_memory(request.device):
         return dict.fromkeys(_TIMES)
     found = time_stage(stage, request)
-    values = (found.seconds / 60, found.seconds_per_step, found.steps, found.epochs, found.validations)
-    return dict(zip(_TIMES, (*values, found.validation), strict=True))
+    return {name: getattr(found, name) for name in _TIMES}

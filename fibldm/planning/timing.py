@@ -4,7 +4,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class StageTime:
         steps: of the optimizer in an epoch.
         seconds_per_step: with the loading of its batches.
         validations: how many.
-        validation: seconds of one, that of training patients included.
+        seconds_per_validation: that of training patients included.
         checkpoint: seconds at the end of an epoch.
         loading: seconds until all cases are in memory.
     """
@@ -42,7 +42,7 @@ class StageTime:
     steps: int
     seconds_per_step: float
     validations: int
-    validation: float
+    seconds_per_validation: float
     checkpoint: float
     loading: float
 
@@ -50,15 +50,16 @@ class StageTime:
     def seconds(self) -> float:
         """Of all of the stage."""
         epoch = self.steps * self.seconds_per_step + self.checkpoint
-        return self.loading + self.epochs * epoch + self.validations * self.validation
+        return self.loading + self.epochs * epoch + self.validations * self.seconds_per_validation
+
+    @property
+    def minutes(self) -> float:
+        """Of all of the stage."""
+        return self.seconds / 60
 
 
 def time_stage(stage: str, request: Request) -> StageTime:
-    """What a stage takes here; its first steps are done, on the first case or on a latent without content.
-
-    Args:
-        stage: of training.
-        request: what is planned, for a device that is there.
+    """What a stage takes on a device that is there; its first steps are done, on the first case or an empty latent.
 
     Raises:
         FibldmError: the configuration or the data are refused.
@@ -81,12 +82,13 @@ def time_stage(stage: str, request: Request) -> StageTime:
             steps=counts["steps"],
             seconds_per_step=step,
             validations=math.ceil(epochs / int(get("val_interval"))),
-            validation=validation * counts["validation_batches"],
+            seconds_per_validation=validation * counts["validation_batches"],
             checkpoint=_time_checkpoint(parser) / int(get("checkpoint_every")),
             loading=counts["cases"] * (_time_conditions(parser) if kind_of(stage).on_latents else loading),
         )
 
 
+@unwrapped()
 def encoding_seconds(autoencoder: ConfigParser, latents: ConfigParser) -> float:
     """What the stage between 1 and 2 takes here, by the parts of its first case.
 
@@ -97,10 +99,9 @@ def encoding_seconds(autoencoder: ConfigParser, latents: ConfigParser) -> float:
     Raises:
         FibldmError: a part of one is refused.
     """
-    with unwrapped():
-        stage = latents.get_parsed_content("stage")
-        seconds: float = stage.expected_seconds(autoencoder.get_parsed_content("network_def"))
-        return seconds
+    stage = latents.get_parsed_content("stage")
+    seconds: float = stage.expected_seconds(autoencoder.get_parsed_content("network_def"))
+    return seconds
 
 
 def time_encoding(request: Request) -> float:
@@ -113,17 +114,13 @@ def time_encoding(request: Request) -> float:
     return encoding_seconds(*parsers)
 
 
+@unwrapped()
 def count(stage: str, request: Request) -> dict[str, int]:
     """Draws and steps of an epoch, batches of a validation, and cases in memory; nothing is loaded.
 
     Raises:
         FibldmError: the configuration or the data are refused.
     """
-    with unwrapped():
-        return _counts(stage, request)
-
-
-def _counts(stage: str, request: Request) -> dict[str, int]:
     parser = stage_parser(stage, request, with_values=True)
     imagine_earlier(stage, parser, request)
     get = parser.get_parsed_content
@@ -144,10 +141,8 @@ def _views(parser: ConfigParser, sampler: str) -> int:
 
 
 def _time_steps(parser: ConfigParser, trainer: Any, item: Mapping[str, Any], stage: str) -> float:
-    """Seconds of a step of the optimizer, with all that is done after an iteration; an adversary has begun."""
+    """Seconds of a step of the optimizer, with all that is done after an iteration."""
     get = parser.get_parsed_content
-    if getattr(trainer, "adversary", None) is not None:
-        trainer.adversary = replace(trainer.adversary, start=0)
     for handler in (ClipGradient(get("network"), float(get("clip_norm"))), get("ema")):
         handler.attach(trainer)
     trainer.state.epoch_length = _ENDLESS

@@ -278,7 +278,7 @@ def _empty(batch: Any) -> Any:
 
 
 def engines(parser: ConfigParser) -> tuple[Any, Any]:
-    """Trainer and evaluator, without data, with all that stands in memory around them."""
+    """Trainer and evaluator, without data, with all that stands in memory around them; an adversary has begun."""
     parser["train"]["trainer"]["train_data_loader"] = parser["validate"]["evaluator"]["val_data_loader"] = [
         None
     ] * _STEPS
@@ -288,7 +288,10 @@ def engines(parser: ConfigParser) -> tuple[Any, Any]:
     if hasattr(network, "revive_below"):
         network.revive_below = 0.0  # which codes are dead is decided by values
     ready(network, lambda key: get(key) if key in parser else None)
-    return get("train::trainer"), get("validate::evaluator")
+    trainer = get("train::trainer")
+    if getattr(trainer, "adversary", None) is not None:
+        trainer.adversary = replace(trainer.adversary, start=0)
+    return trainer, get("validate::evaluator")
 
 
 def _norms_in_full_precision(network: nn.Module) -> None:
@@ -298,13 +301,11 @@ def _norms_in_full_precision(network: nn.Module) -> None:
 
 
 def _train(trainer: Any, batch: Any) -> None:
-    """Steps of the trainer's own, the second with the optimizer's state; an adversary has begun."""
+    """Steps of the trainer's own, the second with the optimizer's state."""
     trainer.prepare_batch = lambda *_, **__: batch
     trainer.add_event_handler(
         IterationEvents.BACKWARD_COMPLETED, lambda: nn.utils.clip_grad_norm_(trainer.network.parameters(), 1.0)
     )
-    if getattr(trainer, "adversary", None) is not None:
-        trainer.adversary = replace(trainer.adversary, start=0)
     trainer.state.epoch_length = steps = _STEPS * int(getattr(trainer, "accumulation_steps", 1))
     for trainer.state.iteration in range(1, steps + 1):
         trainer._iteration(trainer, {"seed": [0] * len(batch[0])})

@@ -57,10 +57,6 @@ class Shown:
 def volumes_of(source: Path, split: str | None = None) -> tuple[list[Shown], dict[int, str]]:
     """The volumes of a work folder, of an output of ``fibldm synthesize``, or of ``images/`` with ``labels/``.
 
-    Args:
-        source: the folder.
-        split: of a work folder; ``None`` takes all.
-
     Returns:
         The volumes in order, and names of their labels as far as they are known.
 

@@ -28,14 +28,6 @@ _OVERLAY_ALPHA = 0.6
 
 
 @dataclass(frozen=True)
-class Window:
-    """What a picture shows: values from ``low`` (black) to ``high`` (white)."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Match:
     """One synthetic volume, its mask, and the real volume that the mask was drawn on; all files.
 
@@ -63,7 +55,7 @@ def write_report(
     evaluation: Path,
     losses: Mapping[str, Path],
     labels: Mapping[str, str],
-    window: Window,
+    window: tuple[float, float],
     commands: Sequence[str],
 ) -> None:
     """Write the report of a run.
@@ -76,7 +68,7 @@ def write_report(
         evaluation: folder of the pictures that the sections name.
         losses: ``metrics.csv`` by stage.
         labels: names by label value.
-        window: of the pictures.
+        window: values shown as black and as white.
         commands: what was run, one line each.
     """
     environment = Environment(loader=PackageLoader("fibldm.report"), autoescape=True)
@@ -94,7 +86,7 @@ def write_report(
     write_text(path, html)
 
 
-def montage(match: Match, window: Window) -> Figure:
+def montage(match: Match, window: tuple[float, float]) -> Figure:
     """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels."""
     mask, real, synthetic = (
         read_volume(str(file)).canonical() for file in (match.mask, match.real, match.synthetic[0])
@@ -107,7 +99,7 @@ def montage(match: Match, window: Window) -> Figure:
     rows = (("mask", real), ("real", real), ("synthetic", synthetic))
     for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):
         for plane, axis in enumerate(row):
-            style = {"cmap": "gray", "vmin": window.low, "vmax": window.high}
+            style = {"cmap": "gray", "vmin": window[0], "vmax": window[1]}
             draw_plane(axis, volume.array, volume.grid.spacing, plane, centre, **style)
             if name == "mask":
                 labels, aspect = slice_of(mask.array, mask.grid.spacing, plane, centre)

@@ -11,7 +11,7 @@
 """
 
 from fibldm.runs.fingerprints import decisive, hash_weights
-from fibldm.runs.stage_folder import BUDGET, MadeOtherwise, Progress, StageFolder, load_facts
+from fibldm.runs.stage_folder import BUDGET, Progress, StageConflict, StageFolder, load_facts
 from fibldm.runs.stages import STAGES
 
-__all__ = ["BUDGET", "STAGES", "MadeOtherwise", "Progress", "StageFolder", "decisive", "hash_weights", "load_facts"]
+__all__ = ["BUDGET", "STAGES", "StageConflict", "Progress", "StageFolder", "decisive", "hash_weights", "load_facts"]

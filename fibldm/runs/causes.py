@@ -29,7 +29,9 @@ def unwrapped() -> Iterator[None]:
         refused = _refused(error)
         if refused is not None:
             raise refused from None
-        cause = _cause(error)
+        cause = error  # or the innermost one that is no wrapping
+        while str(cause).startswith(_WRAPPED) and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
         told = out_of_memory(cause) or _of_file(cause) or _of_channels(cause) or _of_part(error, cause)
         if told is not None:
             raise told from cause
@@ -43,13 +45,6 @@ def _refused(error: BaseException) -> FibldmError | None:
     while cause is not None and not isinstance(cause, FibldmError):
         cause = cause.__cause__ or cause.__context__
     return cause
-
-
-def _cause(error: Exception) -> Exception:
-    """The innermost error that is no wrapping."""
-    while str(error).startswith(_WRAPPED) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
 
 
 def _of_file(cause: Exception) -> FibldmError | None:

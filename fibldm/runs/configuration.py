@@ -36,7 +36,7 @@ _GRID = {"spacing", "size"}
 _BY_NAME = frozenset("conditions routes::channels routes::norms routes::tokens train::prepare_batch::dropout".split())
 
 
-class UnfitGrid(FibldmError):
+class IncompatibleGrid(FibldmError):
     """The model grid does for stage 1, and not for stage 2."""
 
 
@@ -134,7 +134,7 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
         diffusion: stage 2; None takes the UNet as it ships.
 
     Raises:
-        UnfitGrid: an axis is not divisible by the autoencoder's compression times what the UNet halves.
+        IncompatibleGrid: an axis is not divisible by the autoencoder's compression times what the UNet halves.
         FibldmError: the autoencoder is refused.
     """
     first = autoencoder.parser()
@@ -150,7 +150,7 @@ def check_grid(autoencoder: Configuration, diffusion: Configuration | None = Non
     steps = [step * 2**halvings if length > 1 else 1 for length, step in zip(size, compression, strict=True)]
     if any(length % step for length, step in zip(size, steps, strict=True)):
         fitting = tuple(-(-length // step) * step for length, step in zip(size, steps, strict=True))
-        raise UnfitGrid(
+        raise IncompatibleGrid(
             f"for stage 2, size {size} of the model grid must be divisible by {tuple(steps)}, "
             f"which is the autoencoder's compression times 2^{halvings} of the UNet",
             f"choose size {fitting}, or fewer unet_channels",
@@ -231,7 +231,7 @@ def _check(configuration: Configuration, given: Sequence[Path], known: set[str])
             "a data configuration must give spacing and size of the model grid; none was given",
             f"give --config with a file of your own or one of {', '.join(data)}",
         )
-    allowed = known | _GRID | set(_references(config))
+    allowed = known | _GRID | set(re.findall(r"@(\w+)", yaml.safe_dump(config)))
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
         before = ConfigFiles.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:
@@ -328,10 +328,6 @@ def _parameters(config: Mapping[str, Any]) -> set[str]:
         return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     except (ImportError, AttributeError) as error:
         raise FibldmError(f"_target_ must name a class or function that can be imported; {error}") from error
-
-
-def _references(config: Any) -> Iterator[str]:
-    yield from re.findall(r"@(\w+)", yaml.safe_dump(config))
 
 
 def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:

@@ -55,11 +55,8 @@ def in_order(overrides: Mapping[str, Any]) -> dict[str, Any]:
             raise FibldmError(
                 f"overrides must go together; {key} is {value!r}, of which {part} cannot be a part", "give one of them"
             )
-    return dict(sorted(overrides.items(), key=lambda item: _rank(item[0])))
-
-
-def _rank(key: str) -> tuple[int, bool]:
-    return key.count("::"), not key.endswith("::_target_")
+    keys = sorted(overrides, key=lambda key: (key.count("::"), not key.endswith("::_target_")))
+    return {key: overrides[key] for key in keys}
 
 
 def _assignment(key: str, value: Any) -> str:

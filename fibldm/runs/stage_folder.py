@@ -29,7 +29,7 @@ _CLAIM = ("config.yaml", "inputs.json", "log.txt", BUDGET)
 _EVENTS = "events.out.tfevents"  # of TensorBoard
 
 
-class MadeOtherwise(FibldmError):
+class StageConflict(FibldmError):
     """A stage lies there that was made with another configuration or from other inputs."""
 
 
@@ -105,11 +105,7 @@ class StageFolder:
 
     @contextmanager
     def kept_until_begun(self, restart: bool) -> Iterator[None]:
-        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything.
-
-        Args:
-            restart: whether `begin`, which is called inside, moves it aside.
-        """
+        """Put back what a restart moves aside, where the new stage breaks off before it keeps anything."""
         aside = _free_name(self.path) if restart and self.path.exists() else None
         try:
             yield
@@ -225,7 +221,7 @@ class StageFolder:
         if changed:
             shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:6])
             more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
-            raise MadeOtherwise(
+            raise StageConflict(
                 f"{self.path} was made with another configuration ({shown}{more})",
                 "use another run folder, take the change back, or give --restart to begin this stage anew "
                 "(the old one is kept beside it)",

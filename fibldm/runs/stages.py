@@ -6,7 +6,7 @@ A new stage is a row in `TABLE` and a configuration file. Its place in the table
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal
 
 from fibldm.errors import unknown_choice
 
@@ -84,13 +84,7 @@ TABLE: dict[str, StageKind] = {row.name: row for row in _ROWS}
 class _OfRun(Sequence[str]):
     """The names of those that a run may have, in their order, as the table has them when it is asked."""
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, place: Any) -> Any:
         return tuple(kind.name for kind in TABLE.values() if kind.in_pipeline != "never")[place]
 
     def __len__(self) -> int:

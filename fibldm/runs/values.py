@@ -33,9 +33,6 @@ _SIZES = frozenset(["patch", "size"])
 def check_values(values: Mapping[str, Any]) -> None:
     """Refuse values that no stage can use; expressions and references are fine, as they are evaluated later.
 
-    Args:
-        values: of a configuration, by key.
-
     Raises:
         FibldmError: names every key with what it must be and what came.
     """

@@ -1,8 +1,6 @@
 """MONAI's workflow of a stage, and the parser that a stage runs by."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,8 +17,11 @@ class StageWorkflow(ConfigWorkflow):
 
     def run(self) -> Any:
         """Run it, as MONAI does."""
-        with _running(self.parser):
+        token = _RUNNING.set(self.parser)
+        try:
             return super().run()
+        finally:
+            _RUNNING.reset(token)
 
 
 def running_parser(stage: object) -> ConfigParser:
@@ -49,12 +50,3 @@ def _evaluating_parser() -> ConfigParser:
             return owner
         frame = frame.f_back
     raise RuntimeError("a stage must be run from an expression of a MONAI configuration, such as $@stage.run()")
-
-
-@contextmanager
-def _running(parser: ConfigParser) -> Iterator[None]:
-    token = _RUNNING.set(parser)
-    try:
-        yield
-    finally:
-        _RUNNING.reset(token)

@@ -20,8 +20,8 @@ from fibldm.models.denoiser import guided
 from fibldm.models.process import Prediction, Process
 from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
-from fibldm.plain_values import checked_values, counted, settings_of
 from fibldm.synthesis.asked import ConditionsTable, Table, known_cases, laid_over, own, together
+from fibldm.typed_settings import checked_values, counted, settings_of
 
 if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput

@@ -79,12 +79,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class GridCheck:
-    """Says what a model grid holds of the training cases of a work folder, when it is called.
-
-    Attributes:
-        work: folder of ``fibldm prepare``.
-        grid: the model grid.
-    """
+    """Says what a model grid holds of the training cases of a work folder, when it is called."""
 
     work: str | Path
     grid: ModelGrid
@@ -104,10 +99,6 @@ def measure_coverage(work: Path, grid: ModelGrid) -> Coverage:
     """What a model grid holds of the training cases.
 
     Labels are brought to the grid as for training, for up to 64 cases spread over the split.
-
-    Args:
-        work: folder of ``fibldm prepare``.
-        grid: the model grid.
 
     Raises:
         FibldmError: ``work`` is no work folder, a volume is gone, or the grid is one slice and the volumes are not.
@@ -142,7 +133,7 @@ class _Case:
         """In the closest RAS+ order."""
         header = nibabel.Nifti1Image.from_filename(self.entry["image"])
         x, y, z = header.shape[:3]
-        return Volume(np.broadcast_to(np.uint8(0), (x, y, z)), header.affine).canonical().grid
+        return Grid((x, y, z), header.affine).canonical()
 
     @cached_property
     def target(self) -> Grid:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fibldm.errors import FibldmError, unknown_choice
+from fibldm.errors import FibldmError, some_of, unknown_choice
 from fibldm.files import read_json
 
 SPLITS = ("training", "validation", "test")
@@ -29,9 +29,8 @@ def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[
     cases = _cases(work, split, masks=masks)
     gone = [case[key] for case in cases for key in _FILES if key in case and not Path(case[key]).is_file()]
     if gone:
-        more = f" and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
         raise FibldmError(
-            f"every file of {work} must be there; {', '.join(gone[:_SHOWN])}{more} is not",
+            f"every file of {work} must be there; {some_of(gone, _SHOWN)} is not",
             "put it back, or make the work folder anew by fibldm prepare --restart",
         )
     return cases

@@ -60,6 +60,16 @@ class Grid:
         """Centre of the field of view, RAS+ mm, shape ``(3,)``."""
         return nibabel.affines.apply_affine(self.affine, (np.array(self.shape) - 1) / 2)
 
+    @property
+    def corners(self) -> Affine:
+        """Centres of the outermost voxels, RAS+ mm, shape ``(8, 3)``."""
+        corners = np.stack(np.meshgrid(*[(0, length - 1) for length in self.shape]), axis=-1).reshape(-1, 3)
+        return nibabel.affines.apply_affine(self.affine, corners)
+
+    def canonical(self) -> "Grid":
+        """The same voxels with their axes in the closest RAS+ order."""
+        return Volume(np.broadcast_to(np.uint8(0), self.shape), self.affine).canonical().grid
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -90,7 +100,10 @@ class Volume:
 
     def canonical(self) -> "Volume":
         """The same volume with its axes in the closest RAS+ order; only flips and permutations."""
-        turn = orientations.io_orientation(self.affine)
+        return self.turned(orientations.io_orientation(self.affine))
+
+    def turned(self, turn: NDArray[Any]) -> "Volume":
+        """The same volume with its axes flipped and permuted, as `nibabel.orientations` describes that."""
         array = orientations.apply_orientation(self.array, turn)
         return replace(self, array=array, affine=self.affine @ orientations.inv_ornt_aff(turn, self.array.shape))
 
@@ -229,10 +242,8 @@ def squared_up(grid: Grid) -> tuple[Grid, float]:
     u, _, v = np.linalg.svd(grid.affine[:3, :3] / np.array(grid.spacing))
     matrix = u @ v * np.array(grid.spacing)
     middle = (np.array(grid.shape) - 1) / 2
-    straight = nibabel.affines.from_matvec(matrix, grid.centre - matrix @ middle)
-    corners = np.stack(np.meshgrid(*[(0, length - 1) for length in grid.shape]), axis=-1).reshape(-1, 3)
-    moved = [nibabel.affines.apply_affine(affine, corners) for affine in (grid.affine, straight)]
-    return Grid(grid.shape, straight), float(np.linalg.norm(moved[1] - moved[0], axis=1).max())
+    straight = Grid(grid.shape, nibabel.affines.from_matvec(matrix, grid.centre - matrix @ middle))
+    return straight, float(np.linalg.norm(straight.corners - grid.corners, axis=1).max())
 
 
 def _nearest(array: Array, matrix: Affine, shape: tuple[int, int, int], fill: float | Literal["edge"]) -> Array:
@@ -257,8 +268,6 @@ def _cropped_or_padded(source: Grid, size: tuple[int, ...]) -> Grid:
 
 
 def _centred(source: Grid, spacing: tuple[float, float, float], size: tuple[int, ...]) -> Grid:
-    directions = source.affine[:3, :3] / np.array(source.spacing)
-    centre = nibabel.affines.apply_affine(source.affine, (np.array(source.shape) - 1) / 2)
-    matrix = directions * np.array(spacing)
+    matrix = source.affine[:3, :3] / np.array(source.spacing) * np.array(spacing)
     x, y, z = (int(length) for length in size)
-    return Grid((x, y, z), nibabel.affines.from_matvec(matrix, centre - matrix @ ((np.array(size) - 1) / 2)))
+    return Grid((x, y, z), nibabel.affines.from_matvec(matrix, source.centre - matrix @ ((np.array(size) - 1) / 2)))

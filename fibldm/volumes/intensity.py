@@ -99,10 +99,7 @@ class Intensity:
         return ((values - low) / (high - low) * 2 - 1).clip(-1, 1)
 
     def restore(self, volume: Volume) -> Volume:
-        """A tensor in ``[-1, 1]`` as float32 in ``units``; values outside ``[-1, 1]`` are clipped.
-
-        Args:
-            volume: of a shape as in `normalise`.
+        """A tensor as `normalise` gives it as float32 in ``units``; values outside ``[-1, 1]`` are clipped.
 
         Raises:
             FibldmError: a voxel is not finite, or there are other channels than the rule has.
@@ -183,13 +180,7 @@ def load_intensity(path: Path | str) -> Intensity:
 def percentile_range(
     volume: np.ndarray | torch.Tensor, lower: float, upper: float, what: str = "a volume"
 ) -> tuple[float, float]:
-    """The two percentiles of one volume, in its own units.
-
-    Args:
-        volume: of any shape.
-        lower: percentile, in ``[0, 100]``.
-        upper: percentile, in ``[0, 100]``.
-        what: how an error calls the volume.
+    """The two percentiles, from 0 to 100, of one volume of any shape, in its own units; ``what`` is for the error.
 
     Raises:
         FibldmError: they are equal, because the volume is constant or nearly so.
@@ -207,11 +198,6 @@ class NormaliseIntensityd(MapTransform):
     """MONAI transform: ``Intensity.normalise`` on each key; arrays, tensors and MetaTensors, not in place.
 
     Volumes are ``(C, X, Y, Z)``; C may be 1.
-
-    Args:
-        keys: keys of the volumes.
-        intensity: the rule, for example from ``load_intensity``.
-        allow_missing_keys: whether a case may lack a key.
     """
 
     def __init__(self, keys: KeysCollection, intensity: Intensity, allow_missing_keys: bool = False) -> None:

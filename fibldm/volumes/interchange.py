@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.grid import LPS_TO_RAS, Affine, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Affine, Volume, shear
 
 if TYPE_CHECKING:
     import SimpleITK
@@ -55,7 +55,7 @@ def to_sitk(channels: Sequence[Volume]) -> "SimpleITK.Image":
     lps = LPS_TO_RAS @ channels[0].affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = lps[:3, :3] / spacing
-    if np.abs(direction.T @ direction - np.eye(3)).max() > _ORTHOGONAL:
+    if shear(lps) > _ORTHOGONAL:
         raise FibldmError(
             "an image of SimpleITK must have axes at right angles; these are sheared", "resample it first"
         )
@@ -92,16 +92,13 @@ def _of_sitk(image: "SimpleITK.Image") -> Volume:
 
 
 def _label_map(subject: "torchio.Subject") -> Any:
-    maps = {name: image for name, image in subject.get_images_dict(intensity_only=False).items() if _is_label(image)}
+    images = subject.get_images_dict(intensity_only=False)
+    maps = {name: one for name, one in images.items() if "LabelMap" in [kind.__name__ for kind in type(one).__mro__]}
     if len(maps) != 1:
         raise FibldmError(
             f"a subject must have one label map; it has {', '.join(maps) or 'none'}", "give the label map itself"
         )
     return next(iter(maps.values()))
-
-
-def _is_label(image: Any) -> bool:
-    return any(parent.__name__ == "LabelMap" for parent in type(image).__mro__)
 
 
 def _of_torchio(image: "torchio.Image") -> Volume:

@@ -14,11 +14,7 @@ _SHOWN = 5
 
 
 def settled(array: Array) -> tuple[Array, bool]:
-    """Labels with those that are nearly whole numbers made whole, and whether any was not; fractions come back as is.
-
-    Args:
-        array: label values of any type; not changed.
-    """
+    """Labels, nearly whole numbers made whole in a copy, and whether there were any; fractions come back as is."""
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         return array, False
     whole = np.rint(array)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, some_of
 from fibldm.files import hash_file, hash_value
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti, read_volume
+from fibldm.volumes.formats.raw_volume import straightened
 from fibldm.volumes.formats.readers import read_scan, stem
 from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
-from fibldm.volumes.formats.stored import straightened
 from fibldm.volumes.grid import Grid, Volume, turned_like
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
 from fibldm.volumes.scan import Remark
@@ -109,8 +109,8 @@ def _masks_in(folder: Path) -> list[Path]:
     taken = {*masks, *(part for mask in masks for part in parts_of(mask))}
     left_out = [file.name for file in found if file not in taken]
     if left_out:
-        shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
-        _logger.warning("%s: %d left out, as no masks: %s; %s", folder, len(left_out), shown, _WHAT)
+        named = some_of(left_out, _SHOWN)
+        _logger.warning("%s: %d left out, as no masks: %s; %s", folder, len(left_out), named, _WHAT)
     return masks
 
 

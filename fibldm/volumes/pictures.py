@@ -1,4 +1,4 @@
-"""Slices of volumes in one picture, drawn while a stage runs.
+"""Slices of volumes in one picture, drawn while a stage runs or beside figures.
 
 Volumes are ``(X, Y, Z)`` in RAS+ order. Axial and coronal slices show the patient's right on the left, sagittal ones
 the front; the upper edge of an axial slice is the front, of the others the top. Slices go through the middle, but a
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -24,6 +24,8 @@ from fibldm.files import atomic_path
 PLANES = ("axial", "coronal", "sagittal")
 
 _INCHES = 1.4
+_PAIR_INCHES = 1.5
+_PAIR_FONT = 8
 _GRAY: dict[str, Any] = {"cmap": "gray", "vmin": -1.0, "vmax": 1.0}
 _DIFFERENCE: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
 
@@ -50,6 +52,35 @@ class Panel:
     def __post_init__(self) -> None:
         if self.volume.ndim != 3:
             raise FibldmError(f"a picture shows 3-D volumes (X, Y, Z); got the shape {tuple(self.volume.shape)}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two volumes to look at side by side.
+
+    Attributes:
+        title: one line above them.
+        left: ``(X, Y, Z)``, RAS+; intensities from -1 (black) to 1 (white).
+        right: of the same shape.
+        spacing: mm along R, A, S.
+        names: of left and right.
+
+    Raises:
+        FibldmError: the volumes are not 3-D or not of one shape.
+    """
+
+    title: str
+    left: NDArray[Any]
+    right: NDArray[Any]
+    spacing: tuple[float, float, float]
+    names: tuple[str, str] = ("real", "synthetic")
+
+    def __post_init__(self) -> None:
+        if self.left.ndim != 3 or self.left.shape != self.right.shape:
+            raise FibldmError(
+                f"a pair of pictures needs two 3-D volumes of one shape; got {self.left.shape} and {self.right.shape}",
+                "resample one to the grid of the other",
+            )
 
 
 def planes_of(volume: Tensor | NDArray[Any]) -> range:
@@ -89,6 +120,58 @@ def render(rows: Sequence[Sequence[Panel]], spacing: Sequence[float]) -> NDArray
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def channel_pairs(
+    title: str,
+    left: NDArray[Any],
+    right: NDArray[Any],
+    *,
+    spacing: tuple[float, float, float],
+    names: tuple[str, str],
+    channels: Sequence[str],
+) -> list[Pair]:
+    """A `Pair` of two images ``(X, Y, Z)``, or one for each channel of ``(C, X, Y, Z)`` with its name in the title."""
+    if left.ndim == 3:
+        return [Pair(title, left, right, spacing, names)]
+    parts = zip(channels, left, right, strict=True)
+    return [Pair(f"{title}, {channel}", one, other, spacing, names) for channel, one, other in parts]
+
+
+def write_comparison(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write a PNG with a row for each pair, see `comparison`.
+
+    Raises:
+        FibldmError: there is no pair, or the file cannot be written.
+    """
+    if not pairs:
+        raise FibldmError("a comparison needs at least one pair; got none")
+    with atomic_path(Path(path)) as temporary:
+        FigureCanvasAgg(comparison(pairs)).print_png(temporary)
+
+
+def comparison(pairs: Sequence[Pair]) -> Figure:
+    """A row for each pair: slices of left, of right, and of right minus left, red where right is brighter."""
+    columns = 3 * max(len(planes_of(pair.left)) for pair in pairs)
+    size = (_PAIR_INCHES * columns, (_PAIR_INCHES + 0.4) * len(pairs))
+    figure = Figure(figsize=size, dpi=100, facecolor="black", layout="constrained")
+    for row, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).ravel(), pairs, strict=True):
+        row.set_facecolor("black")
+        row.suptitle(pair.title, color="white", fontsize=_PAIR_FONT + 1)
+        _draw_pair(row, pair)
+    return figure
+
+
+def _draw_pair(row: SubFigure, pair: Pair) -> None:
+    change = pair.right.astype(np.float32) - pair.left.astype(np.float32)
+    parts = [(pair.names[0], pair.left, _GRAY), (pair.names[1], pair.right, _GRAY)]
+    parts.append((f"difference, ±{_DIFFERENCE['vmax']:g}", change, _DIFFERENCE))
+    planes = len(planes_of(pair.left))
+    axes = row.subplots(1, len(parts) * planes).reshape(len(parts), planes)
+    for (name, volume, style), group in zip(parts, axes, strict=True):
+        for plane, axis in enumerate(group):
+            draw_plane(axis, volume, pair.spacing, plane, **style)
+            axis.set_title(f"{name}\n{PLANES[plane]}", color="white", fontsize=_PAIR_FONT)
 
 
 def preview_file(stage: Path, epoch: int) -> Path:
@@ -141,16 +224,7 @@ def draw_plane(
     centre: Sequence[int] | None = None,
     **style: Any,
 ) -> None:
-    """Draw one slice, without interpolation and without axes.
-
-    Args:
-        axis: to draw on.
-        volume: as of `slice_of`.
-        spacing: as of `slice_of`.
-        plane: as of `slice_of`.
-        centre: as of `slice_of`; ``None`` is the `middle`.
-        style: of ``imshow``.
-    """
+    """Draw what `slice_of` gives, through the `middle` where ``centre`` is None; ``style`` is of ``imshow``."""
     picture, aspect = slice_of(volume, spacing, plane, centre or middle(volume))
     show(axis, picture, aspect, **style)
 

@@ -35,10 +35,6 @@ def read_file(source: Path | BinaryIO, **options: Any) -> "Dataset":
     Its uncompressed encoding becomes the transfer syntax where the file states none; compressed voxels then stay of
     unknown syntax.
 
-    Args:
-        source: path, or a stream at its beginning.
-        options: of ``pydicom.dcmread``.
-
     Raises:
         InvalidDicomError: it is no DICOM file.
     """
@@ -51,7 +47,8 @@ def read_file(source: Path | BinaryIO, **options: Any) -> "Dataset":
     start = source.read(_START)
     source.seek(0)
     dataset = pydicom.dcmread(source, force=_is_bare(start), **options)
-    if "TransferSyntaxUID" not in dataset.file_meta and not _is_compressed(dataset):
+    compressed = "PixelData" in dataset and dataset["PixelData"].is_undefined_length
+    if "TransferSyntaxUID" not in dataset.file_meta and not compressed:
         implicit, little = dataset.original_encoding
         dataset.file_meta.TransferSyntaxUID = UID(IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN)
     return dataset
@@ -68,7 +65,3 @@ def _is_bare(start: bytes) -> bool:
         return False
     length = int.from_bytes(start[4:8], "little")
     return explicit or (order == "little" and length <= _LONGEST_FIRST_VALUE and length % 2 == 0)
-
-
-def _is_compressed(dataset: "Dataset") -> bool:
-    return "PixelData" in dataset and bool(dataset["PixelData"].is_undefined_length)

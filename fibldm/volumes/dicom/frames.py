@@ -222,7 +222,7 @@ def mixed(frames: Sequence[Frame]) -> Iterator[Problem]:
 
 def unplaced(frames: Sequence[Frame]) -> Iterator[Problem]:
     """What keeps frames from having a place: position, orientation or spacing absent, impossible, or several."""
-    lacking = [_lacking(frame) for frame in frames]
+    lacking = [[key for key, count in _GEOMETRY.items() if frame.numbers(key, count) is None] for frame in frames]
     if any(lacking):
         names = ", ".join(name for keyword, name in _NAMES.items() if any(keyword in some for some in lacking))
         reason = f"{sum(map(bool, lacking))} of {len(frames)} slices do not state their {names}"
@@ -285,10 +285,6 @@ def _grid(frame: Frame) -> list[float] | None:
     """Rows, columns, spacing, orientation and position."""
     stated = [frame.numbers(keyword, count) for keyword, count in (("Rows", 1), ("Columns", 1), *_GEOMETRY.items())]
     return None if None in stated else [value for values in stated if values for value in values]
-
-
-def _lacking(frame: Frame) -> list[str]:
-    return [keyword for keyword, count in _GEOMETRY.items() if frame.numbers(keyword, count) is None]
 
 
 def _bad_orientation(stated: NDArray[np.float64]) -> Iterator[Problem]:

@@ -26,7 +26,7 @@ from fibldm.volumes.dicom.contours import (
 )
 from fibldm.volumes.dicom.files import read_file
 from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
-from fibldm.volumes.grid import LPS_TO_RAS, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Grid, Volume
 from fibldm.volumes.scan import Remark, Scan
 
 if TYPE_CHECKING:
@@ -128,10 +128,6 @@ def read_structures(
 
 def on_grid_of(mask: Scan, image: Scan) -> Scan:
     """A mask whose voxels coincide with voxels of the image, cropped and padded to the image's grid; exact.
-
-    Args:
-        mask: label map ``(X, Y, Z)``.
-        image: whose grid is asked for.
 
     Returns:
         The mask as it came where its voxels do not coincide with the image's, or lie outside of it altogether.
@@ -237,7 +233,7 @@ def _rasterised(
 
 def _coincides(matrix: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
     """Whether voxel centres lie on those of another grid: the axes match, and so do the outermost voxels."""
-    corners = np.stack(np.meshgrid(*([0, length - 1] for length in shape), indexing="ij"), axis=-1).reshape(-1, 3)
-    placed = nibabel.affines.apply_affine(matrix, corners)
-    off = np.abs(placed - corners - np.rint(matrix[:3, 3])).max()
+    x, y, z = shape
+    straight = nibabel.affines.from_matvec(np.eye(3), np.rint(matrix[:3, 3]))
+    off = np.abs(Grid((x, y, z), matrix).corners - Grid((x, y, z), straight).corners).max()
     return bool(off < _COINCIDENT) and bool(np.abs(matrix[:3, :3] - np.eye(3)).max() < _COINCIDENT)

@@ -71,11 +71,6 @@ class DicomOutput:
     def check(self, grid: Grid, names: Mapping[int, str], intensity: Intensity) -> None:
         """See that a volume can be written, before it is made.
 
-        Args:
-            grid: of the volume.
-            names: of all labels that its mask may hold.
-            intensity: of the volume.
-
         Raises:
             FibldmError: neither CT nor MR, a label without coded meaning, several channels, sheared axes, or a
                 template that does not fit.

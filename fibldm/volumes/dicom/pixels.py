@@ -88,7 +88,9 @@ def read_voxels(frames: Sequence[Frame], modality: str) -> Voxels:
             lowest = min(lowest, float(values[~padded].min()))
     if not np.isfinite(lowest):
         raise FibldmError("a DICOM series must hold an image; it holds nothing but padding", "export it again")
-    findings = [*_lossy(frames), *_filled(array, padding, AIR_HU if modality == "CT" else lowest)]
+    findings = list(_filled(array, padding, AIR_HU if modality == "CT" else lowest))
+    if any(frame.text("LossyImageCompression") == "01" for frame in frames):
+        findings.insert(0, ("warning", "the image was compressed with loss"))
     return Voxels(array, digest.hexdigest(), tuple(findings))
 
 
@@ -211,8 +213,3 @@ def _filled(array: Array, padding: Mapping[int, NDArray[np.bool_]], value: float
         array[place][padded] = value
     if changed:
         yield "warning", f"pixel padding in {changed} of {len(array)} slices became {value:g}"
-
-
-def _lossy(frames: Sequence[Frame]) -> Iterator[Remark]:
-    if any(frame.text("LossyImageCompression") == "01" for frame in frames):
-        yield "warning", "the image was compressed with loss"

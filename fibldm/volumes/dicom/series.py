@@ -18,7 +18,7 @@ from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_da
 from fibldm.volumes.dicom.pixels import read_voxels, unreadable
 from fibldm.volumes.dicom.stack import stacked
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.scan import ACQUISITION, Covariate, Remark, Scan
+from fibldm.volumes.scan import ACQUISITION, Covariate, Scan
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -106,14 +106,11 @@ def find_series(files: Iterable[Path]) -> list[Series]:
 
 
 def read_series(files: Sequence[Path]) -> Scan:
-    """Read one series as a volume in RAS+ order; the place of every slice decides, not its number.
+    """Read one series, its files in any order, as a volume in RAS+; the place of a slice decides, not its number.
 
     CT comes in HU, PET in its units, each slice by its own rescale; int16 where that is exact, else float32. Scouts
     among other images are left out. A single slice becomes ``(X, Y, 1)`` of its slice thickness (its thin axis is the
     one closest to the normal). An enhanced multi-frame image is read as its frames.
-
-    Args:
-        files: of one series, in any order.
 
     Raises:
         FibldmError: it is not one volume of parallel, evenly spaced slices in known units, or its voxels cannot be
@@ -125,9 +122,11 @@ def read_series(files: Sequence[Path]) -> Scan:
     ordered, affine = stacked(images, list(unreadable(images, modality)))
     voxels = read_voxels(ordered, modality)
     volume = Volume(voxels.array.transpose(2, 1, 0), affine).canonical()
-    findings = (*_left_out(len(frames) - len(images)), *voxels.findings)
-    facts = _facts(ordered)
-    return Scan(volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality)
+    findings = voxels.findings
+    if scouts := len(frames) - len(images):
+        line = f"{scouts} localizers (scouts) under the same series were left out"
+        findings = (("warning", line), *findings)
+    return Scan(volume.array, volume.affine, voxels.sha256, _facts(ordered), findings, modality=modality)
 
 
 def _header(file: Path) -> "Dataset | None":
@@ -196,19 +195,11 @@ def _modality(images: Sequence[Frame]) -> str:
     return MODALITIES[images[0].sop_class]
 
 
-def _left_out(count: int) -> Iterator[Remark]:
-    if count:
-        yield "warning", f"{count} localizers (scouts) under the same series were left out"
-
-
 def _facts(frames: Sequence[Frame]) -> dict[str, Covariate]:
     """Of `ACQUISITION`, what all frames state alike."""
     stated = [_stated(frame) for frame in frames]
-    return {name: stated[0][name] for name in ACQUISITION if name in stated[0] and _alike(name, stated)}
-
-
-def _alike(name: str, stated: Sequence[dict[str, Covariate]]) -> bool:
-    return all(facts.get(name) == stated[0][name] for facts in stated)
+    named = [name for name in ACQUISITION if name in stated[0]]
+    return {name: stated[0][name] for name in named if all(facts.get(name) == stated[0][name] for facts in stated)}
 
 
 def _stated(frame: Frame) -> dict[str, Covariate]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, some_of
 from fibldm.volumes.dicom.frames import Frame, Problem, in_plane, mixed, told_apart, unplaced
 from fibldm.volumes.grid import LPS_TO_RAS
 
@@ -90,7 +90,7 @@ def _together(frames: Sequence[Frame], places: Array) -> Iterator[Problem]:
     repeated = np.flatnonzero(np.diff(places) < _SAME_PLACE_MM) + 1
     if not repeated.size:
         return
-    where = _some(f"{place:.2f} mm" for place in np.unique(places[repeated].round(2)))
+    where = some_of((f"{place:.2f} mm" for place in np.unique(places[repeated].round(2))), _LISTED)
     reason = f"several slices lie in one place along the stack ({where})"
     first = int(repeated[0])
     if differ := told_apart(frames[first - 1 : first + 1]):
@@ -129,13 +129,7 @@ def _uneven(places: Array) -> Problem:
     counts = np.round(steps / spacing)
     if np.abs(steps / spacing - counts).max() < 2 * _EVEN:
         gaps = np.flatnonzero(counts > 1)
-        where = _some(f"between {places[gap]:.2f} and {places[gap + 1]:.2f} mm" for gap in gaps)
+        where = some_of((f"between {places[gap]:.2f} and {places[gap + 1]:.2f} mm" for gap in gaps), _LISTED)
         return f"slices are missing {where} (spacing {spacing:.2f} mm)", "transfer the whole series again"
     reason = f"its slice spacing is uneven, {spacing:.2f} to {steps.max():.2f} mm"
     return reason, "resample the series to even slices, as dcm2niix does, and give the NIfTI file"
-
-
-def _some(texts: Iterator[str]) -> str:
-    listed = list(texts)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more

@@ -13,14 +13,13 @@ import nibabel
 import numpy as np
 import pydicom
 from highdicom.spatial import get_series_volume_positions
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage, MRImageStorage
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.grid import LPS_TO_RAS, Grid, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Grid
 
 Modality = Literal["ct", "mr"]
 
@@ -56,11 +55,7 @@ class Template:
     tags: Dataset
 
     def check(self, modality: Modality, grid: Grid) -> None:
-        """See that a volume fits the template.
-
-        Args:
-            modality: of the volume.
-            grid: of the volume, in any axis order.
+        """See that a volume, in any axis order, fits the template.
 
         Raises:
             FibldmError: another modality, or voxels that lie elsewhere; says what differs.
@@ -70,7 +65,7 @@ class Template:
                 f"the template must be of the modality {modality.upper()}; it is {self.modality.upper()}",
                 "give a series of the run's modality as --template",
             )
-        differences = _differences(self.grid, _canonical(grid))
+        differences = _differences(self.grid, grid.canonical())
         if differences:
             raise FibldmError(
                 f"the mask must lie on the grid of the template series; {'; '.join(differences)}",
@@ -128,7 +123,7 @@ def _grid(slices: Sequence[Dataset]) -> Grid:
     step = (last - first) / (len(slices) - 1) if len(slices) > 1 else np.cross(along_row, along_column) * spacing
     matrix = np.column_stack([along_row * column_step, along_column * row_step, step])
     affine = LPS_TO_RAS @ nibabel.affines.from_matvec(matrix, first)
-    return _canonical(Grid((columns, rows, len(slices)), affine))
+    return Grid((columns, rows, len(slices)), affine).canonical()
 
 
 def _in_plane(header: Dataset) -> tuple[tuple[float, float], tuple[int, int]]:
@@ -141,17 +136,10 @@ def _shared_tags(slices: Sequence[Dataset], keywords: Sequence[str]) -> Dataset:
     for keyword in keywords:
         values = [header.get(keyword) for header in slices]
         if values[0] not in (None, "") and all(value == values[0] for value in values):
-            setattr(shared, keyword, _rewritten(slices[0][keyword].VR, values[0]))
+            # a decimal in at most the 16 characters that DICOM allows, whatever the template had
+            decimal = slices[0][keyword].VR == "DS"
+            setattr(shared, keyword, DSfloat(format_number_as_ds(float(values[0]))) if decimal else values[0])
     return shared
-
-
-def _rewritten(kind: str, value: object) -> object:
-    """A decimal in at most the 16 characters that DICOM allows, whatever the template had."""
-    return DSfloat(format_number_as_ds(float(value))) if kind == "DS" else value  # type: ignore[arg-type]
-
-
-def _canonical(grid: Grid) -> Grid:
-    return Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).canonical().grid
 
 
 def _differences(template: Grid, given: Grid) -> list[str]:
@@ -161,16 +149,10 @@ def _differences(template: Grid, given: Grid) -> list[str]:
     if not np.allclose(template.spacing, given.spacing, rtol=1e-3):
         found.append(f"spacing {_listed(given.spacing)} instead of {_listed(template.spacing)} mm")
     if not found:
-        off = float(np.linalg.norm(_corners(template) - _corners(given), axis=1).max())
+        off = float(np.linalg.norm(template.corners - given.corners, axis=1).max())
         if off > _PLACE_TOLERANCE_MM:
             found.append(f"position or direction up to {off:.2f} mm off")
     return found
-
-
-def _corners(grid: Grid) -> NDArray[np.float64]:
-    corners = np.stack(np.meshgrid(*[(0, length - 1) for length in grid.shape]), axis=-1).reshape(-1, 3)
-    placed: NDArray[np.float64] = nibabel.affines.apply_affine(grid.affine, corners)
-    return placed
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -25,7 +25,7 @@ from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_value
 from fibldm.volumes.dicom.template import Modality, Template
-from fibldm.volumes.grid import LPS_TO_RAS, Volume
+from fibldm.volumes.grid import LPS_TO_RAS, Volume, shear
 
 _VIEWING_ORDER = {"R": "PIR", "A": "LIP", "S": "LPS"}
 """By the anatomical axis of the slices: where columns, rows and slices run, as radiologists look at them."""
@@ -108,7 +108,10 @@ def write_series(folder: Path, slices: Sequence[Dataset]) -> None:
     """
     with atomic_folder(folder) as temporary:
         for number, dataset in enumerate(slices, start=1):
-            _write(temporary / f"{number:04d}.dcm", dataset)
+            with (temporary / f"{number:04d}.dcm").open("wb") as stream:
+                dataset.save_as(stream, enforce_file_format=True)
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
 def in_viewing_order(volume: Volume) -> Volume:
@@ -117,26 +120,19 @@ def in_viewing_order(volume: Volume) -> Volume:
     Raises:
         FibldmError: the axes are not at right angles.
     """
-    directions = volume.affine[:3, :3] / np.array(volume.grid.spacing)
-    shear = float(np.abs(directions.T @ directions - np.eye(3)).max())
-    if shear > _SHEAR_TOLERANCE:
+    if (cosine := shear(volume.affine)) > _SHEAR_TOLERANCE:
         raise FibldmError(
-            f"a DICOM series needs voxel axes at right angles; two of them are {np.degrees(np.arcsin(shear)):.2f} "
+            f"a DICOM series needs voxel axes at right angles; two of them are {np.degrees(np.arcsin(cosine)):.2f} "
             "degrees off",
             "resample the mask to a grid without shear, or write NIfTI",
         )
     own = orientations.io_orientation(volume.affine)
     slice_axis = "RAS"[int(own[2, 0])]
-    turned = _turned(volume, orientations.ornt_transform(own, orientations.axcodes2ornt(_VIEWING_ORDER[slice_axis])))
+    turned = volume.turned(orientations.ornt_transform(own, orientations.axcodes2ornt(_VIEWING_ORDER[slice_axis])))
     # between two anatomical axes the closest order may mirror the grid
     if np.linalg.det(turned.affine[:3, :3]) < 0:
-        return _turned(turned, np.array([[0, 1], [1, 1], [2, -1]]))
+        return turned.turned(np.array([[0, 1], [1, 1], [2, -1]]))
     return turned
-
-
-def _turned(volume: Volume, turn: NDArray[Any]) -> Volume:
-    array = orientations.apply_orientation(volume.array, turn)
-    return Volume(array, volume.affine @ orientations.inv_ornt_aff(turn, volume.array.shape))
 
 
 def _stored(
@@ -247,10 +243,3 @@ def _slice(shared: Dataset, stored: NDArray[Any], k: int, turned: Volume, identi
 def _decimal(value: float) -> DSfloat:
     """The value as it will be read: rounded to the 16 characters that DICOM allows."""
     return DSfloat(format_number_as_ds(float(value)))
-
-
-def _write(file: Path, dataset: Dataset) -> None:
-    with file.open("wb") as stream:
-        dataset.save_as(stream, enforce_file_format=True)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -2,6 +2,6 @@
 
 * ``readers``: by what the files are
 * ``nifti``, ``itk_images`` (NRRD, MetaImage), ``plain_arrays`` (HDF5, MATLAB, NumPy, PNG)
-* ``stored``: what every format must satisfy, and the turn to RAS+
+* ``raw_volume``: what every format must satisfy, and the turn to RAS+
 * ``monai_reader``: the same for MONAI's ``LoadImage``
 """

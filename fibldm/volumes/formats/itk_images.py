@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Stored, damaged, millimetres
+from fibldm.volumes.formats.raw_volume import RawVolume, damaged, millimetres
 from fibldm.volumes.grid import LPS_TO_RAS
 from fibldm.volumes.scan import Remark
 
@@ -37,7 +37,7 @@ class _Header:
     detached: str | None
 
 
-def read_itk(path: Path, *, any_unit: bool = False) -> Stored:
+def read_itk(path: Path, *, any_unit: bool = False) -> RawVolume:
     """A MetaImage or NRRD volume; its LPS coordinates become RAS+; pixels of several components are channels.
 
     Args:
@@ -70,7 +70,7 @@ def read_itk(path: Path, *, any_unit: bool = False) -> Stored:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing() * factor
     affine[:3, 3] = np.array(image.GetOrigin()) * factor
-    return Stored(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), LPS_TO_RAS @ affine, (*said, *findings))
+    return RawVolume(np.moveaxis(voxels, (0, 1, 2), (2, 1, 0)), LPS_TO_RAS @ affine, (*said, *findings))
 
 
 def nrrd_fields(path: Path) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import Stored, check_affine, damaged, millimetres
+from fibldm.volumes.formats.raw_volume import RawVolume, check_affine, damaged, millimetres
 from fibldm.volumes.grid import SCANNER, Volume
 from fibldm.volumes.scan import Remark
 
@@ -23,7 +23,7 @@ _GZIP = b"\x1f\x8b"
 _SINGLE_FILE = {540: b"n+2", 348: b"n+1"}
 
 
-def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
+def read_nifti(path: Path, *, any_unit: bool = False) -> RawVolume:
     """A NIfTI-1 or -2 file, decompressed and checked to its last byte; scaled as its header says.
 
     Args:
@@ -48,14 +48,16 @@ def read_nifti(path: Path, *, any_unit: bool = False) -> Stored:
     factor, said = millimetres(image.header.get_xyzt_units()[0], any_unit=any_unit)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     check_affine(affine, path.name)
-    return Stored(array, affine, (*said, *_findings(image)), _space(image.header))
+    # the code of the transform that nibabel takes; a file without one is taken as the scanner's
+    space = int(image.header["sform_code"]) or int(image.header["qform_code"]) or SCANNER
+    return RawVolume(array, affine, (*said, *_findings(image)), space)
 
 
 def read_volume(path: str | Path) -> Volume:
     """One 3-D volume in the axis order of its file, integers as integers.
 
     Raises:
-        FibldmError: the file is missing, `read_nifti` or `Stored.volume` refuses it.
+        FibldmError: the file is missing, `read_nifti` or `RawVolume.volume` refuses it.
     """
     file = Path(path)
     if not file.is_file():
@@ -111,19 +113,10 @@ def _check_length(image: Any, length: int) -> None:
         raise ValueError(f"its header asks for {needed} bytes, and it has {length}")
 
 
-def _space(header: Any) -> int:
-    """The code of the transform that nibabel takes; a file without one is taken as the scanner's."""
-    return int(header["sform_code"]) or int(header["qform_code"]) or SCANNER
-
-
 def _findings(image: nibabel.Nifti1Image) -> Iterator[Remark]:
-    header = image.header
+    header, shape = image.header, (*image.shape, 1)[:3]
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         yield "warning", "the header has no orientation (sform and qform codes are 0); left and right are a guess"
-    yield from _form_findings(header, (*image.shape, 1)[:3])
-
-
-def _form_findings(header: Any, shape: tuple[int, ...]) -> Iterator[Remark]:
     try:
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError) as error:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.volumes.formats.stored import damaged
+from fibldm.volumes.formats.raw_volume import damaged
 from fibldm.volumes.scan import Files
 
 Key = Literal["image", "label"]
@@ -82,7 +82,8 @@ def read_item(path: Path, key: Key, item: str) -> Array:
     try:
         with h5py.File(path) as file:
             place = file.get(item)
-            found = _array_of(file if place is None else place, key)
+            group = file if place is None else place
+            found = next((group[name] for name in PACK_NAMES[key] if name in group and _numeric(group[name])), None)
             if found is None:
                 raise FibldmError(f"{path.name} must hold {key} {item}; it does not", "make the pack again")
             part: Array = _stored(found) if place is not None else _stored(found, int(item))
@@ -91,11 +92,6 @@ def read_item(path: Path, key: Key, item: str) -> Array:
         raise
     except Exception as error:  # as above
         raise damaged(path, str(error)) from error
-
-
-def _array_of(group: Any, key: Key) -> Any:
-    """The array of images or masks, by the names that packs give it; ``None`` where there is none."""
-    return next((group[name] for name in PACK_NAMES[key] if name in group and _numeric(group[name])), None)
 
 
 def read_slices(files: Files, *, colours: bool = False) -> Array:

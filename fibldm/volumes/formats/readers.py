@@ -11,7 +11,7 @@ from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.formats.itk_images import files_of, read_itk
 from fibldm.volumes.formats.nifti import read_nifti
 from fibldm.volumes.formats.plain_arrays import Key, read_array, read_item, read_slices
-from fibldm.volumes.formats.stored import Stored, straightened
+from fibldm.volumes.formats.raw_volume import RawVolume, straightened
 from fibldm.volumes.grid import Grid
 from fibldm.volumes.scan import Files, Remark, Scan
 
@@ -57,7 +57,12 @@ def read_scan(
 
 def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
     for file in files:
-        _check_readable(file)
+        try:
+            with file.open("rb") as stream:
+                stream.read(1)
+        except OSError as error:
+            message = f"a file must be readable; {error.strerror}"
+            raise FibldmError(message, "check the path and its permissions") from error
     if _is_dicom(files):
         from fibldm.volumes.dicom.series import read_series
 
@@ -76,21 +81,13 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
     else:
         array = read_slices(files, colours=not scanner) if suffix == _PNG else read_array(files[0], key)
         sha256 = _sha256(files)
-    return Stored(array, np.diag([*(spacing or ()), 1.0]), (guess,)).scan(files[0].name, sha256)
+    return RawVolume(array, np.diag([*(spacing or ()), 1.0]), (guess,)).scan(files[0].name, sha256)
 
 
 def stem(path: Path) -> str:
     """The file name without its suffix, of which ``.nii.gz`` is one; without a supported suffix, the whole name."""
     suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix else path.name
-
-
-def _check_readable(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            stream.read(1)
-    except OSError as error:
-        raise FibldmError(f"a file must be readable; {error.strerror}", "check the path and its permissions") from error
 
 
 def _is_dicom(files: Files) -> bool:

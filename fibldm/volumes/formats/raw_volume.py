@@ -23,7 +23,7 @@ _SHEAR = 0.01
 
 
 @dataclass(frozen=True)
-class Stored:
+class RawVolume:
     """A file's voxels in its own axis order.
 
     Attributes:
@@ -41,10 +41,6 @@ class Stored:
     def scan(self, name: str, sha256: str) -> Scan:
         """The same voxels at the same places with their axes in the closest RAS+ order.
 
-        Args:
-            name: of the file, for messages.
-            sha256: of the file's bytes.
-
         Raises:
             FibldmError: the voxels are no plain numbers, the size fits neither a slice nor a volume, or the affine is
                 not invertible.
@@ -58,9 +54,6 @@ class Stored:
 
     def volume(self, name: str) -> tuple[Volume, list[str]]:
         """The only volume of the file in the file's axis order, and what there is to say of it.
-
-        Args:
-            name: of the file, for messages.
 
         Raises:
             FibldmError: it is not 3-D, not in mm, or its axes are not at right angles or have two directions that
