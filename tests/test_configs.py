@@ -42,6 +42,7 @@ DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))
 AUTOENCODERS = sorted(path.stem for path in configs_folder().glob("autoencoder_*.yaml"))
 MASKS = sorted(path.stem for path in configs_folder().glob("mask_*.yaml"))
 SIZES = ("unet_s", "unet_m", "unet_l")
+LEARNING = ("learned_variance", "learned_variance_vlb", "loss_aware_times", "loss_log_variance")
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
     *((stage, data, ()) for stage in TABLE for data in DATA),
@@ -54,7 +55,7 @@ COMBINATIONS = [
     *(
         (stage, DATA[0], (name,))
         for stage in ("diffusion", "controlnet")
-        for name in (*MASKS, *SIZES, "learned_variance", "covariates", "adapter")
+        for name in (*MASKS, *SIZES, *LEARNING, "covariates", "adapter")
     ),
 ]
 

@@ -33,6 +33,8 @@ class Fixed:
 class Doubling(nn.Module):
     """A network with more output channels than its input has, each of them known."""
 
+    variance = "free"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels

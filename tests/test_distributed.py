@@ -182,6 +182,7 @@ def test_devices_train_as_torchrun_does_and_say_once_what_is_refused(
 
 STEPS = 52
 SETTINGS: dict[str, Any] = {"epochs": 13, "batch_size": 4, "views": 4}
+LEARNING = ("loss_aware_times", "loss_log_variance")
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +263,21 @@ def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
         two, again = saved(runs["two"], name), saved(runs["killed"], name)
         assert all(torch.equal(two[key], again[key]) for key in two)
     assert rows(runs["killed"]) == rows(runs["two"])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_of_times_what_one_does(tiny_stage: TinyStage, latents: Path, tmp_path: Path) -> None:
+    """Times that follow the losses of both, and the logarithm of the loss that both learn."""
+    runs = {name: Path(shutil.copytree(latents, tmp_path / name)) for name in ("one", "two")}
+    # min-SNR weights, so that losses differ by time before the network has learned anything
+    settings = {**SETTINGS, "epochs": 6, "snr_gamma": 5.0, "times::times::bins": 2, "times::times::history": 3}
+    made = {name: tiny_stage("diffusion", run, *LEARNING, **settings) for name, run in runs.items()}
+    made["one"].run()
+    finish(start(made["two"], ranks=2))
+    for name in ("network", "ema", "loss", "times"):
+        one, two = saved(runs["one"], name), saved(runs["two"], name)
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+    kept = saved(runs["one"], "times")
+    moments = kept["losses"].square().mean(dim=1)
+    assert kept["counts"].tolist() == [3, 3] and float(moments.max() / moments.min()) > 1.2
+    assert len(set(kept["losses"].flatten().tolist())) == 6

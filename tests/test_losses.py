@@ -340,6 +340,8 @@ def test_a_variance_is_refused_where_it_cannot_be_learned() -> None:
 class AffineNetwork(nn.Module):
     """The best network for Gaussian data: at each of its times an affine map and one logarithm of a variance."""
 
+    variance = "free"
+
     def __init__(self, times: Tensor) -> None:
         super().__init__()
         self.times = times
@@ -395,16 +397,17 @@ def test_on_gaussian_data_the_variance_becomes_the_closed_form_and_ten_ancestral
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("option", "term"), [("learned_variance", "variance"), ("learned_variance_vlb", "vlb")])
 def test_both_stages_learn_a_variance_that_ancestral_sampling_uses(
-    tmp_path: Path, tiny_run: Path, phantom_work: Path, tiny_data: Path
+    tmp_path: Path, tiny_run: Path, phantom_work: Path, tiny_data: Path, option: str, term: str
 ) -> None:
     with_latents_of(tiny_run, tmp_path)
-    configs = [str(tiny_data), "tiny", "learned_variance"]
+    configs = [str(tiny_data), "tiny", option]
     settings = {"device": "cpu", "precision": "float32"}
     for stage in ("diffusion", "controlnet"):
         stage_configuration(stage, work=phantom_work, run_dir=tmp_path, configs=configs, overrides=settings).run()
         columns = (tmp_path / stage / "metrics.csv").read_text().splitlines()[0].split(",")
-        assert {"loss/denoising", "loss/variance"} <= set(columns)
+        assert {"loss/denoising", f"loss/{term}"} <= set(columns)
     synthesizer = Synthesizer.from_run(tmp_path)
     mask = read_mask(sorted((phantom_work / "labels").glob("*.nii.gz"))[0], {})
     drawn_with = [

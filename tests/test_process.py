@@ -21,7 +21,7 @@ from fibldm.models.timesteps import (
     shifted,
     time_shift,
 )
-from fibldm.training.losses import Weighted, weighted_error
+from fibldm.training.losses import weighted_error
 from fibldm.training.prepare_batch import LatentPrepareBatch
 
 PROCESSES: dict[str, Process] = {
@@ -238,7 +238,7 @@ def test_snr_gamma_weighs_the_error_of_a_sample_by_its_time_whatever_its_batch()
     error = (weighing[0] - weighing[1].value).square() * of_time.view(4, 1, 1, 1, 1)
     expected = (error * batch["valid"]).sum() / (2 * batch["valid"].sum())
     torch.testing.assert_close(weighted_error(weighing[0], weighing[1], "l2"), expected)
-    first = Weighted(*(part[:1] for part in weighing[1]))
+    first = weighing[1].sample(0)
     alone = weighted_error(weighing[0][:1], first, "l2")
     torch.testing.assert_close(alone, (error[:1] * batch["valid"][:1]).sum() / (2 * batch["valid"][:1].sum()))
 

@@ -85,13 +85,29 @@ def test_a_difference_would_be_seen() -> None:
     assert differences(one, {"a": [torch.tensor([0.0, 1e-30]), {"b": 2.0}]}) == ["/a/0", "/a/1/b"]
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+# Times follow the losses of earlier epochs, and the loss has weights of its own.
+LEARNING = (("loss_aware_times", "loss_log_variance"), {"times::times::bins": 2, "times::times::history": 2})
+
+
+@pytest.mark.parametrize(
+    ("stage", "configs", "more"),
+    [*((stage, (), {}) for stage in TRAINED), pytest.param("diffusion", *LEARNING, marks=pytest.mark.slow)],
+    ids=[*TRAINED, "learning"],
+)
 def test_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
-    tiny_stage: TinyStage, before: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, stage: str
+    tiny_stage: TinyStage,
+    before: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    configs: tuple[str, ...],
+    more: dict[str, Any],
 ) -> None:
     whole, broken = before(stage, "whole"), before(stage, "broken")
-    settings = {"epochs": EPOCHS, "batch_size": 1}
-    tiny_stage(stage, whole, **settings).run()
+    settings = {"epochs": EPOCHS, "batch_size": 1, **more}
+    tiny_stage(stage, whole, *configs, **settings).run()
+    if configs:
+        kept = StageFolder(whole, stage).weights("last")["objects"]
+        assert kept["times"]["counts"].tolist() == [2, 2] and kept["loss"]["log_variance.layer.bias"] != 0
     prepare = VolumePrepareBatch if stage == "autoencoder" else LatentPrepareBatch
     original, calls = prepare.__call__, 0
 
@@ -106,11 +122,11 @@ def test_a_stage_that_broke_off_in_an_epoch_ends_with_the_same_weights(
 
     monkeypatch.setattr(prepare, "__call__", break_off)
     with pytest.raises(Interrupted):
-        tiny_stage(stage, broken, **settings).run()
+        tiny_stage(stage, broken, *configs, **settings).run()
     assert StageFolder(broken, stage).done() is None
     assert 0 < StageFolder(broken, stage).weights("last")["epoch"] < EPOCHS
     torch.manual_seed(12345)  # a new process has other random numbers
-    tiny_stage(stage, broken, **settings).run()
+    tiny_stage(stage, broken, *configs, **settings).run()
     assert "going on after epoch" in (broken / stage / "log.txt").read_text()
     assert checkpoint_differences(whole, broken, stage) == []
     assert losses(whole, stage) == losses(broken, stage)

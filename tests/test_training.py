@@ -179,7 +179,8 @@ def test_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
     items = [sample(seed) for seed in range(400)]
     given = torch.stack([item["mask"] for item in items])
 
-    def masks(**chances: float) -> Tensor:
+    def masks(by_name: Any = None, **chances: float) -> Tensor:
+        chances = chances if by_name is None else by_name
         prepare = LatentPrepareBatch(
             RectifiedFlow(), target="flow", times=UniformTimes(), conditions={"mask": MASK}, dropout={"mask": chances}
         )
@@ -195,6 +196,11 @@ def test_dropout_makes_whole_masks_or_single_labels_unknown() -> None:
     assert torch.equal(gone[:, 0], gone[:, 1] | gone[:, 2])  # the background goes with a label, and only then
     assert 0.15 < float(gone[:, 1].float().mean()) < 0.35
     assert 0.0 < float((gone[:, 1] & gone[:, 2]).float().mean()) < 0.15
+    one = masks({2: 0.5}).flatten(2).sum(2) == 0  # a label by its value, as YAML reads it
+    assert not one[:, 1].any() and 0.35 < float(one[:, 2].float().mean()) < 0.65
+    assert torch.equal(masks({"each": 0.5, 0: 0.0, 1: 0.0}), masks({"2": 0.5}))
+    with pytest.raises(FibldmError, match="must name some of 0, 1, 2, all or each; got 77"):
+        masks({77: 0.5})
 
 
 def test_a_target_that_is_singular_on_the_process_is_refused() -> None:

@@ -70,8 +70,11 @@ def prepare_batch(process: Process = PROCESSES[1], **options: Any) -> LatentPrep
 
 
 def leaves(prepared: Any) -> list[Tensor]:
-    found: list[Tensor] = torch.utils._pytree.tree_leaves(prepared)
-    return found
+    """All that is on the device; the times, from which coefficients are computed, stay on the CPU."""
+    z_t, asked, *others = prepared
+    assert asked.t.device.type == "cpu"
+    found = torch.utils._pytree.tree_leaves([z_t, asked._replace(t=None), others])
+    return [part for part in found if isinstance(part, Tensor)]
 
 
 # --- batches

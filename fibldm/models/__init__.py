@@ -14,7 +14,7 @@ Volumes and latents:
 Diffusion:
 
 * ``process`` (with ``schedules``): how a latent becomes noise, the training targets, and the way back
-* ``timesteps``: times for training, validation and sampling
+* ``timesteps``, ``loss_aware_times``: times for training, validation and sampling
 * ``samplers``: from noise to a latent with a denoiser
 
 The network that follows conditions:

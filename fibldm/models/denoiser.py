@@ -33,8 +33,9 @@ class Denoiser:
     def __call__(self, z_t: Tensor, t: Tensor) -> Prediction:
         """The expected latent at ``z_t`` ``(B, C, x, y, z)`` and times ``t`` ``(B,)`` in (0, 1].
 
-        A network with 2C output channels has learned ``log Var[target | z_t]`` in the second half of them. ``z_0`` is
-        affine in the target at one ``z_t``, so its variance is that one times the square of `Process.output_scale`.
+        A network with 2C output channels has learned a variance in the second half of them, see its ``variance``: free,
+        it is ``log Var[target | z_t]``, and ``z_0`` is affine in the target at one ``z_t``, so its variance is that one
+        times the square of `Process.output_scale`; interpolated, it is a share, through a sigmoid.
 
         Raises:
             FibldmError: the network has neither C nor 2C output channels.
@@ -50,6 +51,8 @@ class Denoiser:
         z_0 = self.process.to_z_0(self.target, output[:, :channels], z_t, t)
         if output.shape[1] == channels:
             return Prediction(z_0)
+        if self.network.variance == "interpolated":
+            return Prediction(z_0, interpolation=output[:, channels:].sigmoid())
         scale = _per_sample(self.process.output_scale(self.target, t).to(z_t.device), z_t)
         return Prediction(z_0, output[:, channels:] + 2 * scale.log())
 
@@ -83,14 +86,15 @@ def guided(
     low, high = interval
 
     def denoise(z_t: Tensor, t: Tensor) -> Prediction:
-        given, log_variance = conditional(z_t, t)
+        prediction = conditional(z_t, t)
+        given = prediction.z_0
         inside = (low < t) & (t <= high)
         if not inside.any():
-            return Prediction(given, log_variance)
+            return prediction
         beyond = torch.lerp(unconditional(z_t, t).z_0, given, scale)
         if rescale:
             beyond = torch.lerp(beyond, beyond * (_deviation(given) / _deviation(beyond)), rescale)
-        return Prediction(torch.where(_per_sample(inside, given), beyond, given), log_variance)
+        return prediction._replace(z_0=torch.where(_per_sample(inside, given), beyond, given))
 
     return denoise
 
@@ -108,13 +112,13 @@ def thresholded(denoise: Denoise, space: LatentSpace, share: float) -> Denoise:
     """
 
     def inside(z_t: Tensor, t: Tensor) -> Prediction:
-        z_0, log_variance = denoise(z_t, t)
-        volume = space.denormalise(z_0)
+        prediction = denoise(z_t, t)
+        volume = space.denormalise(prediction.z_0)
         size = volume.flatten(1).abs()
         # not `quantile`, which refuses more than 16 million values
         limit = size.kthvalue(math.ceil(share * size.shape[1]), dim=1).values.clamp(min=1)
         limit = _per_sample(limit, volume)
-        return Prediction(space.normalise(volume.clamp(-limit, limit) / limit), log_variance)
+        return prediction._replace(z_0=space.normalise(volume.clamp(-limit, limit) / limit))
 
     return inside
 

@@ -1,17 +1,18 @@
 """The network that Ignite, the checkpoint and the sampler see: a UNet and all that tells it of conditions."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import single_slice
 from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
+from fibldm.models.process import Variance
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 Parts = Mapping[str, nn.Module | None]
@@ -71,6 +72,7 @@ class ConditionedNetwork(nn.Module):
         channels: what comes as further input channels of the base network, behind those of the latent.
         norms: what its SPADE norms see (Park et al. 2019).
         tokens: what it and the ControlNets see by cross-attention.
+        variance: what the second half of its output channels says, where it has learned a variance.
 
     A 2-D base network sees volumes of one voxel along Z without that axis.
 
@@ -79,7 +81,8 @@ class ConditionedNetwork(nn.Module):
         sees: names of all conditions that anything of it looks at.
 
     Raises:
-        FibldmError: the base network has no norms or no cross-attention for what goes there, or tokens differ in width.
+        FibldmError: the base network has no norms or no cross-attention for what goes there, tokens differ in width, or
+            there is no such variance.
     """
 
     def __init__(
@@ -90,8 +93,12 @@ class ConditionedNetwork(nn.Module):
         channels: Parts | None = None,
         norms: Parts | None = None,
         tokens: Parts | None = None,
+        variance: Variance = "free",
     ) -> None:
         super().__init__()
+        if variance not in get_args(Variance):
+            raise unknown_choice("variance", variance, get_args(Variance))
+        self.variance: Variance = variance
         routes = {route: present(parts) for route, parts in (("channels", channels), ("norms", norms))}
         routes["tokens"] = present(tokens)
         _check_routes(unet, routes)
@@ -218,6 +225,7 @@ def steered(
     mask: MaskEncoding | None = None,
     labels: Iterable[int] | None = None,
     conditions: Mapping[str, Condition | None] | None = None,
+    variance: Variance = "free",
 ) -> ConditionedNetwork:
     """A trained base network, frozen, with a ControlNet that starts as a copy of its encoder and changes nothing yet.
 
@@ -227,11 +235,17 @@ def steered(
         sees: name of the condition that steers it.
         encoder: see `Control`, as are ``mask`` and ``labels``.
         conditions: what training shows; of what nobody steers, it must be what the base network knows.
+        variance: what training takes the learned variance for, where there is one; that of the base network.
 
     Raises:
         FibldmError: the two networks were not built with the same numbers, or for other conditions, or the dataset has
-            no such label.
+            no such label, or the base network has learned another variance.
     """
+    if variance != base.variance:
+        raise FibldmError(
+            f"a ControlNet must learn the variance of its base network, {base.variance}; got {variance}",
+            "put configuration learned_variance_vlb after both stages 2 and 3, or after neither",
+        )
     known, seen = base.encodings, base.sees | {sees}
     shown = {name: part for name, part in present(conditions).items() if name in known or name not in seen}
     if shown != known:
@@ -277,7 +291,8 @@ def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -
 def _same_base(one: ConditionedNetwork, two: ConditionedNetwork) -> bool:
     first, second = _base_weights(one), _base_weights(two)
     same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    return same and one.routes == two.routes and one.encodings == two.encodings
+    alike = one.routes == two.routes and one.variance == two.variance
+    return same and alike and one.encodings == two.encodings
 
 
 def _base_weights(network: ConditionedNetwork) -> dict[str, Tensor]:
@@ -286,7 +301,9 @@ def _base_weights(network: ConditionedNetwork) -> dict[str, Tensor]:
 
 def _with_controls(base: ConditionedNetwork, controls: Sequence[nn.Module]) -> ConditionedNetwork:
     parts = {route: base.parts(route) for route in base.routes}
-    return ConditionedNetwork(base.unet, [cast(Control, control) for control in controls], **parts)
+    return ConditionedNetwork(
+        base.unet, [cast(Control, control) for control in controls], variance=base.variance, **parts
+    )
 
 
 def _check_routes(unet: nn.Module, routes: Mapping[str, Mapping[str, nn.Module]]) -> None:

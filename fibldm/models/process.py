@@ -18,6 +18,8 @@ from fibldm.models.transfer import to_device
 
 Target = Literal["epsilon", "sample", "v", "flow"]
 TimeInput = Literal["time", "alpha", "log_snr"]
+Variance = Literal["free", "interpolated"]
+"""What the second half of 2C channels says: ``log Var[target | z_t]``, or the share of `Prediction.interpolation`."""
 
 SMALLEST_ALPHA = 1e-3  # below it, dividing by alpha turns a network's 1 % error in eps into ten times the signal
 LOG_SNR_LIMIT = 20.0  # of the time input only: at both ends of a process log SNR may be infinite
@@ -30,10 +32,14 @@ class Prediction(NamedTuple):
         z_0: expected latent ``E[z_0 | z_t]``, shape (B, C, x, y, z).
         log_variance: elementwise ``log Var[z_0 | z_t]``, same shape; ``None`` where it is not learned. It belongs to
             ``z_0``, not to one step of one grid, so that every grid of sampling times can use it.
+        interpolation: elementwise share ``v`` in [0, 1] of the way from the posterior's variance of a step, whichever
+            step, to that of the forward process, in logarithms (Nichol & Dhariwal 2021, eq. 15); same shape, or
+            ``None``.
     """
 
     z_0: Tensor
     log_variance: Tensor | None = None
+    interpolation: Tensor | None = None
 
 
 class Process(ABC):

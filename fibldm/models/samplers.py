@@ -69,21 +69,24 @@ def ddim(
     """First order: deterministic for ``eta = 0``, ancestral for ``eta = 1`` (Song et al. 2021, eq. 12 and 16).
 
     The posterior of ``z_s`` runs from the true previous time ``t``, however far away. A learned variance of ``z_0`` is
-    added to it (Bao et al. 2022, theorem 1). The last step adds no noise. See ``Sampler`` for arguments.
+    added to it (Bao et al. 2022, theorem 1); a learned share lies between the bounds of this very step, which are those
+    of the respaced betas (Nichol & Dhariwal 2021, eq. 15 and 19). The last step adds no noise. See ``Sampler`` for
+    arguments.
 
     Raises:
         FibldmError: as ``Sampler``, or ``eta`` is outside [0, 1].
     """
     _check_eta(eta)
     for step in _steps(times, process, callback):
-        data, log_variance = denoise(z, _batch_time(step.t, z))
+        prediction = denoise(z, _batch_time(step.t, z))
+        data = prediction.z_0
         if eta == 0 or step.sigma_s == 0:
             z = _advance(z, data, step)
             continue
         drawn = eta**2 * step.posterior_variance
         kept = math.sqrt(step.sigma_s**2 - drawn) / step.sigma_t
         data_weight = step.alpha_s - kept * step.alpha_t
-        noise = _noise_like(z, generators) * _spread(drawn, eta * data_weight, log_variance)
+        noise = _noise_like(z, generators) * _spread(drawn, eta * data_weight, step, prediction)
         z = kept * z + data_weight * data + noise
     return z
 
@@ -239,11 +242,13 @@ def _advance(z: Tensor, data: Tensor, step: _Step) -> Tensor:
     return ratio * z + (step.alpha_s - step.alpha_t * ratio) * data
 
 
-def _spread(drawn: float, data_weight: float, log_variance: Tensor | None) -> Tensor | float:
+def _spread(drawn: float, data_weight: float, step: _Step, prediction: Prediction) -> Tensor | float:
     """Standard deviation of ``z_s``: what the posterior draws and, where learned, what is unknown of ``z_0``."""
-    if log_variance is None:
+    if prediction.interpolation is not None:  # the forward variance is the posterior's times (sigma_t / sigma_s)^2
+        return math.sqrt(drawn) * (step.sigma_t / step.sigma_s) ** prediction.interpolation
+    if prediction.log_variance is None:
         return math.sqrt(drawn)
-    return (drawn + data_weight**2 * log_variance.exp()).sqrt()
+    return (drawn + data_weight**2 * prediction.log_variance.exp()).sqrt()
 
 
 def _batch_time(t: float, z: Tensor) -> Tensor:

@@ -93,6 +93,16 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return total / idist.get_world_size()
 
 
+def rows_of_ranks(rows: Tensor) -> Tensor:
+    """The rows ``(N, ...)`` of all ranks, as many of each, in the order of the draws of one process."""
+    ranks = idist.get_world_size()
+    if ranks == 1:
+        return rows
+    gathered = idist.all_gather(rows)
+    assert isinstance(gathered, Tensor)
+    return gathered.unflatten(0, (ranks, len(rows))).transpose(0, 1).flatten(0, 1)
+
+
 def part_of_mean(mean: Tensor, weight: Tensor) -> Tensor:
     """A rank's mean over its places as its part of the mean over those of all ranks, which is the mean of the parts.
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import Posterior, Reconstruction
-from fibldm.models.process import Process, VariancePreserving
+from fibldm.models.process import Process, Target, Variance, VariancePreserving
+from fibldm.training.variational_bound import VariationalBound
 
 Norm = Literal["l1", "l2", "huber", "charbonnier"]
 
@@ -27,11 +28,30 @@ class Weighted(NamedTuple):
         value: ``(B, C, ...)``.
         weight: of its places in a mean over them, ``(B, 1, ...)``; padding weighs 0.
         factor: of the errors of a sample, ``(B, 1, ...)``, whatever the other samples of the batch have; None for 1.
+        t: times of the samples in (0, 1], ``(B,)``, on the CPU; None where there are none.
+        importance: how much less often the time of a sample is drawn than all times alike, ``(B, 1, ...)``; weighs
+            everything of it; None for 1.
     """
 
     value: Tensor
     weight: Tensor
     factor: Tensor | None = None
+    t: Tensor | None = None
+    importance: Tensor | None = None
+
+    def times(self) -> Tensor:
+        """The times of the samples, where the loss needs them.
+
+        Raises:
+            FibldmError: there are none.
+        """
+        if self.t is None:
+            raise FibldmError("a loss that depends on time needs the times of the samples; got none")
+        return self.t
+
+    def sample(self, number: int) -> "Weighted":
+        """One sample, as a batch of one."""
+        return Weighted(*(None if part is None else part[number : number + 1] for part in self))  # type: ignore[arg-type]
 
 
 def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
@@ -52,7 +72,8 @@ def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
 
 def _mean(values: Tensor, target: Weighted) -> Tensor:
     weight = target.weight.expand_as(values)
-    values = values if target.factor is None else values * target.factor
+    for factor in (target.factor, target.importance):
+        values = values if factor is None else values * factor
     return (values * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
@@ -148,23 +169,43 @@ def spectral_distance(volume: Tensor, target: Weighted) -> Tensor:
 class DenoisingLoss(nn.Module):
     """The error of the network's output against the training target, and how well the network knows that error.
 
-    With a variance to learn, the second half of the network's 2C channels is ``log Var[target | z_t]``. It is trained
-    by the Gaussian negative log likelihood of ``z_0`` with the mean held (Nichol & Dhariwal 2021, section 3.1: the
-    hybrid objective; there of one step, here of ``z_0``, so that any grid of sampling times can use it, as in Bao et
-    al. 2022). ``z_0`` is affine in the target, so the likelihood is the target's own but for a constant, and what the
-    network has to say stays near 0, where that of ``z_0`` falls with sigma.
+    With a variance to learn, the second half of the network's 2C channels is trained by a likelihood with the mean held
+    (the hybrid objective of Nichol & Dhariwal 2021, section 3.1), in one of two ways:
+
+    * free: ``log Var[target | z_t]``, by the Gaussian likelihood of ``z_0``, so that any grid of sampling times can use
+      it, as in Bao et al. 2022. ``z_0`` is affine in the target, so the likelihood is the target's own but for a
+      constant, and what the network has to say stays near 0, where that of ``z_0`` falls with sigma.
+    * interpolated: through a sigmoid the share ``v`` of the way from ``beta-tilde`` to ``beta`` of a step, by the
+      variational bound of all steps, in bits per value (theirs; they let ``v`` leave [0, 1]). The part of the bound
+      that no weight changes, that of the last noise, is left out. It is the mean over times times the number of steps,
+      which is the bound where times are uniform.
 
     Args:
         norm: "l2" is that of the papers; "l1" and "huber" care less about outliers.
-        variance_weight: of the likelihood; 0 learns no variance, 0.001 is that of Nichol & Dhariwal. What older codes
-            call the weight of the variational bound (ELBO) is this one.
+        variance_weight: of that likelihood; 0 learns no variance, 0.001 is that of Nichol & Dhariwal.
         process: the diffusion process; needed where a variance is learned.
+        variance: "free" or "interpolated".
+        target: the training target; needed for the bound.
+        vlb_steps: of the bound; None takes those of the process.
+        log_variance: of the error by time, see `fibldm.training.uncertainty.LogVariance`, by which times are weighed;
+            None leaves it out.
 
     Raises:
-        FibldmError: the weight is negative, or the process is not variance-preserving.
+        FibldmError: the weight is negative, the process is not variance-preserving, there is no such variance, or the
+            bound lacks something.
     """
 
-    def __init__(self, norm: Norm = "l2", *, variance_weight: float = 0.0, process: Process | None = None) -> None:
+    def __init__(
+        self,
+        norm: Norm = "l2",
+        *,
+        variance_weight: float = 0.0,
+        process: Process | None = None,
+        variance: Variance = "free",
+        target: Target | None = None,
+        vlb_steps: int | None = None,
+        log_variance: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if not 0 <= variance_weight < math.inf:
             raise FibldmError(f"variance_weight must be a number of at least 0; got {variance_weight}")
@@ -174,23 +215,50 @@ class DenoisingLoss(nn.Module):
                 "choose fibldm.models.process.VariancePreserving, or variance_weight 0",
             )
         self.norm: Norm = norm
-        self.variance_weight = variance_weight
+        self.variance_weight, self.variance = variance_weight, _checked(variance)
+        self.log_variance = log_variance
+        self.bound: VariationalBound | None = None
+        if variance == "interpolated" and isinstance(process, VariancePreserving):
+            self.bound = VariationalBound(process, target, process.steps if vlb_steps is None else vlb_steps)
 
     def terms(self, prediction: Tensor, target: Weighted) -> dict[str, Tensor]:
         """Every term without its weight, by name, for outputs ``(B, C or 2C, x, y, z)``; scalars.
 
+        ``denoising`` is the error; ``scaled`` the same over what is expected of it at its time, ``log_variance`` the
+        mean logarithm of that; ``variance`` the likelihood in nats per value, or ``vlb`` the bound in bits.
+
         Raises:
             FibldmError: the network has not as many channels as the target, or twice as many for a variance.
         """
-        mean, log_variance = self._parts(prediction, target.value.shape[1])
+        mean, spread = self._parts(prediction, target.value.shape[1])
         terms = {"denoising": weighted_error(mean, target, self.norm)}
-        if log_variance is not None:
-            terms["variance"] = gaussian_likelihood(mean.detach(), log_variance, target)
+        if self.log_variance is not None:
+            expected = _per_sample(self.log_variance(target.times()), target.value)
+            factor = (-expected).exp() if target.factor is None else target.factor * (-expected).exp()
+            terms["scaled"] = weighted_error(mean, target._replace(factor=factor), self.norm)
+            terms["log_variance"] = _mean(expected.expand_as(target.weight), target._replace(factor=None))
+        if spread is not None and self.bound is not None:
+            error = (target.value - mean.detach()).square()
+            terms["vlb"] = _mean(self.bound.bits(error, spread.sigmoid(), target.times()), target._replace(factor=None))
+        elif spread is not None:
+            terms["variance"] = gaussian_likelihood(mean.detach(), spread, target)
         return terms
 
     def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
         """What is trained on, a scalar."""
-        return _weighted_sum(terms["denoising"], {"variance": self.variance_weight}, terms)
+        weights = {"log_variance": 1.0, "variance": self.variance_weight, "vlb": self.variance_weight}
+        return _weighted_sum(terms.get("scaled", terms["denoising"]), weights, terms)
+
+    @torch.no_grad()
+    def by_sample(self, prediction: Tensor, target: Weighted) -> Tensor:
+        """What the network is trained on, of each sample by itself and without its importance; ``(B,)``."""
+        terms = (
+            self.terms(prediction[number : number + 1], target.sample(number)._replace(importance=None))
+            for number in range(len(prediction))
+        )
+        return torch.stack(
+            [self.objective({**part, "log_variance": part["denoising"].new_zeros(())}) for part in terms]
+        )
 
     def forward(self, prediction: Tensor, target: Weighted) -> Tensor:
         """What validation compares epochs by: the error without the likelihood; a scalar.
@@ -198,7 +266,8 @@ class DenoisingLoss(nn.Module):
         Raises:
             FibldmError: as `terms`.
         """
-        return self.terms(prediction, target)["denoising"]
+        mean, _ = self._parts(prediction, target.value.shape[1])
+        return weighted_error(mean, target, self.norm)
 
     def _parts(self, prediction: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         expected = 2 * channels if self.variance_weight else channels
@@ -206,9 +275,19 @@ class DenoisingLoss(nn.Module):
             raise FibldmError(
                 f"a network for targets of {channels} channels must give {expected} with variance_weight "
                 f"{self.variance_weight:g}; got {prediction.shape[1]}",
-                "put configuration learned_variance after both stages 2 and 3, or after neither",
+                "put configuration learned_variance (or learned_variance_vlb) after both stages, 2 and 3, or neither",
             )
         return prediction[:, :channels], prediction[:, channels:] if self.variance_weight else None
+
+
+def _checked(variance: Variance) -> Variance:
+    if variance not in get_args(Variance):
+        raise unknown_choice("variance", variance, get_args(Variance))
+    return variance
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def gaussian_likelihood(mean: Tensor, log_variance: Tensor, target: Weighted) -> Tensor:

@@ -12,6 +12,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior
 from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.conditions.mask import MaskEncoding
+from fibldm.models.loss_aware_times import following
 from fibldm.models.process import Process, Target
 from fibldm.models.samplers import draw_noise
 from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_snr_weight
@@ -77,7 +78,8 @@ class LatentPrepareBatch(PrepareBatch):
     Args:
         process: the diffusion process.
         target: the training target, one that is regular on the process.
-        times: where training looks; a `GridTimes` looks at the time of the sample's view.
+        times: where training looks; a `GridTimes` looks at the time of the sample's view, and what is drawn more often
+            where the loss is large weighs as much less, see `LossAwareTimes`.
         conditions: what training shows, by name, in the order of their draws; None of one leaves it out.
         dropout: probabilities by name of the condition that it, or parts of it, become unknown, see
             `Condition.chances`; 0 by default. Where the first condition is wholly unknown all of them are, as guidance
@@ -106,6 +108,7 @@ class LatentPrepareBatch(PrepareBatch):
         if snr_gamma is not None:
             check_gamma(snr_gamma)
         self.process, self.target, self.times = process, target, times
+        self.following = following(times)
         self.conditions: dict[str, Condition] = present(conditions)
         if strange := (dropout or {}).keys() - (conditions or {}).keys():
             raise FibldmError(f"dropout must be of {', '.join(conditions or {}) or 'nothing'}; got {strange}")
@@ -129,7 +132,7 @@ class LatentPrepareBatch(PrepareBatch):
         z_t, target = self.process.diffuse(z_0, noise, drawn.t), self.process.target(self.target, z_0, noise, drawn.t)
         # copies that may be changed; they move in the precision in which they are kept
         shown = {name: to_device(batchdata[name], device).to(torch.float32, copy=True) for name in self.conditions}
-        asked = (target, self._weight(valid, shown), *self._factor(drawn.t, z_0))
+        weight, factors = self._weight(valid, shown), self._factors(drawn.t, z_0)
         for name, dropped in drawn.dropped.items():  # only now, as the weight is that of all labels
             _drop(self.conditions[name], shown[name], dropped)
 
@@ -138,7 +141,9 @@ class LatentPrepareBatch(PrepareBatch):
 
         time = as_wanted(to_device(self.process.network_time(drawn.t), device))
         given = [{name: as_wanted(part) for name, part in shown.items()}] if shown else []
-        return as_wanted(z_t), Weighted(*map(as_wanted, asked)), (time, *given), {}
+        factor, importance = (None if part is None else as_wanted(part) for part in factors)
+        asked = Weighted(as_wanted(target), as_wanted(weight), factor, t=drawn.t, importance=importance)
+        return as_wanted(z_t), asked, (time, *given), {}
 
     def _draw(self, batchdata: dict[str, Tensor]) -> _Drawn:
         """What each sample draws from its generator, one thing after the other; a new one must be drawn last."""
@@ -167,11 +172,15 @@ class LatentPrepareBatch(PrepareBatch):
         shares = self.mask.shares(shown["mask"])
         return valid * torch.einsum("blxyz,l->bxyz", shares, to_device(self.label_weights, valid.device))[:, None]
 
-    def _factor(self, t: Tensor, z_0: Tensor) -> list[Tensor]:
-        if self.snr_gamma is None:
-            return []
-        factor = to_device(min_snr_weight(self.process, self.target, t, self.snr_gamma), z_0.device)
-        return [factor.view(-1, *[1] * (z_0.ndim - 1))]
+    def _factors(self, t: Tensor, z_0: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of the errors of each sample, and its importance, ``(B, 1, ...)``; None for 1."""
+
+        def per_sample(values: Tensor) -> Tensor:
+            return to_device(values, z_0.device).view(-1, *[1] * (z_0.ndim - 1))
+
+        gamma, follows = self.snr_gamma, self.following
+        factor = None if gamma is None else per_sample(min_snr_weight(self.process, self.target, t, gamma))
+        return factor, None if follows is None else per_sample(follows.importance(t))
 
 
 def _drop(condition: Condition, encoded: Tensor, dropped: Tensor) -> None:

@@ -96,8 +96,7 @@ class LossByTime(Metric):
         """Add the draws of a batch: predictions ``(B, C, ...)``, their targets, and views ``(B,)``."""
         prediction, target, views = output
         for draw, view in enumerate(views.tolist()):
-            one = slice(draw, draw + 1)
-            loss = self.loss(prediction[one], target._replace(value=target.value[one], weight=target.weight[one]))
+            loss = self.loss(prediction[draw : draw + 1], target.sample(draw))
             self._sums[view % self.times.count] += float(loss)
             self._draws[view % self.times.count] += 1
 

@@ -148,6 +148,7 @@ class Condition(ABC):
         """
         if not isinstance(dropout, Mapping):
             dropout = {EACH: dropout, ALL: dropout}
+        dropout = {str(name): value for name, value in dropout.items()}  # YAML takes a label for a number
         if strange := [name for name in dropout if name not in (*self.parts, ALL, EACH)]:
             raise FibldmError(
                 f"dropout of {self.what} must name some of {', '.join(self.parts) or 'none'}, {ALL} or {EACH}; "
