@@ -57,15 +57,15 @@ class KnownLatents:
         def knowing(z_t: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = (float(level(t[:1].double().cpu())) for level in (process.alpha, process.sigma))
             if alpha < SMALLEST_ALPHA:  # all is noise, of which nothing is known
-                z_0, log_variance = denoise(z_t, t)
-                return Prediction(self._kept(z_0), log_variance)
+                said = denoise(z_t, t)
+                return said._replace(z_0=self._kept(said.z_0))
             with torch.enable_grad():
                 z_t = z_t.detach().requires_grad_()
-                z_0, log_variance = denoise(z_t, t)
-            wrong = torch.where(self.inside, 0, self.z - z_0).detach()
-            (pull,) = torch.autograd.grad(z_0, z_t, wrong)
-            z_0 = z_0.detach() + (alpha**2 + sigma**2) / alpha * pull
-            return Prediction(self._kept(z_0), None if log_variance is None else log_variance.detach())
+                said = denoise(z_t, t)
+            wrong = torch.where(self.inside, 0, self.z - said.z_0).detach()
+            (pull,) = torch.autograd.grad(said.z_0, z_t, wrong)
+            said = Prediction(*(None if part is None else part.detach() for part in said))
+            return said._replace(z_0=self._kept(said.z_0 + (alpha**2 + sigma**2) / alpha * pull))
 
         return knowing
 
