@@ -435,7 +435,7 @@ def test_the_same_data_and_settings_give_the_same_folder_h13(tmp_path: Path) -> 
     (tmp_path / "two.key.json").write_bytes((tmp_path / "one.key.json").read_bytes())
     prepare(source, tmp_path / "two", CT, workers=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
-    with pytest.raises(FibldmError, match="--workers must be at least 1; got 0"):
+    with pytest.raises(FibldmError, match="`workers` must be at least 1; got 0"):
         prepare(source, tmp_path / "none", CT, workers=0)
     prepare(source, tmp_path / "other", CT)  # a salt of its own: other names of patients, the same data
     one, other = (read_json(tmp_path / name / "datalist.json") for name in ("one", "other"))
