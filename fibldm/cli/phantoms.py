@@ -14,11 +14,17 @@ def phantoms(
         tuple[float, float, float] | None,
         typer.Option(metavar="X,Y,Z", help="Voxel size in mm; default: about 5 along each axis."),
     ] = None,
+    findings: Annotated[
+        bool,
+        typer.Option(
+            "--findings", help="Give each patient a written finding (side, extent, pattern): OUT/findings.csv."
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Write procedural chest CT with fibrosis and its labels: no network, no patient."""
     from fibldm.phantoms.phantoms import write_phantoms
     from fibldm.workers import cores
 
-    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())
+    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, findings=findings, workers=cores())
     print(f"{len(images)} phantoms of {subjects} patients in {out}")
     return {"outputs": [str(out)], "phantoms": len(images)}

@@ -79,6 +79,10 @@ def synthesize(
             metavar="NAME=VALUE", help="Further condition the network was trained with, NAME=VALUE; repeatable."
         ),
     ] = [],
+    text: Annotated[
+        str | None,
+        typer.Option(help="What is written of the patient, of a network trained with texts: --condition text=..."),
+    ] = None,
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
@@ -132,7 +136,8 @@ def synthesize(
 
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
-    options["conditions"] = read_named(condition, "--condition")
+    more = [] if text is None else [f"text={text}"]
+    options["conditions"] = read_named([*condition, *more], "--condition")
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:
         print(f"guidance {guidance} is above 5: expect exaggerated anatomy")

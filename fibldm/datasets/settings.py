@@ -15,6 +15,7 @@ from fibldm.datasets.lung import LABELS as LUNGS
 from fibldm.datasets.pseudonyms import Pseudonyms
 from fibldm.datasets.source import Case, Source
 from fibldm.datasets.split import find_subjects, split_cases
+from fibldm.datasets.texts import TEXT, with_texts
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import SPLITS
 from fibldm.volumes.scan import ACQUISITION, Covariate
@@ -34,6 +35,8 @@ _PRIVATE_COLUMN = re.compile(
 )
 _LONG_NUMBER = 99999
 """Whole numbers above it are identifiers or dates rather than measurements."""
+_MANY_WORDS = 6
+"""A value of as many words is free text, which may hold a name."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class PrepareSettings:
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
         keep_columns: columns of a table that are carried along although they may tell the patient.
+        text: column of free text that is carried along as ``text``, or ``beside`` for .txt files beside the images, see
+            `with_texts`.
         facts: of `FACTS`, what is carried along as covariates: ``spacing`` is that of the files, along the RAS+ axes,
             as ``spacing_x_mm`` and so on. What files state of `ACQUISITION` is carried along in any case.
         hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
@@ -78,6 +83,7 @@ class PrepareSettings:
     bias_field: bool = False
     keep_columns: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    text: str | None = None
     hide_names: bool = False
     skip_bad: bool = False
     subject_pattern: str | None = None
@@ -86,7 +92,9 @@ class PrepareSettings:
     @property
     def layout_options(self) -> LayoutOptions:
         """What of it the layouts need."""
-        return LayoutOptions(merge_masks=self.merge_masks, bids_mask=self.bids_mask, channels=self.channels)
+        return LayoutOptions(
+            merge_masks=self.merge_masks, bids_mask=self.bids_mask, channels=self.channels, text=self.text
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Plan:
             "settings": {
                 key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
                 for key, value in asdict(settings).items()
-                if key != "facts" or value  # which came later than the first work folders
+                if key not in ("facts", "text") or value  # which came later than the first work folders
             },
             "dataset": {
                 "name": source.name,
@@ -187,6 +195,7 @@ def make_plan(
     _check_range(settings, modality)
     _check_settings(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
+    cases, told = with_texts(cases, settings.text) if settings.text is not None else (cases, "")
     known, notes = find_subjects(cases, settings.subject_pattern)
     public, dropped = _public(cases, known, settings, pseudonyms)
     subjects = {new.name: known[case.name] for case, new in zip(cases, public, strict=True)}
@@ -199,7 +208,7 @@ def make_plan(
         replace(settings, layout=source.layout, modality=modality, window=window),
         {name: pseudonyms.subject(subject) for name, subject in subjects.items()},
         splits,
-        (*source.notes, *notes, *dropped, *_notes(source, modality)),
+        (*source.notes, *notes, *dropped, *([told] if told else []), *_notes(source, modality)),
     )
 
 
@@ -252,7 +261,8 @@ def _public(
         name: [(subjects[case.name], case.covariates[name]) for case in cases if name in case.covariates]
         for name in columns
     }
-    hidden = [name for name in columns if name not in settings.keep_columns and _tells_patient(name, values[name])]
+    kept = (*settings.keep_columns, *([TEXT] if settings.text is not None else []))
+    hidden = [name for name in columns if name not in kept and _tells_patient(name, values[name])]
     renamed = [
         replace(
             case,
@@ -267,13 +277,14 @@ def _public(
 
 
 def _tells_patient(name: str, values: Sequence[tuple[str, Covariate]]) -> bool:
-    """By its name, by numbers as long as identifiers, or by texts of which half the patients have their own."""
+    """By its name, by numbers as long as identifiers, free text, or texts of which half the patients have their own."""
     if name in ACQUISITION:
         return False
     numbers = [value for _, value in values if isinstance(value, float)]
     texts = {value for _, value in values if isinstance(value, str)}
     patients = {subject for subject, value in values if value is not None}
     long = any(value.is_integer() and abs(value) > _LONG_NUMBER for value in numbers)
+    long |= any(len(text.split()) >= _MANY_WORDS for text in texts)
     return bool(_PRIVATE_COLUMN.search(name)) or long or len(texts) > max(1, (len(patients) + 1) // 2)
 
 

@@ -54,11 +54,13 @@ class LayoutOptions:
         merge_masks: names of binary masks, most important first; they become the values 1, 2, ...
         channels: endings of the images of a BIDS dataset to take; empty takes the only suffix there is.
         bids_mask: pattern of the mask files of a BIDS dataset; ``None`` takes the only kind there is.
+        text: a key of the entries of a Decathlon dataset that is a text; columns of tables are read in any case.
     """
 
     merge_masks: tuple[str, ...] = ()
     channels: tuple[str, ...] = ()
     bids_mask: str | None = None
+    text: str | None = None
 
 
 def find_source(source: Path, layout: str = "auto", *, options: LayoutOptions) -> Source:
@@ -131,7 +133,7 @@ def _read(source: Path, layout: str, options: LayoutOptions) -> Source:
         return {"csv": table, "organs": organs, "folders": folders}[layout](source, options.merge_masks)
     if layout == "pack":
         return pack(source)
-    return {"decathlon": decathlon, "nnunet": nnunet}[layout](source)
+    return decathlon(source, options.text) if layout == "decathlon" else nnunet(source)
 
 
 def _with_patients(source: Source) -> Source:

@@ -9,10 +9,15 @@ from fibldm.datasets.layouts.facts import check_cases, describe, label_names, le
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
+from fibldm.volumes.scan import Covariate
 
 
-def decathlon(source: Path) -> Source:
+def decathlon(source: Path, text: str | None = None) -> Source:
     """The cases that ``dataset.json`` lists; those of its test list (else of imagesTs/) have no mask.
+
+    Args:
+        source: folder of the dataset.
+        text: key of a text in the entries, which becomes a covariate of that name; None of none.
 
     Raises:
         FibldmError: there is no training list, an entry is wrong, or a file is missing (all of them listed).
@@ -28,7 +33,11 @@ def decathlon(source: Path) -> Source:
         for index, entry in enumerate(entries)
         if not _is_pair(entry)
     ]
-    cases = [_case(source, entry["image"], entry["label"], problems) for entry in entries if _is_pair(entry)]
+    cases = [
+        _case(source, entry["image"], entry["label"], problems, _covariates(entry, text, problems))
+        for entry in entries
+        if _is_pair(entry)
+    ]
     unlabelled = _unlabelled(source, facts, problems)
     present = [image for image in unlabelled if (source / image).exists()]
     cases += [_case(source, image, None, problems) for image in present]
@@ -42,10 +51,27 @@ def _is_pair(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
 
 
-def _case(source: Path, image: str, label: str | None, problems: list[str]) -> Case:
+def _case(
+    source: Path,
+    image: str,
+    label: str | None,
+    problems: list[str],
+    covariates: Mapping[str, Covariate] | None = None,
+) -> Case:
     files = collected(source / image, problems)
     masks = () if label is None else (Mask(collected(source / label, problems)),)
-    return Case(case_name(entry_key(Path(image))), (files,), masks, Path(image).as_posix())
+    name, path = case_name(entry_key(Path(image))), Path(image).as_posix()
+    return Case(name, (files,), masks, path, covariates=covariates or {})
+
+
+def _covariates(entry: Mapping[str, Any], text: str | None, problems: list[str]) -> dict[str, Covariate]:
+    """The text of an entry, by its key."""
+    if text is None or text not in entry:
+        return {}
+    value = entry[text]
+    if value is not None and not isinstance(value, str):
+        problems.append(f"{text} of {entry['image']} must be a text; got {type(value).__name__}")
+    return {text: value or None} if isinstance(value, str) else {text: None}
 
 
 def _unlabelled(source: Path, facts: Mapping[str, Any], problems: list[str]) -> list[str]:
