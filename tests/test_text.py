@@ -180,6 +180,21 @@ def test_each_text_is_encoded_once_and_kept(bert: Path, tmp_path: Path, monkeypa
     assert again == first and torch.equal(again.encode(["lungs"]), first.encode(["lungs"]))
 
 
+def test_a_real_encoder_tells_sides_apart_and_other_topics_away(minilm: Path) -> None:
+    texts = [
+        f"{extent} fibrosis of the {side} lung with {pattern}."
+        for extent in ("Mild", "Severe")
+        for side in ("left", "right")
+        for pattern in ("honeycombing", "ground glass")
+    ]
+    condition = TextEncoding.fit(minilm, {str(n): {"text": text} for n, text in enumerate(texts)}, reach=1.0)
+    assert condition.width == 384 and condition.facts()["encoder_licence"] == "apache-2.0"
+    left, right = condition.encode([texts[0], texts[2]])
+    assert (left - right).abs().max() > 0.1
+    assert condition.outside("Mild fibrosis of the right lung with honeycombing.") == []
+    assert condition.outside("The weather is nice today.") and condition.outside("A fracture of the femur.")
+
+
 # --- what a network sees
 
 
