@@ -14,12 +14,18 @@ def phantoms(
         tuple[float, float, float] | None,
         typer.Option(metavar="X,Y,Z", help="Voxel size in mm; default: about 5 along each axis."),
     ] = None,
+    findings: Annotated[
+        bool,
+        typer.Option(
+            "--findings", help="Give each patient a written finding (side, extent, pattern): OUT/findings.csv."
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Write computer-generated chest CT phantoms with fibrosis, and their labels; no patient data."""
     from fibldm.phantoms.phantoms import write_phantoms
     from fibldm.typed_settings import counted
     from fibldm.workers import cores
 
-    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, workers=cores())
+    images = write_phantoms(out, subjects=subjects, seed=seed, spacing=spacing, findings=findings, workers=cores())
     print(f"{counted(len(images), 'phantom')} of {counted(subjects, 'patient')} in {out}")
     return {"outputs": [str(out)], "phantoms": len(images)}

@@ -46,6 +46,12 @@ def prepare(
     keep_columns: Annotated[
         str | None, typer.Option(help="Columns to keep although they may identify the patient.")
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN|beside", help="Free text to carry along: a column, or .txt files beside the images."
+        ),
+    ] = None,
     facts: Annotated[
         str | None, typer.Option(help="spacing: add the voxel spacing of each file as covariates spacing_x_mm, ...")
     ] = None,
@@ -90,6 +96,7 @@ def prepare(
         bias_field=bias_field,
         keep_columns=_names(keep_columns),
         facts=_names(facts),
+        text=text,
         hide_names=hide_names,
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,

@@ -108,6 +108,10 @@ def synthesize(
             help="Put an adapter.safetensors on the network: 1 = as trained (the default), 0 = off; repeatable.",
         ),
     ] = [],
+    text: Annotated[
+        str | None,
+        typer.Option(help="What is written of the patient, of a network trained with texts: --condition text=..."),
+    ] = None,
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
@@ -161,7 +165,8 @@ def synthesize(
 
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
-    options |= {"conditions": read_named(condition, "--condition"), "own_conditions": data if own_conditions else None}
+    further = [*condition, *([] if text is None else [f"text={text}"])]
+    options |= {"conditions": read_named(further, "--condition"), "own_conditions": data if own_conditions else None}
     options["adapters"] = read_strengths(adapter)
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:

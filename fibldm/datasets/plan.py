@@ -13,6 +13,7 @@ from fibldm.datasets.pseudonyms import Pseudonyms, public_cases
 from fibldm.datasets.settings import OF_THE_DATASET, PrepareSettings
 from fibldm.datasets.source import Source
 from fibldm.datasets.split import find_subjects, given_split, split_cases
+from fibldm.datasets.texts import with_texts
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import SPLITS
 
@@ -84,7 +85,7 @@ class Plan:
             "settings": {
                 key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
                 for key, value in asdict(self.settings).items()
-                if key != "facts" or value  # which came later than the first work folders
+                if key not in ("facts", "text") or value  # which came later than the first work folders
             },
             "dataset": {
                 "name": source.name,
@@ -116,6 +117,8 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
     modality = _modality(source, settings)
     _check(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
+    if settings.text is not None:
+        cases = with_texts(cases, settings.text, findings)
     cases = public_cases(find_subjects(cases, findings, settings.subject_pattern), settings, pseudonyms, findings)
     given_split(cases)
     if _stated_modality(source) not in (None, modality):

@@ -11,6 +11,7 @@ from pathlib import Path
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case
+from fibldm.datasets.texts import TEXT
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.volumes.scan import ACQUISITION, Covariate
@@ -57,9 +58,8 @@ def public_cases(
     for case in cases:
         for name, value in case.covariates.items():
             columns.setdefault(name, []).append((case.subject, value))
-    hidden = sorted(
-        name for name, values in columns.items() if name not in settings.keep_columns and _tells_patient(name, values)
-    )
+    kept = (*settings.keep_columns, *([TEXT] if settings.text is not None else []))
+    hidden = sorted(name for name, values in columns.items() if name not in kept and _tells_patient(name, values))
     if hidden:
         listed = ", ".join(hidden)
         findings.notes.append(

@@ -7,7 +7,18 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 
 OF_THE_DATASET = {
-    *("layout", "window", "bids_mask", "keep_columns", "facts", "hide_names", "skip_bad", "subject_pattern", "seed")
+    *(
+        "layout",
+        "window",
+        "bids_mask",
+        "keep_columns",
+        "facts",
+        "hide_names",
+        "skip_bad",
+        "subject_pattern",
+        "seed",
+        "text",
+    )
 }
 """Settings that change no voxel of a case, so that no case is read again when one of them is changed."""
 
@@ -31,6 +42,8 @@ class PrepareSettings:
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
         keep_columns: columns of a table that are carried along although they may tell the patient.
+        text: column of free text that is carried along as ``text``, or ``beside`` for .txt files beside the images, see
+            `with_texts`.
         facts: of `FACTS`, what is carried along as covariates: ``spacing`` is that of the files, along the RAS+ axes,
             as ``spacing_x_mm`` and so on. What files state of `ACQUISITION` is carried along in any case.
         hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
@@ -54,6 +67,7 @@ class PrepareSettings:
     bias_field: bool = False
     keep_columns: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    text: str | None = None
     hide_names: bool = False
     skip_bad: bool = False
     subject_pattern: str | None = None

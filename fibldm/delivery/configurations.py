@@ -86,6 +86,8 @@ def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[st
     config: dict[str, Any] = current(yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8")))
     own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
     begun = {"init_from": "@bundle_root", "network_def": facts["network"], "training": "@run"}
+    if "text_encoder" in config:  # which the bundle holds
+        own["text_encoder"] = "$@bundle_root + '/models/text'"
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun
 
 
@@ -125,7 +127,7 @@ def metadata(facts: Mapping[str, Any], words: CardText, figures: Mapping[str, An
         "monai_version": version("monai"),
         "pytorch_version": version("torch").partition("+")[0],
         "numpy_version": version("numpy"),
-        "required_packages_version": {"fibldm": facts["fibldm"]} | {name: version(name) for name in _PACKAGES},
+        "required_packages_version": {"fibldm": facts["fibldm"]} | {name: version(name) for name in _needed(facts)},
         "name": facts["name"],
         "task": "Synthesis of volumes that follow a mask" if facts["sees_mask"] else "Synthesis of volumes",
         "description": words.description
@@ -146,6 +148,11 @@ def metadata(facts: Mapping[str, Any], words: CardText, figures: Mapping[str, An
         "sampling": facts["sampling"],
         "network_data_format": _data_format(facts),
     }
+
+
+def _needed(facts: Mapping[str, Any]) -> list[str]:
+    text = facts.get("further", {}).get("text", {"kind": "embeddings"})
+    return [*_PACKAGES, *(["transformers"] if text["kind"] != "embeddings" else [])]
 
 
 def _values(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -43,6 +43,7 @@ class CardText:
         authors: of the weights.
         references: works that describe data or method.
         tags: for search, beside those that every bundle has.
+        text_examples: texts of training that may be shown, as they tell no patient; none is shown by itself.
     """
 
     title: str = ""
@@ -58,6 +59,7 @@ class CardText:
     authors: str = ""
     references: Sequence[str] = ()
     tags: Sequence[str] = ()
+    text_examples: Sequence[str] = ()
 
     @classmethod
     def read(cls, file: Path) -> "CardText":
@@ -72,7 +74,9 @@ class CardText:
             given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise FibldmError(f"{file} must be YAML; {error}") from error
-        known = {field.name: list if field.name in ("references", "tags") else str for field in fields(cls)}
+        known = {
+            field.name: list if field.name in ("references", "tags", "text_examples") else str for field in fields(cls)
+        }
         if not isinstance(given, dict) or any(
             not isinstance(value, known.get(key, ())) for key, value in given.items()
         ):

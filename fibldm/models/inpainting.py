@@ -64,8 +64,9 @@ class KnownLatents:
                 said = denoise(z_t, t)
             wrong = torch.where(self.inside, 0, self.z - said.z_0).detach()
             (pull,) = torch.autograd.grad(said.z_0, z_t, wrong)
-            said = Prediction(*(None if part is None else part.detach() for part in said))
-            return said._replace(z_0=self._kept(said.z_0 + (alpha**2 + sigma**2) / alpha * pull))
+            pulled = said.z_0.detach() + (alpha**2 + sigma**2) / alpha * pull
+            others = (None if part is None else part.detach() for part in said[1:])
+            return Prediction(self._kept(pulled), *others)
 
         return knowing
 

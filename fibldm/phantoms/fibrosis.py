@@ -6,12 +6,14 @@ on any grid and only grows from one examination to the next.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.ndimage import map_coordinates
 from scipy.spatial import cKDTree
 
 GROUND_GLASS, RETICULATION, HONEYCOMBING = 4, 5, 6
+Side = Literal["right", "left", "both"]
 _CENTRE_MM = np.array([0.0, 0.0, -20.0])
 _HALF_EXTENT_MM = np.array([140.0, 110.0, 155.0])
 
@@ -69,7 +71,7 @@ class Fibrosis:
     """The fibrosis of one patient.
 
     Attributes:
-        extent: fraction of the lung at the first examination, 0 (healthy) to about 0.6 (end stage).
+        extent: fraction of the lung, or that of its side, at first, 0 (healthy) to about 0.6 (end stage).
         progression: what each further examination adds to ``extent``.
         honeycombing: share of honeycombing in the fibrosis.
         reticulation: share of reticulation in the fibrosis; the rest is ground glass.
@@ -79,6 +81,7 @@ class Fibrosis:
         kinds: noise that mixes the patterns.
         septa: the network of reticulation.
         cysts: the cysts of honeycombing.
+        side: of the patient, where it is.
     """
 
     extent: float
@@ -91,6 +94,7 @@ class Fibrosis:
     kinds: SmoothNoise
     septa: Cells
     cysts: Cells
+    side: Side = "both"
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Fibrosis":
@@ -130,7 +134,10 @@ class Fibrosis:
         basal = 1 / (1 + np.exp((points[2] + 55) / 22))
         coarse, fine = (noise(points) for noise in self.patches)
         score = 1.7 * subpleural + 1.0 * basal - 0.006 * points[1] + 0.45 * coarse + 0.27 * fine
-        excess = score - np.quantile(score, 1 - extent)
+        affected = {"both": points[0] == points[0], "right": points[0] > 0, "left": points[0] < 0}[self.side]
+        if not affected.any():
+            return labels, np.zeros(labels.shape)
+        excess = np.where(affected, score - np.quantile(score[affected], 1 - extent), -1.0)
         diseased = excess > 0
         age = (1.3 * subpleural + 0.8 * basal + 0.4 * self.kinds(points))[diseased]
         young, old = np.quantile(age, [1 - self.honeycombing - self.reticulation, 1 - self.honeycombing])

@@ -5,15 +5,19 @@ a scan renders them on a grid of its own, with its own inspiration, pose, noise 
 keyed by (seed, subject) and a scan by (seed, subject, session): a patient is the same whatever the number of patients.
 """
 
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fibldm.errors import FibldmError
-from fibldm.files import read_json, write_json
+from fibldm.files import read_json, write_json, write_text
 from fibldm.phantoms.anatomy import count_sessions, draw_anatomy
+from fibldm.phantoms.findings import Finding
 from fibldm.phantoms.rendering import draw_scan, render
 from fibldm.progress import Bar, track
 from fibldm.volumes.writer import write_nifti
@@ -29,6 +33,7 @@ LABELS: dict[int, str] = {
     6: "honeycombing",
 }
 _FINEST, _COARSEST = 0.5, 20.0  # mm
+FINDINGS = "findings.csv"
 _GENERATOR = 1  # Count up whenever the same seed gives other voxels.
 
 
@@ -65,6 +70,7 @@ def make_phantom(
     *,
     spacing: tuple[float, float, float] | None = None,
     orientation: str | None = None,
+    finding: Finding | None = None,
 ) -> Phantom:
     """One examination of one patient.
 
@@ -74,8 +80,12 @@ def make_phantom(
         session: number of the examination, from 1; later ones show the disease progressed.
         spacing: millimetres along the patient's x, y, z; drawn around 5 where None.
         orientation: axis codes of the stored axes, such as ``"LPS"``; drawn where None.
+        finding: what it shows; None is the patient's own disease.
     """
     anatomy = draw_anatomy(seed, subject)
+    if finding is not None:
+        disease = finding.applied(anatomy.fibrosis, np.random.default_rng([seed, subject, 0, 2]))
+        anatomy = replace(anatomy, fibrosis=disease)
     rng = np.random.default_rng([seed, subject, session])
     scan = draw_scan(anatomy, rng, session=session, spacing=spacing, orientation=orientation)
     volume, labels = render(anatomy, scan, rng, session=session)
@@ -95,6 +105,7 @@ def write_phantoms(
     subjects: int,
     seed: int,
     spacing: tuple[float, float, float] | None = None,
+    findings: bool = False,
     progress: Bar | None = None,
     workers: int = 1,
 ) -> list[Path]:
@@ -107,6 +118,8 @@ def write_phantoms(
         subjects: how many patients; about one in six has two examinations.
         seed: the same seed gives the same files.
         spacing: as of `make_phantom`.
+        findings: whether patients have a written finding: fibrosis of a side, an extent and a pattern, with a sentence
+            that says so in the column ``finding`` of ``out/findings.csv``, a table for ``fibldm prepare``.
         progress: wraps what is written, to show progress; a bar on standard error where None.
         workers: processes that write at the same time.
 
@@ -126,16 +139,19 @@ def write_phantoms(
             f"spacing must be three numbers of {_FINEST:g} to {_COARSEST:g} mm, got {spacing}",
             "a chest CT has 0.6 to 5",
         )
-    of_grid = {} if spacing is None else {"spacing": list(spacing)}
-    _claim(Path(out), {"generator": _GENERATOR, "seed": seed, "subjects": subjects, **of_grid})
+    more = ({} if spacing is None else {"spacing": list(spacing)}) | ({"findings": True} if findings else {})
+    _claim(Path(out), {"generator": _GENERATOR, "seed": seed, "subjects": subjects, **more})
     calls = [
-        (Path(out), seed, subject, session if sessions > 1 else None, spacing)
+        (Path(out), seed, subject, session if sessions > 1 else None, spacing, findings)
         for subject in range(1, subjects + 1)
         for sessions in [count_sessions(seed, subject)]
         for session in range(1, sessions + 1)
     ]
     bar = progress or partial(track, what="phantoms")
-    return list(in_processes(_write_examination, calls, workers=workers, bar=bar, what="drew a phantom"))
+    images = list(in_processes(_write_examination, calls, workers=workers, bar=bar, what="drew a phantom"))
+    if findings:
+        _write_findings(Path(out), images, [(seed, subject) for _, seed, subject, *_ in calls])
+    return images
 
 
 def _claim(out: Path, recipe: dict[str, object]) -> None:
@@ -162,13 +178,32 @@ def _claim(out: Path, recipe: dict[str, object]) -> None:
 
 
 def _write_examination(
-    out: Path, seed: int, subject: int, session: int | None, spacing: tuple[float, float, float] | None
+    out: Path,
+    seed: int,
+    subject: int,
+    session: int | None,
+    spacing: tuple[float, float, float] | None,
+    findings: bool,
 ) -> Path:
     """Write image and labels of one examination unless both are there; returns the image."""
     name = f"sub-{subject:04d}" + (f"_ses-{session}" if session else "") + ".nii.gz"
     image, labels = out / "images" / name, out / "labels" / name
     if not (image.exists() and labels.exists()):
-        phantom = make_phantom(seed, subject, session or 1, spacing=spacing)
+        phantom = make_phantom(
+            seed, subject, session or 1, spacing=spacing, finding=Finding.draw(seed, subject) if findings else None
+        )
         for path, array in ((image, phantom.volume), (labels, phantom.labels)):
             write_nifti(path, array, phantom.affine, "SYNTHETIC phantom")
     return image
+
+
+def _write_findings(out: Path, images: Sequence[Path], patients: Sequence[tuple[int, int]]) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "label", "subject", "finding", "side", "extent", "pattern"])
+    for image, (seed, subject) in zip(images, patients, strict=True):
+        found = Finding.draw(seed, subject)
+        files = (f"images/{image.name}", f"labels/{image.name}")
+        said = (found.side or "no side", found.extent or "healthy", found.pattern or "no pattern")
+        writer.writerow([*files, f"sub-{subject:04d}", found.sentence, *said])
+    write_text(out / FINDINGS, table.getvalue())

@@ -33,7 +33,9 @@ _GRID = {"spacing", "size"}
 
 
 # Where whoever adds a kind of condition chooses its name.
-_BY_NAME = frozenset("conditions routes::channels routes::norms routes::tokens train::prepare_batch::dropout".split())
+_BY_NAME = frozenset(
+    "conditions routes::channels routes::norms routes::tokens stage::inputs train::prepare_batch::dropout".split()
+)
 
 
 class IncompatibleGrid(FibldmError):

@@ -149,8 +149,15 @@ class StageFolder:
         return done
 
     def component(self, key: str, **overrides: Any) -> Any:
-        """Build one part of the stage's configuration, such as its network, from ``config.yaml``."""
-        return self.parser(**overrides).get_parsed_content(key)
+        """Build one part of the stage's configuration, such as its network, from ``config.yaml``.
+
+        Raises:
+            FibldmError: what it is made from is refused, such as a file that is gone.
+        """
+        from fibldm.runs.causes import unwrapped
+
+        with unwrapped():
+            return self.parser(**overrides).get_parsed_content(key)
 
     def parser(self, **overrides: Any) -> "ConfigParser":
         """The stage's configuration, from ``config.yaml``."""

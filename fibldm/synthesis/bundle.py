@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.manifest import check_manifest
+from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.runs.renamed import current_generator
 from fibldm.synthesis.definitions import build
@@ -76,6 +77,15 @@ class Bundle:
         network.load_state_dict(weights)
         return network.eval()
 
+    def conditions(self) -> dict[str, Condition]:
+        """What may be asked for, by name, with the files that it stands on.
+
+        Raises:
+            FibldmError: a definition or a file is refused.
+        """
+        made: dict[str, Condition] = present(self.made("conditions"))
+        return {name: part.loaded(self._folder_of(name)) if part.fingerprint else part for name, part in made.items()}
+
     def residual_noise(self) -> ResidualNoise | None:
         """What the decoder leaves out, where that was measured.
 
@@ -102,6 +112,17 @@ class Bundle:
         except (FibldmError, AttributeError) as error:
             message = error.message if isinstance(error, FibldmError) else f"sampling must be a mapping; got {given!r}"
             raise FibldmError(f"{self.root / GENERATOR}: {message}", _ASK) from error
+
+    def _folder_of(self, name: str) -> Path:
+        if not name.isidentifier():
+            raise FibldmError(f"{self.root / GENERATOR} must name conditions by plain words; got {name!r}", _ASK)
+        folder = self.root / "models" / name
+        for file in folder.rglob("*"):
+            if not file.is_dir():
+                inside(self.root, file.relative_to(self.root).as_posix())
+        if not folder.is_dir():
+            raise FibldmError(f"{folder} must exist, as the condition {name} stands on it", _ASK)
+        return folder
 
     def _file_of(self, key: str) -> Path:
         try:

@@ -81,7 +81,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "first_stage": FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
                 "process": bundle.made("process"),
                 "target": facts["target"],
-                "conditions": present(bundle.made("conditions")),
+                "conditions": bundle.conditions(),
                 "source": {**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
                 "shift": float(facts["shift"]),
                 "residual_noise": bundle.residual_noise(),

@@ -110,7 +110,11 @@ class Latents:
     @property
     def training_cases(self) -> list[dict[str, Any]]:
         """What is known of each training case, for conditions that are fitted to it."""
-        return [self.known_of(case) for case in dict.fromkeys(item["case"] for item in self.facts["items"]["training"])]
+        return list(self.known_cases("training").values())
+
+    def known_cases(self, split: str) -> dict[str, dict[str, Any]]:
+        """What is known of each case of "training" or "validation", by its name."""
+        return {item["case"]: self.known_of(item["case"]) for item in self.facts["items"][split]}
 
     def known_of(self, case: str) -> dict[str, Any]:
         """The covariates of a case, by name; None where one is unknown."""
@@ -163,7 +167,7 @@ class LoadLatent(Transform):
             ) from error
         posterior = Posterior(tensors["mean"][None], tensors["std"][None])
         mean, std = self.space.normalise_posterior(posterior)
-        case = Case(tensors["labels"], self.latents.known_of(item["case"]))
+        case = Case(tensors["labels"], self.latents.known_of(item["case"]), item["case"])
         shown = {name: part.encode_case(case).to(part.kept_as) for name, part in self.conditions.items()}
         return {"mean": mean[0], "std": std[0], "valid": tensors["valid"], **shown}
 

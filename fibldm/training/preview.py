@@ -251,7 +251,7 @@ class SampleRows:
     def _sample(self, case: str, number: int, labels: Tensor, shape: Sequence[int]) -> Tensor:
         generator = torch.Generator().manual_seed(int(hash_value((self.seed, case, number))[:15], 16))
         prepare, process = self.prepare_batch, self.prepare_batch.process
-        known = Case(labels[0], self.latents.known_of(case))
+        known = Case(labels[0], self.latents.known_of(case), case)
         shown = {name: part.encode_case(known)[None].to(self.device) for name, part in prepare.conditions.items()}
         denoise = Denoiser(self.network, process, prepare.target, shown)
         noise = samplers.draw_noise(shape, [generator]).to(self.device)

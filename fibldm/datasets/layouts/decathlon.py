@@ -1,6 +1,6 @@
 """The Medical Segmentation Decathlon: dataset.json lists images and labels, one file a case."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
+from fibldm.volumes.scan import Covariate
 
 
 def decathlon(search: Search) -> Source:
@@ -26,10 +27,10 @@ def decathlon(search: Search) -> Source:
     for index, entry in enumerate(entries):
         if not _is_pair(entry):
             findings.error(f"training[{index}] must be an object with image and label; got {entry!r}")
-    cases = [_case(search, entry["image"], entry["label"]) for entry in entries if _is_pair(entry)]
+    cases = [_case(search, entry) for entry in entries if _is_pair(entry)]
     unlabelled = _unlabelled(search)
     present = [image for image in unlabelled if (search.path / image).exists()]
-    cases += [_case(search, image) for image in present]
+    cases += [_case(search, {"image": image}) for image in present]
     cases, segments = known_segments(cases, search.label_names, findings)
     if absent := len(unlabelled) - len(present):
         findings.notes.append(f"images of the test list that do not exist are left out: {absent}")
@@ -45,10 +46,23 @@ def _is_pair(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("image", "label"))
 
 
-def _case(search: Search, image: str, label: str | None = None) -> Case:
+def _case(search: Search, entry: Mapping[str, Any]) -> Case:
+    image, label = entry["image"], entry.get("label")
     files = collected(search.path / image, search.findings)
     masks = () if label is None else (Mask(collected(search.path / label, search.findings)),)
-    return Case(case_name(entry_key(Path(image))), (files,), masks, Path(image).as_posix())
+    name, covariates = case_name(entry_key(Path(image))), _text(search, entry)
+    return Case(name, (files,), masks, Path(image).as_posix(), covariates=covariates)
+
+
+def _text(search: Search, entry: Mapping[str, Any]) -> dict[str, Covariate]:
+    """The text of an entry, by the key that is asked for."""
+    key = search.settings.text
+    if key is None or key not in entry:
+        return {}
+    value = entry[key]
+    if value is not None and not isinstance(value, str):
+        search.findings.error(f"{key} of {entry['image']} must be a text; got {type(value).__name__}")
+    return {key: value or None} if isinstance(value, str) else {key: None}
 
 
 def _unlabelled(search: Search) -> list[str]:

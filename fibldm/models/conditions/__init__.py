@@ -3,5 +3,7 @@
 * ``condition``: what every kind can do, and where networks see it
 * ``mask`` (with ``mask_features``): labels at the latent's size, with a group of channels for *unknown*
 * ``mask_encoders``: what a network sees of masks
+* ``text`` (with ``text_encoders``): findings and reports as tokens of an encoder
+* ``text_tokens``: what a network sees of them
 * ``covariates``: age, sex and the like as tokens for cross-attention
 """

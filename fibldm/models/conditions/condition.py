@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ class Case(NamedTuple):
     Attributes:
         labels: its mask on the model grid, integers ``(1, X, Y, Z)``.
         known: what is known of the patient, by name; None is unknown.
+        name: of the case.
     """
 
     labels: Tensor
     known: Mapping[str, object]
+    name: str = ""
 
 
 class Condition(ABC):
@@ -46,6 +49,22 @@ class Condition(ABC):
 
     what: ClassVar[str]
     kept_as: ClassVar[torch.dtype] = torch.float32
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files that it stands on and that a bundle must hold, see `write`; empty where it has none."""
+        return ""
+
+    def write(self, folder: Path) -> None:  # noqa: B027
+        """Write the files that it stands on into a folder of a bundle."""
+
+    def loaded(self, folder: Path) -> Self:
+        """The same with what `write` wrote, which is read whole, as the folder may be gone later.
+
+        Raises:
+            FibldmError: the files are others.
+        """
+        return self
 
     @property
     @abstractmethod
