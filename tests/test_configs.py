@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pydoc
 import re
 import shlex
 import shutil
@@ -15,7 +16,6 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.utils import optional_import
 
 from fibldm import __version__
 from fibldm.cli import run
@@ -80,9 +80,8 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def locate(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    found, exists = optional_import(module, name=name)
-    assert exists, f"{target} cannot be imported"
+    found = pydoc.locate(target)  # as MONAI does, which knows methods of classes, too
+    assert found is not None, f"{target} cannot be imported"
     return found
 
 

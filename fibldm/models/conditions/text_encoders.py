@@ -265,4 +265,5 @@ def _transformers() -> Any:
             "text encoders need the package transformers, which is not installed",
             'pip install "fibldm[text]"; embeddings that were computed before need none',
         ) from error
+    transformers.utils.logging.disable_progress_bar()  # of reading a file
     return transformers
