@@ -247,8 +247,10 @@ def test_minutes_are_those_of_the_steps_that_training_does(request_: Request, st
     found = time_stage(stage, request_.changed(epochs=7, val_interval=3))
     rows = list(csv.DictReader((tiny_run / stage / "metrics.csv").read_text().splitlines()))
     assert (found.steps, found.epochs, found.validations) == (int(rows[0]["iteration"]), 7, 3)
-    assert min(found.seconds_per_step, found.validation, found.loading, found.checkpoint) > 0
-    expected = 7 * (found.steps * found.seconds_per_step + found.checkpoint) + 3 * found.validation + found.loading
+    assert min(found.seconds_per_step, found.seconds_per_validation, found.loading, found.checkpoint) > 0
+    expected = (
+        7 * (found.steps * found.seconds_per_step + found.checkpoint) + 3 * found.seconds_per_validation + found.loading
+    )
     assert found.seconds == pytest.approx(expected)
 
 
