@@ -54,7 +54,7 @@ COMBINATIONS = [
     *(
         (stage, DATA[0], (name,))
         for stage in ("diffusion", "controlnet")
-        for name in (*MASKS, *SIZES, "learned_variance", "covariates", "adapter")
+        for name in (*MASKS, *SIZES, "learned_variance", "covariates", "boxes", "adapter")
     ),
 ]
 
