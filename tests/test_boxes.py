@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import with_latents_of
+from builders import script, with_latents_of
 from conftest import TinyStage
 
 from fibldm import UNKNOWN_LABEL
@@ -419,3 +419,22 @@ def test_boxes_beside_a_mask_are_those_of_the_masks_own_volume(
     field = part.canonical().grid
     place = np.linalg.solve(field.affine[:3, :3], np.array(recorded["centre"]) - field.affine[:3, 3]) + 0.5
     assert np.allclose(place / field.shape, [0.3, 0.5, 0.5], atol=1e-3)
+
+
+# --- the measurement
+
+
+def test_the_measurement_finds_the_balls_of_its_own_phantoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = script("measure_boxes", monkeypatch)
+    rows = []
+    for number in range(4):
+        grey, _ = measuring.phantom(np.random.default_rng([0, number]), 48)
+        balls = measuring.draw_balls(np.random.default_rng([0, number]), 48)
+        assert all(len(read_boxes(ball.text)) == 1 for ball in balls)
+        rows.append(measuring.compared(balls, measuring.parts_of(grey, 48), 4))
+    assert {name for row in rows for name in row["asked"]} == {"bright", "dark"}
+    perfect = measuring.figures(rows)
+    assert perfect["centres found"] == perfect["absent"] == 1 and perfect["extent r"] > 0.98
+    empty = [row | {"there": [], "boxes": [box | {"within_a_cell": False} for box in row["boxes"]]} for row in rows]
+    assert measuring.figures(empty)["centres found"] == 0 and measuring.figures(empty)["extent r"] is None
+    assert measuring.figures([{"asked": [], "there": ["dark"], "boxes": []}])["absent"] == 0.5
