@@ -18,6 +18,7 @@ from fibldm.cli import run as cli
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
+from fibldm.models.conditions.boxes import BoxClass, BoxEncoding
 from fibldm.models.conditions.condition import Case, Condition
 from fibldm.models.conditions.covariates import CovariateEncoding, CovariateTokens
 from fibldm.models.conditions.mask import MaskEncoding
@@ -32,6 +33,7 @@ from fibldm.synthesis.definitions import build
 from fibldm.training.latents import Latents
 from fibldm.training.prepare_batch import LatentPrepareBatch
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.grid import Grid
 from fibldm.volumes.writer import sidecar
 
 FIELD = FieldStrength(1.5, 3.0)
@@ -39,10 +41,20 @@ MASK = MaskEncoding((0, 1, 4), 4)
 COVARIATES = CovariateEncoding.fit(["age", "sex"], [{"age": 40, "sex": "F"}, {"age": 60, "sex": "M"}])
 LABELS = torch.tensor([0, 1, 4, 1]).repeat_interleave(4).view(1, 1, 16, 1, 1).expand(2, 1, 16, 16, 16)
 CASE = Case(LABELS[0], {"age": 50.0, "sex": "F", "tesla": 3.0})
+BOXES = BoxEncoding(
+    {name: BoxClass(value, (4.0,) * 3, (64.0,) * 3, 2) for name, value in (("lung", 1), ("tumour", 4))},
+    (4, 4, 4),
+    (1,) * 3,
+)
+GRID = Grid((16, 16, 16), np.eye(4))
+LAYOUT = BOXES.place(
+    BOXES.read("lung 4x16x16mm at 5.5,7.5,7.5; lung 4x16x16mm at 13.5,7.5,7.5; 4 4x16x16mm at 9.5,7.5,7.5"), GRID
+)
 EVERY: dict[str, tuple[Condition, Any]] = {
     "mask": (MASK, LABELS),
     "covariates": (COVARIATES, [{"age": 50.0, "sex": "F"}] * 2),
     "field": (FIELD, [3.0, 3.0]),
+    "boxes": (BOXES, [LAYOUT] * 2),
 }
 MADE_UP = str(Path(__file__).with_name("made_up_condition.yaml"))
 
@@ -66,7 +78,8 @@ def test_every_condition_keeps_what_its_kind_promises(name: str) -> None:
     if name != "mask":  # of which an envelope in millimetres knows that, and whose values are volumes
         asked = condition.read(values[0])
         assert condition.check(asked, allow=False) == []
-        assert torch.equal(condition.encode([condition.read(None)]), condition.null(before[:1]))
+        nothing = condition.place(condition.within(condition.read(None), GRID), GRID)
+        assert torch.equal(condition.encode([nothing]), condition.null(before[:1]))
         json.dumps([condition.recorded(asked), condition.facts()])
 
 
@@ -97,7 +110,7 @@ def test_where_the_first_condition_is_unknown_all_are() -> None:
     alone = ~made["field"].any(dim=1) & ~nothing
     assert not made["field"][nothing].any() and 20 < int(alone.sum()) < 110
     assert torch.equal(shown(mask={"all": 0.4})["mask"], made["mask"])
-    with pytest.raises(FibldmError, match="dropout must be of mask, covariates, field; got {'feild'}"):
+    with pytest.raises(FibldmError, match="dropout must be of mask, covariates, field, boxes; got {'feild'}"):
         shown(feild=0.1)
 
 

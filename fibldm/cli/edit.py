@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fibldm.cli.synthesize import read_named
+from fibldm.cli.synthesize import read_named, with_boxes
 
 
 def edit(
@@ -53,6 +53,10 @@ def edit(
     condition: Annotated[
         list[str], typer.Option(metavar="NAME=VALUE", help="Further condition of the generator; repeatable.")
     ] = [],
+    box: Annotated[
+        list[str],
+        typer.Option(metavar="BOX", help="As of fibldm synthesize; places are those of the whole scan; repeatable."),
+    ] = [],
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Proceed although the mask lies outside the training range.")
     ] = False,
@@ -73,7 +77,10 @@ def edit(
     from fibldm.typed_settings import counted
 
     log_to_standard_error()
-    options |= {"covariates": read_named(covariate), "conditions": read_named(condition, "--condition")}
+    options |= {
+        "covariates": read_named(covariate),
+        "conditions": with_boxes(read_named(condition, "--condition"), box),
+    }
     given = {name: options[name] for name in OPTIONS if options.get(name) is not None}
     outputs = edit_files(
         scan,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+_LISTS = ("datalist.json", "intensity.json", "report.json")
+
 
 def prepare(
     source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
@@ -55,6 +57,10 @@ def prepare(
     facts: Annotated[
         str | None, typer.Option(help="spacing: add the voxel spacing of each file as covariates spacing_x_mm, ...")
     ] = None,
+    boxes: Annotated[
+        bool,
+        typer.Option("--boxes", help="Also write boxes.csv: the boxes around the connected parts of every label."),
+    ] = False,
     hide_names: Annotated[
         bool, typer.Option("--hide-names", help="Name cases by hashes instead of file names (always for DICOM).")
     ] = False,
@@ -78,6 +84,7 @@ def prepare(
     from fibldm.datasets.fitting_grid import fitting_grid
     from fibldm.datasets.preparation import prepare as prepare_dataset
     from fibldm.datasets.settings import PrepareSettings, parse_label_names, parse_remap
+    from fibldm.datasets.work_folder import BOXES
     from fibldm.workers import cores
 
     settings = PrepareSettings(
@@ -107,13 +114,17 @@ def prepare(
     for line in (*table(report.findings), *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))
+    if boxes:
+        from fibldm.datasets.boxes import write_boxes
+
+        print(f"boxes: {write_boxes(report.work)} in {report.work / BOXES}")
     grid = fitting_grid(report.work)
     print(
         "a model grid that cuts nothing off, for your data configuration (a coarser one is faster; `fibldm plan` says "
         f"what fits):\n  spacing: {list(grid.spacing)}\n  size: {list(grid.size)}"
     )
     return {
-        "outputs": [str(report.work / name) for name in ("datalist.json", "intensity.json", "report.json")],
+        "outputs": [str(report.work / name) for name in (*_LISTS, *([BOXES] if boxes else []))],
         "counts": dict(report.counts),
         "grid": {"spacing": list(grid.spacing), "size": list(grid.size)},
         "unchanged": report.unchanged,

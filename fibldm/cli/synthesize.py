@@ -87,6 +87,14 @@ def synthesize(
             "them.",
         ),
     ] = [],
+    box: Annotated[
+        list[str],
+        typer.Option(
+            metavar="BOX",
+            help='Box of a generator trained with --config boxes, such as "tumour 40x30x20mm at 10,-20,35" (centre, '
+            'RAS+ mm; also "at 50%,40%,60%", or "voxels"); repeatable. "none" asks for no boxes.',
+        ),
+    ] = [],
     conditions_table: Annotated[
         Path | None,
         typer.Option(
@@ -166,7 +174,8 @@ def synthesize(
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
     further = [*condition, *([] if text is None else [f"text={text}"])]
-    options |= {"conditions": read_named(further, "--condition"), "own_conditions": data if own_conditions else None}
+    options |= {"conditions": with_boxes(read_named(further, "--condition"), box)}
+    options["own_conditions"] = data if own_conditions else None
     options["adapters"] = read_strengths(adapter)
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:
@@ -251,6 +260,19 @@ def read_strengths(texts: list[str], option: str = "--adapter", what: str = "FIL
             raise FibldmError(f"{option} must name each {what} once; {path} came twice", "give it one strength")
         strengths[path] = number
     return strengths
+
+
+def with_boxes(conditions: Mapping[str, str], boxes: list[str]) -> dict[str, str]:
+    """What is asked of further conditions, with the boxes of ``--box``.
+
+    Raises:
+        FibldmError: boxes are asked for twice.
+    """
+    from fibldm.errors import FibldmError
+
+    if boxes and "boxes" in conditions:
+        raise FibldmError("boxes must be asked for once; got --box and --condition boxes", "leave out one of them")
+    return {**conditions, **({"boxes": ";".join(boxes)} if boxes else {})}
 
 
 def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:

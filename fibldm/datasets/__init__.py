@@ -9,6 +9,7 @@
 * ``checks``, ``masks``, ``lung``, ``bias_field``: what a case needs: its checks, its masks, masks from HU, N4
 * ``preparation``: the whole of ``fibldm prepare``
 * ``work_folder``: write the work folder, whole or not at all
+* ``boxes``: the boxes of its masks as a table
 * ``fitting_grid``: the model grid that a work folder asks for
 * ``slices``: axial slices of a work folder, for networks in two dimensions
 * ``torch_datasets`` (with ``torch_items``): work folders as torch datasets, and torch datasets as sources

@@ -24,6 +24,9 @@ from fibldm.volumes.intensity import Intensity
 WRITTEN = ("images", "labels", "intensity.json", "datalist.json", "report.json")
 """What a work folder holds, in the order of writing."""
 
+BOXES = "boxes.csv"
+"""What it holds if that is asked for, see `fibldm.datasets.boxes`."""
+
 STAGING = ".preparing"
 _UNNAMED = {"case": "", "image": "", "label": ""}
 
@@ -61,7 +64,7 @@ def replaced(work: Path) -> Iterator[Path]:
         for name in WRITTEN[:2]:
             (folder / name).mkdir(parents=True, exist_ok=True)
         yield folder
-        for name in reversed(WRITTEN):
+        for name in (BOXES, *reversed(WRITTEN)):
             _remove(work / name)
         for name in WRITTEN:
             (folder / name).rename(work / name)
@@ -230,7 +233,7 @@ def foreign_files(work: Path, *, ours: bool, complete: bool) -> list[str]:
         ours: whether its report is one of a preparation.
         complete: whether that preparation ended well.
     """
-    allowed = (*(WRITTEN if ours and complete else WRITTEN[-1:] if ours else ()), STAGING, SALT_FILE)
+    allowed = (*((*WRITTEN, BOXES) if ours and complete else WRITTEN[-1:] if ours else ()), STAGING, SALT_FILE)
     return sorted(path.name for path in work.glob("*") if path.name not in allowed)
 
 

@@ -16,6 +16,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.inpainting import KnownLatents
 from fibldm.models.tiling import tiled_encode
 from fibldm.synthesis import PreparedMask, SamplingSettings, SynthesisRequest, Synthesizer
+from fibldm.synthesis.asked import meant
 from fibldm.volumes.grid import Grid, Volume, resample, turned_like
 from fibldm.volumes.masks import as_labels
 
@@ -173,7 +174,8 @@ class Editor:
         def part(array: NDArray[Any]) -> Volume:
             return Volume(array[place], affine, scan.space)
 
-        asked = SynthesisRequest(part(mask.array), request.name, request.number, request.conditions)
+        conditions = meant(self.synthesizer.beside, request.conditions, scan.grid)
+        asked = SynthesisRequest(part(mask.array), request.name, request.number, conditions)
         prepared = self.synthesizer.prepare(asked, allow_extrapolation=allow_extrapolation)
         return _Window(place, prepared, part(scan.array), region[place])
 

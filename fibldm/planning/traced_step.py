@@ -6,13 +6,14 @@ without values (`fibldm.planning.live_bytes`).
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import list_data_collate
@@ -20,6 +21,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.models.conditions.condition import Condition, present
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.runs.causes import unwrapped
@@ -29,6 +31,8 @@ from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
 from fibldm.training.latents import Latents, covariates_by_case
 from fibldm.volumes.datalist import load_datalist, read_datalist
+from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.grid import ModelGrid, resample
 
 _RUN = Path("plan")  # a run that is never made
 _SPLITS = ("training", "validation")
@@ -241,7 +245,23 @@ def imagined_latents(autoencoder: ConfigParser, encoding: ConfigParser, work: Pa
         "compression": list(network.compression),
         "grid": grid,
     }
-    return Latents(_RUN, facts)
+    return _Imagined(_RUN, facts, work, masks_only=bool(encoding.get_parsed_content("masks_only")))
+
+
+@dataclass(frozen=True)
+class _Imagined(Latents):
+    """Latents that are not made yet; what is fitted to masks is so to those of the work folder."""
+
+    work: Path
+    masks_only: bool
+
+    def training_labels(self) -> Iterator[Tensor]:
+        grid = ModelGrid(*(tuple(self.facts["grid"][part]) for part in ("spacing", "size")))
+        for case in load_datalist(str(self.work), "training", masks=self.masks_only):
+            if "label" in case:
+                mask = read_volume(case["label"]).canonical()
+                moved = resample(mask, grid.training_grid(mask.grid), kind="label", fill=UNKNOWN_LABEL)
+                yield torch.from_numpy(moved.array.astype(np.uint8))[None]
 
 
 def _views(work: Path, split: str, encoding: ConfigParser) -> list[dict[str, str]]:

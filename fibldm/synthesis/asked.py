@@ -14,6 +14,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.models.conditions.condition import Condition
 from fibldm.volumes.datalist import SPLITS, known_of, read_datalist
+from fibldm.volumes.grid import Grid
 from fibldm.volumes.masks import mask_stem
 
 COVARIATES = "covariates"
@@ -76,6 +77,26 @@ def read(kinds: Mapping[str, Condition], asked: Asked) -> dict[str, Any]:
     """
     check_names([name for name in kinds if name != COVARIATES], asked)
     return {name: kind.read(asked.get(name)) for name, kind in kinds.items()}
+
+
+def within(kinds: Mapping[str, Condition], values: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """Values, as `read` gives them, as they are meant for the volume on a grid; see `Condition.within`.
+
+    Raises:
+        FibldmError: one does not fit that volume.
+    """
+    return {name: kind.within(values[name], grid) for name, kind in kinds.items()}
+
+
+def meant(kinds: Mapping[str, Condition], asked: Asked, grid: Grid) -> dict[str, Any]:
+    """What is asked, where that may be relative to a volume: as it is meant for the one on a grid.
+
+    Raises:
+        FibldmError: see `read` and `within`.
+    """
+    values = read(kinds, asked)
+    placed = within(kinds, values, grid)
+    return {**asked, **{name: part for name, part in placed.items() if part is not values[name]}}
 
 
 def check(kinds: Mapping[str, Condition], values: Mapping[str, Any], *, allow: bool) -> list[str]:

@@ -29,7 +29,7 @@ from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
 from fibldm.synthesis.adapters import with_adapters
-from fibldm.synthesis.asked import check, read, together
+from fibldm.synthesis.asked import check, read, together, within
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
@@ -273,12 +273,13 @@ class Synthesizer:
             )
         source = as_labels(request.mask or self._unknown()).canonical()
         self.mask.read(torch.from_numpy(source.array.astype(np.int64)))
-        asked = read(self.beside, request.conditions)
+        asked = within(self.beside, read(self.beside, request.conditions), source.grid)
         outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
         outside += check(self.beside, asked, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
-        return PreparedMask(request, source, grid, asked, outside)
+        placed = {name: kind.place(asked[name], grid) for name, kind in self.beside.items()}
+        return PreparedMask(request, source, grid, placed, outside)
 
     def _check_unknown(self, labels: Volume, *, allow: bool) -> list[str]:
         """A mask that asks for nothing, of a network that never saw one."""

@@ -116,6 +116,13 @@ class Latents:
         """What is known of each case of "training" or "validation", by its name."""
         return {item["case"]: self.known_of(item["case"]) for item in self.facts["items"][split]}
 
+    def training_labels(self) -> Iterator[Tensor]:
+        """The mask of each training case on the model grid, not augmented, ``(1, X, Y, Z)``."""
+        plain = {item["case"]: item for item in reversed(self.items("training"))}  # its first view
+        for item in reversed(plain.values()):
+            with safe_open(item["file"], framework="pt") as content:
+                yield content.get_tensor("labels")
+
     def known_of(self, case: str) -> dict[str, Any]:
         """The covariates of a case, by name; None where one is unknown."""
         known: dict[str, Any] = self.facts.get("covariates", {}).get(case, {})

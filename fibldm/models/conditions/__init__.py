@@ -6,4 +6,5 @@
 * ``text`` (with ``text_encoders``): findings and reports as tokens of an encoder
 * ``text_tokens``: what a network sees of them
 * ``covariates``: age, sex and the like as tokens for cross-attention
+* ``boxes`` (with ``box_texts`` and ``box_cells``): where things of a class are and how large, in any number
 """

@@ -143,6 +143,30 @@ class Condition(ABC):
             )
         return findings
 
+    def within(self, value: Any, grid: Any) -> Any:
+        """A value, as read, as it is meant for the volume that people get, such as places that were relative to it.
+
+        Args:
+            value: as read.
+            grid: of the mask, with axes in RAS+ order; the model grid where there is no mask.
+
+        Raises:
+            FibldmError: it does not fit that volume.
+        """
+        return value
+
+    def place(self, value: Any, grid: Any) -> Any:
+        """A value, as `within` gives it, on the model grid; what is encoded.
+
+        Args:
+            value: as read.
+            grid: the model grid of the volume, a `fibldm.volumes.grid.Grid`.
+
+        Raises:
+            FibldmError: it cannot be placed there.
+        """
+        return value
+
     def recorded(self, value: Any) -> Any:
         """A value, as read, for a sidecar: plain values, None where something is unknown."""
         return value
