@@ -87,6 +87,14 @@ def synthesize(
             "them.",
         ),
     ] = [],
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SCAN",
+            help="Image of the patient (file, or folder of DICOM) that all volumes follow, of a generator trained "
+            "with one: the same as --condition image=SCAN. Without masks, volumes come on its grid.",
+        ),
+    ] = None,
     conditions_table: Annotated[
         Path | None,
         typer.Option(
@@ -161,7 +169,8 @@ def synthesize(
 
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
-    options |= {"conditions": read_named(condition, "--condition"), "own_conditions": data if own_conditions else None}
+    conditions = read_named([*condition, *([f"image={image}"] if image is not None else [])], "--condition")
+    options |= {"conditions": conditions, "own_conditions": data if own_conditions else None}
     options["adapters"] = read_strengths(adapter)
     given = {name: options[name] for name in OPTIONS if options[name] is not None}
     if guidance is not None and guidance > 5:

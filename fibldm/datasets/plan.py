@@ -10,6 +10,7 @@ from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.lung import LABELS as LUNGS
 from fibldm.datasets.pseudonyms import Pseudonyms, public_cases
+from fibldm.datasets.second_image import check_second
 from fibldm.datasets.settings import OF_THE_DATASET, PrepareSettings
 from fibldm.datasets.source import Source
 from fibldm.datasets.split import find_subjects, given_split, split_cases
@@ -24,6 +25,7 @@ _MODALITY_NAMES = {
     "ct": "ct",
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
+_LATER = ("facts", "second_modality", "second_window")
 _ONLY_FOR = {"window": "ct", "range": "other", "derive": "ct", "bias_field": "mr"}
 
 
@@ -84,7 +86,7 @@ class Plan:
             "settings": {
                 key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
                 for key, value in asdict(self.settings).items()
-                if key != "facts" or value  # which came later than the first work folders
+                if key not in _LATER or value  # which came later than the first work folders
             },
             "dataset": {
                 "name": source.name,
@@ -115,6 +117,7 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
     source = numbered_as_asked(source, settings.labels)
     modality = _modality(source, settings)
     _check(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
+    check_second(settings, sum(bool(case.second) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
     cases = public_cases(find_subjects(cases, findings, settings.subject_pattern), settings, pseudonyms, findings)
     given_split(cases)

@@ -18,10 +18,13 @@ class Case(NamedTuple):
     Attributes:
         labels: its mask on the model grid, integers ``(1, X, Y, Z)``.
         known: what is known of the patient, by name; None is unknown.
+        images: further images of the patient on the model grid ``(2, X, Y, Z)``, by name: normalised voxels, and 1
+            where they are known, 0 elsewhere.
     """
 
     labels: Tensor
     known: Mapping[str, object]
+    images: Mapping[str, Tensor] = {}
 
 
 class Condition(ABC):
@@ -42,10 +45,12 @@ class Condition(ABC):
     Attributes:
         what: how messages call it.
         kept_as: type of the encoded cases that are kept in memory.
+        of_scan: whether it is asked for by a scan, which whoever asks opens before it is read.
     """
 
     what: ClassVar[str]
     kept_as: ClassVar[torch.dtype] = torch.float32
+    of_scan: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -63,6 +68,22 @@ class Condition(ABC):
         Raises:
             FibldmError: it cannot be asked for; says all that is wrong.
         """
+
+    def place(self, value: Any, grid: Any) -> Any:
+        """A value, as read, on the model grid of one volume, as `encode` takes it; most kinds lie nowhere in space.
+
+        Args:
+            value: as read.
+            grid: a `fibldm.volumes.grid.Grid`.
+
+        Raises:
+            FibldmError: it does not lie where the volume will.
+        """
+        return value
+
+    def brings_grid(self, value: Any) -> Any:
+        """The grid on which a volume comes that follows no mask; None where a value, as read, says nothing of it."""
+        return None
 
     @abstractmethod
     def encode(self, values: Any) -> Tensor:

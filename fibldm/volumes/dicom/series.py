@@ -126,8 +126,10 @@ def read_series(files: Sequence[Path]) -> Scan:
     voxels = read_voxels(ordered, modality)
     volume = Volume(voxels.array.transpose(2, 1, 0), affine).canonical()
     findings = (*_left_out(len(frames) - len(images)), *voxels.findings)
-    facts = _facts(ordered)
-    return Scan(volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality)
+    facts, frame = _facts(ordered), _text(ordered[0].header, "FrameOfReferenceUID")
+    return Scan(
+        volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality, frame_of_reference=frame
+    )
 
 
 def _header(file: Path) -> "Dataset | None":
