@@ -60,7 +60,7 @@ def write_dataset(folder: Path, *, without: tuple[int, ...] = (), **changes: Any
         draw = np.random.default_rng(number)
         body = ball((32, 32, 32), CT_AFFINE, 40 + number)
         ct = np.where(body, 40, -1000) + draw.integers(-5, 5, body.shape)
-        mr = 100.0 + 400 * ball(MR_SHAPE, MR_AFFINE, 12) + draw.normal(0, 3, MR_SHAPE)
+        mr = 100.0 + 400 * ball(MR_SHAPE, MR_AFFINE, 18) + draw.normal(0, 3, MR_SHAPE)
         write_nifti(folder / f"ct{number}.nii.gz", ct.astype(np.int16), CT_AFFINE)
         write_nifti(folder / f"mask{number}.nii.gz", body.astype(np.uint8), CT_AFFINE)
         write_nifti(folder / f"mr{number}.nii.gz", mr.astype(np.float32), MR_AFFINE)
@@ -148,7 +148,7 @@ def test_a_network_follows_an_image_in_what_the_mask_leaves_open() -> None:
 
 
 def test_an_image_of_another_grid_lies_where_it_was_and_is_unknown_elsewhere() -> None:
-    mr = 100.0 + 400 * ball(MR_SHAPE, MR_AFFINE, 12)
+    mr = 100.0 + 400 * ball(MR_SHAPE, MR_AFFINE, 18)
     grid = Grid((40, 32, 32), CT_AFFINE)
     voxels, known = on_grid(Volume(mr, MR_AFFINE), grid, Intensity.from_dict(PERCENTILES))
     bright = np.argwhere(voxels > 0.5).mean(axis=0)
@@ -173,8 +173,8 @@ def test_images_of_different_places_are_refused() -> None:
 def test_an_augmented_view_moves_both_images_alike() -> None:
     """As the image itself is moved, which a second one that equals it shows."""
     moving = RandAffined(
-        ["image", "label", "valid"], 1.0, [0.3] * 3, translate_range=[3] * 3, mode=[5, "nearest", "nearest"],
-        padding_mode=["nearest", "border", "border"],
+        ["image", "label", "valid"], prob=1.0, rotate_range=[0.3] * 3, translate_range=[3] * 3,
+        mode=[5, "nearest", "nearest"], padding_mode=["nearest", "border", "border"],
     )  # fmt: skip
     stage = EncodeStage(
         "run", datalist={}, preprocessing=Compose(), augmentation=Compose([moving]), views=3, facts={}, inputs={},

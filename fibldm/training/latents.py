@@ -188,7 +188,7 @@ class EncodeStage:
     Args:
         run_dir: the run folder.
         datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``case``, ``subject`` and, but for
-            cases of which nothing is known, ``label``, perhaps ``second_image``; whatever else they hold are covariates.
+            cases of which nothing is known, ``label``, perhaps ``second_image``; all else they hold are covariates.
         preprocessing: to the model grid: ``image``, ``label`` and ``valid``.
         augmentation: random, on the three together.
         views: of every training case, the plain one included.

@@ -17,7 +17,9 @@ _SHOWN = 3
 
 
 def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[dict[str, Any]]:
-    """The cases of one split of a work folder, with absolute paths under ``image`` and, where there are, ``label`` and ``second_image``.
+    """The cases of one split of a work folder, with absolute paths.
+
+    They lie under ``image`` and, where a case has one, ``label`` and ``second_image``.
 
     Args:
         work: the folder that ``fibldm prepare`` wrote.

@@ -77,10 +77,10 @@ def is_manifest(path: Path) -> bool:
 def read_manifest(path: Path, findings: Findings) -> tuple[tuple[str, ...], list[Row]]:
     """Channels and rows of a manifest with the column image, or one column ``image:NAME`` a channel, as ``image:T1``.
 
-    Optional columns: label and second_image (may be empty: a case without one), case, subject, split. Every other column
-    is a covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called label.csv or
-    labels.csv without the columns image and label has the image in its first and the mask in its second column, under
-    any header. Rows that are wrong, and columns that are left out, go to ``findings``.
+    Optional columns: label and second_image (may be empty: a case without one), case, subject, split. Every other
+    column is a covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called
+    label.csv or labels.csv without the columns image and label has the image in its first and the mask in its second
+    column, under any header. Rows that are wrong, and columns that are left out, go to ``findings``.
 
     Raises:
         FibldmError: the file is no CSV text, or a required column is missing or stands twice.

@@ -158,7 +158,8 @@ class ImageEncoding(Condition):
         return "unknown" if scan is None else scan.name
 
     def facts(self) -> dict[str, Any]:
-        return {"scan": {"ct": "CT", "mr": "MR"}.get(self.modality, "image"), "intensity": dict(self.intensity)}
+        told = {name: value for name, value in self.intensity.items() if not name.startswith("output_")}
+        return {"scan": {"ct": "CT", "mr": "MR"}.get(self.modality, "image"), **told}
 
 
 class ImageMixture(nn.Module):
