@@ -361,7 +361,7 @@ class EncodeStage:
                 **({"draw": self.draw} if self.draw != "sample" else {}),
                 "residual_noise": self._measure_residual_noise(items["training"], first_stage),
                 **({"covariates": covariates} if any(covariates.values()) else {}),
-                **self._about_second(),
+                **about_second_images([case for split in _SPLITS for case in self.datalist[split]]),
                 **({"fitted": known["fitted"]} if "fitted" in known else {}),
                 "items": items,
             },
@@ -374,11 +374,6 @@ class EncodeStage:
         counts = [len(items[split]) for split in _SPLITS]
         said = "latents: %d training and %d validation views of %d channels and %s cells"
         _logger.info(said, *counts, first_stage.latent_channels, cells)
-
-    def _about_second(self) -> dict[str, Any]:
-        """What the second images of the cases have in common, where there are some."""
-        listed = [case[SECOND_IMAGE] for split in _SPLITS for case in self.datalist[split] if SECOND_IMAGE in case]
-        return {SECOND_IMAGE: SecondImages.beside(listed[0]).to_dict()} if listed else {}
 
     def _measure_residual_noise(
         self, items: Sequence[dict[str, str]], first_stage: FrozenFirstStage
@@ -537,6 +532,12 @@ class EncodeStage:
 def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What a datalist says of its cases beside their files and patients, by case and name."""
     return {case["case"]: known_of(case) for case in cases}
+
+
+def about_second_images(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``latents.json`` says of the second images of a datalist's cases, where there are some."""
+    files = [case[SECOND_IMAGE] for case in cases if SECOND_IMAGE in case]
+    return {SECOND_IMAGE: SecondImages.beside(files[0]).to_dict()} if files else {}
 
 
 def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
