@@ -71,8 +71,8 @@ def check_promises(condition: TextEncoding) -> None:
     assert asked == TEXTS[0] and condition.check(asked, allow=False) == []
     encoded = condition.encode([asked, TEXTS[2]])
     assert encoded.shape == (2, *condition.shape((4, 4, 4)))
-    assert torch.equal(condition.encode_case(Case(torch.zeros(1), CASES["case-0"], "case-0")), encoded[0])
-    unknown = condition.encode_case(Case(torch.zeros(1), CASES["unsaid"], "unsaid"))
+    assert torch.equal(condition.encode_case(Case(torch.zeros(1), CASES["case-0"], name="case-0")), encoded[0])
+    unknown = condition.encode_case(Case(torch.zeros(1), CASES["unsaid"], name="unsaid"))
     assert torch.equal(unknown, condition.null(encoded)[0]) and not unknown.any()
     assert torch.equal(condition.encode([None])[0], unknown) and encoded[0].any()
     one = condition.drop(encoded, torch.tensor([[True], [False]]))
@@ -111,9 +111,9 @@ def test_embeddings_may_be_known_by_the_names_of_cases(tmp_path: Path) -> None:
     write_tensors(file, {name: torch.randn(WIDTH) for name in CASES})
     known: dict[str, dict[str, object]] = {name: {} for name in CASES}
     condition = TextEncoding.fit(file, known)
-    shown = condition.encode_case(Case(torch.zeros(1), {}, "case-1"))
+    shown = condition.encode_case(Case(torch.zeros(1), {}, name="case-1"))
     assert shown[0, -1] == 1 and shown[:, -1].sum() == 1 and torch.equal(shown, condition.encode(["case-1"])[0])
-    assert not condition.encode_case(Case(torch.zeros(1), {}, "another")).any()
+    assert not condition.encode_case(Case(torch.zeros(1), {}, name="another")).any()
     with pytest.raises(FibldmError, match="1 of 6 cases have none, the first is new"):
         TextEncoding.fit(file, {**CASES, "new": {"text": FAR}})
 

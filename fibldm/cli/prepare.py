@@ -71,6 +71,19 @@ def prepare(
         str | None, typer.Option(help="Regular expression matched on the image path; its first group is the patient.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into training, validation and test.")] = 0,
+    second_modality: Annotated[
+        str | None,
+        typer.Option(
+            help="Modality of the column second_image of the table, an image as a condition: ct, mr or other."
+        ),
+    ] = None,
+    second_window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Second images: values mapped to -1 and 1; CT in HU (default: -1000,1000), other in their units.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes; default: one per CPU core.")] = None,
     keep_salt: Annotated[
         bool, typer.Option("--keep-salt", help="Store the salt of the pseudonyms in the work folder.")
@@ -108,6 +121,8 @@ def prepare(
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,
         seed=seed,
+        second_modality=second_modality,
+        second_window=second_window,
     )
     workers = workers if workers is not None else cores()
     report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)

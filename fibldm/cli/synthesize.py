@@ -95,6 +95,14 @@ def synthesize(
             'RAS+ mm; also "at 50%,40%,60%", or "voxels"); repeatable. "none" asks for no boxes.',
         ),
     ] = [],
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SCAN",
+            help="Image of the patient (file, or folder of DICOM) that all volumes follow, of a generator trained "
+            "with one: the same as --condition image=SCAN. Without masks, volumes come on its grid.",
+        ),
+    ] = None,
     conditions_table: Annotated[
         Path | None,
         typer.Option(
@@ -173,7 +181,7 @@ def synthesize(
 
     log_to_standard_error()
     options |= {"format": output_format, "covariates": read_named(covariate)}
-    further = [*condition, *([] if text is None else [f"text={text}"])]
+    further = [*condition, *([] if text is None else [f"text={text}"]), *([] if image is None else [f"image={image}"])]
     options |= {"conditions": with_boxes(read_named(further, "--condition"), box)}
     options["own_conditions"] = data if own_conditions else None
     options["adapters"] = read_strengths(adapter)

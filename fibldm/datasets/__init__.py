@@ -7,6 +7,7 @@
 * ``plan``: all that is settled before a voxel is read, with ``split`` (by patient) and ``pseudonyms`` (privacy)
 * ``case``: one case, read, checked and written
 * ``checks``, ``masks``, ``lung``, ``bias_field``: what a case needs: its checks, its masks, masks from HU, N4
+* ``second_image``, ``stored_image``: another image of the patient, checked; images as a work folder holds them
 * ``preparation``: the whole of ``fibldm prepare``
 * ``work_folder``: write the work folder, whole or not at all
 * ``boxes``: the boxes of its masks as a table

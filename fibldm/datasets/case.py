@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from fibldm.datasets.checks import (
-    AIR,
     PERCENTILES,
-    as_float32,
     extent_findings,
     grid_findings,
     image_findings,
@@ -23,12 +21,15 @@ from fibldm.datasets.checks import (
 )
 from fibldm.datasets.findings import Finding, Findings
 from fibldm.datasets.masks import read_mask
+from fibldm.datasets.second_image import second_image
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Mask
+from fibldm.datasets.stored_image import stored_image
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array, Grid, Volume, resample
 from fibldm.volumes.scan import Covariate, Scan
+from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
 from fibldm.volumes.writer import write_nifti
 
 
@@ -47,6 +48,8 @@ class CaseFacts:
         label_voxels: hash of the label's voxels as written; ``None`` without a mask.
         acquisition: what the files say of how the image was made.
         derived: whether the mask was derived from the image.
+        second_sha256: hash of the bytes of the second image's files, where there is one.
+        second_voxels: hash of its voxels and grid as written; ``None`` without one.
     """
 
     shape: tuple[int, int, int]
@@ -59,6 +62,14 @@ class CaseFacts:
     label_voxels: str | None
     acquisition: Mapping[str, Covariate]
     derived: bool = False
+    second_sha256: tuple[str, ...] = ()
+    second_voxels: str | None = None
+
+    @property
+    def voxels(self) -> list[str | None]:
+        """Hashes of all voxels as written."""
+        second = [] if self.second_voxels is None else [self.second_voxels]
+        return [self.image_voxels, self.label_voxels, *second]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CaseFacts":
@@ -88,7 +99,8 @@ class Record:
 
 
 def prepare_case(case: Case, settings: PrepareSettings, folder: Path | None) -> Record:
-    """Read and check a case and, where nothing forbids it, write ``images/`` and ``labels/CASE.nii.gz``.
+    """Read and check a case and, where nothing forbids it, write ``images/`` and ``labels/CASE.nii.gz``, and
+    ``second_images/`` where there is one.
 
     Args:
         case: under the name it is written by.
@@ -99,10 +111,11 @@ def prepare_case(case: Case, settings: PrepareSettings, folder: Path | None) -> 
         FibldmError: the folder cannot be written; what is wrong with the case is a finding.
     """
     findings = Findings(case.name, case.files if case.private else ())
-    image, label = None, None
+    image, label, second = None, None, None
     with findings.collecting():
         image = _image(case, settings, findings)
         label = None if image is None else _label(case, image, settings, findings)
+        second = None if image is None else second_image(case, image, settings, findings)
     if image is None or findings.bad:
         return Record(tuple(findings.listed), None)
     modality = str(settings.modality)
@@ -111,25 +124,12 @@ def prepare_case(case: Case, settings: PrepareSettings, folder: Path | None) -> 
         write_nifti(folder / f"images/{case.name}.nii.gz", stored, image.affine, space=image.space)
         if label is not None:
             write_nifti(folder / f"labels/{case.name}.nii.gz", label.array, image.affine, space=image.space)
+        if second is not None:
+            file = folder / SECOND_IMAGES / f"{case.name}.nii.gz"
+            write_nifti(file, second.array, second.affine, space=second.space)
     derived = label is not None and not case.masks
-    return Record(tuple(findings.listed), _facts(image, stored, label, modality, derived))
-
-
-def stored_image(array: Array, modality: str) -> Array:
-    """The voxels of an image as written: CT in int16 with padding as air (float32 if it has fractions), else float32.
-
-    Args:
-        array: voxels, CT in HU.
-        modality: ``ct``, ``mr`` or ``other``.
-    """
-    if modality != "ct":
-        return as_float32(array)
-    if array.dtype.kind in "iu":
-        signed = array.astype(np.int32) if array.dtype.kind == "u" or array.dtype == np.int8 else array
-        return np.maximum(signed, AIR).astype(np.int16, copy=False)
-    padded = np.maximum(array, AIR)
-    whole = np.rint(padded)
-    return as_float32(padded) if np.abs(padded - whole).max() > 1e-3 else whole.astype(np.int16)
+    facts = _facts(image, stored, label, modality, derived)
+    return Record(tuple(findings.listed), facts if second is None else _with_second(facts, second))
 
 
 def _image(case: Case, settings: PrepareSettings, findings: Findings) -> Scan | None:
@@ -270,6 +270,11 @@ def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derive
         acquisition=dict(image.facts),
         derived=derived,
     )
+
+
+def _with_second(facts: CaseFacts, second: Scan) -> CaseFacts:
+    place = hashlib.sha256(f"{_hash_voxels(second.array)} {np.round(second.affine, 6).tolist()}".encode())
+    return replace(facts, second_sha256=tuple(second.sha256.split("+")), second_voxels=place.hexdigest())
 
 
 def _tuples(value: Any) -> Any:

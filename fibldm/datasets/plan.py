@@ -10,6 +10,7 @@ from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.lung import LABELS as LUNGS
 from fibldm.datasets.pseudonyms import Pseudonyms, public_cases
+from fibldm.datasets.second_image import check_second
 from fibldm.datasets.settings import OF_THE_DATASET, PrepareSettings
 from fibldm.datasets.source import Source
 from fibldm.datasets.split import find_subjects, given_split, split_cases
@@ -25,6 +26,7 @@ _MODALITY_NAMES = {
     "ct": "ct",
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
+_LATER = ("facts", "text", "second_modality", "second_window")
 _ONLY_FOR = {"window": "ct", "range": "other", "derive": "ct", "bias_field": "mr"}
 
 
@@ -85,7 +87,7 @@ class Plan:
             "settings": {
                 key: list(value) if isinstance(value, tuple) else by_text(value) if isinstance(value, dict) else value
                 for key, value in asdict(self.settings).items()
-                if key not in ("facts", "text") or value  # which came later than the first work folders
+                if key not in _LATER or value  # which came later than the first work folders
             },
             "dataset": {
                 "name": source.name,
@@ -116,6 +118,7 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
     source = numbered_as_asked(source, settings.labels)
     modality = _modality(source, settings)
     _check(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
+    check_second(settings, sum(bool(case.second) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
     if settings.text is not None:
         cases = with_texts(cases, settings.text, findings)

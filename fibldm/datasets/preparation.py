@@ -37,6 +37,7 @@ from fibldm.files import hash_value, read_json, write_json, write_text
 from fibldm.locks import alone, beside
 from fibldm.progress import track
 from fibldm.typed_settings import counted
+from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
 from fibldm.workers import in_processes
 
 MAX_LABELS = 200
@@ -173,6 +174,8 @@ def _volumes(earlier: Mapping[str, Any]) -> Iterator[str]:
         yield f"images/{name}.nii.gz"
         if earlier["cases"][name]["label_volume_ml"] is not None:
             yield f"labels/{name}.nii.gz"
+        if "second_sha256" in earlier["cases"][name]:
+            yield f"{SECOND_IMAGES}/{name}.nii.gz"
 
 
 def _differences(earlier: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[str]:
@@ -193,7 +196,7 @@ def _same_files(case: Case, settings: PrepareSettings, earlier: Mapping[str, Any
     if file_stat(case) == about["files"]:
         return True
     facts = prepare_case(case, settings, None).facts
-    return facts is not None and [facts.image_voxels, facts.label_voxels] == about["voxels"]
+    return facts is not None and facts.voxels == about["voxels"]
 
 
 def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progress: bool) -> Checked:
@@ -224,6 +227,8 @@ def _stored_record(folder: Path, name: str, key: str) -> Record | None:
     stored = read_json(path) if path.is_file() else {}
     record = Record.from_dict(stored["record"]) if stored.get("key") == key else None
     volumes = [] if record is None or record.facts is None else [f"images/{name}.nii.gz"]
+    if record is not None and record.facts is not None and record.facts.second_voxels is not None:
+        volumes.append(f"{SECOND_IMAGES}/{name}.nii.gz")
     return record if all((folder / volume).is_file() for volume in volumes) else None
 
 

@@ -50,6 +50,9 @@ class PrepareSettings:
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
         seed: seed of the split.
+        second_modality: of the second images, where there are some: ``ct``, ``mr`` or ``other``.
+        second_window: of second images, what becomes -1 and 1: HU of ``ct``, where ``None`` means -1000 and 1000; units
+            of the files of ``other``, which needs it.
     """
 
     layout: str = "auto"
@@ -72,6 +75,8 @@ class PrepareSettings:
     skip_bad: bool = False
     subject_pattern: str | None = None
     seed: int = 0
+    second_modality: str | None = None
+    second_window: tuple[float, float] | None = None
 
     @property
     def scanner(self) -> bool:

@@ -16,7 +16,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import write_json, write_text
 from fibldm.locks import alone, beside
 from fibldm.progress import track
-from fibldm.volumes.datalist import SPLITS, read_datalist
+from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS, read_datalist
 from fibldm.volumes.grid import SCANNER
 from fibldm.volumes.writer import write_nifti
 
@@ -103,7 +103,8 @@ def _write(
         part = volume.slicer[:, :, index : index + 1]
         space = int(part.header["sform_code"]) or SCANNER
         write_nifti(out / files[key], np.asarray(part.dataobj), part.affine, space=space)
-    return {**entry, **files, "case": case, POSITION: relative_position(index, volumes["image"].shape[2])}
+    about = {name: value for name, value in entry.items() if name != SECOND_IMAGE}  # which are not cut
+    return {**about, **files, "case": case, POSITION: relative_position(index, volumes["image"].shape[2])}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -39,6 +39,7 @@ class Case:
         covariates: what else the dataset says; ``None`` for a missing value.
         private: whether name and path may tell the patient (DICOM); they are then written nowhere.
         item: which image of a pack; ``None`` of a file that holds one case.
+        second: files of another image of the patient, see `fibldm.datasets.second_image`; none where there is none.
     """
 
     name: str
@@ -50,12 +51,13 @@ class Case:
     covariates: Mapping[str, Covariate] = field(default_factory=dict)
     private: bool = False
     item: str | None = None
+    second: Files = ()
 
     @property
     def files(self) -> Files:
         """All files of the case."""
         images = [file for channel in self.images for file in channel]
-        return (*images, *(file for mask in self.masks for file in mask.files))
+        return (*images, *(file for mask in self.masks for file in mask.files), *self.second)
 
 
 @dataclass(frozen=True)

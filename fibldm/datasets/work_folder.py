@@ -15,20 +15,22 @@ from fibldm.datasets.checks import PERCENTILES
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.plan import Plan, by_text
 from fibldm.datasets.pseudonyms import SALT_FILE
+from fibldm.datasets.second_image import about_second
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_json
-from fibldm.volumes.datalist import SPLITS
+from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.second_image import ABOUT
+from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
 
 WRITTEN = ("images", "labels", "intensity.json", "datalist.json", "report.json")
-"""What a work folder holds, in the order of writing."""
+"""What a work folder holds, in the order of writing, beside the second images where there are some."""
 
 BOXES = "boxes.csv"
 """What it holds if that is asked for, see `fibldm.datasets.boxes`."""
 
 STAGING = ".preparing"
-_UNNAMED = {"case": "", "image": "", "label": ""}
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def replaced(work: Path) -> Iterator[Path]:
         for name in WRITTEN[:2]:
             (folder / name).mkdir(parents=True, exist_ok=True)
         yield folder
-        for name in (BOXES, *reversed(WRITTEN)):
+        for name in (BOXES, *reversed(WRITTEN), SECOND_IMAGES):
             _remove(work / name)
+        if (folder / SECOND_IMAGES).exists():
+            (folder / SECOND_IMAGES).rename(work / SECOND_IMAGES)
         for name in WRITTEN:
             (folder / name).rename(work / name)
         shutil.rmtree(folder)
@@ -81,10 +85,11 @@ def write_lists(folder: Path, checked: Checked) -> None:
     """
     plan = checked.plan
     facts = {name: about for name, about in checked.facts.items() if name in plan.splits}
-    for kind in WRITTEN[:2]:
-        for path in (folder / kind).iterdir():
-            if path.name.removesuffix(".nii.gz") not in facts:
-                path.unlink()
+    for path in (path for kind in (*WRITTEN[:2], SECOND_IMAGES) for path in (folder / kind).glob("*")):
+        if path.name.removesuffix(".nii.gz") not in facts:
+            path.unlink()
+    if any(about.second_voxels is not None for about in facts.values()):
+        write_json(folder / SECOND_IMAGES / ABOUT, about_second(plan.settings).to_dict())
     write_json(folder / "intensity.json", _intensity(plan, facts).to_dict())
     write_json(folder / "datalist.json", _datalist(plan, facts))
     write_json(folder / "report.json", report_dict(checked, ok=True))
@@ -132,14 +137,16 @@ def _content_hash(
     plan: Plan, facts: Mapping[str, CaseFacts], labels: Mapping[str, str], splits: Mapping[str, list[dict[str, Any]]]
 ) -> str:
     """Of all that training sees; cases and patients count by their voxels, as their names may depend on the salt."""
-    voxels = {name: hash_value([a.spacing, a.image_voxels, a.label_voxels]) for name, a in facts.items()}
+    voxels = {name: hash_value([a.spacing, *a.voxels]) for name, a in facts.items()}
     first: dict[str, str] = {}
     for name in sorted(facts, key=voxels.__getitem__):
         first.setdefault(plan.subjects[name], voxels[name])
     about = {"labels": labels, "modality": plan.modality, "channels": list(plan.source.channels)}
+    if any(a.second_voxels is not None for a in facts.values()):
+        about[SECOND_IMAGES] = about_second(plan.settings).to_dict()
     entries = {
         split: sorted(
-            (voxels[entry["case"]], hash_value(entry | {"subject": first[entry["subject"]], **_UNNAMED}))
+            (voxels[entry["case"]], hash_value(_unnamed(entry) | {"subject": first[entry["subject"]]}))
             for entry in listed
         )
         for split, listed in splits.items()
@@ -147,8 +154,15 @@ def _content_hash(
     return hash_value({**about, **entries})
 
 
+def _unnamed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the datalist without the names of case and files."""
+    second = {SECOND_IMAGE: ""} if SECOND_IMAGE in entry else {}
+    return {**entry, "case": "", "image": "", "label": "", **second}
+
+
 def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
     label = {} if about.label_ml is None else {"label": f"labels/{case.name}.nii.gz"}
+    second = {} if about.second_voxels is None else {SECOND_IMAGE: f"{SECOND_IMAGES}/{case.name}.nii.gz"}
     spacing = zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), about.spacing, strict=True)
     return {
         **about.acquisition,
@@ -156,6 +170,7 @@ def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
         **case.covariates,
         "image": f"images/{case.name}.nii.gz",
         **label,
+        **second,
         "case": case.name,
         "subject": plan.subjects[case.name],
     }
@@ -197,7 +212,8 @@ def _case_report(about: CaseFacts, stat: str) -> dict[str, Any]:
         "files": stat,
         "image_sha256": list(about.image_sha256),
         "label_sha256": list(about.label_sha256),
-        "voxels": [about.image_voxels, about.label_voxels],
+        **({"second_sha256": list(about.second_sha256)} if about.second_sha256 else {}),
+        "voxels": about.voxels,
         "shape": about.shape,
         "spacing_mm": about.spacing,
         "range": about.range,
@@ -233,7 +249,8 @@ def foreign_files(work: Path, *, ours: bool, complete: bool) -> list[str]:
         ours: whether its report is one of a preparation.
         complete: whether that preparation ended well.
     """
-    allowed = (*((*WRITTEN, BOXES) if ours and complete else WRITTEN[-1:] if ours else ()), STAGING, SALT_FILE)
+    written = (*WRITTEN, SECOND_IMAGES, BOXES) if complete else WRITTEN[-1:]
+    allowed = (*(written if ours else ()), STAGING, SALT_FILE)
     return sorted(path.name for path in work.glob("*") if path.name not in allowed)
 
 

@@ -29,7 +29,7 @@ from fibldm.runs.configuration import ConfigFiles, shipped, stage_configuration
 from fibldm.runs.stages import files_of_stages, kind_of
 from fibldm.training.draws import Draw
 from fibldm.training.initialise import ready
-from fibldm.training.latents import Latents, covariates_by_case
+from fibldm.training.latents import Latents, about_second_images, covariates_by_case
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, resample
@@ -241,6 +241,7 @@ def imagined_latents(autoencoder: ConfigParser, encoding: ConfigParser, work: Pa
         "space": space,
         "labels": datalist["labels"],
         "covariates": covariates_by_case(datalist["training"]),
+        **about_second_images(datalist["training"]),
         "items": {split: _views(work, split, encoding) for split in _SPLITS},
         "compression": list(network.compression),
         "grid": grid,

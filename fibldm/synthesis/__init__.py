@@ -2,6 +2,7 @@
 
 * ``settings``: what is asked of a synthesis; its options are listed there and nowhere else
 * ``asked``: what is asked of volumes beside their masks: of all, of each by a table, or what the data say of its case
+* ``scans``: scans that are asked for as a condition, opened as a work folder would hold them
 * ``request``: what is asked of a synthesizer, and what comes back
 * ``loading``: the parts of a synthesizer, from a run or a bundle
 * ``adapters``: updates of low rank, put on a generator

@@ -13,7 +13,8 @@ from fibldm.datasets.layouts.manifest import read_records
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.models.conditions.condition import Condition
-from fibldm.volumes.datalist import SPLITS, known_of, read_datalist
+from fibldm.synthesis.scans import AskedScan
+from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS, known_of, read_datalist
 from fibldm.volumes.grid import Grid
 from fibldm.volumes.masks import mask_stem
 
@@ -76,7 +77,8 @@ def read(kinds: Mapping[str, Condition], asked: Asked) -> dict[str, Any]:
         FibldmError: there is no such condition, or it cannot be asked so.
     """
     check_names([name for name in kinds if name != COVARIATES], asked)
-    return {name: kind.read(asked.get(name)) for name, kind in kinds.items()}
+    opened = {name: AskedScan.open(asked.get(name)) for name, kind in kinds.items() if kind.of_scan}
+    return {name: kind.read({**asked, **opened}.get(name)) for name, kind in kinds.items()}
 
 
 def within(kinds: Mapping[str, Condition], values: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
@@ -115,10 +117,12 @@ class ConditionsTable:
     Attributes:
         rows: values by name, covariates and further conditions alike, by mask: its file name, with suffixes or without.
         where: it stands, for errors.
+        folder: to which paths in it are relative.
     """
 
     rows: Mapping[str, Mapping[str, Any]]
     where: str = "the conditions table"
+    folder: Path = Path()
 
     @classmethod
     def read(cls, table: Table) -> "ConditionsTable":
@@ -134,15 +138,15 @@ class ConditionsTable:
         if not isinstance(table, str | Path):
             return cls._of(table, "the conditions table")
         if Path(table).suffix.lower() == ".json":
-            return cls._of(read_json(Path(table)), str(table))
+            return cls._of(read_json(Path(table)), str(table), Path(table).parent)
         columns, records = read_records(Path(table), MASK)
         if twice := sorted({name for name in columns if columns.count(name) > 1}):
             raise FibldmError(f"every column of {table} needs a name of its own; given twice: {', '.join(twice)}")
         rows = [{name: value or None for name, value in record.items()} for record in records]
-        return cls._of(rows, str(table))
+        return cls._of(rows, str(table), Path(table).parent)
 
     @classmethod
-    def _of(cls, content: Any, where: str) -> "ConditionsTable":
+    def _of(cls, content: Any, where: str, folder: Path = Path()) -> "ConditionsTable":
         if isinstance(content, Mapping):
             content = [_named(mask, row) for mask, row in content.items()]
         rows = content if isinstance(content, list | tuple) else [content]
@@ -154,7 +158,7 @@ class ConditionsTable:
         names = [row[MASK] for row in rows]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise FibldmError(f"{where} must have one row a mask; given twice: {_listed(twice)}")
-        return cls({row[MASK]: {name: row[name] for name in row if name != MASK} for row in rows}, where)
+        return cls({row[MASK]: {name: row[name] for name in row if name != MASK} for row in rows}, where, folder)
 
     def check_masks(self, masks: Sequence[Path]) -> None:
         """See that every mask has one row, and every row a mask: a row that is missing may have a mistyped name.
@@ -197,12 +201,15 @@ class ConditionsTable:
                 f"{_listed(strange)} is not"
             )
         known = {name: value for name, value in values.items() if name in covariates}
-        return together(known, {name: value for name, value in values.items() if name in further})
+        asked = {name: value for name, value in values.items() if name in further}
+        paths = {name: self.folder / path for name, path in asked.items() if kinds[name].of_scan and _is_path(path)}
+        return together(known, {**asked, **paths})
 
     def only(self, masks: Sequence[Path]) -> "ConditionsTable":
         """The rows of some masks alone."""
         names = {name for mask in masks for name in self._rows_of(mask)}
-        return ConditionsTable({name: row for name, row in self.rows.items() if name in names}, self.where)
+        rows = {name: row for name, row in self.rows.items() if name in names}
+        return ConditionsTable(rows, self.where, self.folder)
 
     def _rows_of(self, mask: Path) -> list[str]:
         """The names under which a mask has a row."""
@@ -217,7 +224,11 @@ def known_cases(work: str | Path) -> dict[Path, Mapping[str, Any]]:
     """
     cases = read_datalist(work)
     entries = [entry for split in SPLITS for entry in cases[split] if "label" in entry]
-    return {Path(entry["label"]).resolve(): known_of(entry) for entry in entries}
+    second = (SECOND_IMAGE,)  # a file, which is no covariate
+    return {
+        Path(entry["label"]).resolve(): known_of(entry) | {name: entry[name] for name in second if name in entry}
+        for entry in entries
+    }
 
 
 def own(kinds: Mapping[str, Condition], cases: Mapping[Path, Mapping[str, Any]], mask: Path, said: Asked) -> Asked:
@@ -243,6 +254,10 @@ def own(kinds: Mapping[str, Condition], cases: Mapping[Path, Mapping[str, Any]],
 
 def _named(mask: Any, row: Any) -> Any:
     return {**row, MASK: mask} if isinstance(row, Mapping) and MASK not in row else None
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path)
 
 
 def _listed(names: Sequence[str]) -> str:

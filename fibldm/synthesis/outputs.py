@@ -199,7 +199,8 @@ class Output:
         decisive = [self.synthesizer.source, self.settings.sampling.to_dict(), job.number]
         asked = read(self.synthesizer.beside, self._asked(job.mask))
         decisive += [known for known in [asked.pop("covariates")] if known]
-        decisive += [{name: value} for name, value in asked.items() if value is not None]
+        kinds = self.synthesizer.beside
+        decisive += [{name: kinds[name].recorded(value)} for name, value in asked.items() if value is not None]
         request = {
             "mask": job.mask and job.mask.file.name,
             "mask_sha256": job.mask and job.mask.sha256,

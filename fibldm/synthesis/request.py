@@ -50,7 +50,7 @@ class PreparedMask:
         request: what was asked.
         source: its labels in RAS+ order.
         grid: the model grid for it.
-        asked: what is asked beside the mask, by the names of the conditions, as placed on the model grid.
+        asked: what is asked beside the mask, by the names of the conditions, as read and placed on the model grid.
         outside: what of them lies outside what the training data covered, in words.
     """
 

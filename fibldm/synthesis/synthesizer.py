@@ -271,9 +271,10 @@ class Synthesizer:
                 "this generator was trained without masks, so that its volumes would not follow one; a mask was given",
                 "ask for volumes without masks, or train with --config mask_concat or a ControlNet",
             )
-        source = as_labels(request.mask or self._unknown()).canonical()
+        asked = read(self.beside, request.conditions)
+        source = as_labels(request.mask or self._unknown(asked)).canonical()
         self.mask.read(torch.from_numpy(source.array.astype(np.int64)))
-        asked = within(self.beside, read(self.beside, request.conditions), source.grid)
+        asked = within(self.beside, asked, source.grid)
         outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
         outside += check(self.beside, asked, allow=allow_extrapolation)
@@ -293,8 +294,11 @@ class Synthesizer:
             )
         return [finding]
 
-    def _unknown(self) -> Volume:
-        """A mask of the model grid that asks for nothing."""
+    def _unknown(self, asked: Mapping[str, Any]) -> Volume:
+        """A mask that asks for nothing, of the grid that another condition brings, else of the model grid."""
+        brought = (self.beside[name].brings_grid(value) for name, value in asked.items())
+        if (grid := next((grid for grid in brought if grid is not None), None)) is not None:
+            return Volume(np.full(grid.shape, UNKNOWN_LABEL, dtype=np.uint8), grid.affine)
         shift = -(np.array(self.grid.size) - 1) / 2 * self.grid.spacing  # centred, as no patient's place is known
         affine = from_matvec(np.diag(self.grid.spacing), shift)
         return Volume(np.full(self.grid.size, UNKNOWN_LABEL, dtype=np.uint8), affine)

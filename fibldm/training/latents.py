@@ -35,7 +35,9 @@ from fibldm.training.base_latents import covariates_as_fitted, facts_of_base
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
-from fibldm.volumes.datalist import known_of
+from fibldm.volumes.datalist import SECOND_IMAGE, known_of
+from fibldm.volumes.grid import Grid
+from fibldm.volumes.second_image import SecondImages, read_on_grid
 
 Result = TypeVar("Result")
 Draw = Literal["sample", "mean"]
@@ -128,6 +130,11 @@ class Latents:
         known: dict[str, Any] = self.facts.get("covariates", {}).get(case, {})
         return known
 
+    def case(self, name: str, tensors: Mapping[str, Tensor]) -> Case:
+        """What conditions are made of, of a case by its name and the tensors of a view."""
+        images = {SECOND_IMAGE: tensors[SECOND_IMAGE].float()} if SECOND_IMAGE in tensors else {}
+        return Case(tensors["labels"], self.known_of(name), images, name)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of ``latents.json``, which names the autoencoder, the data and every file."""
@@ -159,7 +166,7 @@ class LoadLatent(Transform):
     def __call__(self, item: Mapping[str, str]) -> dict[str, Tensor]:
         """``mean`` and ``std`` ``(C, x, y, z)``, ``valid`` ``(1, x, y, z)``, and every condition, encoded, by its name.
 
-        All float32 but the mask, which is float16: it is the largest of them, and all cases are kept in memory.
+        All float32 but mask and image, which are float16: they are the largest, and all cases are kept in memory.
 
         Raises:
             FibldmError: another autoencoder made this latent, or its file is gone or damaged.
@@ -174,7 +181,7 @@ class LoadLatent(Transform):
             ) from error
         posterior = Posterior(tensors["mean"][None], tensors["std"][None])
         mean, std = self.space.normalise_posterior(posterior)
-        case = Case(tensors["labels"], self.latents.known_of(item["case"]), item["case"])
+        case = self.latents.case(item["case"], tensors)
         shown = {name: part.encode_case(case).to(part.kept_as) for name, part in self.conditions.items()}
         return {"mean": mean[0], "std": std[0], "valid": tensors["valid"], **shown}
 
@@ -192,7 +199,7 @@ class EncodeStage:
     Args:
         run_dir: the run folder.
         datalist: ``{"training": [...], "validation": [...]}``, items with ``image``, ``case``, ``subject`` and, but for
-            cases of which nothing is known, ``label``; whatever else they hold are covariates.
+            cases of which nothing is known, ``label``, perhaps ``second_image``; all else they hold are covariates.
         preprocessing: to the model grid: ``image``, ``label`` and ``valid``.
         augmentation: random, on the three together.
         views: of every training case, the plain one included.
@@ -365,6 +372,7 @@ class EncodeStage:
                 **({"draw": self.draw} if self.draw != "sample" else {}),
                 "residual_noise": self._measure_residual_noise(items["training"], first_stage),
                 **({"covariates": covariates} if any(covariates.values()) else {}),
+                **about_second_images([case for split in _SPLITS for case in self.datalist[split]]),
                 **({"fitted": known["fitted"]} if "fitted" in known else {}),
                 "items": items,
             },
@@ -465,6 +473,10 @@ class EncodeStage:
     def _prepared(self, case: Mapping[str, Any]) -> dict[Hashable, Any]:
         """A case on the model grid; where it has no mask, all of it is unknown."""
         item = dict(self.preprocessing(case))
+        if SECOND_IMAGE in case:
+            image = item["image"]
+            grid = Grid(tuple(image.shape[1:]), image.affine.double().numpy())
+            item[SECOND_IMAGE] = torch.from_numpy(read_on_grid(case[SECOND_IMAGE], grid))
         if "label" not in item:
             item["label"] = torch.full_like(item["valid"], UNKNOWN_LABEL)
         return item
@@ -482,7 +494,19 @@ class EncodeStage:
         if view:
             self.augmentation.set_random_state(seed=key_seed(self.seed, index, view))
             item = self.augmentation(item)
-        return {key: _plain(item[key]) for key in ("image", "label", "valid")}
+        made = {key: _plain(item[key]) for key in ("image", "label", "valid")}
+        return made | ({SECOND_IMAGE: self._second(prepared, index, view)} if SECOND_IMAGE in prepared else {})
+
+    def _second(self, prepared: Mapping[Hashable, Any], index: int, view: int) -> Tensor:
+        """The second image of a view, moved as the first is: in its place, with the same draws."""
+        second = _plain(prepared[SECOND_IMAGE])
+        if not view:
+            return second
+        affine = prepared["image"].affine
+        voxels, known = (MetaTensor(part[None].clone(), affine=affine) for part in second)
+        moved = self._view({"image": voxels, "label": prepared["label"], "valid": known}, index, view)
+        inside = (moved["valid"] > 0.5).float()
+        return torch.cat([moved["image"].float() * inside, inside])
 
     def _write(self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, autoencoder: str) -> None:
         posterior = tiled_encode(first_stage, item["image"][None].float().to(self.device))
@@ -499,6 +523,8 @@ class EncodeStage:
             "labels": item["label"].round().to(torch.uint8).contiguous(),
             "valid": F.avg_pool3d(item["valid"][None].float(), first_stage.compression)[0].contiguous(),
         }
+        if SECOND_IMAGE in item:
+            tensors[SECOND_IMAGE] = item[SECOND_IMAGE].half().contiguous()
         write_tensors(file, tensors, {"autoencoder": autoencoder})
 
     def _cells(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
@@ -517,6 +543,12 @@ class EncodeStage:
 def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What a datalist says of its cases beside their files and patients, by case and name."""
     return {case["case"]: known_of(case) for case in cases}
+
+
+def about_second_images(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``latents.json`` says of the second images of a datalist's cases, where there are some."""
+    files = [case[SECOND_IMAGE] for case in cases if SECOND_IMAGE in case]
+    return {SECOND_IMAGE: SecondImages.beside(files[0]).to_dict()} if files else {}
 
 
 def _timed(function: Callable[[], Result]) -> tuple[float, Result]:

@@ -19,7 +19,6 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_text
 from fibldm.models import samplers
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
-from fibldm.models.conditions.condition import Case
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork
@@ -228,7 +227,7 @@ class SampleRows:
         """Sample, real volume and labels as arrays."""
         cached = load_file(item["file"])
         labels, real = cached["labels"][None].long(), cached["mean"][None]
-        z = self._sample(item["case"], 0, labels, real.shape[1:])
+        z = self._sample(item["case"], 0, cached, real.shape[1:])
         volumes = (self._decode(self.latents.space.denormalise(z), labels), self._decode(real, labels))
         made, shown = (volume.float().cpu().numpy() for volume in volumes)
         return made, shown, cached["labels"][0].numpy()
@@ -238,7 +237,7 @@ class SampleRows:
         labels, real = cached["labels"][None].long(), cached["mean"][None]
         shown = {} if self.prepare_batch.mask is None else {"real": self._decode(real, labels)}
         for number in range(self.samples):
-            z = self._sample(item["case"], number, labels, real.shape[1:])
+            z = self._sample(item["case"], number, cached, real.shape[1:])
             shown[f"sample {number + 1}"] = self._decode(self.latents.space.denormalise(z), labels)
         rows = []
         for channel in range(len(shown["sample 1"])):
@@ -248,10 +247,10 @@ class SampleRows:
             rows.append([panel for name, volume in drawn.items() for panel in _panels(f"{title}\n{name}", volume)])
         return rows
 
-    def _sample(self, case: str, number: int, labels: Tensor, shape: Sequence[int]) -> Tensor:
+    def _sample(self, case: str, number: int, cached: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         generator = torch.Generator().manual_seed(int(hash_value((self.seed, case, number))[:15], 16))
         prepare, process = self.prepare_batch, self.prepare_batch.process
-        known = Case(labels[0], self.latents.known_of(case), case)
+        known = self.latents.case(case, {**cached, "labels": cached["labels"].long()})
         shown = {name: part.encode_case(known)[None].to(self.device) for name, part in prepare.conditions.items()}
         denoise = Denoiser(self.network, process, prepare.target, shown)
         noise = samplers.draw_noise(shape, [generator]).to(self.device)

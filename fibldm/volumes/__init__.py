@@ -8,6 +8,7 @@
 * ``datalist``: the cases of a work folder
 * ``coverage``: what of a work folder a model grid holds
 * ``envelope``: what the training data covered, outside which a mask is refused
+* ``second_image``: a second image of a patient, brought to the model grid of the first
 * ``label_values``, ``masks``: values of labels; the masks to synthesise from
 * ``interchange``: volumes as SimpleITK and TorchIO know them
 * ``pictures``: three planes of a volume

@@ -9,13 +9,17 @@ from fibldm.files import read_json
 
 SPLITS = ("training", "validation", "test")
 
-_FILES = ("image", "label")
+SECOND_IMAGE = "second_image"
+
+_FILES = ("image", "label", SECOND_IMAGE)
 _OF_CASE = (*_FILES, "case", "subject")
 _SHOWN = 3
 
 
 def load_datalist(work: Path | str, split: str, *, masks: bool = False) -> list[dict[str, Any]]:
-    """The cases of one split of a work folder, with absolute paths under ``image`` and, where there is one, ``label``.
+    """The cases of one split of a work folder, with absolute paths.
+
+    They lie under ``image`` and, where a case has one, ``label`` and ``second_image``.
 
     Args:
         work: the folder that ``fibldm prepare`` wrote.

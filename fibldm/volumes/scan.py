@@ -45,6 +45,7 @@ class Scan:
         names: of a mask, label names by value, where the file says them.
         modality: "CT", "MR" or "PT" where the files state it, else empty.
         space: NIfTI's code of what the affine is measured in, see `fibldm.volumes.grid.SCANNER`.
+        frame_of_reference: UID of the coordinate system, where the files state it, else empty.
     """
 
     array: NDArray[Any]
@@ -55,6 +56,7 @@ class Scan:
     names: Mapping[int, str] = field(default_factory=dict)
     modality: str = ""
     space: int = SCANNER
+    frame_of_reference: str = ""
 
     @property
     def spacing(self) -> NDArray[np.float64]:

@@ -14,8 +14,9 @@ from fibldm.volumes.scan import Covariate
 IMAGE = "image"
 CHANNEL_MARK = "image:"
 LABEL = "label"
+SECOND_IMAGE = "second_image"
 OPTIONAL = ("case", "subject", "split")
-RESERVED = (IMAGE, LABEL, *OPTIONAL)
+RESERVED = (IMAGE, LABEL, SECOND_IMAGE, *OPTIONAL)
 SPLIT_NAMES = {
     "train": "training",
     "training": "training",
@@ -44,7 +45,8 @@ class Row:
     Attributes:
         line: of the file, for messages.
         images: one path a channel, as written.
-        values: what stands in the other columns of ours: `LABEL` and `OPTIONAL`; a label may be empty.
+        values: what stands in the other columns of ours: `LABEL`, `SECOND_IMAGE` and `OPTIONAL`; the first two may be
+            empty.
         covariates: what stands in the others; ``None`` for a missing value.
     """
 
@@ -75,10 +77,10 @@ def is_manifest(path: Path) -> bool:
 def read_manifest(path: Path, findings: Findings) -> tuple[tuple[str, ...], list[Row]]:
     """Channels and rows of a manifest with the column image, or one column ``image:NAME`` a channel, as ``image:T1``.
 
-    Optional columns: label (may be empty: a case without mask), case, subject, split. Every other column is a
-    covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called label.csv or
-    labels.csv without the columns image and label has the image in its first and the mask in its second column, under
-    any header. Rows that are wrong, and columns that are left out, go to ``findings``.
+    Optional columns: label and second_image (may be empty: a case without one), case, subject, split. Every other
+    column is a covariate, a number where all its values are numbers; an empty value becomes ``None``. A file called
+    label.csv or labels.csv without the columns image and label has the image in its first and the mask in its second
+    column, under any header. Rows that are wrong, and columns that are left out, go to ``findings``.
 
     Raises:
         FibldmError: the file is no CSV text, or a required column is missing or stands twice.

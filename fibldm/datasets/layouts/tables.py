@@ -7,7 +7,7 @@ from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.binary_masks import binary_masks, check_order
 from fibldm.datasets.layouts.entries import case_name, collected, is_dicom, visible
 from fibldm.datasets.layouts.facts import Search, describe
-from fibldm.datasets.layouts.manifest import LABEL, Row, is_manifest, read_manifest, split_name
+from fibldm.datasets.layouts.manifest import LABEL, SECOND_IMAGE, Row, is_manifest, read_manifest, split_name
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
@@ -73,6 +73,7 @@ def _is_binary(path: Path) -> bool:
 def _case(folder: Path, row: Row, order: Sequence[str], findings: Findings) -> Case:
     where, label, split = f"line {row.line}: ", row.values.get(LABEL), row.values.get("split")
     images = tuple(collected(folder / image, findings, where) for image in row.images)
+    second = collected(folder / path, findings, where) if (path := row.values.get(SECOND_IMAGE)) else ()
     return Case(
         name=case_name(row.case),
         images=images,
@@ -81,7 +82,8 @@ def _case(folder: Path, row: Row, order: Sequence[str], findings: Findings) -> C
         subject=row.values.get("subject"),
         split=split_name(split) if split else None,
         covariates=row.covariates,
-        private="case" not in row.values and any(is_dicom(files[0]) for files in images if files),
+        private="case" not in row.values and any(is_dicom(files[0]) for files in (*images, second) if files),
+        second=second,
     )
 
 

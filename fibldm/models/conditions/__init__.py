@@ -7,4 +7,5 @@
 * ``text_tokens``: what a network sees of them
 * ``covariates``: age, sex and the like as tokens for cross-attention
 * ``boxes`` (with ``box_texts`` and ``box_cells``): where things of a class are and how large, in any number
+* ``image``: a second image of the patient, voxel by voxel as channels of the latent's size
 """

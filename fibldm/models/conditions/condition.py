@@ -19,11 +19,14 @@ class Case(NamedTuple):
     Attributes:
         labels: its mask on the model grid, integers ``(1, X, Y, Z)``.
         known: what is known of the patient, by name; None is unknown.
+        images: further images of the patient on the model grid ``(2, X, Y, Z)``, by name: normalised voxels, and 1
+            where they are known, 0 elsewhere.
         name: of the case.
     """
 
     labels: Tensor
     known: Mapping[str, object]
+    images: Mapping[str, Tensor] = {}
     name: str = ""
 
 
@@ -45,10 +48,12 @@ class Condition(ABC):
     Attributes:
         what: how messages call it.
         kept_as: type of the encoded cases that are kept in memory.
+        of_scan: whether it is asked for by a scan, which whoever asks opens before it is read.
     """
 
     what: ClassVar[str]
     kept_as: ClassVar[torch.dtype] = torch.float32
+    of_scan: ClassVar[bool] = False
 
     @property
     def fingerprint(self) -> str:
@@ -82,6 +87,10 @@ class Condition(ABC):
         Raises:
             FibldmError: it cannot be asked for; says all that is wrong.
         """
+
+    def brings_grid(self, value: Any) -> Any:
+        """The grid on which a volume comes that follows no mask; None where a value, as read, says nothing of it."""
+        return None
 
     @abstractmethod
     def encode(self, values: Any) -> Tensor:

@@ -126,7 +126,10 @@ def read_series(files: Sequence[Path]) -> Scan:
     if scouts := len(frames) - len(images):
         line = f"{scouts} localizers (scouts) under the same series were left out"
         findings = (("warning", line), *findings)
-    return Scan(volume.array, volume.affine, voxels.sha256, _facts(ordered), findings, modality=modality)
+    facts, frame = _facts(ordered), _text(ordered[0].header, "FrameOfReferenceUID")
+    return Scan(
+        volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality, frame_of_reference=frame
+    )
 
 
 def _header(file: Path) -> "Dataset | None":
