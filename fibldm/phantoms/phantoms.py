@@ -15,6 +15,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.anatomy import count_sessions, draw_anatomy
 from fibldm.phantoms.rendering import draw_scan, render
+from fibldm.phantoms.table import fibrotic_share
 from fibldm.progress import Bar, track
 from fibldm.volumes.writer import write_nifti
 from fibldm.workers import in_processes
@@ -85,7 +86,7 @@ def make_phantom(
         affine=scan.affine,
         subject=f"sub-{subject:04d}",
         session=f"ses-{session}" if max(session, count_sessions(seed, subject)) > 1 else None,
-        extent=float((labels > 3).sum() / np.isin(labels, (1, 2, 4, 5, 6)).sum()),
+        extent=fibrotic_share(labels),
     )
 
 
