@@ -170,8 +170,9 @@ def _side_facts(search: Search, image: Path) -> dict[str, float | str]:
 
 
 def _side_text(name: str, stated: Mapping[str, Any]) -> str:
-    value = next((stated[key] for key in _TEXTS.get(name, ()) if key in stated), "")
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    """Empty where no field states it; a list, as of a kernel and its strength, is joined as in DICOM."""
+    value = next((stated[key] for key in _TEXTS.get(name, ()) if stated.get(key)), "")
+    text = " ".join(map(str, value if isinstance(value, list) else [value])).strip()
     return as_body_part(text) if name == "body_part" else text
 
 

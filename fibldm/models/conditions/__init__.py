@@ -4,4 +4,5 @@
 * ``mask`` (with ``mask_features``): labels at the latent's size, with a group of channels for *unknown*
 * ``mask_encoders``: what a network sees of masks
 * ``covariates``: age, sex and the like as tokens for cross-attention
+* ``covariate_vectors``: the same in the time embedding
 """
