@@ -342,12 +342,13 @@ def _check(
     configurations = {step.name: step.configuration(work, run) for step in steps}
     _check_begun(run, configurations)
     parser = _generating(configurations).parser()
-    known = parser["covariates"]
-    if isinstance(known, list) and (strange := [name for name in drawing.covariates if name not in known]):
+    listed = [parser["covariates"], parser.get("covariates_in_time", [])]
+    known = [name for names in listed if isinstance(names, list) for name in names]
+    if isinstance(listed[0], list) and (strange := [name for name in drawing.covariates if name not in known]):
         raise FibldmError(
             f"covariates of synthesize must be those of training ({', '.join(known) or 'none'}); "
             f"there is no {', '.join(strange)}",
-            "name them in covariates of diffusion, and of controlnet where there is one",
+            "name them in covariates or covariates_in_time of diffusion, and of controlnet where there is one",
         )
     check_names([name for name in parser["conditions"] if name not in (MASK, COVARIATES)], drawing.asked)
     _ = drawing.table

@@ -249,7 +249,7 @@ def test_definitions_of_before_make_the_same_networks() -> None:
     concat = OLD_BASE | {"concat": True, "mask_encoder": OLD_ENCODER, "covariate_tokens": OLD_TOKENS}
     concat["unet"] = OLD_UNET | {"in_channels": 5} | context
     network = build(current(concat), "test")
-    assert network.routes == {"channels": ("mask",), "norms": (), "tokens": ("covariates",)}
+    assert network.routes == {"channels": ("mask",), "norms": (), "tokens": ("covariates",), "time": ()}
     assert {"mask_encoder.mix.weight", "covariate_tokens.unknown"} <= network.state_dict().keys()
     plain = build(current(OLD_BASE | {"concat": False, "mask_encoder": None, "covariate_tokens": None}), "test")
     assert plain.sees == frozenset()

@@ -459,7 +459,7 @@ def test_the_model_grid_may_come_as_overrides() -> None:
         (("tiny",), "a data configuration must give spacing and size"),
         (
             ("data_chest_fantom",),
-            "configuration must be one of augment_torchio_mr, .*common, .*data_chest_phantom",
+            "configuration must be one of adapter, .*common, .*data_chest_phantom",
         ),
         (("absent.yaml",), "configuration absent.yaml must exist"),
     ],
@@ -654,7 +654,7 @@ NEW = {"not_decisive", "decisive_unless"}
 @pytest.mark.parametrize(("stage", "extra"), [*((stage, ()) for stage in TABLE), ("diffusion", TRACKERS)])
 def test_a_configuration_says_itself_which_keys_decide(stage: str, extra: tuple[str, ...]) -> None:
     config = make(stage, DATA[0], *extra).parser().get()
-    left_out = {*LEFT_OUT, *NEW, "latent_draw", "masks_only"}
+    left_out = {*LEFT_OUT, *NEW, "latent_draw", "masks_only", "latent_space", "lora_alpha", "lora_apart"}
     assert decisive(config) == {key: value for key, value in config.items() if key not in left_out}
     changed = {**config, "latent_draw": "mean", "mine": 1}  # neither as before, nor known to anybody
     assert {key for key in decisive(changed) if key not in decisive(config)} == {"latent_draw", "mine"}

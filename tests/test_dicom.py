@@ -473,6 +473,8 @@ def test_loss_is_said(tmp_path: Path) -> None:
         ({"SeriesDescription": "insp and expiration"}, {}),
         ({"SeriesDescription": "experimental inspection"}, {}),
         ({"ConvolutionKernel": ["Br38f", "3"]}, {"kernel": "Br38f 3"}),
+        ({"BodyPartExamined": "CHEST"}, {"body_part": "CHEST"}),
+        ({"BodyPartExamined": ""}, {}),
         ({"KVP": None, "SliceThickness": None, "ConvolutionKernel": None}, {}),
     ],
 )

@@ -31,6 +31,7 @@ from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
+from fibldm.volumes.datalist import SPLITS, read_datalist
 from fibldm.volumes.formats.readers import read_scan
 
 LABELS = np.zeros(SHAPE, np.uint8)
@@ -601,3 +602,24 @@ def test_real_series_with_a_nifti(data_folder: Path) -> None:
     mask = read_mask(case.masks[0], image)
     assert np.median(image.array[(mask.array == 1) | (mask.array == 2)]) < -700
     assert abs(np.linalg.solve(image.affine, mask.affine) - np.eye(4)).max() < 1e-3
+
+
+def test_the_part_of_the_body_is_carried_along_if_asked(tmp_path: Path) -> None:
+    """A work folder that nobody asked for it stays what it was."""
+    for number in range(4):
+        part = ("CHEST", "ABDOMEN", "")[min(number, 2)]
+
+        def state(dataset: Dataset, _: int, part: str = part) -> None:
+            dataset.BodyPartExamined = part
+
+        options = {"patient": f"ID-{number}", "study": f"study {number}", "series": f"series {number}"}
+        write_series(tmp_path / "source" / str(number), example(SHAPE, seed=number), change=state, **options)
+    works = {facts: tmp_path / "-".join(("work", *facts)) for facts in ((), ("body_part", "kernel"))}
+    for facts, work in works.items():
+        report = prepare(tmp_path / "source", work, PrepareSettings(facts=facts), progress=False)
+        datalist = read_datalist(work)
+        entries = [entry for split in SPLITS for entry in datalist[split]]
+        found = sorted(str(entry.get("body_part")) for entry in entries)
+        assert found == (["ABDOMEN", "CHEST", "None", "None"] if facts else ["None"] * 4)
+        assert {entry["kernel"] for entry in entries} == {"B40f"}
+        assert ("body_part is stated by 2 of 4 cases, of the others unknown" in report.notes) == bool(facts)

@@ -65,7 +65,7 @@ NOT_RUN = {
 }
 
 # Blocks that take more than a minute on two cores; they run where FIBLDM_LONG is set.
-LONG = ("phantoms_fine", "fibldm plan", "hippocampus_mri --out", "lung_ct.csv")
+LONG = ("phantoms_fine", "fibldm plan", "hippocampus_mri --out", "lung_ct.csv", "runs/disease")
 
 # Runs that pages suppose: which earlier run each is like, and the stages that it lacks.
 LIKE = {

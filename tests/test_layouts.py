@@ -304,6 +304,16 @@ def test_bids_with_covariates_side_files_and_label_names_b5(tmp_path: Path) -> N
     assert second.covariates == {"age": None, "group": "control", "echo_time_ms": 100.0, **acquisition}
 
 
+def test_texts_of_bids_side_files_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
+    root = make_bids(tmp_path)
+    write_json(root / "sub-01/anat/sub-01_T1w.json", {"BodyPartExamined": "head", "ConvolutionKernel": ["Br38f", "3"]})
+    write_json(root / "sub-02/anat/sub-02_T1w.json", {"BodyPartExamined": "of J. Doe", "ConvolutionKernel": None})
+    first, second = find(root, facts=("body_part", "kernel", "field_strength_t")).cases
+    assert (first.covariates["body_part"], first.covariates["kernel"]) == ("HEAD", "Br38f 3")
+    assert not {"body_part", "kernel"} & second.covariates.keys() and second.covariates["field_strength_t"] == 3
+    assert not {"body_part", "kernel"} & find(root).cases[0].covariates.keys()
+
+
 def test_bids_sessions_channels_and_binary_lesions_b5(tmp_path: Path) -> None:
     for session in ("ses-a", "ses-b"):
         stem = f"sub-1_{session}"

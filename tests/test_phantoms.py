@@ -11,6 +11,8 @@ import pytest
 from scipy import ndimage
 
 from fibldm.cli import run
+from fibldm.datasets.layouts import find_source
+from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError
 from fibldm.phantoms.anatomy import Anatomy, count_sessions, draw_anatomy
 from fibldm.phantoms.fibrosis import Fibrosis
@@ -233,5 +235,30 @@ def test_the_command_writes_phantoms_of_a_spacing(tmp_path: Path, capsys: pytest
     (image,) = (tmp_path / "made" / "images").iterdir()
     assert sorted(nib.load(image).header.get_zooms()) == pytest.approx([6, 6, 9])
     assert run(given) == 2 and "must hold phantoms made with" in capsys.readouterr().err
+    assert not (tmp_path / "made" / "cases.csv").exists()
     assert run([*given, "--spacing", "6", "0", "9"]) == 2
     assert "spacing must be three numbers of 0.5 to 20 mm, got (6.0, 0.0, 9.0)" in capsys.readouterr().err
+
+
+def test_a_table_names_the_disease_of_phantoms_and_its_extent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As their labels have it; `fibldm prepare` takes the table, with the names of the labels."""
+    assert run(["phantoms", "--out", str(tmp_path), "--subjects", "4", "--seed", "3", "--spacing", "9", "9", "9"]) == 0
+    empty = min((tmp_path / "labels").iterdir())
+    mask = nib.load(empty)
+    array = np.asanyarray(mask.dataobj)
+    nib.save(nib.Nifti1Image(np.where(array > 3, 1, array).astype(np.uint8), mask.affine), empty)
+    command = ["phantoms", "--out", str(tmp_path), "--subjects", "4", "--seed", "3", "--spacing", "9", "9", "9"]
+    assert run([*command, "--table", "--json"]) == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert outputs == [str(tmp_path), str(tmp_path / "cases.csv")]
+    source = find_source(tmp_path / "cases.csv", PrepareSettings(modality="ct"))
+    assert source.labels[4] == "ground glass" and len(source.cases) == len(list((tmp_path / "images").iterdir()))
+    for case in source.cases:
+        labels = np.asanyarray(nib.load(case.masks[0].files[0]).dataobj)
+        share = 100 * (labels > 3).sum() / np.isin(labels, (1, 2, 4, 5, 6)).sum()
+        assert case.covariates["extent_percent"] == pytest.approx(share, abs=0.01)
+        assert case.covariates["disease"] == ("fibrosis" if share else "healthy")
+    assert {case.covariates["disease"] for case in source.cases} == {"fibrosis", "healthy"}
+    assert all(str(case.subject) in case.images[0][0].name for case in source.cases)

@@ -18,6 +18,7 @@ from monai.data import load_decathlon_datalist
 from fibldm.cli.prepare import prepare as command
 from fibldm.datasets import preparation, work_folder
 from fibldm.datasets.case import prepare_case, stored_image
+from fibldm.datasets.facts import notes_on_facts
 from fibldm.datasets.findings import Finding, Findings, table
 from fibldm.datasets.fitting_grid import fitting_grid
 from fibldm.datasets.preparation import prepare
@@ -690,8 +691,20 @@ def test_spacing_of_the_files_is_carried_along_if_asked(tmp_path: Path) -> None:
     prepare(source, tmp_path / "plain", CT)
     assert not any(name.startswith("spacing") for entry in entries(tmp_path / "plain").values() for name in entry)
     assert "facts" not in read_json(tmp_path / "plain/report.json")["settings"]
-    with pytest.raises(FibldmError, match="`facts` must be one of spacing; got 'kernel'"):
-        prepare(source, tmp_path / "other", PrepareSettings(modality="ct", facts=("kernel",)))
+    with pytest.raises(FibldmError, match="`facts` must be one of spacing, kernel, .*, body_part; got 'modality'"):
+        prepare(source, tmp_path / "other", PrepareSettings(modality="ct", facts=("modality",)))
+
+
+def test_facts_that_are_asked_for_must_be_stated_by_some_case(tmp_path: Path) -> None:
+    source = make_folders(tmp_path / "data")
+    with pytest.raises(
+        FibldmError, match=r"by the files of some case; none of \d+ states body_part; .* column of a table"
+    ):
+        prepare(source, tmp_path / "other", PrepareSettings(modality="ct", facts=("spacing", "body_part")))
+    known = {"a": {"kernel": "b"}, "b": {"kernel": None}, "c": {"echo_time_ms_T1w": 3.0}}
+    noted = notes_on_facts(["spacing", "kernel", "echo_time_ms"], known)
+    assert noted == [f"{name} is stated by 1 of 3 cases, of the others unknown" for name in ("kernel", "echo_time_ms")]
+    assert notes_on_facts(["kernel"], {}) == notes_on_facts(["kernel"], {"a": {"kernel": "b"}}) == []
 
 
 def test_only_columns_that_tell_no_patient_are_carried_along(tmp_path: Path) -> None:

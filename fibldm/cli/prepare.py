@@ -55,7 +55,12 @@ def prepare(
         ),
     ] = None,
     facts: Annotated[
-        str | None, typer.Option(help="spacing: add the voxel spacing of each file as covariates spacing_x_mm, ...")
+        str | None,
+        typer.Option(
+            help="Facts of the scans to carry along as covariates: spacing (spacing_x_mm, ...), body_part, and those "
+            "carried anyway, which some file must then state: kernel, slice_thickness_mm, contrast, "
+            "tube_voltage_kv, respiration, field_strength_t, repetition_time_ms, echo_time_ms."
+        ),
     ] = None,
     boxes: Annotated[
         bool,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fibldm.datasets.facts import FACTS
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.lung import LABELS as LUNGS
@@ -19,7 +20,6 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import SPLITS
 
 MODALITIES = ("ct", "mr", "other")
-FACTS = ("spacing",)
 CT_WINDOW = (-1000.0, 1000.0)
 
 _MODALITY_NAMES = {

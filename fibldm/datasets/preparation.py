@@ -14,6 +14,7 @@ from typing import Any
 
 from fibldm import __version__
 from fibldm.datasets.case import CaseFacts, Record, prepare_case
+from fibldm.datasets.facts import notes_on_facts
 from fibldm.datasets.findings import Finding, Findings, table
 from fibldm.datasets.layouts import find_source
 from fibldm.datasets.plan import Plan, make_plan
@@ -215,6 +216,8 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
     facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
     findings.listed += [finding for case in cases for finding in done[case.name].findings]
     findings.listed += [*_copies(facts), *_label_findings(facts)]
+    known = {case.name: {**facts[case.name].acquisition, **case.covariates} for case in cases if case.name in facts}
+    findings.notes += notes_on_facts(plan.settings.facts, known)
     return Checked(plan, facts, stats, findings)
 
 

@@ -44,8 +44,9 @@ class PrepareSettings:
         keep_columns: columns of a table that are carried along although they may tell the patient.
         text: column of free text that is carried along as ``text``, or ``beside`` for .txt files beside the images, see
             `with_texts`.
-        facts: of `FACTS`, what is carried along as covariates: ``spacing`` is that of the files, along the RAS+ axes,
-            as ``spacing_x_mm`` and so on. What files state of `ACQUISITION` is carried along in any case.
+        facts: of `FACTS`, what must be carried along as covariates: ``spacing`` is that of the files, along the RAS+
+            axes, as ``spacing_x_mm`` and so on; of the others some case must state each. What files state of
+            `ACQUISITION` is carried along in any case, but for the ``body_part``.
         hide_names: whether names of files are replaced by hashes, as those of DICOM always are.
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.

@@ -12,6 +12,7 @@ import numpy as np
 from fibldm import __version__
 from fibldm.datasets.case import CaseFacts
 from fibldm.datasets.checks import PERCENTILES
+from fibldm.datasets.facts import IF_ASKED, SPACING
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.plan import Plan, by_text
 from fibldm.datasets.pseudonyms import SALT_FILE
@@ -164,9 +165,10 @@ def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
     label = {} if about.label_ml is None else {"label": f"labels/{case.name}.nii.gz"}
     second = {} if about.second_voxels is None else {SECOND_IMAGE: f"{SECOND_IMAGES}/{case.name}.nii.gz"}
     spacing = zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), about.spacing, strict=True)
+    asked = plan.settings.facts
     return {
-        **about.acquisition,
-        **(dict(spacing) if "spacing" in plan.settings.facts else {}),
+        **{name: value for name, value in about.acquisition.items() if name in asked or name not in IF_ASKED},
+        **(dict(spacing) if SPACING in asked else {}),
         **case.covariates,
         "image": f"images/{case.name}.nii.gz",
         **label,

@@ -13,6 +13,7 @@ from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.controlnet import copy_base_weights
 from fibldm.models.process import Variance
+from fibldm.models.time_vectors import take_vectors, takes_vectors, time_width
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 Parts = Mapping[str, nn.Module | None]
@@ -51,13 +52,22 @@ class Control(nn.Module):
         dropped = mask.all_but(labels) if mask is not None and labels is not None else None
         self.register_buffer("dropped", dropped, persistent=False)
 
-    def forward(self, x: Tensor, timesteps: Tensor, given: Tensor, context: Tensor | None = None) -> Residuals:
-        """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``."""
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        given: Tensor,
+        context: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Residuals:
+        """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``.
+
+        Tokens and vectors are those that the base network sees.
+        """
         if self.mask is not None and self.dropped is not None:
             given = self.mask.drop(given, self.dropped.expand(len(given), -1))
-        down, middle = self.controlnet(
-            x, timesteps, controlnet_cond=_shown(self.encoder, given, like=x), context=context
-        )
+        seen = {"context": context, **({} if vectors is None else {"class_labels": vectors})}
+        down, middle = self.controlnet(x, timesteps, controlnet_cond=_shown(self.encoder, given, like=x), **seen)
         return tuple(down), middle
 
 
@@ -72,6 +82,7 @@ class ConditionedNetwork(nn.Module):
         channels: what comes as further input channels of the base network, behind those of the latent.
         norms: what its SPADE norms see (Park et al. 2019).
         tokens: what it and the ControlNets see by cross-attention.
+        time: what is added to their time embeddings, the sum of all.
         variance: what the second half of its output channels says, where it has learned a variance.
 
     A 2-D base network sees volumes of one voxel along Z without that axis.
@@ -81,8 +92,8 @@ class ConditionedNetwork(nn.Module):
         sees: names of all conditions that anything of it looks at.
 
     Raises:
-        FibldmError: the base network has no norms or no cross-attention for what goes there, tokens differ in width, or
-            there is no such variance.
+        FibldmError: the base network has no norms or no cross-attention for what goes there, tokens or vectors have
+            another width, a network has a table of classes of its own, or there is no such variance.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class ConditionedNetwork(nn.Module):
         channels: Parts | None = None,
         norms: Parts | None = None,
         tokens: Parts | None = None,
+        time: Parts | None = None,
         variance: Variance = "free",
     ) -> None:
         super().__init__()
@@ -100,14 +112,17 @@ class ConditionedNetwork(nn.Module):
             raise unknown_choice("variance", variance, get_args(Variance))
         self.variance: Variance = variance
         routes = {route: present(parts) for route, parts in (("channels", channels), ("norms", norms))}
-        routes["tokens"] = present(tokens)
+        routes |= {"tokens": present(tokens), "time": present(time)}
         _check_routes(unet, routes)
+        if routes["time"]:
+            for network in (unet, *(control.controlnet for control in controls)):
+                take_vectors(network)
         self.unet, self.controls = unet, nn.ModuleList(controls)
         self.strengths = (1.0,) * len(controls)
         self.routes = {route: tuple(parts) for route, parts in routes.items()}
-        for parts in routes.values():
+        for route, parts in routes.items():
             for name, part in parts.items():
-                self.add_module(_kept_as(name), part)
+                self.add_module(_kept_as(name, route), part)
         self.sees = frozenset([*sum(self.routes.values(), ()), *(control.sees for control in controls)])
 
     @property
@@ -122,8 +137,9 @@ class ConditionedNetwork(nn.Module):
 
     @property
     def encodings(self) -> dict[str, Condition]:
-        """How the conditions are encoded that it sees as tokens."""
-        return {name: cast(Condition, part.encoding) for name, part in self.parts("tokens").items()}
+        """How the conditions are encoded that it sees as tokens or in the time embedding."""
+        parts = {**self.parts("tokens"), **self.parts("time")}
+        return {name: cast(Condition, part.encoding) for name, part in parts.items()}
 
     @property
     def context_width(self) -> int | None:
@@ -132,7 +148,7 @@ class ConditionedNetwork(nn.Module):
 
     def parts(self, route: str) -> dict[str, nn.Module]:
         """What is seen on a route, by name of the condition."""
-        return {name: getattr(self, _kept_as(name)) for name in self.routes[route]}
+        return {name: getattr(self, _kept_as(name, route)) for name in self.routes[route]}
 
     def forward(self, z_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
         """The network's output ``(B, C, x, y, z)`` in the terms of its training target.
@@ -141,7 +157,7 @@ class ConditionedNetwork(nn.Module):
             z_t: noisy latent ``(B, C, x, y, z)``.
             timesteps: ``(B,)``, the process's own network time.
             conditions: encoded, ``(B, ...)`` each, by name. Without that of a ControlNet, its residuals are off;
-                without that of tokens, all of it is unknown.
+                without that of tokens or vectors, all of it is unknown.
 
         Raises:
             FibldmError: an axis of the latent is not divisible by `multiple`, a 2-D network gets more than one slice,
@@ -160,10 +176,11 @@ class ConditionedNetwork(nn.Module):
         channels, norms = ([shown[name] for name in self.routes[route]] for route in ("channels", "norms"))
         x = torch.cat([z_t, *channels], dim=1) if channels else z_t
         self._check_channels(z_t.shape[1], x.shape[1])
-        context = self._context(given, len(z_t))
-        seen = {"context": context, "seg": torch.cat(norms, dim=1) if len(norms) > 1 else next(iter(norms), None)}
+        context, vectors = self._context(given, len(z_t)), self._vectors(given, len(z_t))
+        seg = torch.cat(norms, dim=1) if len(norms) > 1 else next(iter(norms), None)
+        seen = {"context": context, "seg": seg, "class_labels": vectors}
         seen = {name: tensor for name, tensor in seen.items() if tensor is not None}
-        output: Tensor = self.unet(x, timesteps, **seen, **self._residuals(x, timesteps, given, context))
+        output: Tensor = self.unet(x, timesteps, **seen, **self._residuals(x, timesteps, given, context, vectors))
         return output.unsqueeze(-1) if flat else output
 
     def _context(self, given: Mapping[str, Tensor], count: int) -> Tensor | None:
@@ -173,8 +190,20 @@ class ConditionedNetwork(nn.Module):
         ]
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)
 
+    def _vectors(self, given: Mapping[str, Tensor], count: int) -> Tensor | None:
+        vectors = [
+            part(given[name]) if name in given else cast(Tensor, part.unknown).expand(count, -1)
+            for name, part in self.parts("time").items()
+        ]
+        return torch.stack(vectors).sum(dim=0) if len(vectors) > 1 else next(iter(vectors), None)
+
     def _residuals(
-        self, x: Tensor, timesteps: Tensor, given: Mapping[str, Tensor], context: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        given: Mapping[str, Tensor],
+        context: Tensor | None,
+        vectors: Tensor | None,
     ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """The sum of all ControlNets' residuals, each times its strength (Zhang et al. 2023, section 3.4)."""
         down: tuple[Tensor, ...] = ()
@@ -182,7 +211,7 @@ class ConditionedNetwork(nn.Module):
         for control, strength in zip(self.controls, self.strengths, strict=True):
             if (name := cast(Control, control).sees) not in given:
                 continue
-            of_down, of_middle = control(x, timesteps, given[name], context)
+            of_down, of_middle = control(x, timesteps, given[name], context, vectors)
             if strength != 1:
                 of_down, of_middle = tuple(strength * part for part in of_down), strength * of_middle
             down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
@@ -257,6 +286,8 @@ def steered(
             "encoded as in stage 2",
         )
     base.requires_grad_(False)
+    if base.routes["time"]:
+        take_vectors(controlnet)
     copied = copy_base_weights(controlnet, base.unet)
     control = Control(copied, sees=sees, encoder=encoder, mask=mask, labels=labels)
     return _with_controls(base, [*base.controls, control])
@@ -322,9 +353,22 @@ def _check_routes(unet: nn.Module, routes: Mapping[str, Mapping[str, nn.Module]]
     widths = {name: part.width for name, part in tokens.items()}
     if len(set(widths.values())) > 1:
         raise FibldmError(f"all tokens must have one width, unet::cross_attention_dim; got {widths}")
+    widths = {name: part.width for name, part in routes["time"].items()}
+    if set(widths.values()) - {time_width(unet)}:
+        raise FibldmError(
+            f"vectors must have the width of the time embedding, {time_width(unet)}, four times the first of "
+            f"unet_channels; got {widths}"
+        )
+    if unet.num_class_embeds is not None and not (routes["time"] and takes_vectors(unet)):
+        raise FibldmError(
+            f"a base network must have no table of classes of its own; it has {unet.num_class_embeds} classes",
+            "leave unet::num_class_embeds out; a class is a covariate, see covariates_in_time.yaml",
+        )
 
 
-def _kept_as(name: str) -> str:
+def _kept_as(name: str, route: str) -> str:
+    if route == "time":
+        return f"vectors_{name}"
     return _KEPT_AS.get(name, f"condition_{name}")
 
 

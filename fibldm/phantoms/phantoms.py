@@ -19,6 +19,7 @@ from fibldm.files import read_json, write_json, write_text
 from fibldm.phantoms.anatomy import count_sessions, draw_anatomy
 from fibldm.phantoms.findings import Finding
 from fibldm.phantoms.rendering import draw_scan, render
+from fibldm.phantoms.table import fibrotic_share
 from fibldm.progress import Bar, track
 from fibldm.volumes.writer import write_nifti
 from fibldm.workers import in_processes
@@ -95,7 +96,7 @@ def make_phantom(
         affine=scan.affine,
         subject=f"sub-{subject:04d}",
         session=f"ses-{session}" if max(session, count_sessions(seed, subject)) > 1 else None,
-        extent=float((labels > 3).sum() / np.isin(labels, (1, 2, 4, 5, 6)).sum()),
+        extent=fibrotic_share(labels),
     )
 
 

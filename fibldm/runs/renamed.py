@@ -22,6 +22,7 @@ _ROUTES = {
     "norms": {"mask": "$@mask_encoder if @mask_way == 'spade' else None"},
     "tokens": {"covariates": "@covariate_tokens"},
 }
+_TIME = {"covariates": None}  # a route that is younger than the others
 
 
 def current(config: Any, depth: int = 0) -> Any:
@@ -57,12 +58,14 @@ def _at(part: Any, *path: str) -> Any:
 
 def _network(made: dict[str, Any]) -> dict[str, Any]:
     if "concat" not in made and "mask_encoder" not in made and "covariate_tokens" not in made:
-        return made
+        is_by_route = made.get("tokens") == "@routes::tokens"
+        return {**made, "time": "@routes::time"} if is_by_route and "time" not in made else made
     concat, encoder = made.pop("concat", False), made.pop("mask_encoder", None)
     tokens = made.pop("covariate_tokens", None)
     known = {"tokens": "@routes::tokens" if tokens == "@covariate_tokens" else {"covariates": tokens}}
     if (concat, encoder) == _BY_WAY:
-        return {**made, "channels": "@routes::channels", "norms": "@routes::norms", **known}
+        named = {route: f"@routes::{route}" for route in ("channels", "norms", "time")}
+        return {**made, **named, **known}
     spade = str(_at(made, "unet", "_target_")).endswith("SPADEDiffusionModelUNet")
     channels, norms = ({"mask": encoder if seen else None} for seen in (concat, spade))
     return {**made, "channels": channels, "norms": norms, **known}
@@ -101,11 +104,15 @@ _ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def _with_conditions(made: dict[str, Any]) -> dict[str, Any]:
     """A stage's configuration with its conditions in one place, to which all that needs them refers."""
-    if "conditions" in made or _at(made, "train", "prepare_batch", "_target_") != _LATENT_BATCH:
+    if _at(made, "train", "prepare_batch", "_target_") != _LATENT_BATCH:
         return made
+    if "conditions" in made:
+        return (
+            {**made, "routes": {"time": _TIME, **made["routes"]}} if isinstance(made.get("routes"), Mapping) else made
+        )
     shown = made["train"]["prepare_batch"].get("conditions", {})
     loaded, steering = {**shown, "mask": "@mask"}, {"covariates": shown.get("covariates")}
-    return {**_referring(made, (shown, loaded, steering)), "conditions": shown, "routes": _ROUTES}
+    return {**_referring(made, (shown, loaded, steering)), "conditions": shown, "routes": {**_ROUTES, "time": _TIME}}
 
 
 def _referring(part: Any, those: tuple[Any, ...]) -> Any:

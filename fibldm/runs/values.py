@@ -17,7 +17,7 @@ _WHOLE = {
     **dict.fromkeys(
         "keep_every lora_rank num_workers patience preview_every preview_metrics seed warmup_steps".split(), 0
     ),
-    **dict.fromkeys("validation_patches_per_case wavelet_levels".split(), 0),
+    **dict.fromkeys("covariate_frequencies validation_patches_per_case wavelet_levels".split(), 0),
     "epochs": 0,  # networks with nothing to learn have none
 }
 _NOT_NEGATIVE = frozenset("clip_norm codebook_weight kl_weight learning_rate perceptual_weight spectral_weight".split())

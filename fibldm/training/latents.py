@@ -100,9 +100,12 @@ class Latents:
     def covariates(self, names: Sequence[str], categories: Sequence[str] = ()) -> CovariateEncoding | None:
         """How covariates are encoded, by those of the training cases or of the base; None where there are no names.
 
+        A name that comes twice is one covariate.
+
         Raises:
             FibldmError: the training cases do not have or do not differ in one of them; see `CovariateEncoding.fit`.
         """
+        names = list(dict.fromkeys(names))
         if not names:
             return None
         if fitted := self.facts.get("fitted"):

@@ -1,5 +1,6 @@
 """What the readers give and the layouts find: one image or mask as read, and the files of a case."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,20 @@ ACQUISITION = (
     "field_strength_t",
     "repetition_time_ms",
     "echo_time_ms",
+    "body_part",
 )
 """What a reader may say of how an image was made: numbers in the unit of the name; contrast is "yes" or "no",
-respiration "inspiration" or "expiration". What a file does not state is left out, never guessed."""
+respiration "inspiration" or "expiration", the part of the body as the file words it, in capitals. What a file does not
+state is left out, never guessed."""
+
+
+_CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
+
+
+def as_body_part(text: str) -> str:
+    """What a file says of the part of the body, in capitals; empty where it is no code, as text may tell anything."""
+    part = text.strip().upper()
+    return part if _CODE.fullmatch(part) else ""
 
 
 @dataclass(frozen=True)

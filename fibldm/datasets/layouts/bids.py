@@ -15,7 +15,7 @@ from fibldm.datasets.layouts.manifest import covariates, read_records
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
-from fibldm.volumes.scan import Covariate
+from fibldm.volumes.scan import Covariate, as_body_part
 
 _NO_IMAGES = ("defacemask",)
 _ACQUISITION = {
@@ -25,6 +25,8 @@ _ACQUISITION = {
     "SliceThickness": ("slice_thickness_mm", 1.0),
 }
 """Fields of a side file (seconds, tesla, mm) with the names of `ACQUISITION` and the factor to their unit."""
+_TEXTS = {"body_part": ("BodyPartExamined", "BodyPart"), "kernel": ("ConvolutionKernel",)}
+"""Fields whose text is taken where `PrepareSettings.facts` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _image(session: Session, channel: str, findings: Findings) -> Path | None:
 
 def _acquisition(search: Search, files: Mapping[str, Path]) -> dict[str, Covariate]:
     """What the side files say; under one name where all channels agree, else one a channel (``echo_time_ms_T1w``)."""
-    stated: dict[str, dict[str, float]] = {}
+    stated: dict[str, dict[str, float | str]] = {}
     for channel, path in files.items():
         for name, value in _side_facts(search, path).items():
             stated.setdefault(name, {})[channel] = value
@@ -152,11 +154,11 @@ def _acquisition(search: Search, files: Mapping[str, Path]) -> dict[str, Covaria
     return facts
 
 
-def _side_facts(search: Search, image: Path) -> dict[str, float]:
+def _side_facts(search: Search, image: Path) -> dict[str, float | str]:
     stated: dict[str, Any] = {}
     for path in inherited(image, search.path, ".json"):
         stated |= _read_object(path)
-    facts = {}
+    facts: dict[str, float | str] = {}
     for key, (name, factor) in _ACQUISITION.items():
         if key not in stated:
             continue
@@ -164,7 +166,14 @@ def _side_facts(search: Search, image: Path) -> dict[str, float]:
             facts[name] = round(stated[key] * factor, 6)
         else:
             search.findings.error(f"{key} of {image.name} must be a number; got {stated[key]!r}")
-    return facts
+    return facts | {name: text for name in search.settings.facts if (text := _side_text(name, stated))}
+
+
+def _side_text(name: str, stated: Mapping[str, Any]) -> str:
+    """Empty where no field states it; a list, as of a kernel and its strength, is joined as in DICOM."""
+    value = next((stated[key] for key in _TEXTS.get(name, ()) if stated.get(key)), "")
+    text = " ".join(map(str, value if isinstance(value, list) else [value])).strip()
+    return as_body_part(text) if name == "body_part" else text
 
 
 def _participants(search: Search) -> dict[str, dict[str, Covariate]]:

@@ -8,4 +8,5 @@
 * ``covariates``: age, sex and the like as tokens for cross-attention
 * ``boxes`` (with ``box_texts`` and ``box_cells``): where things of a class are and how large, in any number
 * ``image``: a second image of the patient, voxel by voxel as channels of the latent's size
+* ``covariate_vectors``: the same in the time embedding
 """

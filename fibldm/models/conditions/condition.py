@@ -41,6 +41,8 @@ class Condition(ABC):
     * ``norms``: in SPADE norms, from the same
     * ``tokens``: by cross-attention, from modules that give ``(B, T, width)``; they have ``width``, the ``encoding``,
       and ``unknown`` ``(T, width)``, what is seen where nothing is given
+    * ``time``: added to the embedding of the time, from modules that give ``(B, width)``, with the same; their
+      ``unknown`` is ``(width,)``
     * a ControlNet, see `fibldm.models.network.Control`
 
     A kind that learns from the training cases has a class method ``fit`` that makes it.

@@ -195,6 +195,21 @@ class CovariateEncoding(Condition):
     def drop_(self, encoded: Tensor, dropped: Tensor) -> Tensor:
         return encoded.masked_fill_(dropped[..., None], 0.0)
 
+    def places(self, names: Sequence[str] | None) -> list[int]:
+        """Where some covariates are among all; None are all.
+
+        Raises:
+            FibldmError: there is no such covariate.
+        """
+        if strange := [name for name in names or () if name not in self.kinds]:
+            raise FibldmError(f"a network can see {', '.join(self.kinds)}; there is no {', '.join(strange)}")
+        return [place for place, name in enumerate(self.kinds) if names is None or name in names]
+
+    def at(self, places: Sequence[int]) -> list[Numeric | Categorical]:
+        """The kinds at some places."""
+        kinds = list(self.kinds.values())
+        return [kinds[place] for place in places]
+
     def _rows(self, values: Mapping[str, Value]) -> list[tuple[float, float]]:
         return [(kind.encode(values[name]), 1.0) if name in values else (0.0, 0.0) for name, kind in self.kinds.items()]
 
@@ -208,17 +223,21 @@ class CovariateTokens(nn.Module):
     Args:
         encoding: of the covariates.
         width: of the tokens, the ``cross_attention_dim`` of the UNet.
+        names: of those that have a token; None: all.
+
+    Raises:
+        FibldmError: there is no such covariate.
     """
 
-    def __init__(self, encoding: CovariateEncoding, width: int) -> None:
+    def __init__(self, encoding: CovariateEncoding, width: int, names: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.encoding, self.width = encoding, width
-        self.tokens = nn.ModuleList(kind.token(width) for kind in encoding.kinds.values())
+        self.encoding, self.width, self.places = encoding, width, encoding.places(names)
+        self.tokens = nn.ModuleList(kind.token(width) for kind in encoding.at(self.places))
         self.unknown = nn.Parameter(torch.randn(len(self.tokens), width))
 
     def forward(self, encoded: Tensor) -> Tensor:
-        """Tokens ``(B, T, width)`` of encoded covariates ``(B, T, 2)``."""
-        values, known = encoded.unbind(dim=-1)
+        """Tokens ``(B, T, width)`` of encoded covariates ``(B, P, 2)``."""
+        values, known = encoded[:, self.places].unbind(dim=-1)
         tokens = torch.stack([token(values[:, place]) for place, token in enumerate(self.tokens)], dim=1)
         return torch.where(known[..., None] > 0, tokens, self.unknown)
 

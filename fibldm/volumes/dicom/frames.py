@@ -74,7 +74,7 @@ _REST = (
     "ImageType FrameType Modality SliceThickness RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence "
     "PixelPaddingValue PixelPaddingRangeLimit PixelPresentation RedPaletteColorLookupTableDescriptor "
     "LossyImageCompression MagneticFieldStrength RepetitionTime ContrastBolusAgent ContrastBolusAgentSequence "
-    "SeriesDescription ProtocolName"
+    "SeriesDescription ProtocolName BodyPartExamined"
 ).split()
 _HEADER = [*PIXELS, *_ONE_OF, *_TOLD_APART_BY, *_GEOMETRY, *_REST, _SHARED, _PER_FRAME]
 _SPLIT = "keep the files of one image series, or split it by the scanner's or archive's export"

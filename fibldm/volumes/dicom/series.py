@@ -18,7 +18,7 @@ from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_da
 from fibldm.volumes.dicom.pixels import read_voxels, unreadable
 from fibldm.volumes.dicom.stack import stacked
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.scan import ACQUISITION, Covariate, Scan
+from fibldm.volumes.scan import ACQUISITION, Covariate, Scan, as_body_part
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -212,6 +212,7 @@ def _stated(frame: Frame) -> dict[str, Covariate]:
         facts |= {name: values[0]} if values else {}
     kernel, contrast, respiration = frame.text("ConvolutionKernel"), _contrast(frame), _respiration(frame)
     texts = {"kernel": kernel, "contrast": contrast, "respiration": respiration}
+    texts["body_part"] = as_body_part(frame.text("BodyPartExamined"))
     return facts | {name: text for name, text in texts.items() if text}
 
 
