@@ -291,9 +291,8 @@ def test_boxes_out_of_the_volume_or_unlike_training_are_refused() -> None:
         outside("tumour 40x40x4mm at 50%,50%,50%; tumour 40.9x3.1x3mm at 50%,50%,50%; lung 20x20x20mm at 50%,50%,50%")
         == []
     )
-    assert outside("tumour 40x42x4mm at 50%,50%,50%") == [
-        f"{BOXES.within(BOXES.read('tumour 40x42x4mm at 50%,50%,50%'), GRID).boxes[0]} (training 4x4x4 to 40x40x40 mm)"
-    ]
+    (told,) = outside("tumour 40x42x4mm at 50%,50%,50%")
+    assert told.startswith("tumour 40x42x4mm at ") and told.endswith(" (training 4x4x4 to 40x40x40 mm)")
     assert "(training 20x20x20 to 60x60x60 mm)" in outside("lung 5x5x5 voxels at 50%,50%,50%")[0]
     assert outside(";".join(["tumour 8x8x8mm at 50%,50%,50%"] * 3)) == ["3 boxes of tumour (training at most 2)"]
     with pytest.raises(FibldmError, match="boxes must lie within what the training data covered; 3 boxes of tumour"):

@@ -257,7 +257,8 @@ class _Imagined(Latents):
     masks_only: bool
 
     def training_labels(self) -> Iterator[Tensor]:
-        grid = ModelGrid(*(tuple(self.facts["grid"][part]) for part in ("spacing", "size")))
+        of_grid: Any = self.facts["grid"]
+        grid = ModelGrid(of_grid["spacing"], of_grid["size"])
         for case in load_datalist(str(self.work), "training", masks=self.masks_only):
             if "label" in case:
                 mask = read_volume(case["label"]).canonical()

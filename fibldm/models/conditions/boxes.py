@@ -230,7 +230,8 @@ class BoxEncoding(Condition):
         found = []
         for box in boxes:
             known = self.classes[box.name]
-            if box.size_in == MM and not (known.low - half <= box.size).all() & (box.size <= known.high + half).all():
+            size, low, high = (np.array(lengths) for lengths in (box.size, known.low, known.high))
+            if box.size_in == MM and not ((low - half <= size) & (size <= high + half)).all():
                 found.append(f"{box} (training {_size(known.low)} to {_size(known.high)} mm)")
         for name, known in self.classes.items():
             count = sum(box.name == name for box in boxes)
