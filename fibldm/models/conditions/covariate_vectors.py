@@ -56,6 +56,8 @@ class CovariateVectors(nn.Module):
 
 
 class _NumberVector(nn.Module):
+    rates: Tensor
+
     def __init__(self, width: int, frequencies: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 + 2 * frequencies, width))
