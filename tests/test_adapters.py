@@ -437,7 +437,7 @@ def test_every_door_takes_adapters(
     assert read_json(sidecar(volume))["source"]["weights"] == told["source"]["weights"]
 
     with pytest.raises(FibldmError, match="a recipe measures volumes of the networks that it trains"):
-        _ = Recipe.read(None, overrides={"synthesize": {"adapters": {str(of(site)): 1.0}}}).drawing
+        _ = Recipe.read(None, overrides={"synthesize": {"adapters": {str(of(site)): 1.0}}}).drawing(tmp_path)
 
 
 def test_a_bundle_with_an_adapter_merged_draws_as_its_run_with_it(

@@ -55,7 +55,7 @@ COMBINATIONS = [
     *(
         (stage, DATA[0], (name,))
         for stage in ("diffusion", "controlnet")
-        for name in (*MASKS, *SIZES, *LEARNING, "covariates", "boxes", "adapter", "text")
+        for name in (*MASKS, *SIZES, *LEARNING, "covariates", "covariates_in_time", "boxes", "image", "adapter", "text")
     ),
 ]
 

@@ -90,10 +90,10 @@ def test_a_label_becomes_its_channel_and_unknown_and_padding_do_not_count() -> N
     valid = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.uint8).view(1, 1, 6, 1, 1)
     image = torch.linspace(-1, 1, 6).view(1, 1, 6, 1, 1)
     batch = {"image": image, "label": labels, "valid": valid}
-    inputs, (value, weight, _) = SegmentationPrepareBatch([0, 2, 5])(batch, device="cpu")
+    inputs, asked = SegmentationPrepareBatch([0, 2, 5])(batch, device="cpu")
     assert torch.equal(inputs, image)
-    assert weight.flatten().tolist() == [1, 1, 1, 0, 0, 0]
-    assert value.flatten().tolist() == [0, 1, 2, 0, 0, 2]
+    assert asked.weight.flatten().tolist() == [1, 1, 1, 0, 0, 0]
+    assert asked.value.flatten().tolist() == [0, 1, 2, 0, 0, 2]
 
 
 # --- what it gives

@@ -151,10 +151,10 @@ def _write_generator(
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
             conditions = present(stage.component("conditions"))
-            for name, condition in conditions.items():
+            for kind, condition in conditions.items():
                 if condition.fingerprint:
-                    condition.write(folder / "models" / name)
-            asked = {name: condition.facts() for name, condition in conditions.items()}
+                    condition.write(folder / "models" / kind)
+            asked = {kind: condition.facts() for kind, condition in conditions.items()}
             known_of, further = asked.pop("covariates", {}), {key: part for key, part in asked.items() if key != "mask"}
             of_network = {"sees_mask": network.sees_mask, "covariates": known_of}
             of_network |= {"further": further} if further else {}
