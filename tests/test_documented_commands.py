@@ -54,6 +54,10 @@ NOT_RUN = {
     "fibldm prepare table.csv": "needs texts; see test_texts.py",
     f"{ON_MINE} --config text": "needs a text encoder; see test_text.py",
     "fibldm synthesize --run runs/mine --masks masks/ --text": "needs a text encoder; see test_text.py",
+    "fibldm prepare cases.csv --modality ct --second-modality": "needs second images; see test_image_condition.py",
+    f"{ON_MINE} --config image": "needs second images; see test_image_condition.py",
+    "fibldm synthesize --run runs/mine --masks masks/ --image": "needs second images; see test_image_condition.py",
+    "fibldm synthesize --run runs/boxes": "needs labels of these names; see test_boxes.py",
     "torchrun": "starts processes of its own; see test_distributed.py",
     "docker": "needs Docker",
     "python -m monai.bundle ckpt_export": "see test_bundles.py",
@@ -72,6 +76,7 @@ LIKE = {
     "lungs": ("mine", "diffusion"),
     "lesions": ("mine", "diffusion"),
     "free": ("mine", "diffusion"),
+    "boxes": ("mine", "diffusion"),
     "by_monai": ("mine", "diffusion"),
     "imported": ("mine", "diffusion"),
     "adapted": ("tuned", "diffusion"),
@@ -245,6 +250,8 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(desk / "runs" / "lungs", desk / "runs" / "lesions", dirs_exist_ok=True)
     if "runs/free" in block.text:
         train_without_mask(desk, "free", "diffusion")
+    if "patients.csv" in block.text:
+        (desk / "patients.csv").write_text("\n".join(["mask", *(file.name for file in (desk / "masks").iterdir())]))
     if "covariates=[age" in block.text:
         monkeypatch.chdir(with_covariates(desk))
 
