@@ -45,11 +45,11 @@ def awake(network: Any, seed: int | None = None, *, std: float = 0.3) -> Any:
     return network.eval()
 
 
-def tiny_configuration(stage: str, work: Path, run_dir: Path, *configs: Path | str, **overrides: Any) -> Configuration:
+def tiny_configuration(stage: str, work: Path, run: Path, /, *configs: Path | str, **overrides: Any) -> Configuration:
     """As `stage_configuration`, on the CPU in float32."""
     settings = {"device": "cpu", "precision": "float32", **overrides}
     named = [str(config) for config in configs]
-    return stage_configuration(stage, work=work, run_dir=run_dir, configs=named, overrides=settings)
+    return stage_configuration(stage, work=work, run_dir=run, configs=named, overrides=settings)
 
 
 def data_file(folder: Path, spacing: float, *size: int) -> Path:
