@@ -29,6 +29,9 @@ PLANTED = (NAME, PATIENT, BIRTH_DATE, DATE)
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
+OBLIQUE = (
+    0.8384361386, 0.5037832573, 0.2079116908, -0.5446384140, 0.7884052917, 0.2859826815,
+)  # fmt: skip
 SPACING = (0.75, 1.25, 2.5)
 ORIGIN = (-20.5, 31.25, -120.75)
 
@@ -332,3 +335,69 @@ def _write(file: Path, dataset: Dataset, transfer_syntax: str, change: Change | 
         change(whole, index)
     whole.save_as(file, enforce_file_format=True)
     return file
+
+
+def write_structures(
+    file: Path,
+    structures: dict[str, list[Any]],
+    *,
+    kind: str = "CLOSED_PLANAR",
+    series: str = "series",
+    change: Callable[[Dataset], None] | None = None,
+) -> Path:
+    """Write an RT structure set: contours by name, each of points ``(N, 3)``, LPS mm."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.Modality = uid.RTStructureSetStorage, "RTSTRUCT"
+    dataset.SOPInstanceUID, dataset.SeriesInstanceUID = new_uid(file), new_uid(file, "series")
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate, dataset.StudyDate = PLANTED
+    dataset.StudyInstanceUID = new_uid("study")
+    dataset.ReferencedFrameOfReferenceSequence = [frame_of_reference(series)]
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
+    for number, (name, contours) in enumerate(structures.items(), start=1):
+        roi, drawn = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName = number, name
+        roi.ReferencedFrameOfReferenceUID = new_uid("study", "frame of reference")
+        drawn.ReferencedROINumber = number
+        drawn.ContourSequence = [contour(points, kind) for points in contours]
+        dataset.StructureSetROISequence.append(roi)
+        dataset.ROIContourSequence.append(drawn)
+    if change is not None:
+        change(dataset)
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    FileDataset(str(file), dataset, file_meta=meta, preamble=bytes(128)).save_as(file, enforce_file_format=True)
+    return file
+
+
+def frame_of_reference(series: str) -> Dataset:
+    item, study, referenced = Dataset(), Dataset(), Dataset()
+    item.FrameOfReferenceUID = new_uid("study", "frame of reference")
+    referenced.SeriesInstanceUID = new_uid("study", series)
+    study.RTReferencedSeriesSequence = [referenced]
+    item.RTReferencedStudySequence = [study]
+    return item
+
+
+def contour(points: Any, kind: str) -> Dataset:
+    item = Dataset()
+    item.ContourGeometricType = kind
+    item.NumberOfContourPoints = len(points)
+    item.ContourData = [f"{value:.6f}" for value in np.ravel(points)]
+    return item
+
+
+def in_space(points: Any, orientation: Sequence[float] = OBLIQUE) -> NDArray[np.float64]:
+    """``(column, row, slice)`` of points to LPS mm."""
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    directions = np.stack([row, column, np.cross(row, column)], axis=1) * np.array(SPACING)
+    lps: NDArray[np.float64] = np.asarray(points) @ directions.T + np.array(ORIGIN)
+    return lps
+
+
+def box(columns: tuple[float, float], rows: tuple[float, float], place: float) -> NDArray[np.float64]:
+    (left, right), (top, bottom) = columns, rows
+    return np.array([[left, top, place], [right, top, place], [right, bottom, place], [left, bottom, place]])
+
+
+BOX = box((0.5, 4.5), (0.5, 2.5), 2)

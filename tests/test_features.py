@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 FEATURES = ROOT / "docs" / "features.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-NAMED = re.compile(r"(?:tests/)?(test_\w+\.py)(?:::(\w+))?")
-TEST = r"`tests/test_\w+\.py::test_\w+`"
+NAMED = re.compile(r"(?:tests/)?((?:\w+/)?test_\w+\.py)(?:::(\w+))?")
+TEST = r"`tests/(?:\w+/)?test_\w+\.py::test_\w+`"
 ROW = re.compile(rf"\| [^|]+ \| {TEST}(?:, {TEST}){{0,2}} \|")
 
 

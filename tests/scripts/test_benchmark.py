@@ -13,7 +13,7 @@ from builders import script
 
 from fibldm.runs import STAGES
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ def test_learned_variance_makes_every_ancestral_step_exact(name, monkeypatch):
 
 def test_one_command_puts_monais_schedulers_beside_them(monkeypatch, tmp_path, capsys):
     """PNDM, of which there is none of our own, is no better than dpmpp_2m."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     import compare_samplers
 
     compare_samplers.main(["--samples", "2000", "--calls", "50", "10", "--json", str(tmp_path / "table.json")])

@@ -39,7 +39,7 @@ from fibldm.runs.stages import TABLE
 from fibldm.synthesis.definitions import build
 from fibldm.training.initialise import initialise
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 AUTOENCODER: dict[str, Any] = {
     "spatial_dims": 3,

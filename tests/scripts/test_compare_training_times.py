@@ -9,7 +9,7 @@ import pytest
 from fibldm.files import read_json, write_json
 from fibldm.runs.configuration import shipped, stage_configuration
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

@@ -11,17 +11,23 @@ import numpy as np
 import pydicom
 import pytest
 from builders import write_nifti as write_image
-from dicom_files import AXIAL, NAME, PLANTED, example, expected, new_uid, write_scout, write_series
+from dicom_files import (
+    AXIAL,
+    BOX,
+    NAME,
+    PLANTED,
+    complete,
+    example,
+    expected,
+    in_space,
+    new_uid,
+    write_scout,
+    write_segmentation,
+    write_series,
+    write_structures,
+)
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
-from test_dicom_masks import (
-    BOX,
-    SHAPE,
-    complete,
-    in_space,
-    write_segmentation,
-    write_structures,
-)  # fmt: skip
 
 from fibldm.datasets.case import prepare_case
 from fibldm.datasets.layouts import detect_layout, find_source
@@ -34,6 +40,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.datalist import SPLITS, read_datalist
 from fibldm.volumes.formats.readers import read_scan
 
+SHAPE = (6, 7, 9)
 LABELS = np.zeros(SHAPE, np.uint8)
 LABELS[1:3, 1:4, 2:8] = 1
 LABELS[4, 0, 8] = 2

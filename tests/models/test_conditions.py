@@ -56,7 +56,7 @@ EVERY: dict[str, tuple[Condition, Any]] = {
     "field": (FIELD, [3.0, 3.0]),
     "boxes": (BOXES, [LAYOUT] * 2),
 }
-MADE_UP = str(Path(__file__).with_name("made_up_condition.yaml"))
+MADE_UP = str(Path(__file__).parents[1].joinpath("made_up_condition.yaml"))
 
 
 # --- the family

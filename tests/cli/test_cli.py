@@ -142,7 +142,7 @@ def test_doctor_prints_a_line_per_finding(capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_package_of_every_extra_has_an_exact_version() -> None:
     """One install command gives everybody the same, within the ranges that are promised."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     lines = (root / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}

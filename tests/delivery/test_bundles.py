@@ -41,7 +41,7 @@ from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = Path(__file__).parents[2] / "bundles"
 SHIPPED = sorted(file.parents[1].name for file in BUNDLES.glob("*/configs/generator.json"))
 QUICK = SamplingSettings(steps=2)
 CC0 = ExportSettings("CC0-1.0")

@@ -30,7 +30,7 @@ from fibldm.synthesis import Job, Output, SamplingSettings, SynthesisSettings, S
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import read_mask
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = SamplingSettings(steps=1)
 SHAPE = (18, 22, 20)
 GRID = {"spacing": (10.0, 10.0, 10.0), "origin": (-95.0, -110.0, -600.0)}

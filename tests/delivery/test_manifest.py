@@ -21,7 +21,7 @@ from fibldm.synthesis import Synthesizer
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.training.initialise import initialise
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = Path(__file__).parents[2] / "bundles"
 SHIPPED = BUNDLES / "hippocampus_mri"
 
 

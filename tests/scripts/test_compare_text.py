@@ -10,7 +10,7 @@ from fibldm.phantoms.findings import EXTENTS, Finding
 from fibldm.phantoms.phantoms import make_phantom
 from fibldm.volumes.grid import Volume
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

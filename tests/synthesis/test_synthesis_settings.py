@@ -15,7 +15,7 @@ from fibldm.pipeline import Recipe
 from fibldm.synthesis import FileFormat, SamplingSettings, SynthesisSettings, synthesize_files
 from fibldm.synthesis.settings import OF_SAMPLING, OPTIONS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULTS = {
     part.name: part.default for kind in (SamplingSettings, FileFormat, SynthesisSettings) for part in fields(kind)
 } | {"covariates": {}, "conditions": {}, "adapters": {}}

@@ -34,7 +34,7 @@ from fibldm.volumes.intensity import load_intensity
 CT = PrepareSettings(modality="ct")
 MR = PrepareSettings(modality="mr")
 SHAPE = (7, 9, 5)
-DATA = Path(os.environ.get("FIBLDM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("FIBLDM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def oblique_affine() -> np.ndarray:

@@ -35,7 +35,7 @@ from fibldm.runs.options import parse_overrides
 from fibldm.runs.stages import TABLE
 from fibldm.training.muon import Muon
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 ALONE = ("inference", "evaluate", "load_dicom")  # configurations that are run by themselves
 DATA = sorted(path.stem for path in configs_folder().glob("data_*.yaml"))

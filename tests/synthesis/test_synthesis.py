@@ -858,7 +858,7 @@ def test_a_run_says_how_its_times_were_shifted(tiny_run, tmp_path, changes, shif
 def test_monai_gives_what_the_command_gives(tiny_run, mask_file, tmp_path):
     """The command in the configuration's header, and another format."""
     given = {"run_dir": str(tiny_run), "masks": [str(mask_file)], "allow_extrapolation": True, "device": "cpu"}
-    file = str(Path(__file__).parents[1] / "configs" / "inference.yaml")
+    file = str(Path(__file__).parents[2] / "configs" / "inference.yaml")
     changes = {"settings::seed": 7, "settings::steps": 1}
     monai.bundle.run(config_file=file, out=str(tmp_path / "monai"), count=2, **given, **changes)
     command = [

@@ -424,7 +424,7 @@ def test_every_door_takes_adapters(
     workflow.run()
     assert np.array_equal(drawn(tmp_path / "monai"), drawn(tmp_path / "python"))
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     import watch_folder
 
     (tmp_path / "inbox").mkdir()
