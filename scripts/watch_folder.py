@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.cli.synthesize import read_named, read_strengths
+from fibldm.cli.synthesis_options import read_named, read_strengths
 from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.synthesis import Output, SynthesisSettings, Synthesizer, jobs_of

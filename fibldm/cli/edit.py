@@ -5,19 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from fibldm.cli.synthesize import read_named, with_boxes
+from fibldm.cli import synthesis_options as shared
+from fibldm.cli.synthesis_options import read_named, with_boxes
 
 
 def edit(
     scan: Annotated[Path, typer.Argument(help="Scan: NIfTI, NRRD, MetaImage, or the folder of a DICOM series.")],
     mask: Annotated[Path, typer.Option("--mask", help="Mask of what the edited scan shows, on the scan's voxels.")],
     out: Annotated[Path, typer.Option("--out", help="Output folder.")],
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder.")] = None,
-    bundle: Annotated[Path | None, typer.Option("--bundle", help="Exported bundle, in place of --run.")] = None,
-    trust: Annotated[
-        bool,
-        typer.Option("--trust", help="With --bundle: accept changes since export, and instantiate any class it names."),
-    ] = False,
+    run: shared.Run = None,
+    bundle: shared.Bundle = None,
+    trust: shared.Trust = False,
     region: Annotated[
         str | None,
         typer.Option(
@@ -36,34 +34,20 @@ def edit(
         float, typer.Option(help="Voxels over which the scan's own grain fades from the region's border.")
     ] = 3.0,
     count: Annotated[int, typer.Option(min=1, help="Edits of the scan.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Random seed; default: 0.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps; default: the bundle's, or 10.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="ddim, ancestral, heun or dpmpp_2m; default: the bundle's, or dpmpp_2m.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="1 is none; more follows the mask harder; default: the bundle's, or 1.")
-    ] = None,
-    residual_noise: Annotated[
-        float | None, typer.Option(help="Residual noise inside the region: 1 = as measured, 0 = none.")
-    ] = None,
-    covariate: Annotated[
-        list[str], typer.Option(metavar="NAME=VALUE", help="Covariate of the patient, such as age=63; repeatable.")
-    ] = [],
-    condition: Annotated[
-        list[str], typer.Option(metavar="NAME=VALUE", help="Further condition of the generator; repeatable.")
-    ] = [],
+    seed: shared.Seed = None,
+    steps: shared.Steps = None,
+    sampler: shared.Sampler = None,
+    guidance: shared.Guidance = None,
+    residual_noise: shared.ResidualNoise = None,
+    covariate: shared.Covariates = [],
+    condition: shared.Conditions = [],
     box: Annotated[
         list[str],
         typer.Option(metavar="BOX", help="As of fibldm synthesize; places are those of the whole scan; repeatable."),
     ] = [],
-    allow_extrapolation: Annotated[
-        bool, typer.Option("--allow-extrapolation", help="Proceed although the mask lies outside the training range.")
-    ] = False,
-    label_codes: Annotated[
-        Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")] = None,
+    allow_extrapolation: shared.AllowExtrapolation = False,
+    label_codes: shared.LabelCodes = None,
+    device: shared.Device = None,
 ) -> dict[str, Any]:
     """Draw a region of a real scan anew, following a mask: a lesion in, a lesion out, or a variation.
 

@@ -36,7 +36,7 @@ def export(
     ] = [],
 ) -> dict[str, Any]:
     """Write a run as a MONAI bundle: weights, configurations, model card; the default sampling is what was measured."""
-    from fibldm.cli.synthesize import read_strengths
+    from fibldm.cli.synthesis_options import read_strengths
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle
     from fibldm.runs.options import parse_overrides

@@ -6,19 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-_ELSE = "default: that of the bundle, else"
+from fibldm.cli import synthesis_options as shared
+from fibldm.cli.synthesis_options import read_named, read_strengths, with_boxes
+
+_ELSE = shared.FROM_BUNDLE
 
 
 def synthesize(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder with all stages finished.")] = None,
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Instead of --run: folder or zip of fibldm export.")
-    ] = None,
-    trust: Annotated[
-        bool,
-        typer.Option("--trust", help="With --bundle: accept changes since export, and instantiate any class it names."),
-    ] = False,
+    run: shared.Run = None,
+    bundle: shared.Bundle = None,
+    trust: shared.Trust = False,
     masks: Annotated[
         list[Path],
         typer.Option("--masks", help="Mask (NIfTI, NRRD, MetaImage, DICOM-SEG) or folder of masks; repeatable."),
@@ -30,17 +28,11 @@ def synthesize(
     split: Annotated[str, typer.Option(help="With --data: the split, training, validation or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of sampling.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help=f"Random seed; same seed, mask and number give the same volume; {_ELSE} 0.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Number of sampler steps; {_ELSE} 10.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help=f"One of ddim, ancestral, heun or dpmpp_2m; {_ELSE} dpmpp_2m.")
-    ] = None,
+    seed: shared.Seed = None,
+    steps: shared.Steps = None,
+    sampler: shared.Sampler = None,
     eta: Annotated[float | None, typer.Option(help="Sampler ddim only: 0 = deterministic, 1 = ancestral.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help=f"1 = none; higher values follow the mask more closely; {_ELSE} 1.")
-    ] = None,
+    guidance: shared.Guidance = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(help=f"0 to 1: how much of the contrast added by guidance is removed, often 0.7; {_ELSE} 0."),
@@ -48,7 +40,8 @@ def synthesize(
     guidance_interval: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            metavar="LOW,HIGH", help=f"Apply guidance between these times only (0 = data, 1 = noise); {_ELSE} 0,1."
+            metavar="LOW,HIGH",
+            help=f"Apply guidance between these times only (0 = data, 1 = noise); {_ELSE} 0,1.",
         ),
     ] = None,
     shift: Annotated[
@@ -57,10 +50,7 @@ def synthesize(
     dynamic_threshold: Annotated[
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped, often 0.995.")
     ] = None,
-    residual_noise: Annotated[
-        float | None,
-        typer.Option(help=f"Residual noise (the grain the decoder leaves out): 1 = as measured, 0 = none; {_ELSE} 1."),
-    ] = None,
+    residual_noise: shared.ResidualNoise = None,
     checkpoint: Annotated[
         str, typer.Option(help="Checkpoint: best, or an epoch kept by keep_every, such as epoch_0010.")
     ] = "best",
@@ -71,22 +61,8 @@ def synthesize(
             metavar="RUN=STRENGTH", help="Add the ControlNet of another run with the same base network; repeatable."
         ),
     ] = [],
-    covariate: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Covariate of all patients, such as age=63; repeatable. Those not given are unknown. A bundle's card "
-            "lists them.",
-        ),
-    ] = [],
-    condition: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Another condition that the network was trained with, of all masks; repeatable. A bundle's card lists "
-            "them.",
-        ),
-    ] = [],
+    covariate: shared.Covariates = [],
+    condition: shared.Conditions = [],
     box: Annotated[
         list[str],
         typer.Option(
@@ -132,12 +108,7 @@ def synthesize(
         bool,
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
     ] = False,
-    allow_extrapolation: Annotated[
-        bool,
-        typer.Option(
-            "--allow-extrapolation", help="Proceed although masks or conditions lie outside the training range."
-        ),
-    ] = False,
+    allow_extrapolation: shared.AllowExtrapolation = False,
     output_format: Annotated[
         str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
     ] = "nifti",
@@ -145,9 +116,7 @@ def synthesize(
         Path | None,
         typer.Option(help="DICOM only: folder of a series whose technical tags are copied (never patient tags)."),
     ] = None,
-    label_codes: Annotated[
-        Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
-    ] = None,
+    label_codes: shared.LabelCodes = None,
     patient_position: Annotated[
         str | None,
         typer.Option(help="DICOM only: Patient Position (HFS, FFS, ...); default: the template's, or empty."),
@@ -162,7 +131,7 @@ def synthesize(
             "--skull-stripped/--no-skull-stripped", help="With --bids, MR only: whether the volumes are skull-stripped."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")] = None,
+    device: shared.Device = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on the grid of every mask, marked as synthetic, with a sidecar.
 
@@ -245,53 +214,3 @@ def _masks_of(work: Path | None, split: str) -> list[str]:
     if split not in SPLITS:
         raise unknown_choice("--split", split, SPLITS)
     return [str(entry["label"]) for entry in load_datalist(work, split, masks=True)]
-
-
-def read_strengths(texts: list[str], option: str = "--adapter", what: str = "FILE") -> dict[str | Path, float]:
-    """Strengths by path of ``PATH=STRENGTH``, as an option takes them; 1 of a path alone, which may hold a ``=``.
-
-    Raises:
-        FibldmError: a strength is no number, or a path comes twice.
-    """
-    from fibldm.errors import FibldmError
-
-    strengths: dict[str | Path, float] = {}
-    for text in texts:
-        path, sign, strength = ("", "", "") if Path(text).exists() else text.rpartition("=")
-        try:
-            path, number = (path, float(strength)) if sign else (text, 1.0)
-        except ValueError as error:
-            raise FibldmError(
-                f"{option} needs {what} or {what}=STRENGTH; got {text!r}", "check path and number"
-            ) from error
-        if path in strengths:
-            raise FibldmError(f"{option} must name each {what} once; {path} came twice", "give it one strength")
-        strengths[path] = number
-    return strengths
-
-
-def with_boxes(conditions: Mapping[str, str], boxes: list[str]) -> dict[str, str]:
-    """What is asked of further conditions, with the boxes of ``--box``.
-
-    Raises:
-        FibldmError: boxes are asked for twice.
-    """
-    from fibldm.errors import FibldmError
-
-    if boxes and "boxes" in conditions:
-        raise FibldmError("boxes must be asked for once; got --box and --condition boxes", "leave out one of them")
-    return {**conditions, **({"boxes": ";".join(boxes)} if boxes else {})}
-
-
-def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:
-    """Values by name of ``NAME=VALUE``, as an option takes them.
-
-    Raises:
-        FibldmError: one has another form, or a name comes twice.
-    """
-    from fibldm.errors import FibldmError
-
-    pairs = [text.partition("=") for text in texts]
-    if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
-        raise FibldmError(f"{option} needs NAME=VALUE, each name once; got {', '.join(texts)}")
-    return {name: value for name, _, value in pairs}

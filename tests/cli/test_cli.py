@@ -1,5 +1,6 @@
 """What every command shares: help, errors, exit codes and --json; and ``fibldm doctor``."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from packaging.utils import canonicalize_name
 import fibldm.doctor
 from fibldm import __version__
 from fibldm.cli import app, run
+from fibldm.cli.edit import edit
 from fibldm.cli.output import with_options
+from fibldm.cli.synthesize import synthesize
 from fibldm.errors import FibldmError
 
 ERRORS = {
@@ -246,3 +249,12 @@ def test_memory_that_is_not_enough_is_told_by_every_command(
     monkeypatch.setattr("fibldm.phantoms.phantoms.write_phantoms", write)
     assert run(["phantoms", "--out", "never"]) == 2
     assert "must be enough; 2.15 GB more was asked for" in capsys.readouterr().err
+
+
+def test_edit_and_synthesize_state_what_they_share_once() -> None:
+    edited, synthesized = (inspect.signature(command).parameters for command in (edit, synthesize))
+    shared = set(edited) & set(synthesized) - {"out", "count", "strength", "box"}  # these mean other things
+    assert {"run", "bundle", "steps", "guidance", "covariate", "device"} < shared
+    for name in shared:
+        assert edited[name].annotation is synthesized[name].annotation, name
+        assert edited[name].default == synthesized[name].default, name

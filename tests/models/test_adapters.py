@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fibldm.cli import run as cli
-from fibldm.cli.synthesize import read_strengths
+from fibldm.cli.synthesis_options import read_strengths
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json, write_json

@@ -13,7 +13,7 @@ from conftest import TinyStage
 
 from fibldm import UNKNOWN_LABEL
 from fibldm.cli import run as cli
-from fibldm.cli.synthesize import with_boxes
+from fibldm.cli.synthesis_options import with_boxes
 from fibldm.datasets.boxes import write_boxes
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
