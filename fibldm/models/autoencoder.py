@@ -33,7 +33,7 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
 
-def certain(latent: Tensor) -> Posterior:
+def deterministic(latent: Tensor) -> Posterior:
     """The posterior of a latent without noise, of standard deviation 0."""
     return Posterior(latent, torch.zeros_like(latent))
 

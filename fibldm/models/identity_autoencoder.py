@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fibldm.models.autoencoder import Autoencoder, Posterior, Reconstruction, certain
+from fibldm.models.autoencoder import Autoencoder, Posterior, Reconstruction, deterministic
 
 
 class IdentityAutoencoder(Autoencoder):
@@ -31,7 +31,7 @@ class IdentityAutoencoder(Autoencoder):
 
     def encode(self, volume: Tensor) -> Posterior:
         """The volume ``(B, C, X, Y, Z)`` as its own latent, without noise."""
-        return certain(volume)
+        return deterministic(volume)
 
     def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """The latent ``(B, C, X, Y, Z)`` as the volume."""
@@ -39,4 +39,4 @@ class IdentityAutoencoder(Autoencoder):
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, *, seeds: Tensor | None = None) -> Reconstruction:
         """The volume, which is its own reconstruction."""
-        return Reconstruction(volume, certain(volume))
+        return Reconstruction(volume, deterministic(volume))

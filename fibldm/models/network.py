@@ -293,7 +293,7 @@ def steered(
     return _with_controls(base, [*base.controls, control])
 
 
-def joined(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -> ConditionedNetwork:
+def combine_controlnets(networks: Sequence[ConditionedNetwork], strengths: Sequence[float]) -> ConditionedNetwork:
     """One base network with the ControlNets of several networks that were trained on it.
 
     Args:

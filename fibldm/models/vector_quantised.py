@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fibldm.models.autoencoder import Autoencoder, Posterior, Quantisation, Reconstruction, certain
+from fibldm.models.autoencoder import Autoencoder, Posterior, Quantisation, Reconstruction, deterministic
 
 
 class VectorQuantisedAutoencoder(Autoencoder):
@@ -49,7 +49,7 @@ class VectorQuantisedAutoencoder(Autoencoder):
             FibldmError: an axis is not divisible by the compression.
         """
         encoded = self.network.encode(self._to_bands(volume))
-        return certain(self._with_z(self._nearest_codes(encoded) if self.quantised_latents else encoded))
+        return deterministic(self._with_z(self._nearest_codes(encoded) if self.quantised_latents else encoded))
 
     def decode(self, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """The volume of a latent ``(B, C, x, y, z)``, which is quantised first; no gradient goes back to the latent."""
@@ -68,7 +68,7 @@ class VectorQuantisedAutoencoder(Autoencoder):
             codes, loss = self.network.quantize(encoded)
         decoded = self._to_volume(self.network.decode(codes))
         return Reconstruction(
-            decoded, certain(self._with_z(encoded)), Quantisation(loss, self.network.quantizer.perplexity)
+            decoded, deterministic(self._with_z(encoded)), Quantisation(loss, self.network.quantizer.perplexity)
         )
 
     @property

@@ -12,7 +12,7 @@ from fibldm.files import hash_file, hash_value
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditions.condition import present
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork, joined
+from fibldm.models.network import ConditionedNetwork, combine_controlnets
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import TABLE, begun
@@ -196,4 +196,6 @@ def _joined(
             )
     all_weights = [weights, *(other.require()["weights"] for other in stages[1:])]
     networks = [network, *(other.trained(device="cpu") for other in stages[1:])]
-    return joined(networks, strengths), hash_value([list(pair) for pair in zip(all_weights, strengths, strict=True)])
+    return combine_controlnets(networks, strengths), hash_value(
+        [list(pair) for pair in zip(all_weights, strengths, strict=True)]
+    )

@@ -18,7 +18,7 @@ from fibldm.training.losses import Weighted
 Kind = Literal["hinge", "bce", "least_squares"]
 
 
-class Judgement(NamedTuple):
+class DiscriminatorOutput(NamedTuple):
     """What one discriminator says of a batch.
 
     Attributes:
@@ -33,7 +33,7 @@ class Judgement(NamedTuple):
 
 
 # Runs a network under the precision of the training: network, then what it is called with after the volume.
-Judge = Callable[..., list[Judgement]]
+Inferer = Callable[..., list[DiscriminatorOutput]]
 
 
 class Discriminators(nn.Module):
@@ -75,13 +75,13 @@ class Discriminators(nn.Module):
         return self.volume_weight + self.slice_weight
 
     def shares(self, axes: int) -> list[float]:
-        """What each judgement counts, for volumes of so many axes; the sum is 1."""
+        """What each output counts, for volumes of so many axes; the sum is 1."""
         volume = [self.volume_weight / self.weight] if self.volume is not None else []
         slices = [self.slice_weight / self.weight / axes] * axes if self.slices is not None else []
         return [*volume, *slices]
 
-    def forward(self, volume: Tensor, weight: Tensor, positions: Sequence[Tensor]) -> list[Judgement]:
-        """Judge volumes ``(B, C, X, Y, Z)``.
+    def forward(self, volume: Tensor, weight: Tensor, positions: Sequence[Tensor]) -> list[DiscriminatorOutput]:
+        """See volumes ``(B, C, X, Y, Z)``.
 
         Args:
             volume: real or reconstructed.
@@ -98,12 +98,12 @@ class Discriminators(nn.Module):
                 "set slice_adversarial_weight to 0 and volume_adversarial_weight above it",
             )
         whole = (volume[..., 0], weight[..., 0]) if is_slice else (volume, weight)
-        judgements = [] if self.volume is None else [_judge(self.volume, *whole)]
+        outputs = [] if self.volume is None else [_discriminate(self.volume, *whole)]
         if self.slices is not None:
             for axis, chosen in enumerate(positions):
                 parts = (take_slices(values, chosen, axis) for values in (volume, weight))
-                judgements.append(_judge(self.slices, *parts))
-        return judgements
+                outputs.append(_discriminate(self.slices, *parts))
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,26 @@ class Adversary:
         matching = ("feature_matching",) if self.feature_weight else ()
         return ("generator", *matching, "adversarial_weight", "discriminator")
 
-    def deceive(self, volume: Tensor, target: Weighted, positions: Sequence[Tensor], judge: Judge) -> dict[str, Tensor]:
+    def generator_terms(
+        self, volume: Tensor, target: Weighted, positions: Sequence[Tensor], inferer: Inferer
+    ) -> dict[str, Tensor]:
         """The terms of the autoencoder: ``generator``, and ``feature_matching`` where it has a weight."""
         with _frozen(self.discriminators):
-            fake = judge(_as_seen(volume, target), self.discriminators, target.weight, positions)
+            fake = inferer(_as_seen(volume, target), self.discriminators, target.weight, positions)
         terms = {"generator": self._mean(volume, [generator_loss(one, self.kind) for one in fake])}
         if self.feature_weight:
             with torch.no_grad():
-                real = judge(target.value, self.discriminators, target.weight, positions)
+                real = inferer(target.value, self.discriminators, target.weight, positions)
             distances = [feature_distance(*pair) for pair in zip(fake, real, strict=True)]
             terms["feature_matching"] = self._mean(volume, distances)
         return terms
 
-    def discern(self, volume: Tensor, target: Weighted, positions: Sequence[Tensor], judge: Judge) -> Tensor:
+    def discriminator_loss(
+        self, volume: Tensor, target: Weighted, positions: Sequence[Tensor], inferer: Inferer
+    ) -> Tensor:
         """What the discriminators minimise, a scalar; the autoencoder has no part in it."""
-        real = judge(target.value, self.discriminators, target.weight, positions)
-        fake = judge(_as_seen(volume.detach(), target), self.discriminators, target.weight, positions)
+        real = inferer(target.value, self.discriminators, target.weight, positions)
+        fake = inferer(_as_seen(volume.detach(), target), self.discriminators, target.weight, positions)
         pairs = zip(real, fake, strict=True)
         return self._mean(volume, [discriminator_loss(*pair, self.kind) for pair in pairs])
 
@@ -161,7 +165,7 @@ class Adversary:
         return torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
 
 
-def generator_loss(fake: Judgement, kind: Kind) -> Tensor:
+def generator_loss(fake: DiscriminatorOutput, kind: Kind) -> Tensor:
     """What the autoencoder minimises: low where its volume looks real; a scalar."""
     if kind == "hinge":
         values = -fake.logits
@@ -172,7 +176,7 @@ def generator_loss(fake: Judgement, kind: Kind) -> Tensor:
     return _weighted_mean(values, fake.weight)
 
 
-def discriminator_loss(real: Judgement, fake: Judgement, kind: Kind) -> Tensor:
+def discriminator_loss(real: DiscriminatorOutput, fake: DiscriminatorOutput, kind: Kind) -> Tensor:
     """What a discriminator minimises: half the error on real volumes and half that on reconstructions; a scalar."""
     if kind == "hinge":
         errors = F.relu(1 - real.logits), F.relu(1 + fake.logits)
@@ -183,7 +187,7 @@ def discriminator_loss(real: Judgement, fake: Judgement, kind: Kind) -> Tensor:
     return 0.5 * (_weighted_mean(errors[0], real.weight) + _weighted_mean(errors[1], fake.weight))
 
 
-def feature_distance(fake: Judgement, real: Judgement) -> Tensor:
+def feature_distance(fake: DiscriminatorOutput, real: DiscriminatorOutput) -> Tensor:
     """L1 distance of a discriminator's features, averaged over its layers (Wang et al. 2018, pix2pixHD, eq. 4)."""
     pairs = zip(fake.features, real.features, strict=True)
     distances = [_weighted_mean((ours - theirs.detach()).abs(), fake.weight) for ours, theirs in pairs]
@@ -251,9 +255,9 @@ def take_slices(volume: Tensor, positions: Tensor, axis: int) -> Tensor:
     return volume.movedim(2 + axis, 1)[samples, to_device(positions, volume.device)].flatten(0, 1)
 
 
-def _judge(network: nn.Module, volume: Tensor, weight: Tensor) -> Judgement:
+def _discriminate(network: nn.Module, volume: Tensor, weight: Tensor) -> DiscriminatorOutput:
     *features, logits = network(volume)
-    return Judgement(logits, features, weight)
+    return DiscriminatorOutput(logits, features, weight)
 
 
 def _as_seen(volume: Tensor, target: Weighted) -> Tensor:

@@ -56,7 +56,7 @@ class AutoencoderTrainer(ScaledTrainer):
         output: dict[str, Any] = {CommonKeys.IMAGE: inputs, CommonKeys.LABEL: target}
         self.state.output = output
         position, count = self._place()
-        playing = self._playing(position)
+        adversary = self._active_adversary(position)
         self.network.train()
         if position == 0:
             for optimizer in self._optimizers(self.adversary):
@@ -64,16 +64,18 @@ class AutoencoderTrainer(ScaledTrainer):
 
         output[CommonKeys.PRED] = self.inferer(inputs, self.network, *args, **kwargs)
         self.fire_event(IterationEvents.FORWARD_COMPLETED)
-        positions = [] if playing is None else self._positions(playing, inputs, batchdata)
-        self._losses(output, playing, positions)
+        positions = [] if adversary is None else self._positions(adversary, inputs, batchdata)
+        self._losses(output, adversary, positions)
         self.fire_event(IterationEvents.LOSS_COMPLETED)
         self.gradient_scaler.scale(output[CommonKeys.LOSS] / count).backward()
-        if playing is not None:
-            discerned = playing.discern(output[CommonKeys.PRED].volume, target, positions, self.inferer)
-            self.gradient_scaler.scale(discerned / count).backward()
-            output["losses"]["discriminator"] = discerned.detach()
+        if adversary is not None:
+            discriminator_loss = adversary.discriminator_loss(
+                output[CommonKeys.PRED].volume, target, positions, self.inferer
+            )
+            self.gradient_scaler.scale(discriminator_loss / count).backward()
+            output["losses"]["discriminator"] = discriminator_loss.detach()
         if position == count - 1:
-            self._step(playing)
+            self._step(adversary)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return [output]  # as MONAI's handlers expect, whose engines part a batch into items
 
@@ -88,7 +90,7 @@ class AutoencoderTrainer(ScaledTrainer):
         position = within % self.accumulation_steps
         return position, min(self.accumulation_steps, length - within + position)
 
-    def _playing(self, position: int) -> Adversary | None:
+    def _active_adversary(self, position: int) -> Adversary | None:
         """The adversary once it has begun; it does so with a step of the optimizer."""
         done = self.state.iteration - 1 - position
         return self.adversary if self.adversary is not None and done >= self.adversary.start else None
@@ -96,24 +98,26 @@ class AutoencoderTrainer(ScaledTrainer):
     def _optimizers(self, adversary: Adversary | None) -> list[torch.optim.Optimizer]:
         return [self.optimizer] if adversary is None else [self.optimizer, adversary.optimizer]
 
-    def _positions(self, playing: Adversary, inputs: Tensor, batchdata: dict[str, Tensor]) -> list[Tensor]:
-        if playing.discriminators.slices is None:
+    def _positions(self, adversary: Adversary, inputs: Tensor, batchdata: dict[str, Tensor]) -> list[Tensor]:
+        if adversary.discriminators.slices is None:
             return []
-        return random_slices(inputs.shape[2:], batchdata["seed"], playing.discriminators.slices_per_axis)
+        return random_slices(inputs.shape[2:], batchdata["seed"], adversary.discriminators.slices_per_axis)
 
-    def _losses(self, output: dict[str, Any], playing: Adversary | None, positions: list[Tensor]) -> None:
+    def _losses(self, output: dict[str, Any], adversary: Adversary | None, positions: list[Tensor]) -> None:
         """Put the loss and its terms into the output."""
         terms = self.loss_function.terms(output[CommonKeys.PRED], output[CommonKeys.LABEL])
         terms["reconstruction"] = part_of_mean(terms["reconstruction"], output[CommonKeys.LABEL].weight)
         loss = self.loss_function.objective(terms)
         if self.loss_function.log_variance is not None:
             terms["log_variance"] = self.loss_function.log_variance
-        if playing is not None:
-            found = playing.deceive(output[CommonKeys.PRED].volume, output[CommonKeys.LABEL], positions, self.inferer)
-            weight = self._weight(playing, loss, found["generator"])
+        if adversary is not None:
+            found = adversary.generator_terms(
+                output[CommonKeys.PRED].volume, output[CommonKeys.LABEL], positions, self.inferer
+            )
+            weight = self._weight(adversary, loss, found["generator"])
             loss = loss + weight * found["generator"]
-            if playing.feature_weight:
-                loss = loss + playing.feature_weight * found["feature_matching"]
+            if adversary.feature_weight:
+                loss = loss + adversary.feature_weight * found["feature_matching"]
             terms |= {**found, "adversarial_weight": weight}
         elif self.adversary is not None:
             # the same names from the first epoch on
@@ -121,20 +125,20 @@ class AutoencoderTrainer(ScaledTrainer):
         output[CommonKeys.LOSS] = loss
         output["losses"] = {name: term.detach().clone() for name, term in terms.items()}
 
-    def _weight(self, playing: Adversary, loss: Tensor, generator: Tensor) -> Tensor:
-        weight = torch.full_like(loss, playing.discriminators.weight).detach()
-        if not playing.adaptive:
+    def _weight(self, adversary: Adversary, loss: Tensor, generator: Tensor) -> Tensor:
+        weight = torch.full_like(loss, adversary.discriminators.weight).detach()
+        if not adversary.adaptive:
             return weight
         scale = float(self.gradient_scaler.get_scale())
         return weight * adaptive_weight(loss, generator, last_layer(self.network), scale=scale)
 
-    def _step(self, playing: Adversary | None) -> None:
+    def _step(self, adversary: Adversary | None) -> None:
         # the network's own gradients are averaged by what distributes it
-        others = [*self.loss_function.parameters(), *(playing.discriminators.parameters() if playing else ())]
+        others = [*self.loss_function.parameters(), *(adversary.discriminators.parameters() if adversary else ())]
         for weight in others:
             if weight.grad is not None:
                 weight.grad = mean_over_ranks(weight.grad)
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        for optimizer in self._optimizers(playing):
+        for optimizer in self._optimizers(adversary):
             self.gradient_scaler.step(optimizer)
         self.gradient_scaler.update()

@@ -31,7 +31,7 @@ from fibldm.models.conditions.condition import Case, Condition
 from fibldm.models.conditions.covariates import Categorical, CovariateEncoding, CovariateTokens, Numeric
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser
-from fibldm.models.network import ConditionedNetwork, joined, steered
+from fibldm.models.network import ConditionedNetwork, combine_controlnets, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
 from fibldm.runs import STAGES, StageFolder
@@ -238,11 +238,11 @@ def test_controlnets_join_on_one_base_with_its_covariates_only() -> None:
     one, two = (awake(steered(base(), controlnet(), conditions=SHOWN), seed) for seed in (1, 2))
     given = asked(FRACTIONS, {"age": 60}, {"sex": "M"})
     with torch.no_grad():
-        both = joined([one, two], [1, 0])  # type: ignore[list-item]
+        both = combine_controlnets([one, two], [1, 0])  # type: ignore[list-item]
         assert torch.equal(both(Z, T, given), one(Z, T, given))
         two.covariate_tokens.unknown += 1  # type: ignore[union-attr, operator]
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
-        joined([one, two], [1, 1])  # type: ignore[list-item]
+        combine_controlnets([one, two], [1, 1])  # type: ignore[list-item]
 
 
 def test_covariates_and_networks_that_do_not_go_together_are_refused() -> None:

@@ -13,7 +13,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.conditions.mask_encoders import MaskRescaler
 from fibldm.models.denoiser import Denoiser
-from fibldm.models.network import ConditionedNetwork, Control, joined, steered
+from fibldm.models.network import ConditionedNetwork, Control, combine_controlnets, steered
 from fibldm.models.process import RectifiedFlow
 
 MASK = MaskEncoding((0, 1, 4, 7), 4)
@@ -205,11 +205,13 @@ def test_strengths_scale_the_residuals_of_each_controlnet() -> None:
     one, two = trained(1), trained(2)
     with torch.no_grad():
         alone = one(Z, T, GIVEN)
-        assert torch.equal(joined([one], [1])(Z, T, GIVEN), alone)
-        assert torch.equal(joined([one, two], [1, 0])(Z, T, GIVEN), alone)
-        torch.testing.assert_close(joined([one, two], [0, 0])(Z, T, GIVEN), ConditionedNetwork(unet())(Z, T))
-        both = joined([one, two], [0.5, 2.0])
-        torch.testing.assert_close(both(Z, T, GIVEN), joined([two, one], [2.0, 0.5])(Z, T, GIVEN))
+        assert torch.equal(combine_controlnets([one], [1])(Z, T, GIVEN), alone)
+        assert torch.equal(combine_controlnets([one, two], [1, 0])(Z, T, GIVEN), alone)
+        torch.testing.assert_close(
+            combine_controlnets([one, two], [0, 0])(Z, T, GIVEN), ConditionedNetwork(unet())(Z, T)
+        )
+        both = combine_controlnets([one, two], [0.5, 2.0])
+        torch.testing.assert_close(both(Z, T, GIVEN), combine_controlnets([two, one], [2.0, 0.5])(Z, T, GIVEN))
         x, steps = Z, T
         parts = [control(x, steps, FRACTIONS) for control in both.controls]
         down = [0.5 * first + 2.0 * second for first, second in zip(parts[0][0], parts[1][0], strict=True)]
@@ -227,16 +229,16 @@ def test_controlnets_of_different_base_networks_do_not_join() -> None:
     with torch.no_grad():
         other.unet.out[2].conv.weight += 1e-3
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
-        joined([trained(1), other], [1, 1])
+        combine_controlnets([trained(1), other], [1, 1])
     base = concat_network(3, MaskRescaler(MASK, 3))
     seeing = [steered(copy.deepcopy(base), controlnet(channels=5)) for _ in range(2)]
-    joined(seeing, [1, 1])
+    combine_controlnets(seeing, [1, 1])
     with torch.no_grad():
         seeing[1].mask_encoder.mix.weight += 1e-3
     with pytest.raises(FibldmError, match="only where they were trained on the same base network"):
-        joined(seeing, [1, 1])
+        combine_controlnets(seeing, [1, 1])
     with pytest.raises(FibldmError, match="every ControlNet needs one strength; got 1 for 2"):
-        joined([trained(1), trained(2)], [1])
+        combine_controlnets([trained(1), trained(2)], [1])
 
 
 def test_a_controlnet_may_see_some_labels_only() -> None:

@@ -24,7 +24,7 @@ from fibldm.models.conditions.covariates import CovariateEncoding, CovariateToke
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.lean_unet import LeanUNet
 from fibldm.models.low_rank import add_low_rank
-from fibldm.models.network import ConditionedNetwork, joined, steered
+from fibldm.models.network import ConditionedNetwork, combine_controlnets, steered
 from fibldm.models.one_tensor import OneTensorNetwork
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.time_vectors import time_width
@@ -147,7 +147,7 @@ def test_a_controlnet_adds_the_same_vectors_to_its_time() -> None:
         wanted = made.parts("time")["covariates"](covariates)
     assert len(seen) == 2 and all(torch.equal(one, wanted) for one in seen)
     assert not any(weight.requires_grad for weight in made.parts("time")["covariates"].parameters())
-    again = joined([made, made], [1, 0])
+    again = combine_controlnets([made, made], [1, 0])
     with torch.no_grad():
         both = {"mask": FRACTIONS, "covariates": covariates}
         assert torch.equal(again(Z, T, both), made(Z, T, both))

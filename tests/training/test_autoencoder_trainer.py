@@ -25,8 +25,8 @@ from fibldm.runs.configuration import Configuration, shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.adversarial import (
     Adversary,
+    DiscriminatorOutput,
     Discriminators,
-    Judgement,
     adaptive_weight,
     discriminator_loss,
     feature_distance,
@@ -45,10 +45,12 @@ from fibldm.volumes.crops import RandForegroundCropd
 SIZE = (12, 10, 14)
 
 
-def judgement(*logits: float, features: list[Tensor] | None = None, weight: tuple[float, ...] = ()) -> Judgement:
+def output_of(
+    *logits: float, features: list[Tensor] | None = None, weight: tuple[float, ...] = ()
+) -> DiscriminatorOutput:
     """Of a row of patches."""
     row = torch.tensor(logits).reshape(1, 1, len(logits), 1)
-    return Judgement(row, features or [], torch.tensor(weight or (1.0,) * len(logits)).reshape(row.shape))
+    return DiscriminatorOutput(row, features or [], torch.tensor(weight or (1.0,) * len(logits)).reshape(row.shape))
 
 
 # --- what both sides minimise
@@ -68,7 +70,7 @@ def judgement(*logits: float, features: list[Tensor] | None = None, weight: tupl
     ],
 )
 def test_both_sides_minimise_what_the_papers_say(kind: Any, generator: float, discriminator: float) -> None:
-    real, fake = judgement(0.25, 4.0), judgement(-2.0, 3.0)
+    real, fake = output_of(0.25, 4.0), output_of(-2.0, 3.0)
     assert float(generator_loss(fake, kind)) == pytest.approx(generator)
     assert float(discriminator_loss(real, fake, kind)) == pytest.approx(discriminator)
 
@@ -77,19 +79,19 @@ def test_the_hinge_of_monai_is_another_one() -> None:
     """MONAI squeezes the logits by tanh, so large ones have no gradient."""
     theirs = PatchAdversarialLoss(criterion="hinge")(torch.tensor([-2.0, 3.0]), True, for_discriminator=False)
     assert float(theirs) == pytest.approx(1 - (math.tanh(-2) + math.tanh(3)) / 2)
-    assert float(generator_loss(judgement(-2.0, 3.0), "hinge")) == -0.5
+    assert float(generator_loss(output_of(-2.0, 3.0), "hinge")) == -0.5
 
 
 def test_patches_of_padding_do_not_count() -> None:
     weight = (1.0, 0.5, 0.0)
-    assert float(generator_loss(judgement(1.0, 4.0, 100.0, weight=weight), "hinge")) == pytest.approx(-(1 + 2) / 1.5)
-    real = judgement(0.0, 2.0, -7.0, weight=weight)
+    assert float(generator_loss(output_of(1.0, 4.0, 100.0, weight=weight), "hinge")) == pytest.approx(-(1 + 2) / 1.5)
+    real = output_of(0.0, 2.0, -7.0, weight=weight)
     assert float(discriminator_loss(real, real, "hinge")) == pytest.approx(0.5 * (1 / 1.5 + (1 + 0.5 * 3) / 1.5))
 
 
 def test_features_are_matched_in_every_layer() -> None:
-    real = judgement(0.0, features=[torch.zeros(1, 2, 1, 1), torch.ones(1, 4, 1, 1)])
-    fake = judgement(0.0, features=[torch.full((1, 2, 1, 1), -3.0), torch.ones(1, 4, 1, 1)])
+    real = output_of(0.0, features=[torch.zeros(1, 2, 1, 1), torch.ones(1, 4, 1, 1)])
+    fake = output_of(0.0, features=[torch.full((1, 2, 1, 1), -3.0), torch.ones(1, 4, 1, 1)])
     assert float(feature_distance(fake, real)) == (3 + 0) / 2
 
 
@@ -425,13 +427,13 @@ def test_each_side_learns_its_own_part_only() -> None:
     volume = torch.randn(2, 1, *SIZE, requires_grad=True)
     target = Weighted(torch.randn(2, 1, *SIZE), torch.ones(2, 1, *SIZE))
     rival = adversary(feature_weight=1.0)
-    judge: Callable[..., Any] = lambda seen, network, *rest: network(seen, *rest)  # noqa: E731
-    sum(rival.deceive(volume, target, [], judge).values()).backward()  # type: ignore[union-attr]
+    inferer: Callable[..., Any] = lambda seen, network, *rest: network(seen, *rest)  # noqa: E731
+    sum(rival.generator_terms(volume, target, [], inferer).values()).backward()  # type: ignore[union-attr]
     assert volume.grad is not None
     assert volume.grad.abs().sum() > 0
     assert all(weight.grad is None and weight.requires_grad for weight in rival.discriminators.parameters())
     volume.grad = None
-    rival.discern(volume, target, [], judge).backward()
+    rival.discriminator_loss(volume, target, [], inferer).backward()
     assert volume.grad is None
     assert all(weight.grad is not None for weight in rival.discriminators.parameters())
 
@@ -441,13 +443,13 @@ def test_what_is_in_the_padding_is_nobodys_business() -> None:
     weight[..., 9:] = 0
     rival = adversary(slice_weight=0.5, feature_weight=1.0)
     positions = random_slices(SIZE, torch.tensor([1]), 1)
-    judge: Callable[..., Any] = lambda seen, network, *rest: network(seen, *rest)  # noqa: E731
+    inferer: Callable[..., Any] = lambda seen, network, *rest: network(seen, *rest)  # noqa: E731
     found = []
     for seen in (volume, torch.where(weight > 0, volume, 9.0), 0.5 * volume):
         target = Weighted(value, weight)
-        terms = rival.deceive(seen, target, positions, judge)
+        terms = rival.generator_terms(seen, target, positions, inferer)
         found.append([float(term.detach()) for term in terms.values()])
-        found[-1].append(float(rival.discern(seen, target, positions, judge).detach()))
+        found[-1].append(float(rival.discriminator_loss(seen, target, positions, inferer).detach()))
     assert found[0] == found[1]
     assert all(one != other for one, other in zip(found[0], found[2], strict=True))
 
