@@ -11,7 +11,6 @@ finished is kept; the table is printed, and lies in OUT/rows.json.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.output import as_command
 from fibldm.datasets.preparation import prepare
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import evaluate
@@ -57,12 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     parser.add_argument("--measure", nargs="*", default=[], help="measurements of fibldm evaluate beside the distance")
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         print(table(compare(chosen)))
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        sys.exit(2)
 
 
 def compare(chosen: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -10,15 +10,14 @@ kept, so that it can be stopped and started again; rows that lie in OUT already 
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.output import as_command
 from fibldm.demo.chest_metrics import measure
 from fibldm.demo.demo import synthesize_test_masks
-from fibldm.errors import FibldmError, unknown_choice
+from fibldm.errors import unknown_choice
 from fibldm.evaluation.measurements import evaluate
 from fibldm.files import read_json, write_json
 from fibldm.runs.configuration import stage_configuration
@@ -57,12 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=list(CONFIGURATIONS), help="rows to train, by name")
     parser.add_argument("--guidance", type=float, nargs="*", default=[2.0], help="each gets a row of its own")
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         compare(chosen.demo, chosen.out, chosen.only, epochs=chosen.epochs, guidance=chosen.guidance)
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        sys.exit(2)
 
 
 def compare(demo: Path, out: Path, names: Sequence[str], *, epochs: int, guidance: Sequence[float]) -> None:

@@ -10,7 +10,6 @@ again; where one choice alone varies, OUT/curve_<choice>.png draws them.
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.errors import FibldmError
+from fibldm.cli.output import as_command
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.measurements import MEASUREMENTS, Measurements
 from fibldm.evaluation.statistics import Estimate
@@ -59,13 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (kind, default, meaning) in CHOICES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", default=[default], help=meaning)
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         wanted = {name: getattr(chosen, name) for name in CHOICES}
         compare(chosen.run, chosen.data, chosen.out, wanted, split=chosen.split, batch_size=chosen.batch_size)
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        sys.exit(2)
 
 
 def compare(

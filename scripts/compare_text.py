@@ -11,7 +11,6 @@ started again; the table goes to OUT/rows.json.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.output import as_command
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
-from fibldm.errors import FibldmError, unknown_choice
+from fibldm.errors import unknown_choice
 from fibldm.files import write_json
 from fibldm.phantoms.phantoms import FINDINGS, write_phantoms
 from fibldm.runs.configuration import stage_configuration
@@ -78,12 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=2, help="volumes of each sentence")
     parser.add_argument("--guidance", type=float, default=2.0)
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         compare(chosen)
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        sys.exit(2)
 
 
 def compare(chosen: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ finished is kept; the table also goes to OUT/rows.json.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 
-from fibldm.cli.output import emit_error, log_to_standard_error
-from fibldm.errors import FibldmError, unknown_choice
+from fibldm.cli.output import as_command
+from fibldm.errors import unknown_choice
 from fibldm.files import read_json, write_json
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.samplers import draw_noise, sampler
@@ -59,15 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", nargs="*", default=["data_chest_phantom", "demo"], help="data and other options")
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the configuration, for all rows")
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         compare(
             chosen.data, chosen.run, chosen.out, chosen.only,
             seeds=chosen.seeds, configs=chosen.config, changes={**parse_overrides(chosen.set), "epochs": chosen.epochs},
         )  # fmt: skip
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        sys.exit(2)
 
 
 def compare(

@@ -15,7 +15,6 @@ OUT/boxes.json has all of it with every box; OUT/data, OUT/work, OUT/run and wha
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.output import as_command
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
-from fibldm.errors import FibldmError
 from fibldm.files import write_json
 from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import Synthesizer
@@ -54,7 +52,7 @@ class Ball(NamedTuple):
         return f"{CLASSES[self.value]} {'x'.join(map(str, size))} voxels at {place} voxels"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--cases", type=int, default=200, help="phantoms to learn from, at least 5")
@@ -66,16 +64,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", nargs="*", default=[], help="further configurations of all stages, such as tiny")
     parser.add_argument("--device", default=None)
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         result = measure(chosen)
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        return 2
     write_json(chosen.out / "boxes.json", result)
     for name, value in result["figures"].items():
         print(f"{name:16} {'-' if value is None else format(value, '.3g')}")
-    return 0
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -208,4 +201,4 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

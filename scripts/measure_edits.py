@@ -16,7 +16,6 @@ OUT/edits.json has all of it, OUT/redrawn and OUT/removed the volumes, which are
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 
-from fibldm.cli.output import emit_error, log_to_standard_error
+from fibldm.cli.output import as_command
 from fibldm.editing import EditSettings, edit_files
 from fibldm.editing.region import grown
 from fibldm.errors import FibldmError, unknown_choice
@@ -42,7 +41,7 @@ SHELL = 2  # voxels on each side of the border
 SHRINKAGE = 0.3  # of the discriminant's covariance towards its diagonal
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="its work folder")
@@ -54,20 +53,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resampling", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="of the segmenter's training, as it was evaluated")
     chosen = parser.parse_args(arguments)
-    log_to_standard_error()
-    try:
+    with as_command():
         evaluated = Evaluated.open(chosen.run, chosen.data)
         by_name = {name: value for value, name in evaluated.labels.items() if value}
         if chosen.label not in by_name:
             raise unknown_choice("label", chosen.label, by_name)
         result = measure(evaluated, by_name[chosen.label], chosen)
-    except FibldmError as error:
-        emit_error(error.message, error.remedy, False)
-        return 2
     write_json(chosen.out / "edits.json", result)
     for name, value in result["figures"].items():
         print(f"{name:32} {value:.3g}")
-    return 0
 
 
 def measure(evaluated: Evaluated, label: int, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -179,4 +173,4 @@ def _auc(shells: Sequence[tuple[str, bool, NDArray[np.float64]]]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

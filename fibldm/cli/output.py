@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from fibldm.errors import sentence
+from fibldm.errors import FibldmError, sentence
 
 
 @contextmanager
@@ -39,6 +39,17 @@ def emit_error(message: str, remedy: str, as_json: bool) -> None:
     print(f"fibldm: {sentence(message, remedy)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"ok": False, "error": {"message": message, "remedy": remedy}}))
+
+
+@contextmanager
+def as_command() -> Iterator[None]:
+    """What a script does within ends as a command does: an error is one paragraph, and exit code 2."""
+    log_to_standard_error()
+    try:
+        yield
+    except FibldmError as error:
+        emit_error(error.message, error.remedy, as_json=False)
+        sys.exit(2)
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
