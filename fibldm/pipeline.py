@@ -33,7 +33,7 @@ from fibldm.runs.configuration import (
     stage_configuration,
 )
 from fibldm.runs.options import as_options, in_order
-from fibldm.runs.stages import TABLE, begun, kind_of
+from fibldm.runs.stages import DEFAULT_RECIPE, TABLE, begun, kind_of
 from fibldm.runs.values import require_minutes, require_switches
 from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
 from fibldm.synthesis.asked import COVARIATES, MASK, check, check_names, read
@@ -43,9 +43,6 @@ from fibldm.typed_settings import settings_of
 from fibldm.verbatim import as_word
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.masks import mask_stem
-
-DEFAULT = "recipe_default"
-"""The shipped recipe that is followed where none is named."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Recipe:
         """A recipe from a file, with more configurations and with changes on top.
 
         Args:
-            file: path of a YAML file, or the name of a shipped one; None takes `DEFAULT`.
+            file: path of a YAML file, or the name of a shipped one; None takes `DEFAULT_RECIPE`.
             configs: come after those of the file.
             overrides: ``step::key`` to value, such as ``diffusion::epochs``.
 
@@ -88,7 +85,7 @@ class Recipe:
             FibldmError: there is no such file, a step is unknown or has another type, or there are minutes and an
                 override gives epochs.
         """
-        content = dict(read_configuration(file or DEFAULT))
+        content = dict(read_configuration(file or DEFAULT_RECIPE))
         for key, value in in_order(overrides).items():
             step, *inside = key.split("::", 1)
             before = content.get(step)

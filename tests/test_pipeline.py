@@ -13,9 +13,10 @@ from fibldm.delivery.export import ExportSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import DEFAULT, Recipe, pipeline
+from fibldm.pipeline import Recipe, pipeline
 from fibldm.runs.configuration import configs_folder
 from fibldm.runs.options import as_options, parse_overrides
+from fibldm.runs.stages import DEFAULT_RECIPE
 
 RECIPES = sorted(path.stem for path in configs_folder().glob("recipe_*.yaml"))
 CC0 = ExportSettings("CC0-1.0")
@@ -35,7 +36,7 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_can_be_followed(name: str) -> None:
     """Every step's options and configuration keys exist."""
-    recipe = Recipe.read(name, configs=["data_chest_phantom"] * (name == DEFAULT), overrides={})
+    recipe = Recipe.read(name, configs=["data_chest_phantom"] * (name == DEFAULT_RECIPE), overrides={})
     assert recipe.preparation and recipe.drawing(Path("work"))
     assert [step.configuration(Path("work"), Path("run")) for step in recipe.stages()]
     assert f"--recipe {name} " in (configs_folder() / f"{name}.yaml").read_text()

@@ -86,7 +86,7 @@ def test_a_generator_that_follows_masks_draws_without_only_if_asked(
     assert not (tmp_path / "out").exists()
     (file,) = synthesize_files(tiny_run, [], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
     assert read_json(sidecar(file))["source"]["weights"] == StageFolder(tiny_run, "diffusion").require()["weights"]
-    with pytest.raises(FibldmError, match="got masks and --unconditional"):
+    with pytest.raises(FibldmError, match="got masks and `unconditional`"):
         synthesize_files(tiny_run, [mask_file], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
     conditional = Synthesizer.from_run(tiny_run)
     assert conditional.mask_dropout == 0.05
@@ -103,7 +103,7 @@ def test_a_generator_that_follows_masks_draws_without_only_if_asked(
 
 def test_a_bundle_that_follows_masks_asks_for_them(tiny_bundle: Path, tmp_path: Path) -> None:
     given = {"count": 1, "settings": QUICK, "device": "cpu", "bundle": tiny_bundle}
-    with pytest.raises(FibldmError, match="masks must be given to this generator, .*--unconditional for volumes"):
+    with pytest.raises(FibldmError, match="masks must be given to this generator, .*`unconditional` for volumes"):
         synthesize_files(None, [], tmp_path / "out", **given)  # type: ignore[arg-type]
     (file,) = synthesize_files(None, [], tmp_path / "out", unconditional=True, **given)  # type: ignore[arg-type]
     assert read_json(sidecar(file))["follows_mask"] is False

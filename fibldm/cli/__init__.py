@@ -98,12 +98,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """The options of the command that was given, by the names that the library has for them."""
+    """The options of the command that was given, by their names and by those that the library has for them."""
     command = typer.main.get_command(app)
     for argument in arguments:
         command = getattr(command, "commands", {}).get(argument, command)
-    options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
-    return {option.removeprefix("--").replace("-", "_"): option for option in options}
+    named = [(parameter.name, option) for parameter in command.params for option in parameter.opts]
+    options = [(name, option) for name, option in named if option.startswith("--")]
+    return {**dict(options), **{option.removeprefix("--").replace("-", "_"): option for _, option in options}}
 
 
 def _report(error: BaseException, as_json: bool, options: Mapping[str, str]) -> int:

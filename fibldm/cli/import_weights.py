@@ -19,12 +19,13 @@ def import_weights(
     network: Annotated[
         Path | None, typer.Option(help="JSON or YAML with network arguments that weight shapes do not reveal.")
     ] = None,
-    set_: Annotated[
+    arguments: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Network argument as key=value; repeatable.")
     ] = [],
-    fix: Annotated[
+    fixed: Annotated[
         list[str],
         typer.Option(
+            "--fix",
             metavar="NAME=NUMBERS",
             help="Fix an additional input to a value: class=1, spacing=1.5,1.5,1.5, top_region=0,1,0,0, "
             "bottom_region=0,0,1,0.",
@@ -55,8 +56,8 @@ def import_weights(
         licence_file=license_file,
         kind=kind,
         network=network,
-        arguments=_arguments(set_),
-        fixed=_fixed(fix),
+        arguments=_arguments(arguments),
+        fixed=_fixed(fixed),
         prediction=prediction,
         scale_factor=scale_factor,
         trust=trust,

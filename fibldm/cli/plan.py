@@ -15,6 +15,14 @@ def plan(
         list[str], typer.Option("--autoencoder-config", help="Like --config, for stage 1 only; repeatable.")
     ] = [],
     overrides: Overrides = [],
+    controlnet: Annotated[
+        bool,
+        typer.Option(
+            "--controlnet",
+            help="Plan a ControlNet as well, on stage 2 as --config has it; default: no ControlNet, and stage 2 with "
+            "mask_concat unless --config says how it sees the mask.",
+        ),
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: cuda if available.")] = "",
     memory: Annotated[
         float | None, typer.Option("--memory", help="Device memory in GB; default: this machine's.")
@@ -28,17 +36,20 @@ def plan(
     from fibldm.runs.options import parse_overrides
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    request = Request(data, tuple(config), parse_overrides(overrides), device, tuple(autoencoder_config))
-    made = make_plan(request, memory=None if memory is None else memory * 1e9)
+    request = Request(
+        data, tuple(config), parse_overrides(overrides), device, {"autoencoder": tuple(autoencoder_config)}
+    )
+    made = make_plan(request, memory=None if memory is None else memory * 1e9, controlnet=controlnet)
     print(f"{device}, {made['memory_gb']:.1f} GB{' (imitated on a CPU)' if made['imitated'] else ''}")
     print(f"{made['grid']['sentence'][:1].upper()}{made['grid']['sentence'][1:]}")
     if made["grid"]["lost"]:
         print(f"warning: training will refuse this grid, as nothing is left of {', '.join(made['grid']['lost'])}")
     for stage, found in made["stages"].items():
         size = " x ".join(str(axis) for axis in found["input_size"])
+        configs = f" with {', '.join(found['configs'])}" if found["configs"] else ""
         parts = ", ".join(f"{part} {_memory(found[f'{part}_gb'])}" for part in ("resident", "step", "validation"))
         print(
-            f"{stage:<12} {_memory(found['peak_gb'])} at batch {found['batch_size']} of {size} ({parts}): "
+            f"{stage:<12} {_memory(found['peak_gb'])} at batch {found['batch_size']} of {size}{configs} ({parts}): "
             f"{'fits' if found['fits'] else 'does not fit'}"
         )
         print(f"{'':<12} {_largest(found)}")

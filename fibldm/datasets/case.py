@@ -198,7 +198,7 @@ def _label(case: Case, image: Scan, settings: PrepareSettings, findings: Finding
         return None
     overlap = np.count_nonzero(np.sum([mask.array != 0 for mask in sound], axis=0) > 1) if len(sound) > 1 else 0
     if overlap and not settings.merge_masks:
-        raise FibldmError(f"masks must not overlap; they do in {overlap} voxels (--merge-masks says which goes first)")
+        raise FibldmError(f"masks must not overlap; they do in {overlap} voxels (`merge_masks` says which goes first)")
     merged = sound[-1].array
     for earlier in reversed(sound[:-1]):  # which wins
         merged = np.where(earlier.array != 0, earlier.array, merged)

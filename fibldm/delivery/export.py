@@ -85,7 +85,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
     """
     words = CardText.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
-    remedy = "wait until that has ended, or choose another --out"
+    remedy = "wait until that has ended, or choose another `out`"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
         stage = generating_stage(run, unconditional=settings.unconditional)
         adapted = _adapted(run, settings)
@@ -235,7 +235,7 @@ def _kept(network: nn.Module, *, half: bool) -> dict[str, Tensor]:
         return state
     halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     if large := [name for name, tensor in halved.items() if not bool(tensor.isfinite().all())]:
-        raise FibldmError(f"{large[0]} is too large for half precision", "leave --half out")
+        raise FibldmError(f"{large[0]} is too large for half precision", "leave `half` out")
     return halved
 
 

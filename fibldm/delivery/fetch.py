@@ -29,12 +29,12 @@ def fetch(url: str, out: Path, sha256: str) -> bool:
         FibldmError: the hash is none, another file lies there or came, or nothing could be downloaded or written.
     """
     if not _SHA256.fullmatch(sha256.lower()):
-        raise FibldmError(f"--sha256 must be 64 hexadecimal digits; got {sha256!r}", "publishers state it beside files")
+        raise FibldmError(f"`sha256` must be 64 hexadecimal digits; got {sha256!r}", "publishers state it beside files")
     if not url.startswith(("https://", "http://", "file://")):
         raise FibldmError(f"a file is fetched by https, http or file; got {url!r}")
     if out.exists():
         if not out.is_file() or hash_file(out) != sha256.lower():
-            raise FibldmError(f"{out} lies there already and is not the file with this hash", "choose another --out")
+            raise FibldmError(f"{out} lies there already and is not the file with this hash", "choose another `out`")
         return False
     with atomic_path(out) as temporary:
         _download(url, temporary)

@@ -58,7 +58,7 @@ def read_arguments(kind: str, weights: Weights) -> dict[str, Any]:
     except (KeyError, IndexError, StopIteration, AttributeError) as error:
         raise FibldmError(
             f"weights must be those of a whole {kind}; a layer is missing or out of order ({error})",
-            "give what it was built with by --network",
+            "give what it was built with by `network`",
         ) from error
 
 
@@ -216,17 +216,17 @@ def fixed_of(weights: Mapping[str, Tensor], fixed: Mapping[str, Sequence[float]]
     """
     wanted = inputs_of(weights)
     if missing := [name for name in wanted if name not in fixed]:
-        meaning = "; ".join(f"--fix {name}=...: {_MEANINGS[name]}" for name in missing)
+        meaning = "; ".join(f"`fixed` {name}=...: {_MEANINGS[name]}" for name in missing)
         raise FibldmError(
             f"FibLDM tells a network latent, time, mask and context; this one also asks for {', '.join(missing)}",
             f"give the value for which it is imported ({meaning})",
         )
     for name in wanted:
         if len(fixed[name]) != _LENGTHS[name]:
-            raise FibldmError(f"--fix {name} needs {_LENGTHS[name]} numbers; got {len(fixed[name])}", _MEANINGS[name])
+            raise FibldmError(f"`fixed` {name} needs {_LENGTHS[name]} numbers; got {len(fixed[name])}", _MEANINGS[name])
     if CLASS in wanted and fixed[CLASS][0] not in range(len(weights["class_embedding.weight"])):
         last = len(weights["class_embedding.weight"]) - 1
-        raise FibldmError(f"--fix class must be 0 to {last}; got {fixed[CLASS][0]:g}")
+        raise FibldmError(f"`fixed` class must be 0 to {last}; got {fixed[CLASS][0]:g}")
     return {name: fixed[name] for name in wanted}
 
 

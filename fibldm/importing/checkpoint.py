@@ -145,7 +145,7 @@ def resolved(value: Any, said: Mapping[str, Any], where: str, seen: tuple[str, .
     if value[0] != "@":
         raise FibldmError(
             f"{where} must hold plain values and references; it holds the expression {value!r}",
-            "give its arguments by --network, or --trust if you know who made this bundle: expressions run as code",
+            "give its arguments by `network`, or `trust` if you know who made this bundle: expressions run as code",
         )
     if value in seen:
         raise FibldmError(f"{where} must not refer to itself; it does by {value!r}", "ask for the bundle again")
@@ -158,7 +158,7 @@ def _looked_up(reference: str, said: Mapping[str, Any], where: str) -> Any:
         if not isinstance(found, Mapping) or key not in found:
             raise FibldmError(
                 f"{where} must refer to what stands beside it; nothing is found for {reference!r}",
-                "give its arguments by --network",
+                "give its arguments by `network`",
             )
         found = found[key]
     return found

@@ -86,8 +86,8 @@ def arguments_of(
     if missing := [name for name in HIDDEN[part.kind] if name not in found]:
         raise FibldmError(
             f"{', '.join(missing)} of the {part.kind} in {part.file} must be known, and cannot be read from weights",
-            f"give {'them' if len(missing) > 1 else 'it'} by --network, a file with the definition, or by "
-            f"--set {missing[0]}=...",
+            f"give {'them' if len(missing) > 1 else 'it'} by `network`, a file with the definition, or by "
+            f"`arguments` {missing[0]}=...",
         )
     return {**found, **_decided_by_names(part)}
 
@@ -157,7 +157,7 @@ def parity(
         original = kind(**_their_arguments(kind, arguments))
     except (TypeError, ValueError) as error:
         raise FibldmError(
-            f"arguments must be those of {kind.__name__}; {error}", "correct --network or --set"
+            f"arguments must be those of {kind.__name__}; {error}", "correct `network` or `arguments`"
         ) from error
     _load(original, part.weights, part)
     inputs = _inputs(part.kind, arguments)
@@ -175,7 +175,7 @@ def _said_of(kind: str, read: Mapping[str, Any], said: Mapping[str, Any], trust:
     refused: list[FibldmError] = []
     for where, definition in found:
         try:
-            plain = _run(said, where) if trust else resolved(dict(definition), said, where or "--network")
+            plain = _run(said, where) if trust else resolved(dict(definition), said, where or "`network`")
         except FibldmError as error:
             refused.append(error)
             continue
@@ -188,12 +188,12 @@ def _said_of(kind: str, read: Mapping[str, Any], said: Mapping[str, Any], trust:
         names = ", ".join(where for where, _ in found)
         raise FibldmError(
             f"the definition must fit the weights, which are those of a {kind} with {dict(read)}; none of {names} does",
-            "give the definition that belongs to these weights by --network",
+            "give the definition that belongs to these weights by `network`",
         )
     several = "_target_" in said or any(isinstance(value, Mapping) for value in said.values())
     if several or not said:
         return {}
-    plain = resolved(dict(said), said, "--network")
+    plain = resolved(dict(said), said, "`network`")
     return {**_DEFAULTS, **_present_arguments(plain, levels=len(read["channels"]))}
 
 
@@ -203,7 +203,7 @@ def _run(said: Mapping[str, Any], where: str) -> dict[str, Any]:
         names = [name for name in parser[where] if not name.startswith("_")]
         return {name: parser.get_parsed_content(f"{where}::{name}" if where else name) for name in names}
     except Exception as error:
-        raise FibldmError(f"{where} must come to plain values; {error}", "give its arguments by --network") from error
+        raise FibldmError(f"{where} must come to plain values; {error}", "give its arguments by `network`") from error
 
 
 def _present_arguments(given: Mapping[str, Any], *, levels: int) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor], part: Foreign) -> N
     if said:
         raise FibldmError(
             f"weights of {part.file} must fit {type(network).__name__}; they {', and '.join(said)}",
-            "give what it was built with by --network; a network of another class cannot be imported",
+            "give what it was built with by `network`; a network of another class cannot be imported",
         )
     network.load_state_dict(dict(weights))
 

@@ -118,9 +118,9 @@ def import_weights(source: Path, out: Path, settings: ImportSettings) -> dict[st
 
 def _chosen(source: Path, settings: ImportSettings) -> list[Foreign]:
     if settings.kind not in ("auto", *MARKS):
-        raise unknown_choice("--kind", settings.kind, ("auto", *MARKS))
+        raise unknown_choice("`kind`", settings.kind, ("auto", *MARKS))
     if settings.prediction not in (None, *PREDICTIONS):
-        raise unknown_choice("--prediction", settings.prediction, PREDICTIONS)
+        raise unknown_choice("`prediction`", settings.prediction, PREDICTIONS)
     found = read_foreign(source)
     chosen = [part for part in found if settings.kind in ("auto", part.kind)]
     if not chosen:
@@ -129,7 +129,7 @@ def _chosen(source: Path, settings: ImportSettings) -> list[Foreign]:
     known = {name for part in chosen for name in inputs_of(part.weights)}
     if strange := [name for name in settings.fixed if name not in known]:
         listed = ", ".join(sorted(known)) or "nothing beside latent, time and context"
-        raise FibldmError(f"--fix must name an input of the network, which asks for {listed}; got {strange[0]!r}")
+        raise FibldmError(f"`fixed` must name an input of the network, which asks for {listed}; got {strange[0]!r}")
     return chosen
 
 
@@ -147,7 +147,7 @@ def _said(source: Path, settings: ImportSettings) -> dict[str, Any]:
         return said
     given = read_values(settings.network)
     if not isinstance(given, dict):
-        raise FibldmError(f"--network must hold arguments or definitions by name; got a {type(given).__name__}")
+        raise FibldmError(f"`network` must hold arguments or definitions by name; got a {type(given).__name__}")
     return {**said, **given}
 
 
@@ -162,7 +162,7 @@ def _imported(part: Foreign, said: Mapping[str, Any], settings: ImportSettings) 
         raise FibldmError(
             f"{part.kind} of {part.file} must say the same as {against}, to {TOLERANCE:g} of the largest value; "
             f"it differs by {difference:.2g}",
-            "give what it was built with by --network",
+            "give what it was built with by `network`",
         )
     if prediction == "rflow":  # it says ``z_0 - eps``, as MONAI's RFlowScheduler wants it; FibLDM ``eps - z_0``
         state |= {name: -state[name] for name in ("unet.out.2.conv.weight", "unet.out.2.conv.bias")}
@@ -229,7 +229,7 @@ def _latent_space(each: Imported, others: Sequence[Imported], settings: ImportSe
     if each.part.kind != "unet" or scale is None:
         return None
     if not scale > 0:
-        raise FibldmError(f"the scale factor of latents must be above 0; got {scale}", "give it by --scale-factor")
+        raise FibldmError(f"the scale factor of latents must be above 0; got {scale}", "give it by `scale_factor`")
     channels = int(each.facts["arguments"]["out_channels"])
     first = [one for one in others if one.part.kind in ("autoencoder", "vqvae")]
     fingerprint = hash_weights(first[0].state) if len(first) == 1 else ""

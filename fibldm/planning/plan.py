@@ -1,6 +1,7 @@
 """``fibldm plan``: memory and minutes that each stage will need, before it is trained, and settings that fit."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
 from fibldm.progress import track
-from fibldm.runs.stages import kind_of, trained
+from fibldm.runs.configuration import read_configuration
+from fibldm.runs.stages import DEFAULT_RECIPE, kind_of, trained
 from fibldm.volumes.coverage import measure_coverage
+from fibldm.volumes.datalist import read_datalist
 
 DEVICES = ("cpu", "cuda")
 
@@ -22,15 +25,17 @@ LARGEST_BATCH = 512  # larger ones are not looked for: tracing takes the longer,
 _TIMES = ("minutes", "seconds_per_step", "steps", "epochs", "validations", "seconds_per_validation")
 
 
-def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
+def plan(request: Request, *, memory: float | None = None, controlnet: bool = False) -> dict[str, Any]:
     """The memory and the minutes of every stage, and settings that fit.
 
     Args:
         request: what is planned.
         memory: bytes of the device; None asks this machine.
+        controlnet: plan one as well, on stage 2 as ``request`` has it; otherwise see `by_default_recipe`.
 
     Returns:
-        ``device``, ``imitated``, ``memory_gb`` and ``stages``, each with ``peak_gb``, what it consists of, whether it
+        ``device``, ``imitated``, ``memory_gb`` and ``stages``, each with ``configs``, which are those that `Request`
+        does not name for all stages, with ``peak_gb``, what it consists of, whether it
         ``fits``, and what would: ``largest_batch`` (of at most 512, and of at most what an epoch draws: all views and
         patches of all patients), ``largest_batch_checkpointed``, for the autoencoder ``largest_patch``. Where the
         device is there, and the stage fits into its memory, a stage also has ``minutes``, and what they are made of:
@@ -45,7 +50,8 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         raise unknown_choice("device", request.device, DEVICES)
     available = device_memory(request.device) if memory is None else memory
     grid = measure_coverage(request.work, stage_parser("autoencoder", request).get_parsed_content("grid"))
-    planned = [stage for stage in trained() if is_trained(stage, request)]
+    request, left_out = (request, set()) if controlnet else by_default_recipe(request)
+    planned = [stage for stage in trained() if stage not in left_out and is_trained(stage, request)]
     stages = {stage: _described(stage, request, available) for stage in track(planned, "plan")}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
     return {
@@ -56,6 +62,25 @@ def plan(request: Request, *, memory: float | None = None) -> dict[str, Any]:
         "encoding_minutes": time_encoding(request) / 60 if fits_here else None,
         "stages": stages,
     }
+
+
+def by_default_recipe(request: Request) -> tuple[Request, set[str]]:
+    """A request with the stages' own configurations of the default recipe, and the stages that this leaves out.
+
+    Stage 2 keeps what it has where ``request`` says how it sees the mask, or where no case has one.
+
+    Raises:
+        FibldmError: the configuration or the data are refused.
+    """
+    recipe = read_configuration(DEFAULT_RECIPE)
+    left_out = {stage for stage in trained() if stage in recipe and recipe[stage] is None}
+    says = "mask_way" in request.overrides or stage_parser("diffusion", request).get("mask_way") is not None
+    if says or not any("label" in case for case in read_datalist(request.work)["training"]):
+        return request, left_out
+    own = {**request.stage_configs}
+    for stage in trained():
+        own[stage] = (*own.get(stage, ()), *(recipe.get(stage) or {}).get("configs", ()))
+    return replace(request, stage_configs=own), left_out
 
 
 def device_memory(device: str) -> float:
@@ -112,6 +137,7 @@ def _described(stage: str, request: Request, memory: float) -> dict[str, Any]:
     checkpointed = request.changed(activation_checkpointing=True)
     most = min(LARGEST_BATCH, count(stage, request)["draws"])
     return {
+        "configs": list(request.stage_configs.get(stage, ())),
         "batch_size": traced.batch_size,
         "input_size": list(traced.size),
         "parameters": traced.parameters,

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,14 @@ class Request:
         overrides: ``key::sub`` to value, each for the stages that have the key.
         device: "cpu" or "cuda". Where there is no CUDA device, one is imitated on the CPU: bfloat16 unless float32 is
             asked for, with float32 in the norms, as CUDA's autocast has it.
-        autoencoder_configs: more configurations, which stage 1 alone is trained with.
+        stage_configs: more configurations of single stages, by their names.
     """
 
     work: Path
     configs: tuple[str, ...]
     overrides: Mapping[str, Any]
     device: str
-    autoencoder_configs: tuple[str, ...] = ()
+    stage_configs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def changed(self, **overrides: Any) -> "Request":
         """The same with other settings."""
@@ -174,7 +174,7 @@ def stage_parser(stage: str, request: Request, *, with_values: bool = False) -> 
     Raises:
         FibldmError: the configuration is refused.
     """
-    configs = (*request.configs, *(request.autoencoder_configs if stage == "autoencoder" else ()))
+    configs = (*request.configs, *request.stage_configs.get(stage, ()))
     content = copy.deepcopy(_content(stage, request.work, configs))
     overrides = {**_meant_for(content, request.overrides), "device": "cpu" if request.imitated else request.device}
     chosen = stage_configuration(stage, work=request.work, run_dir=_RUN, configs=configs, overrides=overrides)

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from fibldm.errors import unknown_choice
 
+DEFAULT_RECIPE = "recipe_default"
+"""The shipped recipe that is followed where none is named."""
+
 
 @dataclass(frozen=True)
 class StageKind:

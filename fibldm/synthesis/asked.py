@@ -247,7 +247,7 @@ def own(kinds: Mapping[str, Condition], cases: Mapping[Path, Mapping[str, Any]],
     if known is None:
         raise FibldmError(
             f"own conditions are those of cases of the work folder; {mask} is no mask of one",
-            "give the masks by --data, or what is known of them by --conditions-table",
+            "give the masks by `data`, or what is known of them by `conditions_table`",
         )
     return {name: kind.own(known) for name, kind in kinds.items() if name == COVARIATES or name not in said}
 

@@ -110,7 +110,7 @@ def _made(name: str, arguments: dict[str, Any], where: str, trust: bool) -> Any:
     if not (name in TARGETS or trust or _is_condition(name)):
         raise FibldmError(
             f"{where} must be made of networks that FibLDM knows; {name!r} is none of them",
-            "give --trust if you know who made this bundle: what it names runs on your machine then",
+            "give `trust` if you know who made this bundle: what it names runs on your machine then",
         )
     try:
         module, _, attribute = name.rpartition(".")

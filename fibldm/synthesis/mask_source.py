@@ -48,7 +48,7 @@ class MaskSource:
             if (hash_mask(self.file) if self._released else self.sha256) != self.sha256:
                 raise FibldmError(
                     f"a mask must stay as it is while volumes are made of it; {self.file} was changed meanwhile",
-                    "give the same command again, with another --out where volumes of the mask are there already",
+                    "give the same command again, with another `out` where volumes of the mask are there already",
                 )
             self._labels = labels
         return self._labels

@@ -125,14 +125,14 @@ class Output:
         path = self.path(job)
         other = self.folder / (job.name if self.dicom is None else f"{job.name}.nii.gz")
         if other.exists():
-            raise OutputConflict(f"{other} lies there already, in another format", "choose another --out folder")
+            raise OutputConflict(f"{other} lies there already, in another format", "choose another `out` folder")
         if not path.exists():
             return False
         there = read_json(sidecar(path))
         if any(there.get(key) != value for key, value in self._request(job).items()):
             raise OutputConflict(
                 f"{path} lies there already and was made from another mask, run or settings",
-                "choose another --out folder",
+                "choose another `out` folder",
             )
         if self.dicom is not None:
             self.dicom.check_whole(path)
@@ -227,7 +227,7 @@ def _together(refused: Sequence[FibldmError], masks: int) -> FibldmError:
 def _needs_masks() -> FibldmError:
     return FibldmError(
         "masks must be given to this generator, as its volumes follow them; got none",
-        "give --masks or --data, or --unconditional for volumes that follow no mask",
+        "give `masks` or `data`, or `unconditional` for volumes that follow no mask",
     )
 
 
@@ -284,7 +284,7 @@ def synthesize_files(
     early = SynthesisSettings.of(settings, **certain)
     _ = early.files.dicom  # refused before the generator is loaded
     if masks and unconditional:
-        raise FibldmError("volumes follow masks, or they are unconditional; got masks and --unconditional", "give one")
+        raise FibldmError("volumes follow masks, or they are unconditional; got masks and `unconditional`", "give one")
     files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
     early.check_masks([file for file in files if file is not None])
     shard = Shard.from_environment()
@@ -292,7 +292,7 @@ def synthesize_files(
     if (run_dir is None) == (bundle is None):
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
     if not masks and (strength != 1 or others):
-        raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give --masks")
+        raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give `masks`")
     may_draw = bool(masks) or unconditional
     if run_dir is not None and not may_draw and any(kind.brings_mask for kind in begun(run_dir)):
         raise _needs_masks()
@@ -308,7 +308,7 @@ def synthesize_files(
     asked = SynthesisSettings.of(settings or synthesizer.sampling, **options)
     output = Output(synthesizer, Path(out), asked)
     jobs = shard.take(jobs_of(files, synthesizer.names, asked.count))
-    remedy = "wait until that has ended, choose another --out, or let them share the work by RANK and WORLD_SIZE"
+    remedy = "wait until that has ended, choose another `out`, or let them share the work by RANK and WORLD_SIZE"
     with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):
         missing = output.missing(jobs)
         batches = [missing[start : start + asked.batch_size] for start in range(0, len(missing), asked.batch_size)]

@@ -303,7 +303,7 @@ class SynthesisSettings:
             FibldmError: see `ConditionsTable.check_masks` and `known_cases`; or there are no masks.
         """
         if self.each_its_own and not masks:
-            raise FibldmError("conditions of each mask by itself need masks; there are none", "give --masks or --data")
+            raise FibldmError("conditions of each mask by itself need masks; there are none", "give `masks` or `data`")
         if self.table is not None:
             self.table.check_masks(masks)
         _ = self.cases

@@ -290,7 +290,7 @@ class Synthesizer:
         if not allow:
             raise FibldmError(
                 f"a mask must lie within what the training data covered; {finding}",
-                "train with mask_dropout above 0, or give --allow-extrapolation (the sidecar will say so)",
+                "train with mask_dropout above 0, or give `allow_extrapolation` (the sidecar will say so)",
             )
         return [finding]
 

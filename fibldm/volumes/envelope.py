@@ -79,7 +79,7 @@ class Envelope:
         if findings and not allow:
             raise FibldmError(
                 f"a mask must lie within what the training data covered; {'; '.join(findings)}",
-                "give --allow-extrapolation to go on anyway (the sidecar will say so)",
+                "give `allow_extrapolation` to go on anyway (the sidecar will say so)",
             )
         return findings
 

@@ -221,4 +221,4 @@ def keep_mask(path: Path, labels: Volume) -> None:
         return
     there = read_volume(str(path))
     if not np.array_equal(there.array, labels.array) or not np.allclose(there.affine, labels.affine, atol=1e-4):
-        raise FibldmError(f"{path} lies there already and is another mask", "choose another --out folder")
+        raise FibldmError(f"{path} lies there already and is another mask", "choose another `out` folder")

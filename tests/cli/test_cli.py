@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 import fibldm.doctor
 from fibldm import __version__
+from fibldm.cli import _options as command_options
 from fibldm.cli import app, run
 from fibldm.cli.edit import edit
 from fibldm.cli.output import with_options
@@ -107,6 +108,10 @@ def test_fields_in_an_error_of_the_library_become_options_of_the_command(
     ):
         assert run(["prepare", str(tmp_path), "--out", str(tmp_path / "work"), *given]) == 2
         assert capsys.readouterr().err.startswith(message)
+    given = ["import-weights", str(tmp_path), "--out", str(tmp_path / "out"), "--license", "MIT", "--kind", "gan"]
+    assert run(given) == 2
+    assert capsys.readouterr().err.startswith("fibldm: --kind must be one of auto, ")
+    assert command_options(given)["arguments"] == "--set" and command_options(given)["fixed"] == "--fix"
     options = {"skip_bad": "--skip-bad"}
     text = "leave them out with `skip_bad`, or run `fibldm encode --restart`; `unknown` stays"
     assert with_options(text, options) == text.replace("`skip_bad`", "--skip-bad")

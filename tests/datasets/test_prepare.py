@@ -824,7 +824,7 @@ def test_dicom_masks_that_overlap_need_an_order(tmp_path: Path) -> None:
     case = Case("a", ((tmp_path / "s0/ct.nii.gz",),), masks, "a")
     refused = prepare_case(case, CT, None)
     assert [f.message for f in refused.findings] == [
-        "masks must not overlap; they do in 5 voxels (--merge-masks says which goes first)"
+        "masks must not overlap; they do in 5 voxels (`merge_masks` says which goes first)"
     ]
     assert prepare_case(case, replace(CT, merge_masks=("lung", "airways")), None).findings == ()
 

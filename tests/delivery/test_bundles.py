@@ -602,7 +602,7 @@ def test_trust_takes_what_else_is_named(copy: Path, monkeypatch: pytest.MonkeyPa
     facts = read_json(copy / GENERATOR)
     known = frozenset(TARGETS - {facts["network"]["_target_"]})
     monkeypatch.setattr("fibldm.synthesis.definitions.TARGETS", known)
-    with pytest.raises(FibldmError, match="give --trust"):
+    with pytest.raises(FibldmError, match="give `trust`"):
         Synthesizer.from_bundle(copy)
     assert Synthesizer.from_bundle(copy, trust=True).source["bundle"] == "tiny 0.1.0"
 

@@ -551,7 +551,7 @@ def test_a_definition_by_hand(tmp_path: Path) -> None:
     for name in ("plain.yaml", "several.json"):
         facts = imported(network, tmp_path / "out", network=tmp_path / name)
         assert facts["arguments"]["num_head_channels"] == [0, 8]
-    with pytest.raises(FibldmError, match="--network must hold arguments or definitions by name; got a list"):
+    with pytest.raises(FibldmError, match="`network` must hold arguments or definitions by name; got a list"):
         imported(network, tmp_path / "out", network=tmp_path / "list.yaml")
     (tmp_path / "endless.yaml").write_text("&a {x: *a}")
     for name in ("broken.json", "endless.yaml", "absent.yaml"):
@@ -615,8 +615,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str
     "no licence": (lambda state: state, {"licence": ""}, "--license must be the SPDX identifier .*; got ''"),
     "no text": (lambda state: state, {"licence": "X", "licence_file": Path("/no")}, "--license-file must be a text"),
     "another kind": (lambda state: state, {"kind": "vqvae"}, "must hold a network of the kind vqvae; it holds unet"),
-    "no kind": (lambda state: state, {"kind": "gan"}, "--kind must be one of auto, controlnet, unet, .*; got 'gan'"),
-    "no prediction": (lambda state: state, {"prediction": "x"}, "--prediction must be one of epsilon, .*; got 'x'"),
+    "no kind": (lambda state: state, {"kind": "gan"}, "`kind` must be one of auto, controlnet, unet, .*; got 'gan'"),
+    "no prediction": (lambda state: state, {"prediction": "x"}, "`prediction` must be one of epsilon, .*; got 'x'"),
     "hidden": (
         lambda state: state,
         {"arguments": {}},
@@ -655,7 +655,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str
     "no such input": (
         lambda state: state,
         {"fixed": {"spacing": [1, 1, 1]}},
-        "--fix must name an input of the network, which asks for nothing beside .* context; got 'spacing'",
+        "`fixed` must name an input of the network, which asks for nothing beside .* context; got 'spacing'",
     ),
     "no scale": (lambda state: state, {"scale_factor": 0.0}, "the scale factor of latents must be above 0; got 0.0"),
 }
@@ -677,9 +677,9 @@ def test_what_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ({}, "this one also asks for class, spacing; give the value for which it is imported .*modality, 1 for CT"),
         ({"class": [1]}, "this one also asks for spacing; "),
-        ({**FIXED, "spacing": [1.0]}, "--fix spacing needs 3 numbers; got 1; millimetres along each axis"),
-        ({**FIXED, "class": [4]}, "--fix class must be 0 to 3; got 4"),
-        ({**FIXED, "class": [0.5]}, "--fix class must be 0 to 3; got 0.5"),
+        ({**FIXED, "spacing": [1.0]}, "`fixed` spacing needs 3 numbers; got 1; millimetres along each axis"),
+        ({**FIXED, "class": [4]}, "`fixed` class must be 0 to 3; got 4"),
+        ({**FIXED, "class": [0.5]}, "`fixed` class must be 0 to 3; got 0.5"),
         ({**FIXED, "top_region": [1, 0, 0, 0]}, "which asks for class, spacing; got 'top_region'"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
-from fibldm.planning.plan import device_memory, largest_batch, largest_patch, plan
+from fibldm.planning.plan import by_default_recipe, device_memory, largest_batch, largest_patch, plan
 from fibldm.planning.timing import count, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, trace_stage
 from fibldm.runs import StageFolder
@@ -119,7 +119,7 @@ def test_updates_of_low_rank_are_planned(request_: Request) -> None:
 
 def test_settings_go_to_the_stages_that_have_them(smaller: Request) -> None:
     """A patch is none of stage 2; what changes the autoencoder changes the size of the latents."""
-    coarser = replace(smaller.changed(patch=[16, 16, 8]), autoencoder_configs=("autoencoder_anisotropic",))
+    coarser = replace(smaller.changed(patch=[16, 16, 8]), stage_configs={"autoencoder": ("autoencoder_anisotropic",)})
     assert trace_stage("autoencoder", coarser).size == (16, 16, 8)
     assert trace_stage("diffusion", coarser).size == (8, 8, 16)
 
@@ -212,9 +212,42 @@ def test_what_is_not_trained_is_not_planned(smaller: Request, monkeypatch: pytes
     monkeypatch.setattr("fibldm.planning.plan.trained", lambda: ("autoencoder", "diffusion"))
     monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
     monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)  # too little to try a step
-    pixels = replace(smaller, autoencoder_configs=("autoencoder_identity",))
+    pixels = replace(smaller, stage_configs={"autoencoder": ("autoencoder_identity",)})
     made = plan(pixels, memory=1e12)
     assert list(made["stages"]) == ["diffusion"] and made["stages"]["diffusion"]["input_size"] == [32, 32, 32]
+
+
+def test_the_road_of_the_default_recipe_is_planned(request_: Request) -> None:
+    """The mask as input channels and no ControlNet, as the pipeline goes without a recipe and README step by step."""
+    planned, left_out = by_default_recipe(request_)
+    assert left_out == {"controlnet"} and planned.stage_configs["diffusion"] == ("mask_concat",)
+    said = Request(request_.work, (*request_.configs, "mask_concat"), request_.overrides, "cpu")
+    assert trace_stage("diffusion", planned) == trace_stage("diffusion", said)
+    assert by_default_recipe(said) == (said, {"controlnet"})
+    unmasked = request_.changed(mask_way=None)
+    assert by_default_recipe(unmasked) == (unmasked, {"controlnet"})
+
+
+def test_stage_2_of_cases_without_masks_is_planned_without(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fibldm.planning.plan.read_datalist", lambda _: {"training": [{"case": "a", "image": "a.nii"}]})
+    assert by_default_recipe(request_) == (request_, {"controlnet"})
+
+
+@pytest.mark.parametrize(("asked", "stages"), [(False, ["autoencoder", "diffusion"]), (True, list(trained()))])
+def test_a_controlnet_is_planned_on_request(
+    request_: Request,
+    traced: dict[str, StageMemory],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: bool,
+    stages: list[str],
+) -> None:
+    """Then on stage 2 as it is configured."""
+    monkeypatch.setattr("fibldm.planning.plan.trace_stage", lambda stage, _: traced[stage])
+    monkeypatch.setattr("fibldm.planning.plan.largest_batch", lambda *_: 1)
+    monkeypatch.setattr("fibldm.planning.plan.device_memory", lambda _: 1e5)  # too little to try a step
+    made = plan(request_, memory=1e12, controlnet=asked)
+    assert list(made["stages"]) == stages
+    assert made["stages"]["diffusion"]["configs"] == ([] if asked else ["mask_concat"])
 
 
 @pytest.mark.slow
@@ -275,6 +308,7 @@ def test_the_plan_has_minutes_where_the_device_is_there(
     found = made["stages"]["diffusion"]
     assert found["minutes"] > 0 and found["seconds_per_step"] > 0 and made["encoding_minutes"] > 0
     assert (found["epochs"], found["validations"]) == (1, 1) and found["steps"] >= 1
+    assert found["configs"] == ["mask_concat"] and "8 with mask_concat (resident" in said.err
     assert "minutes: 1 epoch of" in said.err and " MB at batch" in said.err and "latents" in said.err
     if not torch.cuda.is_available():
         assert run([*given, "--device", "cuda", "--memory", "80"]) == 0

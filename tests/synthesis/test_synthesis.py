@@ -498,7 +498,7 @@ def test_two_masks_of_one_name_are_not_mixed(synthesizer, tmp_path):
         write_mask(tmp_path / "other" / "case.nii.gz", _changed(2)),
     )
     synthesize_file(synthesizer, file, tmp_path / "out", number=0, settings=QUICK)
-    with pytest.raises(FibldmError, match="case.nii.gz lies there already and is another mask; choose another --out"):
+    with pytest.raises(FibldmError, match="case.nii.gz lies there already and is another mask; choose another `out`"):
         synthesize_file(synthesizer, other, tmp_path / "out", number=1, settings=QUICK)
     assert not (tmp_path / "out" / "case_001.nii.gz").exists()
 
@@ -547,7 +547,7 @@ def test_all_masks_are_looked_at_before_the_first_volume(synthesizer, tmp_path):
     said = str(refused.value).splitlines()
     assert said[0] == "3 of 5 masks are refused, nothing was made:"
     assert [line[:5] for line in said[1:3]] == ["  b: ", "  d: "] and "e.nii.gz" in said[3]
-    assert "--allow-extrapolation" in said[4]
+    assert "`allow_extrapolation`" in said[4]
     for number in range(20):
         write_mask(masks / f"f{number:02d}.nii.gz", _changed(9))
     with pytest.raises(FibldmError, match="\n  and 13 more\n"):
@@ -771,7 +771,7 @@ def test_a_dicom_rerun_keeps_what_is_there_and_refuses_another_request(synthesiz
         FibldmError, match="case_000 lies there already and was made from another mask, run or settings"
     ):
         synthesize_file(synthesizer, file, out, number=0, settings=replace(QUICK, seed=1), format=dicom)
-    with pytest.raises(FibldmError, match="case_000 lies there already, in another format; choose another --out"):
+    with pytest.raises(FibldmError, match="case_000 lies there already, in another format; choose another `out`"):
         synthesize_file(synthesizer, file, out, number=0, settings=QUICK)
     again = synthesize_file(synthesizer, file, tmp_path / "again", number=0, settings=QUICK, format=dicom)
     for part in sorted(path.iterdir()):
@@ -784,7 +784,7 @@ def test_a_dicom_rerun_keeps_what_is_there_and_refuses_another_request(synthesiz
 def test_a_label_without_coded_meaning_is_refused_before_anything_is_made(synthesizer, tmp_path):
     file = write_mask(tmp_path / "case.nii.gz", body())
     odd = replace(synthesizer, names={1: "left lung", 2: "label 2", 5: "odd"}, network=None)
-    with pytest.raises(FibldmError, match="there is none for label 2, odd; give --label-codes FILE"):
+    with pytest.raises(FibldmError, match="there is none for label 2, odd; give `label_codes` FILE"):
         synthesize_file(odd, file, tmp_path / "out", number=0, settings=QUICK, format="dicom")
     assert not (tmp_path / "out").exists()
 

@@ -186,7 +186,7 @@ def test_overlapping_segments_are_refused(tmp_path: Path, labels: Labels) -> Non
     pixels = one_hot(labels)
     pixels[1, 1, 2, 1] = 1
     file = write_segmentation(tmp_path / "seg.dcm", make_series(tmp_path), pixels)
-    with pytest.raises(FibldmError, match=r"must not overlap; Honeycombing does with Lung; .*--merge-masks"):
+    with pytest.raises(FibldmError, match=r"must not overlap; Honeycombing does with Lung; .*`merge_masks`"):
         read_segmentation(file, NAMES)
     assert read_segmentation(file, {"Lung": 1}).array.any()
 

@@ -548,7 +548,7 @@ def test_own_codes_come_before_the_shipped_ones(tmp_path):
 
 def test_unknown_labels_and_unsound_tables_are_refused(tmp_path):
     with pytest.raises(
-        FibldmError, match="coded meaning for every label; .*none for Anterior, x y; give --label-codes"
+        FibldmError, match="coded meaning for every label; .*none for Anterior, x y; give `label_codes`"
     ):
         load_label_codes().find(["lung", "Anterior", "x y"])
     good = "a,,91723000,Anatomical Structure,SCT,39607008,Lung,,,,,#010203"
@@ -599,7 +599,7 @@ def test_output_with_sidecar(tmp_path):
 
 def test_several_channels_are_refused():
     rule = Intensity("percentile", output_low=(0.0, 1.0), output_high=(5.0, 6.0))
-    with pytest.raises(FibldmError, match="a DICOM series holds one channel; this run gives several; use --format nif"):
+    with pytest.raises(FibldmError, match="a DICOM series holds one channel; this run gives several; use `format` nif"):
         DicomOutput.read().check(image("mr").grid, NAMES, rule)
 
 
@@ -617,7 +617,7 @@ def test_patient_position_is_known_or_empty(tmp_path, stated, position, written)
     dicom.write(tmp_path / "a_000", volume, labels, request={"mask_sha256": "a"}, **given)
     assert {item.PatientPosition or "" for item in read_all(tmp_path / "a_000")} == {written}
     assert (dicom.fingerprint(NAMES) == replace(dicom, position=None).fingerprint(NAMES)) == (position is None)
-    with pytest.raises(FibldmError, match="--patient-position must be one of HFS, .*; got 'supine'"):
+    with pytest.raises(FibldmError, match="`patient_position` must be one of HFS, .*; got 'supine'"):
         DicomOutput.read(position="supine")
     if stated:
         with pytest.raises(FibldmError, match="must be that of the template, HFS; got FFS"):

@@ -43,7 +43,7 @@ def test_one_finding_for_each_thing_that_lies_outside(labels, finding):
     """Refused, unless it is allowed and then told."""
     with pytest.raises(FibldmError, match=finding) as refused:
         ENVELOPE.check(labels, allow=False)
-    assert "--allow-extrapolation" in refused.value.remedy
+    assert "`allow_extrapolation`" in refused.value.remedy
     (told,) = ENVELOPE.check(labels, allow=True)
     assert told in refused.value.message
 

@@ -438,9 +438,9 @@ def test_png_that_is_no_grey_stack_is_refused(tmp_path):
 
 def test_spacing_is_asked_for_where_a_format_has_none_and_refused_where_it_has(tmp_path):
     array, volume = write_array(tmp_path / "a.npy", voxels()), write(tmp_path / "a.mha", voxels())
-    refused(".npy files hold no spacing, and it must be known; give --spacing X,Y,Z in mm", array)
+    refused(".npy files hold no spacing, and it must be known; give `spacing` X,Y,Z in mm", array)
     refused(
-        ".mha files state their own spacing, and no other may be given; leave out --spacing", volume, spacing=SPACING
+        ".mha files state their own spacing, and no other may be given; leave out `spacing`", volume, spacing=SPACING
     )
     for wrong in ((1, 0, 1), (1, 1, -1), (1, 1, float("nan")), (1, 1, float("inf"))):
         refused("spacing must be positive, in mm; got", array, spacing=wrong)

@@ -66,7 +66,7 @@ class LabelCodes:
         if unknown:
             raise FibldmError(
                 f"a DICOM segmentation needs a coded meaning for every label; there is none for {', '.join(unknown)}",
-                f"give --label-codes FILE, a CSV with the columns {','.join(COLUMNS)}",
+                f"give `label_codes` FILE, a CSV with the columns {','.join(COLUMNS)}",
             )
         return {name: self.by_name[_plain(name)] for name in names}
 

@@ -44,11 +44,11 @@ class DicomOutput:
         if self.position is None:
             return
         if self.position not in PATIENT_POSITIONS:
-            raise unknown_choice("--patient-position", self.position, PATIENT_POSITIONS)
+            raise unknown_choice("`patient_position`", self.position, PATIENT_POSITIONS)
         stated = self.template.tags.get("PatientPosition") if self.template is not None else None
         if stated not in (None, "", self.position):
             raise FibldmError(
-                f"--patient-position must be that of the template, {stated}; got {self.position}", "leave it out"
+                f"`patient_position` must be that of the template, {stated}; got {self.position}", "leave it out"
             )
 
     @classmethod
@@ -163,7 +163,7 @@ def _mask_file(folder: Path) -> Path:
 def _modality(intensity: Intensity) -> Modality:
     if intensity.kind == "range":
         raise FibldmError(
-            "DICOM output needs a run of CT or MR; this one is of the modality other", "write NIfTI: leave out --format"
+            "DICOM output needs a run of CT or MR; this one is of the modality other", "write NIfTI: leave out `format`"
         )
     return "ct" if intensity.units == "HU" else "mr"
 
@@ -171,5 +171,5 @@ def _modality(intensity: Intensity) -> Modality:
 def _value_range(intensity: Intensity) -> tuple[float, float]:
     low, high = intensity.output_range
     if np.ndim(low) or np.ndim(high):
-        raise FibldmError("a DICOM series holds one channel; this run gives several", "use --format nifti")
+        raise FibldmError("a DICOM series holds one channel; this run gives several", "use `format` nifti")
     return float(low), float(high)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ DAMAGED = (
 """What pydicom and highdicom raise where an object is not what the standard says."""
 
 _PARALLEL = 1e-2
-_PRIORITY = "name labels in order of priority with --merge-masks, which settles who wins"
+_PRIORITY = "name labels in order of priority with `merge_masks`, which settles who wins"
 
 
 def segment_labels(dataset: "Dataset") -> dict[int, str]:

@@ -63,13 +63,13 @@ class Template:
         if modality != self.modality:
             raise FibldmError(
                 f"the template must be of the modality {modality.upper()}; it is {self.modality.upper()}",
-                "give a series of the run's modality as --template",
+                "give a series of the run's modality as `template`",
             )
         differences = _differences(self.grid, grid.canonical())
         if differences:
             raise FibldmError(
                 f"the mask must lie on the grid of the template series; {'; '.join(differences)}",
-                "draw the mask on that series, or leave --template out",
+                "draw the mask on that series, or leave `template` out",
             )
 
 
@@ -108,7 +108,7 @@ def _headers(folder: Path) -> list[Dataset]:
 
 def _grid(slices: Sequence[Dataset]) -> Grid:
     """The canonical grid of a series; DICOM's LPS mm turned to RAS+."""
-    remedy = "give a regularly spaced series without gantry tilt as --template"
+    remedy = "give a regularly spaced series without gantry tilt as `template`"
     try:
         spacing, order = get_series_volume_positions(slices)
         places = {(tuple(map(float, header.ImageOrientationPatient)), *_in_plane(header)) for header in slices}

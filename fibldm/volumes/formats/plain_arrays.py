@@ -199,7 +199,7 @@ def _slice(path: Path, coloured: bool) -> Array:
     if (colours, bits) not in ((_GREY, 8), (_GREY, 16), *([(_RGB, 8)] if coloured else [])):
         raise FibldmError(
             f"a PNG slice must be grey with 8 or 16 bits; {path.name} is not",
-            "export grey values (RGB is read with --modality other)",
+            "export grey values (RGB is read with `modality` other)",
         )
     if _PNG_END not in data:
         raise damaged(path, "its last chunk is missing")

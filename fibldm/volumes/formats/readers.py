@@ -111,9 +111,9 @@ def _common_suffix(files: Files) -> str:
 
 def _check_spacing(kind: str, spacing: Spacing | None, *, needed: bool) -> None:
     if needed and spacing is None:
-        raise FibldmError(f"{kind} files hold no spacing, and it must be known", "give --spacing X,Y,Z in mm")
+        raise FibldmError(f"{kind} files hold no spacing, and it must be known", "give `spacing` X,Y,Z in mm")
     if not needed and spacing is not None:
-        raise FibldmError(f"{kind} files state their own spacing, and no other may be given", "leave out --spacing")
+        raise FibldmError(f"{kind} files state their own spacing, and no other may be given", "leave out `spacing`")
     if spacing is not None and not all(0 < step < float("inf") for step in spacing):
         raise FibldmError(f"spacing must be positive, in mm; got {spacing}")
 

@@ -19,7 +19,7 @@ from fibldm.volumes.scan import Remark, Scan
 
 _SUFFIXES = (".nrrd", ".nhdr")
 _NAME = re.compile(r"segment(\d+)_name")
-_OVERLAP = "name labels in order of priority with --merge-masks, which settles who wins"
+_OVERLAP = "name labels in order of priority with `merge_masks`, which settles who wins"
 
 
 @dataclass(frozen=True)
