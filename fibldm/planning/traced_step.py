@@ -28,8 +28,9 @@ from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import ConfigFiles, shipped, stage_configuration
 from fibldm.runs.stages import files_of_stages, kind_of
 from fibldm.training.draws import Draw
+from fibldm.training.encode_stage import about_second_images, covariates_by_case
 from fibldm.training.initialise import ready
-from fibldm.training.latents import Latents, about_second_images, covariates_by_case
+from fibldm.training.latents import Latents
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, resample

@@ -12,6 +12,7 @@ MODULES = {
     "fibldm.models.covariates": "fibldm.models.conditions.covariates",
     "fibldm.models.mask_encoders": "fibldm.models.conditions.mask_encoders",
 }
+CLASSES = {"fibldm.training.latents.EncodeStage": "fibldm.training.encode_stage.EncodeStage"}
 
 _DEEPEST = 40  # beyond, nothing is read: a definition from elsewhere may be of any depth
 _LATENT_BATCH = "fibldm.training.prepare_batch.LatentPrepareBatch"
@@ -34,7 +35,7 @@ def current(config: Any, depth: int = 0) -> Any:
     made = {key: current(part, depth + 1) for key, part in config.items()}
     if isinstance(target := made.get("_target_"), str):
         module, _, name = target.rpartition(".")
-        made["_target_"] = f"{MODULES[module]}.{name}" if module in MODULES else target
+        made["_target_"] = f"{MODULES[module]}.{name}" if module in MODULES else CLASSES.get(target, target)
         made = _ARGUMENTS.get(target, dict)(made)
     return _with_conditions(made)
 

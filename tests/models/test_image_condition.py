@@ -31,7 +31,8 @@ from fibldm.synthesis.asked import ConditionsTable, known_cases, read
 from fibldm.synthesis.bundle import GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.scans import AskedScan
-from fibldm.training.latents import EncodeStage, Latents, about_second_images
+from fibldm.training.encode_stage import EncodeStage, about_second_images
+from fibldm.training.latents import Latents
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Grid, Volume
@@ -184,7 +185,7 @@ def test_an_augmented_view_moves_both_images_alike() -> None:
     valid[:, 8:] = 0
     prepared: dict[Any, Any] = {"image": image, "label": (image > 0.5).float(), "valid": valid}
     prepared |= {"second_image": torch.cat([image.as_tensor(), valid])}
-    plain_view, first, second = (stage._view(prepared, 0, view) for view in range(3))
+    plain_view, first, second = (stage.cache.view(prepared, 0, view) for view in range(3))
     assert torch.equal(plain_view["second_image"], prepared["second_image"])
     for view in (first, second):
         assert torch.equal(view["second_image"], torch.cat([view["image"] * view["valid"], view["valid"]]))

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import TinyStage
 from monai.bundle import ConfigParser
+from monai.transforms import Compose
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
@@ -26,9 +28,12 @@ from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
 from fibldm.runs.configuration import read_configuration
+from fibldm.runs.renamed import current
 from fibldm.shards import Shard, wait_for
+from fibldm.training.encode_stage import EncodeStage
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
-from fibldm.training.latents import EncodeStage, Latents, LoadLatent
+from fibldm.training.latents import Latents, LoadLatent
+from fibldm.training.view_cache import ViewCache
 
 GRID = {"spacing": [1, 1, 1]}
 
@@ -421,11 +426,18 @@ def test_a_mask_that_is_needed_goes_along(tmp_path: Path) -> None:
 
 def test_one_patient_alone_has_no_strip(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     stage = EncodeStage.__new__(EncodeStage)
-    stage.run_dir, stage.views, stage.datalist = tmp_path, 1, {"training": [{"case": "a"}], "validation": []}
+    datalist: dict[str, list[dict[str, Any]]] = {"training": [{"case": "a"}], "validation": []}
+    stage.cache = ViewCache(tmp_path, datalist, Compose(), Compose(), 1, "sample", 0, torch.device("cpu"))
     first_stage: Any = None
     with caplog.at_level(logging.INFO, "fibldm"):
         stage._draw({"training": [{"subject": "a", "file": "a"}], "validation": []}, first_stage)
     assert "no interpolation.png, it takes two patients" in caplog.text
+
+
+def test_a_run_of_before_has_the_encode_stage_where_it_was() -> None:
+    before = {"stage": {"_target_": "fibldm.training.latents.EncodeStage"}}
+    assert current(before)["stage"]["_target_"] == read_configuration("encode_latents")["stage"]["_target_"]
+    assert getattr(import_module("fibldm.training.latents"), "EncodeStage") is EncodeStage  # noqa: B009
 
 
 def test_padding_does_not_count_in_the_scale(tiny_run: Path) -> None:
