@@ -21,7 +21,8 @@ from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.models.conditions.condition import Condition
 from fibldm.models.conditions.covariates import CovariateEncoding
-from fibldm.pipeline import Recipe, check_asked, synthesize_masks
+from fibldm.pipeline import check_asked, synthesize_masks
+from fibldm.recipe import Recipe
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import Configuration, configs_folder
 from fibldm.synthesis import SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files

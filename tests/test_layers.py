@@ -26,7 +26,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {"datasets": {"datasets"}, "phantoms": {"phantoms"}},
     {"training": {"training"}, "synthesis": {"synthesis"}},
     {room: {room} for room in ("delivery", "editing", "evaluation", "importing", "planning")},
-    {"report": {"report"}, "pipeline": {"pipeline"}, "doctor": {"doctor"}},
+    {"report": {"report"}, "pipeline": {"pipeline", "recipe"}, "doctor": {"doctor"}},
     {"demo": {"demo"}},
     {"cli": {"cli"}},
 )

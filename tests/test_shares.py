@@ -8,8 +8,9 @@ import pytest
 from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
-from fibldm.pipeline import Recipe, TrainingStep, train_steps
+from fibldm.pipeline import train_steps
 from fibldm.planning.timing import encoding_seconds
+from fibldm.recipe import Recipe, TrainingStep
 from fibldm.runs import BUDGET, STAGES, StageFolder
 from fibldm.runs.configuration import stage_configuration
 from fibldm.training.shares import TotalBudget, note_encoding, shares_of

@@ -34,8 +34,8 @@ def pipeline(
     """Prepare, train all stages, synthesize, measure, export and verify; finished steps are kept."""
     from fibldm.cli.output import log_to_standard_error
     from fibldm.delivery.export import ExportSettings
-    from fibldm.pipeline import Recipe
     from fibldm.pipeline import pipeline as run_pipeline
+    from fibldm.recipe import Recipe
     from fibldm.runs.options import parse_overrides
     from fibldm.workers import cores
 

@@ -17,8 +17,9 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, evaluate
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.pipeline import TrainingStep, train_steps
+from fibldm.pipeline import train_steps
 from fibldm.progress import track
+from fibldm.recipe import TrainingStep
 from fibldm.report.report import Match, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options

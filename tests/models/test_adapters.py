@@ -22,7 +22,7 @@ from fibldm.files import hash_file, read_json, write_json
 from fibldm.models.adapters import ADAPTER, Adapter, put_on, write_adapter
 from fibldm.models.lean_unet import LeanUNet
 from fibldm.models.low_rank import add_low_rank, base_state, merged_state, updates_of
-from fibldm.pipeline import Recipe
+from fibldm.recipe import Recipe
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.configuration import Configuration, shipped
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files

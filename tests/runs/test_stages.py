@@ -9,10 +9,10 @@ import pytest
 
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.pipeline import Recipe
 from fibldm.planning import traced_step
 from fibldm.planning.plan import plan
 from fibldm.planning.traced_step import Request
+from fibldm.recipe import Recipe
 from fibldm.runs import STAGES, StageFolder
 from fibldm.runs.configuration import configs_folder
 from fibldm.runs.stages import TABLE, StageKind, begun, kind_of, trained

@@ -11,7 +11,7 @@ import yaml
 from fibldm.cli.synthesize import synthesize
 from fibldm.delivery.configurations import inference_configuration
 from fibldm.errors import FibldmError
-from fibldm.pipeline import Recipe
+from fibldm.recipe import Recipe
 from fibldm.synthesis import FileFormat, SamplingSettings, SynthesisSettings, synthesize_files
 from fibldm.synthesis.settings import OF_SAMPLING, OPTIONS
 
