@@ -123,7 +123,7 @@ def test_what_cannot_be_read_is_refused_at_once(given: dict[str, Any], message: 
 def test_beyond_training_needs_leave() -> None:
     values = ENCODING.read({"age": "61", "sex": "F"})
     assert values == {"age": 61.0, "sex": "F"}
-    with pytest.raises(FibldmError, match=r"covered; age 61 \(training 40 to 60\); give `allow_extrapolation`"):
+    with pytest.raises(FibldmError, match=r"covered; age 61 \(training 40 to 60\); give --allow-extrapolation"):
         ENCODING.check(values, allow=False)
     assert ENCODING.check(values, allow=True) == ["age 61 (training 40 to 60)"]
     for age in (40, 60):
