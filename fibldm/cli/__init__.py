@@ -31,6 +31,7 @@ COMMANDS = (
     "edit",
     "picture",
     "evaluate",
+    "audit",
     "export",
     "verify",
     "pipeline",

@@ -348,6 +348,10 @@ class Synthesizer:
         known = {"latents": not self.first_stage.is_identity, "residual_noise": self.residual_noise is not None}
         return settings.as_trained(shift=self.shift, **known)
 
+    def denoiser(self, prepared: Sequence[PreparedMask]) -> Denoiser:
+        """What the network says of latents of masks of one size, without guidance."""
+        return self._denoiser(self._encoded(prepared, self._labels(prepared)))
+
     @torch.no_grad()
     def draw_latents(
         self,

@@ -1,0 +1,211 @@
+"""``fibldm audit``: copies of training scans are found however they were turned or retouched, and nothing else is."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import write_nifti
+from numpy.typing import NDArray
+from scipy import ndimage, stats
+
+from fibldm.cli import run as cli
+from fibldm.errors import FibldmError
+from fibldm.evaluation.audit import scans_of_folder
+from fibldm.evaluation.audit.audit import NO_EVIDENCE, audit
+from fibldm.evaluation.audit.calibration import Calibration, Share, closer_to_training
+from fibldm.evaluation.audit.matching import Matcher
+from fibldm.evaluation.audit.membership import told_apart
+from fibldm.files import read_json
+from fibldm.volumes.grid import Volume
+
+Array = NDArray[np.float32]
+SPACING = np.array([2.0, 2.0, 2.0])
+
+
+def patient(number: int) -> Array:
+    """What all have in common, and detail of one's own; sizes differ."""
+    shape = (40 + number % 3, 36, 44 - number % 4)
+    x, y, z = (np.linspace(-1, 1, length) for length in shape)
+    body = (x[:, None, None] ** 2 + y[:, None] ** 2 + 0.5 * z**2 < 0.8).astype(np.float32)
+    organ = ((x[:, None, None] - 0.3) ** 2 + y[:, None] ** 2 + z**2 < 0.1).astype(np.float32)
+    own = ndimage.gaussian_filter(np.random.default_rng(number).normal(size=shape), 1.5)
+    volume: Array = (ndimage.gaussian_filter(100 * body + 60 * organ, 1) + 400 * own * (body + 0.2)).astype(np.float32)
+    return volume
+
+
+def volume_of(array: Array, spacing: Any = SPACING) -> Volume:
+    return Volume(array, np.diag([*spacing, 1.0]))
+
+
+@pytest.fixture(scope="module")
+def matcher() -> Matcher:
+    return Matcher([volume_of(patient(number)) for number in range(10)])
+
+
+@pytest.fixture(scope="module")
+def strangers(matcher: Matcher) -> float:
+    """The largest similarity of patients who are not among the training scans."""
+    return max(matcher.match(volume_of(patient(number))).similarity for number in range(100, 106))
+
+
+def shifted(array: Array) -> Array:
+    moved: Array = ndimage.shift(array, (4, -3, 2), order=0, mode="constant", cval=float(array.min()))
+    return moved
+
+
+def scaled(factor: float) -> Callable[[Array], Array]:
+    return lambda array: np.asarray(ndimage.zoom(array, factor, order=1))
+
+
+def brighter(array: Array) -> Array:
+    low, high = np.percentile(array, (1, 99))
+    return np.asarray(1000 * np.clip((array - low) / (high - low), 0, 1) ** 0.6, dtype=np.float32)
+
+
+def noisy(array: Array) -> Array:
+    spread = np.subtract(*np.percentile(array, (99, 1)))
+    return np.asarray(array + np.random.default_rng(0).normal(0, 0.02 * spread, array.shape), dtype=np.float32)
+
+
+def blurred(array: Array) -> Array:
+    return np.asarray(ndimage.gaussian_filter(array, 1.0))
+
+
+CHANGES: dict[str, list[Callable[[Array], Array]]] = {
+    "mirrored": [lambda array: array[::-1]],
+    "turned": [lambda array: np.rot90(array, 1, (0, 2))],
+    "moved": [shifted],
+    "smaller": [scaled(0.9)],
+    "larger": [scaled(1.08)],
+    "brighter": [brighter],
+    "inverted": [np.negative],
+    "blurred": [blurred],
+    "mirrored and noisy": [lambda array: array[:, ::-1], noisy],
+    "turned and scaled": [lambda array: np.rot90(array, 1, (0, 1)), scaled(0.95)],
+    "moved and blurred": [shifted, blurred],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_copy_is_found_however_it_was_changed(matcher: Matcher, strangers: float, change: str) -> None:
+    array = patient(7)
+    for step in CHANGES[change]:
+        array = step(array)
+    match = matcher.match(volume_of(np.ascontiguousarray(array)))
+    assert match.index == 7
+    assert match.similarity > 1 - (1 - strangers) / 2
+
+
+def test_a_scan_is_itself_and_strangers_are_not(matcher: Matcher, strangers: float) -> None:
+    match = matcher.match(volume_of(patient(3)))
+    assert match.index == 3 and match.similarity == pytest.approx(1, abs=1e-4)
+    assert str(match.transform) == "none"
+    assert strangers < 0.8
+
+
+def test_a_transform_is_said_in_words(matcher: Matcher) -> None:
+    turned = np.rot90(patient(5), 1, (0, 1))[..., ::-1]
+    said = str(matcher.match(volume_of(np.ascontiguousarray(-turned))).transform)
+    assert "axes ARS" in said and "mirrored along" in said and "inverted" in said
+
+
+def test_a_constant_volume_is_refused(matcher: Matcher) -> None:
+    with pytest.raises(FibldmError, match="must not be constant"):
+        matcher.match(volume_of(np.full((20, 20, 20), 7.0, np.float32)))
+
+
+def test_a_share_has_the_exact_interval() -> None:
+    """Of none in n it ends at 1 - 0.025^(1/n), Clopper & Pearson 1934."""
+    share = Share(0, 20).to_dict()
+    assert share["low"] == 0 and share["high"] == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert Share(0, 0).to_dict()["value"] is None
+
+
+def test_the_threshold_is_half_as_far_as_the_closest_of_half_of_the_patients() -> None:
+    similarities = {f"p{number}_{scan}": 0.1 * number + 0.01 * scan for number in range(8) for scan in range(2)}
+    calibration = Calibration.of(similarities, {name: name[:2] for name in similarities})
+    closest = max(similarities[name] for name in calibration.calibrated_on)
+    assert calibration.threshold == pytest.approx(1 - (1 - closest) / 2)
+    halves = [{name[:2] for name in names} for names in (calibration.calibrated_on, calibration.tried_on)]
+    assert len(halves[0]) == len(halves[1]) == 4 and not halves[0] & halves[1]
+    assert calibration.false.count == sum(similarities[name] > calibration.threshold for name in calibration.tried_on)
+
+
+@pytest.mark.parametrize(("training", "held_out"), [(7, 3), (3, 5), (4, 4)])
+def test_closer_to_training_counts_all_ways_to_draw_as_many(training: int, held_out: int) -> None:
+    random = np.random.default_rng(training)
+    train, other = random.random(training), random.random(held_out)
+    few = min(training, held_out)
+    ways = [
+        max(a) > max(b) for a in itertools.combinations(train, few) for b in itertools.combinations(other, few)
+    ]  # the smaller set has one way only
+    assert closer_to_training(list(train), list(other)) == pytest.approx(np.mean(ways))
+
+
+def test_told_apart_is_the_area_under_the_curve_with_the_interval_of_delong() -> None:
+    random = np.random.default_rng(0)
+    train, other = random.normal(-0.5, 1, 60), random.normal(0, 1, 40)
+    told = told_apart(list(train), list(other))
+    wins = stats.mannwhitneyu(other, train).statistic / (60 * 40)
+    assert told["auc"] == pytest.approx(wins)
+    drawn = [told_apart(list(random.normal(-0.5, 1, 60)), list(random.normal(0, 1, 40)))["auc"] for _ in range(400)]
+    assert told["high"] - told["low"] == pytest.approx(2 * 1.96 * np.std(drawn), rel=0.15)
+    assert told_apart([0.0, 0.1], [1.0, 2.0]) | {"training": 2} == {
+        "auc": 1.0, "low": 1.0, "high": 1.0, "tpr_at_1_percent_fpr": 1.0, "training": 2, "held_out": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training and held-out scans, and of four synthetic volumes one a mirrored copy."""
+    root = tmp_path_factory.mktemp("audit")
+    sets = {"train": range(6), "holdout": range(20, 26), "synthetic": range(50, 53)}
+    for name, numbers in sets.items():
+        for number in numbers:
+            write_nifti(root / name / f"p{number}.nii.gz", patient(number), np.diag([*SPACING, 1]))
+    write_nifti(root / "synthetic" / "copy.nii.gz", blurred(patient(4)[:, ::-1]), np.diag([*SPACING, 1]))
+    return root
+
+
+def arguments(root: Path, out: Path) -> list[str]:
+    sets = [part for name in ("train", "holdout", "synthetic") for part in (f"--{name}", str(root / name))]
+    return ["audit", *sets, "--out", str(out)]
+
+
+def test_the_command_names_copies_and_their_patients(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(arguments(folders, tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "1 of 4 volumes are copies of training scans" in said and "copy.nii.gz of p4.nii.gz" in said
+    result = read_json(tmp_path / "audit.json")
+    assert result["memorised_patients"] == ["p4"] and result["copy_rate"]["value"] == 0.25
+    (copy,) = result["copies"]
+    assert copy["score"] > result["threshold"] and "mirrored along" in copy["transform"]
+    assert result["membership"].startswith("membership not measured")
+    assert result["held_out_named"]["count"] == 0
+    assert (tmp_path / "closest.png").stat().st_size > 10_000
+
+
+def test_an_audit_goes_on_with_what_it_found(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [scans_of_folder(folders / name, "scans") for name in ("train", "holdout")]
+    synthetic = [scan for scan in scans_of_folder(folders / "synthetic", "volumes") if scan.name != "copy"]
+    before = audit(*sets, synthetic, tmp_path)
+    assert before["verdict"] == NO_EVIDENCE
+    monkeypatch.setattr(Matcher, "match", None)
+    assert audit(*sets, synthetic, tmp_path) == before
+
+
+def test_without_scans_held_out_an_audit_says_that_it_is_not_possible(folders: Path, tmp_path: Path) -> None:
+    sets = [scans_of_folder(folders / name, "scans") for name in ("train", "holdout", "synthetic")]
+    result = audit(sets[0], sets[1][:3], sets[2], tmp_path)
+    assert result["verdict"].startswith("audit not possible") and result["copy_rate"] is None
+
+
+def test_a_scan_in_two_sets_is_refused(folders: Path, tmp_path: Path) -> None:
+    sets = [scans_of_folder(folders / name, "scans") for name in ("train", "holdout", "synthetic")]
+    with pytest.raises(FibldmError, match=r"must be of training or held out; p2.nii.gz is both"):
+        audit(sets[0], [*sets[1], sets[0][2]], sets[2], tmp_path)
