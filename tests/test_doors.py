@@ -332,7 +332,8 @@ def test_the_card_names_all_that_may_be_asked(house: House) -> None:
     card = " ".join((house.bundle / "docs" / "README.md").read_text().split())
     assert "| age | a number, 40 to 41 in training |" in card and "`--covariate age=41`" in card
     assert "`--condition field=...`" in card and "low 1.5, high 3.0" in card
-    assert "a row for each, with the columns mask, age, boxes, field, image, text" in card
+    assert "a row for each, with the columns mask, age, image, boxes, text, field." in card
+    assert "another image of the patient (scan MR, kind percentile, " in card and "by `--image SCAN`" in card
     facts = read_json(house.bundle / "configs" / "metadata.json")
     assert facts["conditions"]["field"] == {"low": 1.5, "high": 3.0} and "age" in facts["covariates"]
 
