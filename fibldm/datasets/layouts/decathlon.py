@@ -22,7 +22,8 @@ def decathlon(search: Search) -> Source:
     entries = facts.get("training")
     if not isinstance(entries, list) or not entries:
         raise FibldmError(
-            f"{search.path / 'dataset.json'} must have a list 'training' of {{image, label}} entries; got {shown(entries)}"
+            f"{search.path / 'dataset.json'} must have a list 'training' of {{image, label}} entries; "
+            f"got {shown(entries)}"
         )
     for index, entry in enumerate(entries):
         if not _is_pair(entry):
