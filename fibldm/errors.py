@@ -32,6 +32,15 @@ def some_of(texts: Iterable[str], most: int) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
+def shown(asked: object, most: int = 40) -> str:
+    """What somebody asked for, for messages and logs: of what is long, such as a report, the length alone."""
+    written = repr(asked)
+    if len(written) <= most:
+        return written
+    kind, length = ("text", len(asked)) if isinstance(asked, str) else (type(asked).__name__, len(written))
+    return f"a {kind} of {length} characters"
+
+
 def unknown_choice(what: str, given: object, choices: object) -> FibldmError:
     """The error for a name that is not among ``choices`` (any iterable of names)."""
     listed = ", ".join(str(choice) for choice in choices)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fibldm.errors import FibldmError, unknown_choice
+from fibldm.errors import FibldmError, shown, unknown_choice
 
 Settings = TypeVar("Settings")
 
@@ -42,7 +42,7 @@ def checked_values(kind: type[Any], given: Mapping[Any, Any], what: str) -> dict
         if name not in names:
             raise unknown_choice(what, name, names)
         if not _fits(value, hints[name]):
-            raise FibldmError(f"{what} {name} must be {_said(hints[name])}; got {value!r}")
+            raise FibldmError(f"{what} {name} must be {_said(hints[name])}; got {shown(value)}")
     return {name: _as_hinted(value, hints[name]) for name, value in given.items()}
 
 

@@ -10,7 +10,7 @@ killed watcher had in hand is finished by the next one.
 What is known of a patient beside the mask, such as age and sex, may lie in an item that is a folder, as
 ``covariates.json``: {"age": 63, "sex": "F"}; what is asked of further conditions of the bundle, by their names, as
 ``conditions.json``. Both are of all masks of the item, and go before ``--covariate`` and ``--condition``. What is not
-given is unknown.
+given is unknown. A scan that is asked for as a condition lies in the item: {"image": "mr.nii.gz"}.
 
 Names of files may tell patients: ITEM is the beginning of a SHA-256 of the content, as are the names of its volumes.
 Exit code 0 after SIGTERM, 130 after SIGINT, 2 where it cannot begin.
@@ -41,6 +41,7 @@ from fibldm.errors import FibldmError, sentence
 from fibldm.files import hash_file, hash_value, read_json, write_json
 from fibldm.synthesis import Output, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.synthesis.asked import COVARIATES, check, read
+from fibldm.synthesis.scans import AskedScan
 from fibldm.synthesis.settings import OPTIONS
 from fibldm.typed_settings import counted
 from fibldm.volumes.masks import hash_mask, mask_suffix, parts_of
@@ -216,7 +217,10 @@ class Watcher:
             **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
-        request, file = {"request": hash_value(facts), **facts}, self.outbox / "request.json"
+        kinds, further = generator.beside, read(generator.beside, asked.asked)
+        told = {name: kinds[name].told(further[name]) for name in asked.conditions}
+        request = {"request": hash_value(facts), **facts, **({"conditions": told} if told else {})}
+        file = self.outbox / "request.json"
         if file.exists() and read_json(file).get("request") != request["request"]:
             raise FibldmError(
                 f"{self.outbox} must hold volumes of one bundle and one choice of options; it was begun with others",
@@ -248,20 +252,26 @@ class Watcher:
             _check_tries(tries)
             asked = self.output.settings
             known, further = (asked_among(hashes, file) for file in ASKED)
-            asked = replace(asked, covariates={**asked.covariates, **known}, conditions={**asked.conditions, **further})
-            masks = masks_among(hashes)
-            left_out = _left_out(hashes, masks)
-            outputs = self._made(asked, working / name, self.outbox / "synthetic" / name, masks)
+            kinds = self.output.synthesizer.beside
+            scans = {kind: scan for kind, scan in further.items() if kind in kinds and kinds[kind].of_scan and scan}
+            with aliased_scans(claimed, scans) as opened:
+                further |= opened
+                conditions = {**asked.conditions, **further}
+                asked = replace(asked, covariates={**asked.covariates, **known}, conditions=conditions)
+                others = without_scans(claimed, hashes, scans)
+                masks = masks_among(others)
+                left_out = _left_out(others, masks)
+                outputs = self._made(asked, working / name, self.outbox / "synthetic" / name, masks)
         except FibldmError as error:
             if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the item, which stays in hand
                 raise
             return self._refused(claimed, name, error)
         except Exception as error:  # one bad item never stops the others
-            reason = f"unexpected error: {type(error).__name__}: {error}"
+            what = error.strerror if isinstance(error, OSError) else error  # its text would name files
+            reason = f"unexpected error: {type(error).__name__}: {what}"
             return self._refused(claimed, name, FibldmError(reason.splitlines()[0], _ASIDE))
         (self.outbox / "refused" / f"{name}.json").unlink(missing_ok=True)
         hand_over(claimed, self.outbox / "done" / name)
-        kinds = self.output.synthesizer.beside
         values = read(kinds, asked.asked)
         said = [(kind_name, kind.told(values[kind_name])) for kind_name, kind in kinds.items() if kind.parts]
         told = "; ".join(text if kind_name == COVARIATES else f"{kind_name} {text}" for kind_name, text in said)
@@ -285,11 +295,7 @@ class Watcher:
         """By aliases, so that no name reaches a sidecar or a message."""
         with tempfile.TemporaryDirectory() as folder:
             for name, file in masks.items():
-                alias = Path(folder) / Path(name).stem / name
-                alias.parent.mkdir()
-                alias.symlink_to(file.absolute())
-                for part in parts_of(file):
-                    (alias.parent / part.name).symlink_to(part.absolute())
+                alias = linked(file, Path(folder) / Path(name).stem, name)
                 for job in jobs_of([alias], output.synthesizer.names, output.settings.count):
                     output.write([job])
 
@@ -379,6 +385,57 @@ def asked_among(hashes: Mapping[Path, str], name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FibldmError(f"{name} must be such as {ASKED[name]}, null is unknown", _ASIDE)
     return content
+
+
+@contextmanager
+def aliased_scans(item: Path, named: Mapping[str, Any]) -> Iterator[dict[str, AskedScan]]:
+    """Scans that an item names by paths in itself; they are called by their content, as their names may tell patients.
+
+    Raises:
+        FibldmError: one is no file of the item, and no folder of one series in it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        opened = {}
+        for number, (kind, path) in enumerate(named.items()):
+            try:
+                place = _within(item, path)
+                suffix = "" if place.is_dir() else place.suffix
+                suffix = ".nii.gz" if place.name.lower().endswith(".nii.gz") else suffix
+                scan = AskedScan.of_path(linked(place, Path(folder) / f"{number}", f"scan{suffix}"))
+            except (FibldmError, OSError, ValueError):
+                raise FibldmError(
+                    f"{kind} must name a file of the item, or a folder in it with one series; it does not", _ASIDE
+                ) from None
+            opened[kind] = replace(scan, name=scan.sha256[:_DIGITS])
+        yield opened
+
+
+def without_scans(item: Path, hashes: Mapping[Path, str], named: Mapping[str, Any]) -> dict[Path, str]:
+    """What an item holds beside the scans that it names, which are no masks."""
+    places = [_within(item, path) for path in named.values()]
+    scans = {part for place in places for part in (place, *parts_of(place))}
+    return {file: digest for file, digest in hashes.items() if scans.isdisjoint((file, *file.parents))}
+
+
+def linked(file: Path, folder: Path, name: str) -> Path:
+    """A link of another name to a file, or to a folder, in a folder of its own, beside links to what belongs to it."""
+    folder.mkdir()
+    (folder / name).symlink_to(file.absolute())
+    for part in parts_of(file):
+        (folder / part.name).symlink_to(part.absolute())
+    return folder / name
+
+
+def _within(item: Path, path: Any) -> Path:
+    """The place that a path in an item names.
+
+    Raises:
+        FibldmError: it is no path, or leads out of the item.
+    """
+    place = item / path if isinstance(path, str) else item
+    if place.resolve() == item.resolve() or not place.resolve().is_relative_to(item.resolve()):
+        raise FibldmError("paths of an item must lie in it", _ASIDE)
+    return place
 
 
 @contextmanager

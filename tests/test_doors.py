@@ -1,10 +1,11 @@
-"""Every door reaches every condition: covariates and a made-up kind, of all masks and of each by itself.
+"""Every door reaches every condition: covariates, texts, boxes, images and a made-up kind, of all masks and of each.
 
-One run with the smallest networks serves all; it knows the age of patients and the field strength of scanners.
+One run with the smallest networks serves all; beside those it knows the field strength of scanners.
 """
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import yaml
 from made_up_condition import FieldStrength
 from monai.bundle import create_workflow
+from text_encoder import write_embeddings
 
 from fibldm.cli import run as cli
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.errors import FibldmError
-from fibldm.files import read_json, write_json
+from fibldm.files import hash_file, read_json, write_json
 from fibldm.models.conditions.condition import Condition
 from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.pipeline import check_asked, synthesize_masks
@@ -30,11 +32,21 @@ from fibldm.synthesis.asked import ConditionsTable, known_cases, laid_over, own
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
 from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.second_image import ABOUT, SecondImages
 from fibldm.volumes.writer import sidecar
 
 TinyStage = Callable[..., Configuration]
 
 MADE_UP = str(Path(__file__).with_name("made_up_condition.yaml"))
+KNOWN = ("mask_concat", "image", "boxes", "text", MADE_UP)
+PAGE = Path(__file__).parents[1] / "docs" / "diffusion.md"
+EXAMPLE: dict[str, Any] = json.loads(re.findall(r"```json\n(\{.*?)```", PAGE.read_text(), re.DOTALL)[0])
+"""What the page on asking shows, of three conditions."""
+
+TEXTS = (EXAMPLE["text"], "No fibrosis.")
+REPORT = "Mr Planted, 63, came with dry cough; reticulation of both lower lobes. " * 2
+SECOND = SecondImages("mr", Intensity("percentile", output_low=-1.0, output_high=1.0))
 QUICK = SamplingSettings(steps=1)
 WAY: dict[str, Any] = {"settings": QUICK, "allow_extrapolation": True, "device": "cpu"}
 IMPOSSIBLE = "the field strength must be a number (T); got 'strong'"
@@ -69,8 +81,9 @@ def bundles_may_have_the_made_up_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(
     tiny_run: Path, tiny_stage: TinyStage, phantom_work: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
-    """A run that sees mask, age and field, its bundle, and a work folder whose patients have both."""
+    """A run that sees all there is, its bundle, and a work folder whose patients have it."""
     folder = tmp_path_factory.mktemp("doors")
+    write_embeddings(folder / "texts.npz", TEXTS)
     run, work = folder / "run", folder / "work"
     work.mkdir()
     for part in ("images", "labels"):
@@ -78,7 +91,12 @@ def made(
     datalist = read_json(phantom_work / "datalist.json")
     cases = [case for split in SPLITS for case in datalist[split]]
     for number, case in enumerate(cases):
-        case |= {"age": 40.0 + number % 2, "tesla": (1.5, 3.0)[number % 2]}
+        case |= {"age": 40.0 + number % 2, "tesla": (1.5, 3.0)[number % 2], "text": TEXTS[number % 2]}
+        case["second_image"] = f"second_images/{Path(case['image']).name}"
+    (work / "second_images").mkdir()
+    for image in (work / "images").iterdir():
+        (work / "second_images" / image.name).symlink_to(image.resolve())
+    write_json(work / "second_images" / ABOUT, SECOND.to_dict())
     write_json(work / "datalist.json", datalist)
     run.mkdir()
     for stage in ("autoencoder", "latents"):
@@ -86,11 +104,11 @@ def made(
         for part in (tiny_run / stage).iterdir():
             (run / stage / part.name).symlink_to(part)
     (run / "latents" / "latents.json").unlink()
-    known = {case["case"]: {"age": case["age"], "tesla": case["tesla"]} for case in cases}
-    write_json(
-        run / "latents" / "latents.json", read_json(tiny_run / "latents" / "latents.json") | {"covariates": known}
-    )
-    tiny_stage("diffusion", run, "mask_concat", MADE_UP, covariates=["age"], covariate_width=12).run()
+    known = {case["case"]: {name: case[name] for name in ("age", "tesla", "text")} for case in cases}
+    facts = read_json(tiny_run / "latents" / "latents.json")
+    write_json(run / "latents" / "latents.json", facts | {"covariates": known, "second_image": SECOND.to_dict()})
+    encoder = str(folder / "texts.npz")
+    tiny_stage("diffusion", run, *KNOWN, covariates=["age"], covariate_width=12, text_encoder=encoder).run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fibldm.synthesis.definitions.CONDITIONS", ("fibldm.models.conditions.", "made_up_condition"))
         export(run, folder / "bundle", ExportSettings("CC0-1.0"))
@@ -111,6 +129,10 @@ def table(house: House, asked: Any) -> dict[str, Any]:
     return {house.mask.name: asked}
 
 
+def as_word(value: Any) -> str:
+    return "; ".join(value) if isinstance(value, list) else str(value)
+
+
 # --- the doors, each with how it is told what to ask
 
 
@@ -126,7 +148,7 @@ def by_files(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any]
 
 def by_command(house: House, asked: dict[str, Any], capsys: Any, *generator: str) -> dict[str, Any]:
     words = [f"--covariate={name}={value}" for name, value in asked.get("covariates", {}).items()]
-    words += [f"--condition={name}={value}" for name, value in asked.get("conditions", {}).items()]
+    words += [f"--condition={name}={as_word(value)}" for name, value in asked.get("conditions", {}).items()]
     for name, value in asked.items():
         if name == "conditions_table":
             house.out.parent.joinpath("table.json").write_text(json.dumps(value))
@@ -177,7 +199,8 @@ def by_evaluator(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, 
 def by_recipe(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any]:
     """What a pipeline checks before it trains, and what it does after that."""
     recipe = {"configs": ["data_chest_phantom", "tiny"], "controlnet": None}
-    recipe |= {"diffusion": {"configs": ["mask_concat", MADE_UP], "covariates": ["age"]}}
+    texts = str(house.run.parent / "texts.npz")
+    recipe |= {"diffusion": {"configs": [*KNOWN], "covariates": ["age"], "text_encoder": texts}}
     recipe |= {"synthesize": {"steps": 1, "allow_extrapolation": True, **asked}}
     if "own_conditions" in asked:
         recipe["synthesize"]["own_conditions"] = True
@@ -199,6 +222,8 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
     (item / "mask.nii.gz").write_bytes(house.mask.read_bytes())
     for name, values in asked.items():
         (item / f"{name}.json").write_text(json.dumps(values))
+        if "image" in values:
+            (item / values["image"]).write_bytes(Path(values["image"]).read_bytes())
     folders = ["--bundle", str(house.bundle), "--inbox", str(item.parent), "--outbox", str(house.out)]
     more = ["--once", "--json", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu"]
     with pytest.raises(SystemExit):
@@ -211,7 +236,7 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
 
 def by_options_of_a_watch_folder(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any]:
     words = [f"--covariate={name}={value}" for name, value in asked.get("covariates", {}).items()]
-    words += [f"--condition={name}={value}" for name, value in asked.get("conditions", {}).items()]
+    words += [f"--condition={name}={as_word(value)}" for name, value in asked.get("conditions", {}).items()]
     return by_watch_folder(house, {}, capsys, tuple(words))
 
 
@@ -235,20 +260,41 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_every_door_reaches_every_condition(
-    door: Callable[..., dict[str, Any]], house: House, capsys: pytest.CaptureFixture[str]
+    door: Callable[..., dict[str, Any]],
+    house: House,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The sidecar has what was asked; what cannot be asked is refused in the same words."""
-    facts = door(house, {"covariates": {"age": 41}, "conditions": {"field": 3}}, capsys)
-    assert facts["covariates"] == {"age": 41.0} and facts["conditions"] == {"field": 3.0}
+    """The sidecar has what was asked, as the page shows it; what cannot be asked is refused in the same words.
+
+    Nothing but the sidecar tells a text.
+    """
+    monkeypatch.chdir(house.out.parent)
+    image = Path(shutil.copy(house.known["image"], EXAMPLE["image"]))
+    facts = door(house, {"covariates": {"age": 41}, "conditions": {"field": 3, **EXAMPLE}}, capsys)
+    told = facts["conditions"]
+    assert facts["covariates"] == {"age": 41.0} and told["field"] == 3.0
+    assert told["text"]["text"] == EXAMPLE["text"] and told["image"]["sha256"] == hash_file(image)
+    assert [box["class"] for box in told["boxes"]] == ["ground glass", "airways"]
+    if door is by_watch_folder:  # its name may tell the patient
+        assert EXAMPLE["image"] not in f"{caplog.text} {facts}"
+    written = [file for file in house.out.rglob("*.json") if EXAMPLE["text"] in file.read_text()]
+    assert all(file.stem.endswith("_000") or "done" in file.parts for file in written)
     for asked, message in (
         ({"conditions": {"field": "strong"}}, IMPOSSIBLE),
-        ({"conditions": {"feild": 3}}, "further conditions must be those of training (field); there is no feild"),
+        ({"conditions": {"feild": 3}}, "; there is no feild"),
+        ({"covariates": {"age": REPORT}}, f"age must be a number, not a text of {len(REPORT)} characters"),
         ({"covariates": {"sex": "F"}}, "covariates must be those of training (age); there is no sex"),
     ):
         other = House(house.run, house.bundle, house.work, house.out.parent / f"{len(message)}" / "out")
         other.out.parent.mkdir()
         with pytest.raises(FibldmError, match=re.escape(message)):
             door(other, asked, capsys)
+    assert EXAMPLE["text"] not in caplog.text and REPORT not in caplog.text
+
+
+FURTHER = (("text", "text"), ("image", "sha256"))
 
 
 @pytest.mark.parametrize("door", TAKE_TABLES, ids=lambda door: door.__name__)
@@ -260,13 +306,20 @@ def test_every_door_asks_of_each_mask_its_own(
     def asked(name: str, **given: Any) -> tuple[Any, Any]:
         (house.out.parent / name).mkdir()
         facts = door(House(house.run, house.bundle, house.work, house.out.parent / name / "out"), given, capsys)
-        return facts["covariates"]["age"], facts["conditions"]["field"]
+        shown = facts["conditions"]
+        told["text"], told["image"] = (shown[name] and shown[name][key] for name, key in FURTHER)
+        return facts["covariates"]["age"], shown["field"]
 
+    told: dict[str, Any] = {}
+    image = house.known["image"]
     of_all = {"covariates": {"age": 41}, "conditions": {"field": 3}}
-    assert asked("table", conditions_table=table(house, {"field": 1.5}), **of_all) == (41.0, 1.5)
+    row = {"field": 1.5, "text": TEXTS[1], "image": image}
+    assert asked("table", conditions_table=table(house, row), **of_all) == (41.0, 1.5)
+    assert told == {"text": TEXTS[1], "image": hash_file(Path(image))}
     assert asked("empty", conditions_table=table(house, {"age": None}), **of_all) == (None, 3.0)
     known = house.known
     assert asked("own", own_conditions=str(house.work)) == (known["age"], known["tesla"])
+    assert told == {"text": known["text"], "image": hash_file(Path(image))}
     assert asked("over", own_conditions=str(house.work), conditions={"field": 2}) == (known["age"], 2.0)
     with pytest.raises(FibldmError, match=re.escape(IMPOSSIBLE)):
         asked("impossible", conditions_table=table(house, {"field": "strong"}))
@@ -280,9 +333,10 @@ def test_the_card_names_all_that_may_be_asked(house: House) -> None:
     card = " ".join((house.bundle / "docs" / "README.md").read_text().split())
     assert "| age | a number, 40 to 41 in training |" in card and "`--covariate age=41`" in card
     assert "`--condition field=...`" in card and "low 1.5, high 3.0" in card
-    assert "a row for each, with the columns mask, age, field" in card
+    assert "a row for each, with the columns mask, age, image, boxes, text, field." in card
+    assert "another image of the patient (scan MR, kind percentile, " in card and "by `--image SCAN`" in card
     facts = read_json(house.bundle / "configs" / "metadata.json")
-    assert facts["conditions"] == {"field": {"low": 1.5, "high": 3.0}} and "age" in facts["covariates"]
+    assert facts["conditions"]["field"] == {"low": 1.5, "high": 3.0} and "age" in facts["covariates"]
 
 
 # --- what is asked of each mask

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 
 FROM_BUNDLE = "default: that of the bundle, else"
 
@@ -97,5 +97,5 @@ def read_named(texts: list[str], option: str = "--covariate") -> dict[str, str]:
     """
     pairs = [text.partition("=") for text in texts]
     if not all(name and sign and value for name, sign, value in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
-        raise FibldmError(f"{option} needs NAME=VALUE, each name once; got {', '.join(texts)}")
+        raise FibldmError(f"{option} needs NAME=VALUE, each name once; got {', '.join(map(shown, texts))}")
     return {name: value for name, _, value in pairs}

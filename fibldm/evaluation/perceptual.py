@@ -59,7 +59,7 @@ class PlaneDistance:
 
     def names(self, shape: Sequence[int]) -> list[str]:
         """``lpips``, the mean of the planes, and ``lpips/<plane>`` of those planes that volumes of a shape have."""
-        return ["lpips", *(f"lpips/{PLANES[axis]}" for axis in _planes(shape))]
+        return ["lpips", *(f"lpips/{PLANES[axis]}" for axis in planes_of(shape))]
 
     def __call__(self, real: Sample, made: NDArray[np.float32]) -> NDArray[np.float64]:
         """The distances of a volume from a real scan of the same shape, as `names` has them.
@@ -68,7 +68,7 @@ class PlaneDistance:
         """
         target = Weighted(self._tensor(real.image), self._tensor(real.valid.astype(np.float32)))
         with torch.inference_mode():
-            views = self.distance.views(self._tensor(made), target, axes=_planes(real.valid.shape))
+            views = self.distance.views(self._tensor(made), target, axes=planes_of(real.valid.shape))
         planes = torch.stack(views).double().cpu().numpy()
         return np.concatenate([[planes.mean()], planes])
 
@@ -76,7 +76,7 @@ class PlaneDistance:
         return torch.from_numpy(image).reshape(1, -1, *image.shape[-3:]).to(self.device)
 
 
-def _planes(shape: Sequence[int]) -> list[int]:
+def planes_of(shape: Sequence[int]) -> list[int]:
     """The axes across which slices lie that have more than one voxel both ways."""
     long = set(long_axes(shape))
     return [axis for axis in range(3) if long | {axis} == {0, 1, 2}]

@@ -23,7 +23,7 @@ from fibldm.evaluation.distances import (
     squared_mmd,
 )
 from fibldm.evaluation.ms_ssim import channel_similarity, scale_weights, spread_pairs
-from fibldm.evaluation.perceptual import PlaneDistance
+from fibldm.evaluation.perceptual import PLANES, PlaneDistance, planes_of
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmenter import Segmenter
@@ -72,6 +72,7 @@ def measure_realism(
 
     * ``kid/...``, ``mmd/...``, ``frechet/...``: `squared_mmd` with the polynomial and with the Gaussian kernel, and
       `frechet_distance`, of radiomic features and of the segmenter's, both `standardised`.
+    * ``frechet/segmenter/<plane>``: the same of slabs of the volumes, see `frechet_by_plane`.
     * ``precision/...``, ``recall/...``: the share of synthetic volumes that lie among real ones, and of real ones that
       lie among the synthetic, of the same features, see `distances.precision`.
     * ``spectrum``: `spectrum_distance`, dB.
@@ -94,17 +95,23 @@ def measure_realism(
     need_masks(list(synthetic), "realism")
     sets = choose_sets(evaluated.real(), synthetic)
     radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
+    described = _arrays(
+        FeatureCache(evaluated, "segmenter-slabs", segmenter.fingerprint),
+        lambda sample: segmenter.described(sample.image),
+        sets,
+    )
     features = {
         "radiomics": _arrays(FeatureCache(evaluated, "radiomics", radiomics.fingerprint), radiomics, sets),
-        "segmenter": _arrays(
-            FeatureCache(evaluated, "segmenter-features", segmenter.fingerprint),
-            lambda sample: segmenter.features(sample.image),
-            sets,
-        ),
+        "segmenter": Arrays(*(part[:, 0, 1:] for part in described)),
     }
     spectra = _spectra(evaluated, sets)
     likeness, pairs = _likeness(evaluated, sets)
-    figures = {**_distances(features), "spectrum": _compared(spectrum_distance, spectra), "ms_ssim": likeness}
+    figures = {
+        **_distances(features),
+        **frechet_by_plane(described, evaluated.grid.size),
+        "spectrum": _compared(spectrum_distance, spectra),
+        "ms_ssim": likeness,
+    }
     facts = {
         "extractors": {
             "radiomics": {"hash": radiomics.fingerprint, "features": features["radiomics"].real.shape[1]},
@@ -167,6 +174,35 @@ def standardised(features: Arrays) -> Arrays:
     mean, std = scans.mean(axis=0).filled(0), scans.std(axis=0).filled(0)
     scale = np.where(std > 0, std, 1)
     return Arrays(*(np.nan_to_num(np.arcsinh((part - mean) / scale), nan=0.0) for part in features))
+
+
+def frechet_by_plane(described: Arrays, shape: Sequence[int]) -> dict[str, Estimate]:
+    """`frechet_distance` of axial, coronal and sagittal slabs, those of all patients of a set together.
+
+    A patient has many slabs, which are alike, so that there is a figure of fewer patients than of whole volumes; its
+    interval is over patients. Figures of other networks, or of other numbers of patients, are others.
+
+    Args:
+        described: `Segmenter.described` of each volume, ``(n, 1 + S, 1 + D)``.
+        shape: of the volumes; a plane in which they are one voxel thin is left out.
+    """
+    across = described.real[0, :, 0]
+    planes = {PLANES[axis]: Arrays(*(part[:, across == axis, 1:] for part in described)) for axis in planes_of(shape)}
+    return {f"frechet/segmenter/{plane}": _frechet_of_slabs(arrays) for plane, arrays in planes.items()}
+
+
+def _frechet_of_slabs(slabs: Arrays) -> Estimate:
+    """Of slabs ``(n, s, d)``."""
+    n, each, dimensions = slabs.real.shape
+    if n * each <= dimensions:
+        note = f"{TOO_FEW}: {n * each} slabs of {n} patients for {dimensions} features"
+        return Estimate(None, None, None, n, None, note)
+    scaled = standardised(Arrays(*(part.reshape(-1, dimensions) for part in slabs)))
+
+    def distance(x: Array, y: Array) -> float:
+        return frechet_distance(x.reshape(-1, dimensions), y.reshape(-1, dimensions))
+
+    return _compared(distance, Arrays(*(part.reshape(n, each, dimensions) for part in scaled)))
 
 
 def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:

@@ -56,16 +56,42 @@ class Segmenter:
         Returns:
             ``(D,)``; of a volume larger than `window`, the mean over its windows.
         """
-        means: list[Tensor] = []
+        described: NDArray[np.float32] = _means(self._deepest(image)).cpu().numpy()
+        return described
+
+    def described(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`features` of the whole volume and of each slab of it, in one pass.
+
+        A slab lies across an axis and is as thick as a voxel of the deepest layer, which sees beyond it; windows have
+        slabs of their own.
+
+        Args:
+            image: ``(X, Y, Z)`` or ``(C, X, Y, Z)`` on the model grid, in ``[-1, 1]``.
+
+        Returns:
+            ``(1 + S, 1 + D)``: the first column is the axis across which a slab lies, and -1 in the first row, which is
+            the whole volume.
+        """
+        maps = self._deepest(image)
+        rows = [torch.cat([torch.full((1,), -1.0), _means(maps).cpu()])[None]]
+        for axis in range(3):
+            in_plane = tuple(1 + other for other in range(3) if other != axis)
+            slabs = torch.cat([part[0].mean(dim=in_plane).T for part in maps]).cpu()
+            rows.append(torch.cat([torch.full((len(slabs), 1), float(axis)), slabs], dim=1))
+        described: NDArray[np.float32] = torch.cat(rows).numpy()
+        return described
+
+    def _deepest(self, image: NDArray[np.float32]) -> list[Tensor]:
+        """What the deepest layer gives, ``(1, D, x, y, z)`` for each window."""
+        maps: list[Tensor] = []
         # MONAI's UNet nests each level in the `SkipConnection` of the level above it
         *_, deepest = (part.submodule for part in self.network.modules() if isinstance(part, SkipConnection))
-        hook = deepest.register_forward_hook(lambda _, __, output: means.append(output.mean(dim=(0, 2, 3, 4))))
+        hook = deepest.register_forward_hook(lambda _, __, output: maps.append(output))
         try:
             self._logits(image)
         finally:
             hook.remove()
-        described: NDArray[np.float32] = torch.stack(means).mean(dim=0).cpu().numpy()
-        return described
+        return maps
 
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.float32]) -> Tensor:
@@ -118,6 +144,11 @@ def trained_segmenter(
     replace(configuration, overrides={**configuration.overrides, **places}).run()
     network, window = stage.trained().to(chosen), stage.component("window")
     return Segmenter(network, tuple(settings["labels"]), stage.require()["weights"], window)
+
+
+def _means(maps: Sequence[Tensor]) -> Tensor:
+    """Of maps ``(1, D, x, y, z)``: the mean of each, and of these, ``(D,)``."""
+    return torch.stack([part.mean(dim=(0, 2, 3, 4)) for part in maps]).mean(dim=0)
 
 
 def _instead(evaluated: Evaluated, cases: Sequence[Case]) -> dict[str, Any]:

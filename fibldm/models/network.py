@@ -233,7 +233,7 @@ class ConditionedNetwork(nn.Module):
             raise FibldmError(
                 f"the base network must take {given} channels, the {latent} of the latent{more}; its in_channels is "
                 f"{self.unet.in_channels}",
-                "leave unet::in_channels as it is",
+                "leave unet::in_channels as it is; --config boxes comes after --config image",
             )
 
     def _check_size(self, size: tuple[int, ...]) -> None:

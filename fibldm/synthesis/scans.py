@@ -52,12 +52,20 @@ class AskedScan:
         """
         if asked is None or isinstance(asked, cls):
             return asked
-        if not isinstance(asked, str | Path):
-            return cls._of_volume(as_volume(asked))
+        return cls.of_path(Path(asked)) if isinstance(asked, str | Path) else cls._of_volume(as_volume(asked))
+
+    @classmethod
+    def of_path(cls, path: Path) -> "AskedScan":
+        """A file, or a folder with the slices of a series.
+
+        Raises:
+            FibldmError: there is no such file, or it is neither.
+        """
         try:
-            files = entry_files(Path(asked))
-        except FibldmError as error:
-            raise FibldmError(f"an image must be a file, or a folder with one series; {error.message}") from error
+            files = entry_files(path)
+        except (FibldmError, OSError) as error:
+            why = error.message if isinstance(error, FibldmError) else f"the path that came: {error.strerror}"
+            raise FibldmError(f"an image must be a file, or a folder with one series; {why}") from error
         dicom = len(files) > 1 or is_dicom(files[0])
         sha256 = hash_file(files[0]) if len(files) == 1 else hash_value(sorted(hash_file(file) for file in files))
         return cls("a DICOM series" if dicom else files[0].name, sha256, files)

@@ -168,9 +168,12 @@ def test_decathlon_lists_all_that_is_wrong_a2(tmp_path: Path) -> None:
     entries += ["./x.nii.gz", {"image": "imagesTr/c.nii.gz", "label": "labelsTr/c.nii.gz"}, entries[0]]
     touch(source, "imagesTr/d.tif", "labelsTr/d.nii")
     entries.append({"image": "imagesTr/d.tif", "label": "labelsTr/d.nii"})
+    report = "Seen by Dr Planted: mild fibrosis of both lower lobes, no effusion, no pneumothorax."
+    entries.append({"picture": "x", "report": report})
     message = refused(edit(source, training=entries, test=[{"path": "x"}]))
+    assert "training[6] must be an object with image and label; got a dict of " in message and report not in message
     for part in (
-        "must have one image and at most one label, under a name of its own; 6 findings",
+        "must have one image and at most one label, under a name of its own; 7 findings",
         "training[2] must be an object with image and label",
         "imagesTr/c.nii.gz does not exist",
         "labelsTr/c.nii.gz does not exist",

@@ -15,7 +15,7 @@ from scipy import ndimage
 from fibldm.errors import FibldmError
 from fibldm.evaluation import realism
 from fibldm.evaluation.cases import Case, Evaluated, Sample
-from fibldm.evaluation.realism import Arrays, choose_sets, measure_realism, standardised
+from fibldm.evaluation.realism import Arrays, choose_sets, frechet_by_plane, measure_realism, standardised
 from fibldm.evaluation.results import Section
 from fibldm.files import hash_value
 from fibldm.volumes.formats.nifti import read_volume
@@ -29,6 +29,7 @@ NETWORK_FREE = ("kid/radiomics", "mmd/radiomics")
 EVERY = (*NETWORK_FREE, "kid/segmenter", "mmd/segmenter")
 
 FRECHET = ("frechet/radiomics", "frechet/segmenter")
+PLANES = tuple(f"frechet/segmenter/{plane}" for plane in ("sagittal", "coronal", "axial"))
 SHARES = ("precision/radiomics", "precision/segmenter", "recall/radiomics", "recall/segmenter")
 
 Spoil = Callable[[Sample], Sample]
@@ -44,6 +45,13 @@ class BlockMeans:
         return np.array(
             [value for part in blocks for value in (part.mean(), np.abs(np.diff(part)).mean())], dtype=np.float32
         )
+
+    def described(self, image: np.ndarray) -> np.ndarray:
+        rows = [[-1, *self.features(image)]]
+        for axis in range(3):
+            for slab in np.array_split(np.moveaxis(image, axis, 0), 6):
+                rows.append([axis, *self.features(np.moveaxis(slab, 0, 2))])
+        return np.array(rows, dtype=np.float32)
 
 
 @dataclass
@@ -155,8 +163,8 @@ def best(folder) -> Section:
 @pytest.mark.parametrize(
     ("spoil", "severities", "names"),
     [
-        (blurred, (0.4, 0.8, 1.6), (*EVERY, "spectrum")),
-        (noisy, (0.05, 0.1, 0.2), (*EVERY, "spectrum")),
+        (blurred, (0.4, 0.8, 1.6), (*EVERY, *PLANES, "spectrum")),
+        (noisy, (0.05, 0.1, 0.2), (*EVERY, *PLANES, "spectrum")),
         (shifted, (1, 2, 4), NETWORK_FREE),
         (permuted, (0.3, 0.6, 1.0), NETWORK_FREE),
     ],
@@ -176,7 +184,7 @@ def test_the_scans_themselves_give_exactly_what_scans_give(best):
 
 
 def test_every_figure_has_its_parts_in_the_order_of_importance(best):
-    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, *SHARES, "spectrum", "ms_ssim"]
+    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, *SHARES, *PLANES, "spectrum", "ms_ssim"]
     for name, figure in best.figures.items():
         assert figure.n == 10
         if name in SHARES:
@@ -326,6 +334,27 @@ def test_too_few_patients_and_missing_masks_are_refused(tmp_path):
     without = [replace(volumes[0], label=None), *volumes[1:]]
     with pytest.raises(FibldmError, match="realism needs the mask of every volume; p20_000 came without"):
         measure_realism(patients, without, BlockMeans())
+
+
+def test_the_frechet_distance_of_a_plane_is_that_of_its_slabs() -> None:
+    """Slabs of scans are at -1 and 1, hence at -asinh(1) and asinh(1); volumes' are moved by a known way."""
+    across = np.repeat([-1, 0, 1, 2], [1, 4, 2, 6])
+    ones = np.where(np.arange(len(across)) % 2, 1.0, -1.0)  # as many of each in every plane
+    scans = np.stack([np.stack([across, ones], axis=-1)] * 9)
+    moved = scans.copy()
+    for axis, way in ((0, 0.5), (1, 0.0), (2, 2.0)):
+        moved[:, across == axis, 1] = np.sinh(way + np.arcsinh(ones[across == axis]))
+    figures = frechet_by_plane(Arrays(moved, scans, scans), (8, 8, 8))
+    assert list(figures) == list(PLANES)
+    assert [figure.value for figure in figures.values()] == pytest.approx([0.25, 0.0, 4.0], abs=1e-9)
+    for figure in figures.values():
+        assert figure.n == 9 and figure.real_vs_real == pytest.approx(0, abs=1e-9)
+        assert [figure.low, figure.high] == pytest.approx([figure.value] * 2, abs=1e-9), "patients are alike"
+    assert list(frechet_by_plane(Arrays(moved, scans, scans), (8, 8, 1))) == [PLANES[2]]
+    wide = np.concatenate([scans, np.zeros((9, len(across), 20))], axis=-1)
+    figures = frechet_by_plane(Arrays(wide, wide, wide), (8, 8, 8))
+    assert figures[PLANES[1]].note == "too few to say: 18 slabs of 9 patients for 21 features"
+    assert figures[PLANES[1]].value is None and figures[PLANES[0]].value == 0
 
 
 def test_features_are_scaled_by_all_scans_and_what_is_lacking_is_their_mean():

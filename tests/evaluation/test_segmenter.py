@@ -132,6 +132,24 @@ def test_features_are_the_means_of_the_deepest_layer() -> None:
     np.testing.assert_allclose(features, deepest.mean(dim=(0, 2, 3, 4)).numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_slabs_lie_across_their_axis() -> None:
+    """Of a volume that differs along X alone, slabs across the others are alike; the first row is the features."""
+    torch.manual_seed(0)
+    network = UNet(3, 1, 3, (4, 8, 8), strides=(1, 2), num_res_units=0).eval()
+    image = np.repeat(np.linspace(-1, 1, 16, dtype=np.float32) ** 3, 24 * 28).reshape(16, 24, 28)
+    segmenter = Segmenter(network, (0, 1, 2), "", (16, 24, 28))
+    described = segmenter.described(image)
+    np.testing.assert_array_equal(described[0], [-1, *segmenter.features(image)])
+    for axis, thick in enumerate((8, 12, 14)):
+        slabs = described[described[:, 0] == axis, 1:]
+        assert slabs.shape == (thick, 8)
+        np.testing.assert_allclose(slabs.mean(axis=0), described[0, 1:], rtol=1e-5, atol=1e-6)
+        inner = slabs[3:-3]  # at the edges convolutions see zeros
+        assert (np.ptp(inner, axis=0).max() > 1e-4) == (axis == 0)
+    halves = Segmenter(network, (0, 1, 2), "", (8, 24, 28)).described(image)
+    assert np.bincount(halves[:, 0].astype(int) + 1).tolist() == [1, 12, 36, 42]  # three windows
+
+
 def test_features_of_windows_are_averaged_and_leave_no_hook() -> None:
     torch.manual_seed(0)
     network = UNet(3, 1, 2, channels=(4, 6, 10), strides=(2, 2)).eval()

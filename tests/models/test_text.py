@@ -18,7 +18,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json, write_tensors
 from fibldm.models.conditions.condition import Case
 from fibldm.models.conditions.text import TextEncoding
-from fibldm.models.conditions.text_encoders import LocalEncoder, opened
+from fibldm.models.conditions.text_encoders import LocalEncoder, key_of, opened
 from fibldm.models.conditions.text_tokens import TextTokens
 from fibldm.runs import StageFolder
 from fibldm.runs.configuration import Configuration
@@ -80,8 +80,9 @@ def check_promises(condition: TextEncoding) -> None:
     assert condition.chances({"all": 0.2, "text": 0.1}).tolist() == pytest.approx([0.1, 0.2])
     json.dumps([condition.recorded(asked), condition.recorded(None), condition.facts()])
     for wrong in ("", " \n", 3, ["a"]):
-        with pytest.raises(FibldmError, match="a text must be words; got"):
+        with pytest.raises(FibldmError, match="a text must be words; got (no word|a int|a list)"):
             condition.read(wrong)
+    assert condition.told(asked) == f"31 characters (SHA-256 {key_of(asked)[:12]}...)", "which a log may hold"
 
 
 def test_embeddings_are_a_condition_like_any_other(embeddings: Path) -> None:

@@ -268,6 +268,36 @@ def test_a_bad_item_is_refused_and_the_next_one_done(
     assert [folder.name for folder in (outbox / "synthetic").iterdir()] == [reports[1]["item"]]
 
 
+def test_a_scan_that_is_asked_for_lies_in_the_item(script: ModuleType, inbox: Path) -> None:
+    """Called by its content; it is no mask; paths that lead out of the item are refused, and not repeated."""
+    item = inbox / "item"
+    (item / "series").mkdir(parents=True)
+    scan, mask = write_mask(item / "Paula.NII.GZ"), write_mask(item / "mask.nii.gz", last=1)
+    hashes = script.hashes_of(item)
+    with script.aliased_scans(item, {"image": "Paula.NII.GZ"}) as opened:
+        assert opened["image"].name == hash_file(scan)[:16] == opened["image"].sha256[:16]
+        assert opened["image"].grid.shape == SHAPE[::-1]
+        assert "Paula" not in repr(opened)
+    assert list(script.without_scans(item, hashes, {"image": "Paula.NII.GZ"})) == [mask]
+    write_mask(inbox / "other.nii.gz")
+    wrong = (
+        "../other.nii.gz",
+        str(inbox / "other.nii.gz"),
+        ".",
+        "absent.nii.gz",
+        "series",
+        "Paula " * 99,
+        3,
+        [str(scan)],
+    )
+    for path in wrong:
+        with pytest.raises(FibldmError) as refused, script.aliased_scans(item, {"image": path}):
+            pass
+        assert refused.value.message == (
+            "image must name a file of the item, or a folder in it with one series; it does not"
+        )
+
+
 def test_an_item_that_cannot_be_read(script: ModuleType, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is not said; rights would not stop root."""
 

@@ -8,7 +8,7 @@ from fibldm.datasets.layouts.entries import case_name, collected, entry_key, vol
 from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.volumes.scan import Covariate
 
 
@@ -22,11 +22,12 @@ def decathlon(search: Search) -> Source:
     entries = facts.get("training")
     if not isinstance(entries, list) or not entries:
         raise FibldmError(
-            f"{search.path / 'dataset.json'} must have a list 'training' of {{image, label}} entries; got {entries!r}"
+            f"{search.path / 'dataset.json'} must have a list 'training' of {{image, label}} entries; "
+            f"got {shown(entries)}"
         )
     for index, entry in enumerate(entries):
         if not _is_pair(entry):
-            findings.error(f"training[{index}] must be an object with image and label; got {entry!r}")
+            findings.error(f"training[{index}] must be an object with image and label; got {shown(entry, 80)}")
     cases = [_case(search, entry) for entry in entries if _is_pair(entry)]
     unlabelled = _unlabelled(search)
     present = [image for image in unlabelled if (search.path / image).exists()]
@@ -70,12 +71,12 @@ def _unlabelled(search: Search) -> list[str]:
     folder = search.path / "imagesTs"
     listed = search.facts.get("test") or [f"imagesTs/{path.name}" for path in volume_entries(folder)]
     if not isinstance(listed, list):
-        search.findings.error(f"the test list must be a list of images; got {listed!r}")
+        search.findings.error(f"the test list must be a list of images; got {shown(listed)}")
         return []
     images = [entry.get("image") if isinstance(entry, dict) else entry for entry in listed]
     for index, image in enumerate(images):
         if not isinstance(image, str):
-            search.findings.error(f"test[{index}] must be the path of an image; got {listed[index]!r}")
+            search.findings.error(f"test[{index}] must be the path of an image; got {shown(listed[index], 80)}")
     return [image for image in images if isinstance(image, str)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fibldm.datasets.findings import Findings
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.volumes.formats.readers import stem
 from fibldm.volumes.scan import Covariate
 
@@ -166,7 +166,7 @@ def split_name(text: str) -> str:
         FibldmError: it names none.
     """
     if text.lower() not in SPLIT_NAMES:
-        raise FibldmError(f"split must be one of {', '.join(SPLIT_NAMES)}; got {text!r}")
+        raise FibldmError(f"split must be one of {', '.join(SPLIT_NAMES)}; got {shown(text)}")
     return SPLIT_NAMES[text.lower()]
 
 
@@ -222,7 +222,7 @@ def _row_problems(record: Mapping[str, str]) -> list[str]:
     problems = [f"{name} is empty" for name in needed if record.get(name) == ""]
     split, case = record.get("split"), record.get("case")
     if split and split.lower() not in SPLIT_NAMES:
-        problems.append(f"split must be one of {', '.join(SPLIT_NAMES)}; got {split!r}")
+        problems.append(f"split must be one of {', '.join(SPLIT_NAMES)}; got {shown(split)}")
     if case and not _CASE_NAME.fullmatch(case):
         problems.append("case must be letters, digits, '.', '_' and '-', the first a letter or digit")
     return problems

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 
 Point = tuple[float, float, float]
 
@@ -16,6 +16,7 @@ NONE = "none"
 """What says that there is no box at all, which is not the same as saying nothing of boxes."""
 FORM = '"CLASS 40x30x20mm at 10,-20,35", sizes and places in mm, voxels or %'
 
+_LONGEST = 80  # of what is no box, in messages
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _UNIT = r"(?:mm|voxels?|vox|%)"
 _BETWEEN = r"\s*[x×*]\s*(?=[-+.\d])"  # and not the x of voxels
@@ -72,9 +73,9 @@ def read_boxes(asked: Any) -> tuple[Box, ...]:
     if isinstance(asked, Mapping) or (isinstance(asked, Sequence) and asked and _is_number(asked[0])):
         asked = [asked]
     if not isinstance(asked, Sequence):
-        raise FibldmError(f"boxes must be a text or a list; got {asked!r}", f"a box is {FORM}")
+        raise FibldmError(f"boxes must be a text or a list; got {shown(asked)}", f"a box is {FORM}")
     made = [_box(one) for one in asked]
-    if wrong := [repr(one) for one, box in zip(asked, made, strict=True) if box is None]:
+    if wrong := [shown(one, _LONGEST) for one, box in zip(asked, made, strict=True) if box is None]:
         raise FibldmError(
             f"a box must have a class, and numbers for place and size above 0, such as {FORM}; got {', '.join(wrong)}"
         )

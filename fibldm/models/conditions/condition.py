@@ -183,7 +183,7 @@ class Condition(ABC):
         return value
 
     def told(self, value: Any) -> str:
-        """A value, as read, in words."""
+        """A value, as read, in words for logs, which must not hold what may name a patient."""
         return "unknown" if value is None else str(value)
 
     def facts(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.models.conditions.condition import Condition
 
 Value = str | float
@@ -158,7 +158,7 @@ class CovariateEncoding(Condition):
             if read is not None:
                 values[name] = read
             elif value is not None:
-                wrong.append(f"{name} must be {kind.wanted}, not {value!r}")
+                wrong.append(f"{name} must be {kind.wanted}, not {shown(value)}")
         if wrong:
             raise FibldmError(
                 f"covariates must be those of training ({', '.join(self.kinds) or 'none'}); {'; '.join(wrong)}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.models.autoencoder import check_divisible
 from fibldm.models.conditions.condition import Case, Condition
 
@@ -115,7 +115,7 @@ class ImageEncoding(Condition):
     def read(self, asked: Any) -> OpenedScan | None:
         if asked is None or isinstance(asked, OpenedScan):
             return asked
-        raise FibldmError(f"{self.what} must be asked for by a scan; got {asked!r}", "give a file or a Volume")
+        raise FibldmError(f"{self.what} must be asked for by a scan; got {shown(asked)}", "give a file or a Volume")
 
     def place(self, value: OpenedScan | None, grid: Any) -> PlacedImage:
         placed = PlacedImage(self, value, grid)

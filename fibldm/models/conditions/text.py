@@ -152,7 +152,8 @@ class TextEncoding(Condition):
             return None
         text = plain_text(asked) if isinstance(asked, str) else ""
         if not text:
-            raise FibldmError(f"{self.what} must be words; got {asked!r}", "leave it out to ask for nothing")
+            got = "no word" if isinstance(asked, str) else f"a {type(asked).__name__}"
+            raise FibldmError(f"{self.what} must be words; got {got}", "leave it out to ask for nothing")
         _check_length({"": self._tokens(text)}, self.tokens)
         return text
 
@@ -182,7 +183,8 @@ class TextEncoding(Condition):
         return None if value is None else {"text": value, "encoder": self.name, "encoder_sha256": self.encoder}
 
     def told(self, value: str | None) -> str:
-        return "unknown" if value is None else f'"{value}"'
+        """Its length and the beginning of its SHA-256: logs are read by others than reports are."""
+        return "unknown" if value is None else f"{len(value)} characters (SHA-256 {key_of(value)[:12]}...)"
 
     def facts(self) -> dict[str, Any]:
         return {
