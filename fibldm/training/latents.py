@@ -34,8 +34,10 @@ from fibldm.shards import Shard, wait_for
 from fibldm.training.base_latents import covariates_as_fitted, facts_of_base
 from fibldm.training.distributed import on_first_rank
 from fibldm.training.draws import key_seed
+from fibldm.training.gate_ranges import GateRanges
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
 from fibldm.volumes.datalist import SECOND_IMAGE, known_of
+from fibldm.volumes.gate import has_gate, write_gate
 from fibldm.volumes.grid import Grid
 from fibldm.volumes.second_image import SecondImages, read_on_grid
 
@@ -250,9 +252,9 @@ class EncodeStage:
             raise FibldmError("latents have one scale; got latent_scale and latent_space", "leave one of them out")
 
     def run(self) -> None:
-        """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
+        """Write the latents, the residual noise, the ranges of the gate, ``latents.json``, report and picture.
 
-        Or say that they are done.
+        Or say that they are done; of a run of before, measure the ranges that it lacks.
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
@@ -297,13 +299,37 @@ class EncodeStage:
     def _restore(self, folder: StageFolder, stage: StageFolder, shard: Shard) -> None:
         """Make the files again that a finished stage has lost; what later stages were told of them stays."""
         lost = [case for case in shard.take(self._cases()) if self._missing(*case)]
-        if not lost:
+        if lost:
+            count = sum(len(self._missing(*case)) for case in lost)
+            first_stage = FrozenFirstStage(stage.trained()).to(self.device)
+            self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
+            _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
+        else:
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
+        if shard.is_first:
+            self._catch_up_on_gate()
+
+    def _catch_up_on_gate(self) -> None:
+        """Measure what a run of before lacks; its latents and all that was trained on them stay as they are."""
+        facts = load_facts(self.run_dir)
+        if has_gate(self.run_dir, facts):
             return
-        count = sum(len(self._missing(*case)) for case in lost)
-        first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-        self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
-        _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
+        wait_for([file for _, file in self._plain_files(facts["items"]["training"])], patience=self.patience)
+        self._measure_gate(facts)
+
+    def _measure_gate(self, facts: Mapping[str, Any]) -> None:
+        files = self._plain_files(facts["items"]["training"])
+        cases = self.datalist["training"]
+        gate = GateRanges(facts).fit(files, lambda index: self._view(self._prepared(cases[index]), index, 0))
+        write_gate(self.run_dir, facts, gate)
+        if gate is None:
+            _logger.info("latents: no ranges for `fibldm synthesize --check`, they take two training patients")
+        else:
+            _logger.info("latents: ranges of intensity of %d training patients, for --check", gate.patients)
+
+    def _plain_files(self, items: Sequence[Mapping[str, str]]) -> list[tuple[str, Path]]:
+        """The patient and the file of each training case that is not augmented."""
+        return [(item["subject"], self._folder / item["file"]) for item in items[:: self._views("training")]]
 
     def expected_seconds(self, autoencoder: Autoencoder) -> float:
         """What `run` will take in one process, by its parts for the first case.
@@ -366,20 +392,19 @@ class EncodeStage:
         else:
             space = LatentSpace.constant(self.scale, first_stage.latent_channels, autoencoder)
         covariates = covariates_by_case([case for split in _SPLITS for case in self.datalist[split]])
-        write_json(
-            folder.path / "latents.json",
-            {
-                "compression": first_stage.compression,
-                "space": space.to_dict(),
-                **self.facts,
-                **({"draw": self.draw} if self.draw != "sample" else {}),
-                "residual_noise": self._measure_residual_noise(items["training"], first_stage),
-                **({"covariates": covariates} if any(covariates.values()) else {}),
-                **about_second_images([case for split in _SPLITS for case in self.datalist[split]]),
-                **({"fitted": known["fitted"]} if "fitted" in known else {}),
-                "items": items,
-            },
-        )
+        facts = {
+            "compression": first_stage.compression,
+            "space": space.to_dict(),
+            **self.facts,
+            **({"draw": self.draw} if self.draw != "sample" else {}),
+            "residual_noise": self._measure_residual_noise(items["training"], first_stage),
+            **({"covariates": covariates} if any(covariates.values()) else {}),
+            **about_second_images([case for split in _SPLITS for case in self.datalist[split]]),
+            **({"fitted": known["fitted"]} if "fitted" in known else {}),
+            "items": items,
+        }
+        write_json(folder.path / "latents.json", facts)
+        self._measure_gate(facts)
         self._report(items, space)
         self._draw(items, first_stage)
         folder.finish(epochs=0, latents=sum(len(part) for part in items.values()))
@@ -471,7 +496,9 @@ class EncodeStage:
         names, missing = self._names(split, index), self._missing(split, index)
         prepared = self._prepared(self.datalist[split][index]) if missing else {}
         for view in missing:
-            self._write(self._view(prepared, index, view), self._folder / names[view], first_stage, autoencoder)
+            item = self._view(prepared, index, view)
+            noted = GateRanges(self.facts).noted(item) if split == "training" and view == 0 else {}
+            self._write(item, self._folder / names[view], first_stage, {"autoencoder": autoencoder, **noted})
 
     def _prepared(self, case: Mapping[str, Any]) -> dict[Hashable, Any]:
         """A case on the model grid; where it has no mask, all of it is unknown."""
@@ -511,7 +538,9 @@ class EncodeStage:
         inside = (moved["valid"] > 0.5).float()
         return torch.cat([moved["image"].float() * inside, inside])
 
-    def _write(self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+    def _write(
+        self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, metadata: dict[str, str]
+    ) -> None:
         posterior = tiled_encode(first_stage, item["image"][None].float().to(self.device))
         if not all(bool(part.isfinite().all()) for part in posterior):
             raise FibldmError(
@@ -528,7 +557,7 @@ class EncodeStage:
         }
         if SECOND_IMAGE in item:
             tensors[SECOND_IMAGE] = item[SECOND_IMAGE].half().contiguous()
-        write_tensors(file, tensors, {"autoencoder": autoencoder})
+        write_tensors(file, tensors, metadata)
 
     def _cells(self, items: Sequence[dict[str, str]]) -> Iterator[Posterior]:
         """The posteriors of the cells that count, ``(1, C, n)``; padding is all alike and would change the scale."""
