@@ -306,7 +306,7 @@ def pipeline(
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
     synthesize_masks(run, masks["test"], out / "synthetic", drawing)
     say("4/6 evaluate")
-    names = [name for name in recipe.measure if name in DEFAULT_MEASUREMENTS]
+    names = [name for name in recipe.measure if name != "utility"]
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
     evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "training" in masks:

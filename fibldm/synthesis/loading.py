@@ -19,7 +19,7 @@ from fibldm.runs.stages import TABLE, begun
 from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.gate import Gate, read_gate
+from fibldm.volumes.gate import gate_of_bundle, read_gate
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
 
@@ -89,7 +89,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "residual_noise": bundle.residual_noise(),
                 "mask_dropout": facts.get("mask_dropout"),
                 "sampling": bundle.sampling(),
-                "gate": Gate.from_dict(facts["gate"], facts["labels"]) if facts.get("gate") else None,
+                "gate": gate_of_bundle(facts),
                 **_of_facts(facts),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -36,7 +36,7 @@ from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
-from fibldm.volumes.gate import Gate
+from fibldm.volumes.gate import Gate, required
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.interchange import as_volume
@@ -298,13 +298,7 @@ class Synthesizer:
         Raises:
             FibldmError: they were not measured.
         """
-        if self.gate is None:
-            raise FibldmError(
-                "a check needs the ranges of intensity of at least two training patients; this generator has none",
-                "run `fibldm encode` again as before, which measures them of a finished run in minutes and changes "
-                "nothing else, and export a bundle again",
-            )
-        return self.gate
+        return required(self.gate)
 
     @torch.no_grad()
     def decoded(self, prepared: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:

@@ -210,6 +210,30 @@ def read_gate(run_dir: Path, facts: Mapping[str, Any]) -> Gate | None:
         ) from error
 
 
+def gate_of_bundle(facts: Mapping[str, Any]) -> Gate | None:
+    """The ranges that ``generator.json`` of a bundle tells; None of bundles of before, and of runs without.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: they have another form.
+    """
+    return Gate.from_dict(facts["gate"], facts["labels"]) if facts.get("gate") else None
+
+
+def required(gate: Gate | None) -> Gate:
+    """The ranges of a generator, for what needs them.
+
+    Raises:
+        FibldmError: there are none.
+    """
+    if gate is None:
+        raise FibldmError(
+            "a check needs the ranges of intensity of at least two training patients; this generator has none",
+            "run `fibldm encode` again as before, which measures them of a finished run and changes nothing else, and "
+            "export a bundle again",
+        )
+    return gate
+
+
 def has_gate(run_dir: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a run's ranges were measured, and of its own data; also where there are none, as of one patient."""
     file = run_dir / "latents" / GATE
