@@ -29,6 +29,7 @@ from fibldm.synthesis.asked import ConditionsTable, known_cases, laid_over, own
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
 from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.gate import GATE, WHOLE, Gate, write_gate
 from fibldm.volumes.writer import sidecar
 
 TinyStage = Callable[..., Configuration]
@@ -86,9 +87,12 @@ def made(
             (run / stage / part.name).symlink_to(part)
     (run / "latents" / "latents.json").unlink()
     known = {case["case"]: {"age": case["age"], "tesla": case["tesla"]} for case in cases}
-    write_json(
-        run / "latents" / "latents.json", read_json(tiny_run / "latents" / "latents.json") | {"covariates": known}
-    )
+    facts = read_json(tiny_run / "latents" / "latents.json") | {"covariates": known}
+    write_json(run / "latents" / "latents.json", facts)
+    (run / "latents" / GATE).unlink()
+    write_gate(
+        run, facts, Gate({facts["channels"][0]: {WHOLE: {"median": (-2000.0, 2000.0)}}}, 2, {})
+    )  # networks are not trained
     tiny_stage("diffusion", run, "mask_concat", MADE_UP, covariates=["age"], covariate_width=12).run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fibldm.synthesis.definitions.CONDITIONS", ("fibldm.models.conditions.", "made_up_condition"))
@@ -132,6 +136,8 @@ def by_command(house: House, asked: dict[str, Any], capsys: Any, *generator: str
             words += ["--conditions-table", str(house.out.parent / "table.json")]
         elif name == "own_conditions":
             words.append("--own-conditions")
+        elif name == "check":
+            words += ["--check", str(value)]
     masks = ["--data", str(house.work)] if "own_conditions" in asked else ["--masks", str(house.mask)]
     options = ["--out", str(house.out), "--steps", "1", "--allow-extrapolation", "--device", "cpu", "--json"]
     generator = generator or ("--run", str(house.run))
@@ -196,6 +202,7 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
     item = house.out.parent / "inbox" / "item"
     item.mkdir(parents=True)
     (item / "mask.nii.gz").write_bytes(house.mask.read_bytes())
+    asked, options = dict(asked), (*options, *(["--check", str(asked.pop("check"))] if "check" in asked else []))
     for name, values in asked.items():
         (item / f"{name}.json").write_text(json.dumps(values))
     folders = ["--bundle", str(house.bundle), "--inbox", str(item.parent), "--outbox", str(house.out)]
@@ -211,7 +218,7 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
 def by_options_of_a_watch_folder(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any]:
     words = [f"--covariate={name}={value}" for name, value in asked.get("covariates", {}).items()]
     words += [f"--condition={name}={value}" for name, value in asked.get("conditions", {}).items()]
-    return by_watch_folder(house, {}, capsys, tuple(words))
+    return by_watch_folder(house, {name: asked[name] for name in ("check",) if name in asked}, capsys, tuple(words))
 
 
 TAKE_TABLES = [
@@ -250,6 +257,16 @@ def test_every_door_reaches_every_condition(
             door(other, asked, capsys)
 
 
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_every_door_reaches_the_check(
+    door: Callable[..., dict[str, Any]], house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = door(house, {"check": 2}, capsys)["check"]
+    assert (told["most"], told["draws"], told["outside"], told["patients"]) == (2, 1, [], 2)
+    ((value, low, high),) = (part["median"] for part in told["measured"].values())
+    assert (low, high) == (-2000, 2000) and -1000 <= value <= 1000
+
+
 @pytest.mark.parametrize("door", TAKE_TABLES, ids=lambda door: door.__name__)
 def test_every_door_asks_of_each_mask_its_own(
     door: Callable[..., dict[str, Any]], house: House, capsys: pytest.CaptureFixture[str]
@@ -280,6 +297,7 @@ def test_the_card_names_all_that_may_be_asked(house: House) -> None:
     assert "| age | a number, 40 to 41 in training |" in card and "`--covariate age=41`" in card
     assert "`--condition field=...`" in card and "low 1.5, high 3.0" in card
     assert "a row for each, with the columns mask, age, field" in card
+    assert "By `--check 3`" in card and "| volume | -2000 to 2000 | | | |" in card
     facts = read_json(house.bundle / "configs" / "metadata.json")
     assert facts["conditions"] == {"field": {"low": 1.5, "high": 3.0}} and "age" in facts["covariates"]
 

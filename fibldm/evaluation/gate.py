@@ -22,11 +22,12 @@ from fibldm.volumes.gate import Gate, measure
 from fibldm.volumes.writer import sidecar
 
 _NO_FAULT = "none"
-_BLUR = 1.0  # voxel
-_GRAIN = 0.1  # of the range on output
+_BLURS = (0.5, 1.0)
+_GRAINS = (0.05, 0.1)
 _AIR_HU = 1024.0
 
 Spoil = Callable[[Sample, Sample, np.random.Generator], Sample]
+Voxels = Callable[[NDArray[Any], Sample, np.random.Generator], NDArray[Any]]
 
 
 def measure_gate(evaluated: Evaluated, synthetic: Sequence[Case], gate: Gate) -> Section:
@@ -69,7 +70,7 @@ def faults_of(evaluated: Evaluated) -> dict[str, Spoil]:
     low, high = (np.reshape(level, (-1, *[1] * 3)) for level in evaluated.intensity.output_range)
     hounsfield = evaluated.intensity.units == "HU"
 
-    def changed(voxels: Callable[[NDArray[Any], Sample, np.random.Generator], NDArray[Any]]) -> Spoil:
+    def changed(voxels: Voxels) -> Spoil:
         def spoil(scan: Sample, other: Sample, generator: np.random.Generator) -> Sample:
             channels = scan.image.reshape(-1, *scan.labels.shape)
             return scan._replace(image=voxels(channels, scan, generator).astype(np.float32).reshape(scan.image.shape))
@@ -88,10 +89,9 @@ def faults_of(evaluated: Evaluated) -> dict[str, Spoil]:
         ),
         "noise of the mean and deviation of each label": changed(_noise_by_label),
         "flat labels": changed(lambda image, scan, _: _by_label(image, scan, np.median)),
-        "blurred": changed(lambda image, scan, _: ndimage.gaussian_filter(image, (0, *_blur(image.shape[1:])))),
-        "grain added": changed(
-            lambda image, scan, generator: image + _GRAIN * (high - low) * generator.standard_normal(image.shape)
-        ),
+        **{f"blurred, {step:g} voxels": changed(_blurred(step)) for step in _BLURS},
+        **{f"grain added, {share:.0%} of the range": changed(_grained(share * (high - low))) for share in _GRAINS},
+        "upside down": changed(lambda image, scan, _: image[..., ::-1]),
         "labels swapped": lambda scan, other, _: scan._replace(labels=_swapped(scan.labels)),
         "mask of another patient": lambda scan, other, _: scan._replace(
             labels=other.labels, valid=scan.valid & other.valid
@@ -99,8 +99,13 @@ def faults_of(evaluated: Evaluated) -> dict[str, Spoil]:
     }
 
 
-def _blur(shape: Sequence[int]) -> list[float]:
-    return [_BLUR if length > 1 else 0.0 for length in shape]
+def _blurred(step: float) -> Voxels:
+    """By a Gaussian of that deviation, in voxels, along every axis that has several."""
+    return lambda image, scan, _: ndimage.gaussian_filter(image, [0, *(step * (part > 1) for part in image.shape[1:])])
+
+
+def _grained(deviation: NDArray[Any]) -> Voxels:
+    return lambda image, scan, generator: image + deviation * generator.standard_normal(image.shape)
 
 
 def _of(image: NDArray[Any], where: NDArray[np.bool_], statistic: Callable[..., Any]) -> NDArray[Any]:

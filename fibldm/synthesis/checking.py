@@ -108,7 +108,7 @@ def _look(
 ) -> tuple[Mapping[str, Values], list[str]]:
     """What is measured of a decoded volume ``(C, X, Y, Z)``, and what of it lies outside."""
     if strange := int((~np.isfinite(decoded)).sum()):
-        return {}, [f"{counted(strange, 'voxel')} not finite"]
+        return {}, [f"not finite in {counted(strange, 'voxel')}"]
     labels, inside = labels_and_field(prepared)
     values = measure(synthesizer.channels, synthesizer.intensity.restore(decoded), labels, inside)
     return values, gate.outside(values)
@@ -132,15 +132,19 @@ def summary(sidecars: Iterable[Mapping[str, Any]], rejected: Sequence[Rejected])
     facts = [told for told in (content.get(CHECKED) for content in sidecars) if told]
     again = [told["outside"] for told in facts if told["outside"]]
     draws = [*again, *(volume.findings for volume in rejected)]
-    why = Counter(
-        finding.partition(" (training")[0].rpartition(" ")[0] for part in draws for one in part for finding in one
-    )
+    why = Counter(_kind(finding) for part in draws for one in part for finding in one)
     listed = ", ".join(f"{what} {count}" for what, count in why.most_common(_SHOWN))
     total = len(facts) + len(rejected)
     said = (
         f"check: {len(facts)} of {counted(total, 'volume')} in the ranges of training, {len(again)} of them drawn again"
     )
     return said + (f"; {len(rejected)} left out" if rejected else "") + (f"; outside were: {listed}" if listed else "")
+
+
+def _kind(finding: str) -> str:
+    """A finding without its numbers."""
+    what, compared, _ = finding.partition(" (training ")
+    return what.rpartition(" ")[0] if compared else finding.partition(" in ")[0]
 
 
 def _name(prepared: PreparedMask) -> str:

@@ -27,6 +27,7 @@ GATE = "gate.json"
 WHOLE = "volume"
 """The region of all voxels in the field of view, whatever their label."""
 
+NOTHING = "nothing of it can be compared with training"
 MEASURES = ("median", "spread", "contrast", "sharpness")
 FEWEST_PATIENTS = 2
 
@@ -158,12 +159,17 @@ class Gate:
     def outside(self, values: Mapping[str, Values]) -> list[str]:
         """What lies outside, in words; what is not in the volume, or was in too few of training, is not compared.
 
+        That nothing can be compared is a finding, too.
+
         Args:
             values: what was `measured` of each channel by its name.
         """
+        compared = list(self._compared(values))
+        if not compared:
+            return [NOTHING]
         return [
             f"{self.named(channel, region)} {measure} {value:.4g} (training {low:.4g} to {high:.4g})"
-            for (channel, region, measure), value, (low, high) in self._compared(values)
+            for (channel, region, measure), value, (low, high) in compared
             if not low <= value <= high
         ]
 
