@@ -32,7 +32,7 @@ ANY = (-1e6, 1e6)
 
 
 def gate(low: float, high: float) -> Gate:
-    return Gate({"CT": {WHOLE: {"median": ANY, "spread": (low, high)}}}, 7, {})
+    return Gate({"CT": {WHOLE: {"median": ANY, "sharpness": (low, high)}}}, 7, {})
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,16 @@ def requests(mask_file: Path) -> list[SynthesisRequest]:
 
 
 @pytest.fixture(scope="module")
-def spread_of(synthesizer: Synthesizer, requests: list[SynthesisRequest]) -> Callable[[int, int], float]:
+def sharpness_of(synthesizer: Synthesizer, requests: list[SynthesisRequest]) -> Callable[[int, int], float]:
     """What is measured of a volume by its number and draw."""
 
-    def spread(number: int, draw: int) -> float:
+    def sharpness(number: int, draw: int) -> float:
         settings = replace(QUICK, seed=seed_of_draw(QUICK.seed, draw))
         (made,) = synthesizer.batch([requests[number]], settings=settings, check=0)
-        measured: float = made.provenance["check"]["measured"]["volume"]["spread"][0]
+        measured: float = made.provenance["check"]["measured"]["volume"]["sharpness"][0]
         return measured
 
-    return spread
+    return sharpness
 
 
 def test_what_lies_within_is_the_volume_that_is_made_without_check(
@@ -73,17 +73,17 @@ def test_what_lies_within_is_the_volume_that_is_made_without_check(
 
 
 def test_one_outside_is_drawn_again_with_a_seed_that_is_told(
-    synthesizer: Synthesizer, requests: list[SynthesisRequest], spread_of: Callable[[int, int], float]
+    synthesizer: Synthesizer, requests: list[SynthesisRequest], sharpness_of: Callable[[int, int], float]
 ) -> None:
     """Asked for with that seed it is the same, in any batch; the seed that was asked for stays in the sidecar."""
-    drawn = [spread_of(0, draw) for draw in range(4)]
+    drawn = [sharpness_of(0, draw) for draw in range(4)]
     draw = int(np.argmax(drawn[1:])) + 1
     assert drawn[draw] > drawn[0], "some draw is above the first one"
     strict = replace(synthesizer, gate=gate(max(drawn[:draw]) * 1.00001, 1e6))
     (alone,) = strict.batch(requests[:1], settings=QUICK, check=3)
     told = alone.provenance["check"]
     assert (told["draws"], told["seed"], alone.provenance["sampling"]["seed"]) == (draw + 1, seed_of_draw(0, draw), 0)
-    assert len(told["outside"]) == draw and told["outside"][0][0].startswith("volume spread ")
+    assert len(told["outside"]) == draw and told["outside"][0][0].startswith("volume sharpness ")
     (again,) = synthesizer.batch(requests[:1], settings=replace(QUICK, seed=told["seed"]))
     assert np.array_equal(again.volume.array, alone.volume.array)
     prepared = [strict.prepare(request) for request in requests]
@@ -94,7 +94,9 @@ def test_one_outside_is_drawn_again_with_a_seed_that_is_told(
 
 def test_one_that_never_fits_is_not_given(synthesizer: Synthesizer, requests: list[SynthesisRequest]) -> None:
     never = replace(synthesizer, gate=gate(1e5, 1e6))
-    with pytest.raises(OutsideRanges, match=r"of 2 draws each: 1 volume .*\n  a_000: volume spread .*1e\+05") as raised:
+    with pytest.raises(
+        OutsideRanges, match=r"of 2 draws each: 1 volume .*\n  a_000: volume sharpness .*1e\+05"
+    ) as raised:
         never(requests[0].mask, name="a", settings=QUICK, check=1)
     assert [len(volume.findings) for volume in raised.value.rejected] == [2]
 
@@ -116,7 +118,7 @@ def test_values_that_are_not_finite_are_never_given(
 
 @pytest.fixture
 def strict_run(
-    tiny_run: Path, tmp_path: Path, spread_of: Callable[[int, int], float]
+    tiny_run: Path, tmp_path: Path, sharpness_of: Callable[[int, int], float]
 ) -> Callable[[float, float], Path]:
     """Gives the run ranges of its own; all else is shared."""
 
@@ -147,15 +149,15 @@ def test_volumes_left_out_are_named_the_others_kept_and_the_exit_code_is_2(
     out = tmp_path / "out"
     run = strict_run(*ANY)
     drawn = synthesize_files(run, [mask_file], tmp_path / "all", settings=QUICK, count=3, check=0, device="cpu")
-    spreads = [read_json(sidecar(path))["check"]["measured"]["volume"]["spread"][0] for path in drawn]
-    worst = int(np.argmin(spreads))
-    run = strict_run((sorted(spreads)[0] + sorted(spreads)[1]) / 2, 1e6)
+    sharp = [read_json(sidecar(path))["check"]["measured"]["volume"]["sharpness"][0] for path in drawn]
+    worst = int(np.argmin(sharp))
+    run = strict_run((sorted(sharp)[0] + sorted(sharp)[1]) / 2, 1e6)
     words = ["--run", str(run), "--masks", str(mask_file), "--out", str(out), "--steps", "1", "--count", "3"]
     caplog.set_level(logging.INFO, "fibldm")
     assert cli(["synthesize", *words, "--device", "cpu", "--check", "0"]) == 2
     said = capsys.readouterr().err
     left_out = drawn[worst].name
-    assert f"\n  {left_out.removesuffix('.nii.gz')}: volume spread" in said
+    assert f"\n  {left_out.removesuffix('.nii.gz')}: volume sharpness" in said
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     assert there.keys() == {path.name for path in drawn} - {left_out}
     assert "check: 2 of 3 volumes in the ranges of training, 0 of them drawn again; 1 left out" in caplog.text
@@ -167,13 +169,13 @@ def test_volumes_left_out_are_named_the_others_kept_and_the_exit_code_is_2(
 
 
 def test_the_engine_keeps_the_others_and_ends_with_the_error(
-    synthesizer: Synthesizer, mask_file: Path, tmp_path: Path, spread_of: Callable[[int, int], float]
+    synthesizer: Synthesizer, mask_file: Path, tmp_path: Path, sharpness_of: Callable[[int, int], float]
 ) -> None:
     wide, other = (tmp_path / name for name in ("wide", "other"))
     engine = SynthesisEvaluator(synthesizer, mask_items([mask_file], 2), wide, inferer=QUICK, check=0)
     engine.run()
-    spreads = [read_json(file)["check"]["measured"]["volume"]["spread"][0] for file in sorted(wide.glob("*.json"))]
-    strict = replace(synthesizer, gate=gate(sum(spreads) / 2, 1e6))
+    sharp = [read_json(file)["check"]["measured"]["volume"]["sharpness"][0] for file in sorted(wide.glob("*.json"))]
+    strict = replace(synthesizer, gate=gate(sum(sharp) / 2, 1e6))
     engine = SynthesisEvaluator(strict, mask_items([mask_file], 2), other, inferer=QUICK, check=0)
     with pytest.raises(OutsideRanges, match="1 volume"):
         engine.run()
