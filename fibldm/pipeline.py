@@ -14,7 +14,7 @@ from fibldm.delivery.export import WORDS, ExportSettings, export
 from fibldm.delivery.model_card import CardText
 from fibldm.delivery.verify import verify
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, MEASUREMENTS, evaluate
+from fibldm.evaluation.measurements import MEASUREMENTS, evaluate
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.licences import licence_notice
 from fibldm.models.conditions.condition import present
@@ -114,7 +114,7 @@ def pipeline(
     say(f"3/6 synthesize: the test patients' masks into {out / 'synthetic'}")
     synthesize_masks(run, masks["test"], out / "synthetic", drawing)
     say("4/6 evaluate")
-    names = [name for name in recipe.measure if name in DEFAULT_MEASUREMENTS]
+    names = [name for name in recipe.measure if name != "utility"]
     given: dict[str, Any] = {"run_dir": run, "work": work, "segmenter_settings": recipe.of_segmenter, "say": say}
     evaluate(names, synthetic=out / "synthetic", perceptual=recipe.perceptual, **given)
     if "training" in masks:

@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-extrapolation", action="store_true", help="also of masks and conditions unlike the training data"
     )
+    parser.add_argument(
+        "--check", type=int, help="how often a volume outside of the ranges of training is drawn again; by default none"
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
     parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
     return parser
@@ -215,6 +218,7 @@ class Watcher:
             "allow_extrapolation": asked.allow_extrapolation,
             "count": asked.count,
             **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
+            **({"check": asked.check} if asked.check is not None else {}),
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
         kinds, further = generator.beside, read(generator.beside, asked.asked)

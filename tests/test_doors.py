@@ -32,6 +32,7 @@ from fibldm.synthesis.asked import ConditionsTable, known_cases, laid_over, own
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
 from fibldm.volumes.datalist import SPLITS, load_datalist
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.gate import GATE, WHOLE, Gate, write_gate
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.second_image import ABOUT, SecondImages
 from fibldm.volumes.writer import sidecar
@@ -105,8 +106,12 @@ def made(
             (run / stage / part.name).symlink_to(part)
     (run / "latents" / "latents.json").unlink()
     known = {case["case"]: {name: case[name] for name in ("age", "tesla", "text")} for case in cases}
-    facts = read_json(tiny_run / "latents" / "latents.json")
-    write_json(run / "latents" / "latents.json", facts | {"covariates": known, "second_image": SECOND.to_dict()})
+    facts = read_json(tiny_run / "latents" / "latents.json") | {"covariates": known, "second_image": SECOND.to_dict()}
+    write_json(run / "latents" / "latents.json", facts)
+    (run / "latents" / GATE).unlink()
+    write_gate(
+        run, facts, Gate({facts["channels"][0]: {WHOLE: {"median": (-2000.0, 2000.0)}}}, 2, {})
+    )  # networks are not trained
     encoder = str(folder / "texts.npz")
     tiny_stage("diffusion", run, *KNOWN, covariates=["age"], covariate_width=12, text_encoder=encoder).run()
     with pytest.MonkeyPatch.context() as patch:
@@ -155,6 +160,8 @@ def by_command(house: House, asked: dict[str, Any], capsys: Any, *generator: str
             words += ["--conditions-table", str(house.out.parent / "table.json")]
         elif name == "own_conditions":
             words.append("--own-conditions")
+        elif name == "check":
+            words += ["--check", str(value)]
     masks = ["--data", str(house.work)] if "own_conditions" in asked else ["--masks", str(house.mask)]
     options = ["--out", str(house.out), "--steps", "1", "--allow-extrapolation", "--device", "cpu", "--json"]
     generator = generator or ("--run", str(house.run))
@@ -220,6 +227,9 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
     item = house.out.parent / "inbox" / "item"
     item.mkdir(parents=True)
     (item / "mask.nii.gz").write_bytes(house.mask.read_bytes())
+    asked = dict(asked)
+    if "check" in asked:
+        options = (*options, "--check", str(asked.pop("check")))
     for name, values in asked.items():
         (item / f"{name}.json").write_text(json.dumps(values))
         if "image" in values:
@@ -237,7 +247,7 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
 def by_options_of_a_watch_folder(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any]:
     words = [f"--covariate={name}={value}" for name, value in asked.get("covariates", {}).items()]
     words += [f"--condition={name}={as_word(value)}" for name, value in asked.get("conditions", {}).items()]
-    return by_watch_folder(house, {}, capsys, tuple(words))
+    return by_watch_folder(house, {name: asked[name] for name in ("check",) if name in asked}, capsys, tuple(words))
 
 
 TAKE_TABLES = [
@@ -291,10 +301,21 @@ def test_every_door_reaches_every_condition(
         other.out.parent.mkdir()
         with pytest.raises(FibldmError, match=re.escape(message)):
             door(other, asked, capsys)
-    assert EXAMPLE["text"] not in caplog.text and REPORT not in caplog.text
+    said = "".join(record.getMessage() for record in caplog.records if record.name.startswith("fibldm"))
+    assert EXAMPLE["text"] not in said and REPORT not in said  # MONAI's own command prints its arguments
 
 
 FURTHER = (("text", "text"), ("image", "sha256"))
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_every_door_reaches_the_check(
+    door: Callable[..., dict[str, Any]], house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = door(house, {"check": 2}, capsys)["check"]
+    assert (told["most"], told["draws"], told["outside"], told["patients"]) == (2, 1, [], 2)
+    ((value, low, high),) = (part["median"] for part in told["measured"].values())
+    assert (low, high) == (-2000, 2000) and -1000 <= value <= 1000
 
 
 @pytest.mark.parametrize("door", TAKE_TABLES, ids=lambda door: door.__name__)
@@ -335,6 +356,7 @@ def test_the_card_names_all_that_may_be_asked(house: House) -> None:
     assert "`--condition field=...`" in card and "low 1.5, high 3.0" in card
     assert "a row for each, with the columns mask, age, image, boxes, text, field." in card
     assert "another image of the patient (scan MR, kind percentile, " in card and "by `--image SCAN`" in card
+    assert "By `--check 3`" in card and "| volume | -2000 to 2000 | | | |" in card
     facts = read_json(house.bundle / "configs" / "metadata.json")
     assert facts["conditions"]["field"] == {"low": 1.5, "high": 3.0} and "age" in facts["covariates"]
 

@@ -114,6 +114,22 @@ def utility(
     return _measure(["utility"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
+@evaluate.command()
+def gate(
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
+    weights: Weights = None,
+) -> dict[str, Any]:
+    """How good is the check of `fibldm synthesize --check`? Real, synthetic and spoilt volumes outside its ranges."""
+    return _measure(["gate"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
+
+
 @evaluate.command("all")
 def everything(
     data: Work,
@@ -127,7 +143,7 @@ def everything(
     weights: Weights = None,
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
-    """All of these but utility, which needs volumes of the training masks."""
+    """All of these but utility, which needs volumes of the training masks, and gate."""
     from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS
 
     names = list(DEFAULT_MEASUREMENTS)

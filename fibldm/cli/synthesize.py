@@ -109,6 +109,14 @@ def synthesize(
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
     ] = False,
     allow_extrapolation: shared.AllowExtrapolation = False,
+    check: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Measure every volume against the intensity ranges of the training data, draw it again up to so many "
+            "times where it lies outside, else leave it out (exit code 2); default: no check.",
+        ),
+    ] = None,
     output_format: Annotated[
         str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
     ] = "nifti",

@@ -37,6 +37,7 @@ from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.loading import generating_stage, residual_noise_file
+from fibldm.volumes.gate import read_gate
 
 PARTS = ("configs", "docs", "models", "LICENSE")
 WORDS = "export.yaml"
@@ -184,6 +185,7 @@ def _write_generator(
         **of_network,
         "mask_dropout": float(stage.component("mask_dropout")),
         **({"adapters": _told(settings.adapters)} if settings.adapters else {}),
+        **({"gate": gate.to_dict()} if (gate := read_gate(run, known)) else {}),
         "licence": settings.licence,
         "data_licence": _data_licence(known["licence"], settings.adapters),
         "split": hash_value(items),

@@ -13,12 +13,14 @@ from fibldm.delivery.measured import Measured, followed
 from fibldm.errors import FibldmError
 from fibldm.synthesis.definitions import build
 from fibldm.typed_settings import counted
+from fibldm.volumes.gate import MEASURES, gate_of_bundle
 
 _SHOWN = {
     "faithfulness": ("dice", "hd95", "volume_error"),
     "realism": ("kid/radiomics", "spectrum", "ms_ssim"),
     "reconstruction": ("psnr", "ssim", "dice_change"),
     "utility": ("utility", "dice"),
+    "gate": ("outside",),
 }
 OTHER = "other"
 """The modality of microscopy, simulations, shapes: whatever is neither CT nor MR."""
@@ -27,6 +29,7 @@ _OTHER_USE = "Research on synthetic images, such as augmentation of training dat
 _OTHER_LIMITS = (
     "Volumes show what the training data show: other instruments, samples and settings are not known to the model."
 )
+_REGIONS = 12  # of the ranges, in the card
 _AUDIT = ("nearest_training_similarity", "closer_than_any_real", "named")
 
 
@@ -101,7 +104,10 @@ def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size:
     front = {"license": facts["licence"].lower(), "library_name": "monai", "tags": list(once.values())}
     return environment.from_string(template).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
-        facts={"further": {}, "adapters": [], **facts},
+        facts={"further": {}, "adapters": [], "gate": None, **facts},
+        ranges=(ranges := _ranges(facts))[:_REGIONS],
+        ranges_left_out=len(ranges[_REGIONS:]),
+        measures=MEASURES,
         words=words,
         title=words.title or facts["name"],
         covariates={name: _range(known) for name, known in facts["covariates"].items()},
@@ -124,6 +130,21 @@ def _range(known: Mapping[str, Any]) -> str:
     if "values" in known:
         return f"one of {', '.join(known['values'])}"
     return f"a number, {known['low']:g} to {known['high']:g} in training"
+
+
+def _ranges(facts: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of the gate: regions in words, with the range of each measure."""
+    if (gate := gate_of_bundle(facts)) is None:
+        return []
+    return [
+        (gate.named(channel, region), [_between(part.get(measure)) for measure in MEASURES])
+        for channel, regions in gate.ranges.items()
+        for region, part in regions.items()
+    ]
+
+
+def _between(pair: tuple[float, float] | None) -> str:
+    return "" if pair is None else f"{_number(pair[0])} to {_number(pair[1])}"
 
 
 def _example(known: Mapping[str, Any]) -> str:

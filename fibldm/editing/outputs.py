@@ -28,7 +28,7 @@ from fibldm.volumes.writer import sidecar, write_synthetic
 EVERYWHERE = "everywhere"
 """The region that is the whole scan."""
 
-_NOT_OF_EDITS = ("format", "template", "batch_size", "conditions_table", "own_conditions")
+_NOT_OF_EDITS = ("format", "template", "batch_size", "conditions_table", "own_conditions", "adapters", "check")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def edit_files(
         trust: see `Synthesizer.from_bundle`.
         device: None takes CUDA where there is one.
         **options: of `SynthesisSettings` by their names, but for ``format`` and ``template``, which are those of the
-            scan, ``batch_size``, and conditions of several masks.
+            scan, ``batch_size``, adapters, a check, and conditions of several masks.
 
     Returns:
         The files, or the folders of series.
@@ -164,7 +164,8 @@ def _only_series(folder: Path) -> Series:
 def _of_scan(source: _Source, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the format of the scan, and for DICOM its technical tags."""
     if taken := [name for name in _NOT_OF_EDITS if name in options]:
-        raise FibldmError(f"an edit takes no {' and no '.join(taken)}", "leave it out: the format is that of the scan")
+        remedy = "leave it out" + (": the format is that of the scan" if "format" in taken else "")
+        raise FibldmError(f"an edit takes no {' and no '.join(taken)}", remedy)
     return {**options, "format": "dicom", "template": source.series} if source.series else dict(options)
 
 

@@ -7,6 +7,7 @@
 * ``realism`` (with ``radiomics``, ``distances``, ``spectrum``, ``ms_ssim``): do they look like real scans?
 * ``utility``: can a segmenter learn from them?
 * ``reconstruction``: what does the autoencoder lose?
+* ``gate``: how often volumes, and scans that were spoilt, lie outside of the ranges of training
 * ``perceptual``: LPIPS in three planes, of realism and reconstruction
 * ``preview_figures``: a few of these while a stage trains
 * ``memorisation``: is one a copy of a training scan?

@@ -167,12 +167,24 @@ class Evaluated:
         """
         return self._recent.get(case, self._read)
 
+    def as_written(self, case: Case) -> Sample:
+        """A synthetic volume on the model grid, in its units on disk; of MR, which `read` takes by its percentiles.
+
+        Raises:
+            FibldmError: see `read`.
+        """
+        return self._placed(case, lambda voxels: voxels)
+
     def _read(self, case: Case) -> Sample:
+        return self._placed(case, self.intensity.normalise)
+
+    def _placed(self, case: Case, change: Callable[[Array], Array]) -> Sample:
+        """A case on the model grid, its voxels changed before."""
         channels = _read_channels(case.image, len(self.channels))
         image = channels[0]
         grid = self.grid.training_grid(image.grid)
-        normalised = self.intensity.normalise(np.stack([channel.array for channel in channels]))
-        moved = [resample(Volume(part, image.affine), grid, kind="image", fill=_AIR).array for part in normalised]
+        changed = change(np.stack([channel.array for channel in channels]))
+        moved = [resample(Volume(part, image.affine), grid, kind="image", fill=_AIR).array for part in changed]
         inside = Volume(np.ones(image.array.shape, dtype=np.uint8), image.affine)
         valid = resample(inside, grid, kind="label", fill=0).array.astype(bool)
         labels: Array = np.full(grid.shape, UNKNOWN_LABEL, dtype=np.uint8)

@@ -11,6 +11,7 @@ import torch
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.faithfulness import measure_faithfulness
+from fibldm.evaluation.gate import measure_gate
 from fibldm.evaluation.memorisation import measure_copies
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.provenance import Provenance, read_provenance
@@ -19,10 +20,11 @@ from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstructi
 from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
-from fibldm.runs import hash_weights
+from fibldm.runs import hash_weights, load_facts
 from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.synthesis.loading import generating_weights
+from fibldm.volumes.gate import Gate, gate_of_bundle, read_gate, required
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ class Measurements:
     def utility(self) -> Section:
         return measure_utility(self.evaluated, self.synthetic, self.segmenter, self._trained)
 
+    def gate(self) -> Section:
+        return measure_gate(self.evaluated, self.synthetic, self._ranges())
+
+    def _ranges(self) -> Gate:
+        if self.bundle is None:
+            gate = read_gate(self.evaluated.run_dir, load_facts(self.evaluated.run_dir))
+        else:
+            with open_bundle(self.bundle, trust=self.trust) as opened:
+                gate = gate_of_bundle(opened.facts)
+        return required(gate)
+
     def _trained(self, cases: Sequence[Case] | None = None) -> Segmenter:
         return trained_segmenter(self.evaluated, cases=cases, overrides=self.segmenter_settings, device=self._device)
 
@@ -103,8 +116,10 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "reconstruction": Measurements.reconstruction,
     "copies": Measurements.copies,
     "utility": Measurements.utility,
+    "gate": Measurements.gate,
 }
-DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name != "utility")  # that needs volumes of training masks
+NOT_BY_DEFAULT = ("utility", "gate")  # which needs volumes of training masks; which runs of before have no ranges for
+DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name not in NOT_BY_DEFAULT)
 
 
 def evaluate(

@@ -5,6 +5,7 @@
 * ``scans``: scans that are asked for as a condition, opened as a work folder would hold them
 * ``request``: what is asked of a synthesizer, and what comes back
 * ``loading``: the parts of a synthesizer, from a run or a bundle
+* ``checking``: volumes outside of the ranges of training are drawn again, or left out
 * ``adapters``: updates of low rank, put on a generator
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
@@ -13,6 +14,7 @@
 * ``bundle``, ``definitions``: bundles are read, and networks made of what they say
 """
 
+from fibldm.synthesis.checking import OutsideRanges
 from fibldm.synthesis.mask_source import Job, MaskSource, jobs_of
 from fibldm.synthesis.outputs import Output, OutputConflict, synthesize_files
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
@@ -25,6 +27,7 @@ __all__ = [
     "MaskSource",
     "Output",
     "OutputConflict",
+    "OutsideRanges",
     "PreparedMask",
     "SamplingSettings",
     "Synthesis",

@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from fibldm.synthesis.checking import Rejected
 from fibldm.synthesis.mask_source import Job, MaskSource
 from fibldm.synthesis.outputs import Output
 from fibldm.synthesis.settings import OPTIONS, SamplingSettings, SynthesisSettings
@@ -26,7 +27,8 @@ class SynthesisEvaluator(Evaluator):
             is that of the items; all else is of MONAI's ``Evaluator``, such as ``val_handlers``.
 
     Raises:
-        FibldmError: an option has another type or is out of range, or masks lack conditions of their own.
+        FibldmError: an option has another type or is out of range, masks lack conditions of their own, or a check is
+            asked for where no ranges were measured; `run` raises `OutsideRanges` where it left volumes out.
     """
 
     def __init__(
@@ -50,9 +52,13 @@ class SynthesisEvaluator(Evaluator):
         self._masks = {file: MaskSource(Path(file), synthesizer.names) if file else None for file in files}
         # refuse at once what would be refused after the first volumes
         self.add_event_handler(Events.STARTED, lambda: self.output.missing(self._jobs(items)))
+        self._rejected: list[Rejected] = []
+        self.add_event_handler(Events.COMPLETED, lambda: self.output.conclude(self._jobs(items), self._rejected))
 
     def _iteration(self, engine: Engine, batchdata: Any) -> dict[str, list[str]]:
-        return {"files": [str(file) for file in self.output.write(self._jobs(batchdata))]}
+        jobs = self._jobs(batchdata)
+        self._rejected += self.output.attempt(jobs)
+        return {"files": [str(file) for file in map(self.output.path, jobs) if file.exists()]}
 
     def _jobs(self, items: Sequence[dict[str, Any]]) -> list[Job]:
         return [Job(self._masks[item["mask"]], int(item["number"])) for item in items]

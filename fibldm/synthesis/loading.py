@@ -19,6 +19,7 @@ from fibldm.runs.stages import TABLE, begun
 from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.volumes.envelope import Envelope
+from fibldm.volumes.gate import gate_of_bundle, read_gate
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
 
@@ -58,6 +59,7 @@ def parts_of_run(
         "residual_noise": ResidualNoise.load(noise) if noise is not None else None,
         "mask_dropout": float(stage.component("mask_dropout")),
         "choice": _choice(checkpoint, strength, others),
+        "gate": read_gate(Path(run_dir), facts),
         **_of_facts(facts),
     }
 
@@ -87,6 +89,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "residual_noise": bundle.residual_noise(),
                 "mask_dropout": facts.get("mask_dropout"),
                 "sampling": bundle.sampling(),
+                "gate": gate_of_bundle(facts),
                 **_of_facts(facts),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -16,6 +16,7 @@ from fibldm.runs.stages import begun
 from fibldm.runs.values import require_switches
 from fibldm.shards import Shard
 from fibldm.synthesis.asked import read
+from fibldm.synthesis.checking import OutsideRanges, Rejected, summary
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import OF_SAMPLING, SamplingSettings, SynthesisSettings
@@ -51,7 +52,7 @@ class Output:
         settings: what is asked; its adapters are put on the synthesizer here, and are part of that from then on.
 
     Raises:
-        FibldmError: an adapter is refused.
+        FibldmError: an adapter is refused, or a check, as no ranges were measured.
     """
 
     synthesizer: Synthesizer
@@ -67,6 +68,8 @@ class Output:
         if self.settings.adapters:
             object.__setattr__(self, "synthesizer", self.synthesizer.adapted(self.settings.adapters))
             object.__setattr__(self, "settings", replace(self.settings, adapters={}))
+        if self.settings.check is not None:
+            self.synthesizer.require_gate()
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
@@ -104,13 +107,38 @@ class Output:
         Raises:
             FibldmError: another volume or mask of this name lies there, a mask or covariates are refused, or a mask
                 cannot be told in DICOM.
+            OutsideRanges: the check left volumes out; the others are written.
+        """
+        if rejected := self.attempt(jobs):
+            raise OutsideRanges(rejected)
+        return [self.path(job) for job in jobs]
+
+    def attempt(self, jobs: Sequence[Job]) -> list[Rejected]:
+        """Make and write some volumes together, but for those that the check leaves out, which are told.
+
+        Raises:
+            FibldmError: see `write`.
         """
         missing = [job for job in jobs if not self._is_there(job)]
         prepared = [self._prepare(job.mask).numbered(job.number) for job in missing]
-        made = self.synthesizer.draw(prepared, settings=self.settings.sampling)
-        for job, part, synthesis in zip(missing, prepared, made, strict=True):
-            self._write(job, part.request.mask, synthesis)
-        return [self.path(job) for job in jobs]
+        made = self.synthesizer.attempt(prepared, settings=self.settings.sampling, check=self.settings.check)
+        for job, part, attempt in zip(missing, prepared, made, strict=True):
+            if isinstance(attempt, Synthesis):
+                self._write(job, part.request.mask, attempt)
+        return [attempt for attempt in made if isinstance(attempt, Rejected)]
+
+    def conclude(self, jobs: Sequence[Job], rejected: Sequence[Rejected]) -> None:
+        """After the last of all jobs, say what the check did, if there was one.
+
+        Raises:
+            OutsideRanges: it left volumes out.
+        """
+        if self.settings.check is None:
+            return
+        there = [path for path in map(self.path, jobs) if path.exists()]
+        _logger.info("%s", summary((read_json(sidecar(path)) for path in there), rejected))
+        if rejected:
+            raise OutsideRanges(rejected)
 
     def path(self, job: Job) -> Path:
         """The volume's file, or the folder of its series."""
@@ -199,6 +227,8 @@ class Output:
         decisive = [self.synthesizer.source, self.settings.sampling.to_dict(), job.number]
         asked = read(self.synthesizer.beside, self._asked(job.mask))
         decisive += [known for known in [asked.pop("covariates")] if known]
+        if self.settings.check is not None:  # however often: one that passed is the same
+            decisive += [{"check": self.synthesizer.require_gate().fingerprint}]
         kinds = self.synthesizer.beside
         decisive += [{name: kinds[name].recorded(value)} for name, value in asked.items() if value is not None]
         request = {
@@ -278,6 +308,7 @@ def synthesize_files(
         FibldmError: no mask, or one that is refused, as covariates and adapters may be, masks for a generator without
             any, a run that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or
             has another type; or another process writes to ``out``.
+        OutsideRanges: the check left volumes out; the others are written.
     """
     require_switches(unconditional=unconditional, trust=trust)
     certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}
@@ -310,8 +341,9 @@ def synthesize_files(
     jobs = shard.take(jobs_of(files, synthesizer.names, asked.count))
     remedy = "wait until that has ended, choose another `out`, or let them share the work by RANK and WORLD_SIZE"
     with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):
-        missing = output.missing(jobs)
+        missing, rejected = output.missing(jobs), list[Rejected]()
         batches = [missing[start : start + asked.batch_size] for start in range(0, len(missing), asked.batch_size)]
         for batch in track(batches, "synthesize", shown=shard.is_first):
-            output.write(batch)
+            rejected += output.attempt(batch)
+        output.conclude(jobs, rejected)
     return [output.path(job) for job in jobs]

@@ -245,9 +245,11 @@ class SynthesisSettings:
         own_conditions: work folder whose cases the masks are of; of each is asked what the data say of its case, where
             nothing else is.
         adapters: files that are put on the network, with their strengths, see `Synthesizer.adapted`.
+        check: how often a volume whose intensities lie outside of the ranges of training is drawn again before it is
+            left out, see `Synthesizer.draw`; 0 draws none again, None looks at none.
 
     Raises:
-        FibldmError: a number is below 1, a strength below 0, or covariates are among the further conditions.
+        FibldmError: a number is below 1, a check or a strength below 0, or covariates are among the further conditions.
     """
 
     sampling: SamplingSettings = SamplingSettings()
@@ -260,12 +262,15 @@ class SynthesisSettings:
     conditions_table: Table | None = None
     own_conditions: str | Path | None = None
     adapters: Mapping[str | Path, float] = field(default_factory=dict)
+    check: int | None = None
 
     def __post_init__(self) -> None:
         check_strengths(self.adapters)
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise FibldmError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.check is not None and self.check < 0:
+            raise FibldmError(f"check must be at least 0; got {self.check}", "null or leaving it out checks nothing")
         _ = self.asked
 
     @property

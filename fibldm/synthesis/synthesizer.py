@@ -29,11 +29,14 @@ from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.samplers import draw_noise
 from fibldm.models.tiling import tiled_decode
 from fibldm.synthesis.adapters import with_adapters
-from fibldm.synthesis.asked import check, read, together, within
+from fibldm.synthesis.asked import check as check_asked
+from fibldm.synthesis.asked import read, together, within
+from fibldm.synthesis.checking import OutsideRanges, Rejected, checked
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
 from fibldm.volumes.envelope import Envelope
+from fibldm.volumes.gate import Gate, required
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.interchange import as_volume
@@ -69,6 +72,7 @@ class Synthesizer:
         mask_dropout: how often training showed the whole mask as unknown; None where that is not known.
         sampling: how volumes are drawn where nothing else is asked for: of a bundle, as it was measured.
         choice: for the sidecar, what is not as it was trained: checkpoint, strength, further ControlNets, adapters.
+        gate: in which ranges intensities of training cases lie; None where that was not measured.
     """
 
     network: ConditionedNetwork
@@ -88,6 +92,7 @@ class Synthesizer:
     mask_dropout: float | None = None
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     choice: Mapping[str, Any] = field(default_factory=dict)
+    gate: Gate | None = None
 
     @classmethod
     def from_run(
@@ -192,11 +197,13 @@ class Synthesizer:
         conditions: Mapping[str, object] | None = None,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
+        check: int | None = None,
         **sampling: Any,
     ) -> Synthesis:
         """One synthetic volume on the grid of ``mask``; see `SynthesisRequest` and `batch` for arguments and errors.
 
-        What is asked beside the mask are ``covariates`` and further ``conditions``, each by their names.
+        What is asked beside the mask are ``covariates`` and further ``conditions``, each by their names; ``check`` is
+        that of `draw`.
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         What is not given is as in ``settings``, or else as in `sampling`.
         """
@@ -204,7 +211,7 @@ class Synthesizer:
         image = None if mask is None else as_volume(mask)
         request = SynthesisRequest(image, name, number, together(covariates or {}, conditions or {}))
         chosen = (settings or self.sampling).changed(**sampling)
-        return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation)[0]
+        return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation, check=check)[0]
 
     def batch(
         self,
@@ -212,6 +219,7 @@ class Synthesizer:
         *,
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
+        check: int | None = None,
     ) -> list[Synthesis]:
         """Synthetic volumes, each on the grid of its mask; what `draw` gives of what `prepare` gives.
 
@@ -219,12 +227,13 @@ class Synthesizer:
             requests: the volumes.
             settings: how to sample; None for the defaults.
             allow_extrapolation: see `prepare`.
+            check: see `draw`.
 
         Raises:
             FibldmError: see `prepare` and `draw`.
         """
         prepared = [self.prepare(request, allow_extrapolation=allow_extrapolation) for request in requests]
-        return self.draw(prepared, settings=settings)
+        return self.draw(prepared, settings=settings, check=check)
 
     def prepare(self, request: SynthesisRequest, *, allow_extrapolation: bool = False) -> PreparedMask:
         """Check and place a mask, with what is asked beside it, once for any number of its volumes.
@@ -242,8 +251,13 @@ class Synthesizer:
         except FibldmError as error:
             raise FibldmError(f"{request.name}: {error.message}", error.remedy) from error
 
-    @torch.no_grad()
-    def draw(self, prepared: Sequence[PreparedMask], *, settings: SamplingSettings | None = None) -> list[Synthesis]:
+    def draw(
+        self,
+        prepared: Sequence[PreparedMask],
+        *,
+        settings: SamplingSettings | None = None,
+        check: int | None = None,
+    ) -> list[Synthesis]:
         """Synthetic volumes of prepared masks, sampled together where they have one size.
 
         A volume is the same in any batch but for rounding: its noise depends on the seed, its mask's name and its
@@ -252,17 +266,53 @@ class Synthesizer:
         Args:
             prepared: by this synthesizer; see `PreparedMask.numbered` for several volumes of one mask.
             settings: how to sample; None for the generator's own, `sampling`.
+            check: how often a volume whose intensities lie outside of the ranges of training is drawn again, with
+                another seed (see `fibldm.synthesis.checking.seed_of_draw`); None takes every volume.
 
         Raises:
-            FibldmError: a dynamic threshold is asked of latents.
+            FibldmError: a dynamic threshold is asked of latents, or a check where no ranges were measured.
+            OutsideRanges: every draw of a volume lay outside; none is given then.
+        """
+        attempts = self.attempt(prepared, settings=settings, check=check)
+        if rejected := [attempt for attempt in attempts if isinstance(attempt, Rejected)]:
+            raise OutsideRanges(rejected)
+        return [attempt for attempt in attempts if isinstance(attempt, Synthesis)]
+
+    def attempt(
+        self, prepared: Sequence[PreparedMask], *, settings: SamplingSettings | None, check: int | None
+    ) -> list[Synthesis | Rejected]:
+        """The same as `draw`, but for a volume of which every draw lay outside, what did.
+
+        Raises:
+            FibldmError: a dynamic threshold is asked of latents, or a check where no ranges were measured.
         """
         settings = self.as_trained(settings or self.sampling)
-        made: dict[int, Synthesis] = {}
+        if check is not None:
+            return checked(self, prepared, settings, check)
+        decoded = self.decoded(prepared, settings)
+        return [self.finished(part, volume, settings) for part, volume in zip(prepared, decoded, strict=True)]
+
+    def require_gate(self) -> Gate:
+        """The ranges of training.
+
+        Raises:
+            FibldmError: they were not measured.
+        """
+        return required(self.gate)
+
+    @torch.no_grad()
+    def decoded(self, prepared: Sequence[PreparedMask], settings: SamplingSettings) -> list[NDArray[np.float32]]:
+        """Volumes ``(C, X, Y, Z)`` in ``[-1, 1]`` on the model grids of prepared masks.
+
+        Args:
+            prepared: by this synthesizer.
+            settings: as `as_trained` gives them.
+        """
+        made: dict[int, NDArray[np.float32]] = {}
         for size in dict.fromkeys(part.grid.shape for part in prepared):
             places = [place for place, part in enumerate(prepared) if part.grid.shape == size]
-            decoded = self._sample([prepared[place] for place in places], settings)
-            for place, volume in zip(places, decoded, strict=True):
-                made[place] = self._finish(prepared[place], volume, settings)
+            volumes = self._sample([prepared[place] for place in places], settings)
+            made |= zip(places, volumes, strict=True)
         return [made[place] for place in range(len(prepared))]
 
     def _placed(self, request: SynthesisRequest, allow_extrapolation: bool) -> PreparedMask:
@@ -277,7 +327,7 @@ class Synthesizer:
         asked = within(self.beside, asked, source.grid)
         outside = [] if request.mask is None else self.envelope.check(source, allow=allow_extrapolation)
         outside += self._check_unknown(source, allow=allow_extrapolation)
-        outside += check(self.beside, asked, allow=allow_extrapolation)
+        outside += check_asked(self.beside, asked, allow=allow_extrapolation)
         grid = self.grid.synthesis_grid(source.grid, [step * self.network.multiple for step in self.mask.factors])
         placed = {name: kind.place(asked[name], grid) for name, kind in self.beside.items()}
         return PreparedMask(request, source, grid, placed, outside)
@@ -303,7 +353,7 @@ class Synthesizer:
         affine = from_matvec(np.diag(self.grid.spacing), shift)
         return Volume(np.full(self.grid.size, UNKNOWN_LABEL, dtype=np.uint8), affine)
 
-    def _finish(self, placed: PreparedMask, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
+    def finished(self, placed: PreparedMask, decoded: NDArray[np.float32], settings: SamplingSettings) -> Synthesis:
         """Back from the model grid ``(C, X, Y, Z)`` to the mask's own, and to the units on disk."""
         source, grid = placed.source, placed.grid
         returned = [resample(Volume(part, grid.affine), source.grid, kind="image").array for part in decoded]

@@ -20,15 +20,17 @@ from fibldm.models.latents import LatentSpace
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.models.tiling import tiled_decode, tiled_encode
 from fibldm.progress import track
-from fibldm.runs import BUDGET, Progress, StageFolder
+from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
 from fibldm.runs.values import check_values
 from fibldm.runs.workflow import running_parser
 from fibldm.shards import Shard, wait_for
 from fibldm.training.base_latents import facts_of_base
 from fibldm.training.distributed import on_first_rank
+from fibldm.training.gate_ranges import GateRanges
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
 from fibldm.training.view_cache import SPLITS, Draw, ViewCache, plain_tensor
 from fibldm.volumes.datalist import SECOND_IMAGE, known_of
+from fibldm.volumes.gate import has_gate, write_gate
 from fibldm.volumes.second_image import SecondImages
 
 Result = TypeVar("Result")
@@ -96,16 +98,17 @@ class EncodeStage:
         if draw not in get_args(Draw):
             raise unknown_choice("latent_draw", draw, get_args(Draw))
         folder = self.run_dir / "latents"
-        self.cache = ViewCache(folder, datalist, preprocessing, augmentation, views, draw, seed, device)
+        ranges = GateRanges(facts)
+        self.cache = ViewCache(folder, datalist, preprocessing, augmentation, views, draw, seed, device, ranges)
         self.scale, self.device, self.restart, self.patience = scale, device, restart, patience
         self.base, self.check = base, check
         if base is not None and scale is not None:
             raise FibldmError("latents have one scale; got latent_scale and latent_space", "leave one of them out")
 
     def run(self) -> None:
-        """Write the latents, the residual noise, ``latents.json``, ``report.json`` and ``interpolation.png``.
+        """Write the latents, the residual noise, the ranges of the gate, ``latents.json``, report and picture.
 
-        Or say that they are done.
+        Or say that they are done; of a run of before, measure the ranges that it lacks.
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
@@ -147,13 +150,33 @@ class EncodeStage:
     def _restore(self, folder: StageFolder, stage: StageFolder, shard: Shard) -> None:
         """Make the files again that a finished stage has lost; what later stages were told of them stays."""
         lost = [case for case in shard.take(self.cache.cases()) if self.cache.missing(*case)]
-        if not lost:
+        if lost:
+            count = sum(len(self.cache.missing(*case)) for case in lost)
+            first_stage = FrozenFirstStage(stage.trained()).to(self.device)
+            self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
+            _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
+        else:
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
+        if shard.is_first:
+            self._catch_up_on_gate()
+
+    def _catch_up_on_gate(self) -> None:
+        """Measure what a run of before lacks; its latents and all that was trained on them stay as they are."""
+        facts = load_facts(self.run_dir)
+        if has_gate(self.run_dir, facts):
             return
-        count = sum(len(self.cache.missing(*case)) for case in lost)
-        first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-        self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
-        _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
+        wait_for([file for _, file in self.cache.plain_files(facts["items"]["training"])], patience=self.patience)
+        self._measure_gate(facts)
+
+    def _measure_gate(self, facts: Mapping[str, Any]) -> None:
+        files = self.cache.plain_files(facts["items"]["training"])
+        cases = self.datalist["training"]
+        gate = GateRanges(facts).fit(files, lambda index: self.cache.view(self.cache.prepared(cases[index]), index, 0))
+        write_gate(self.run_dir, facts, gate)
+        if gate is None:
+            _logger.info("latents: no ranges for `fibldm synthesize --check`, they take two training patients")
+        else:
+            _logger.info("latents: ranges of intensity of %d training patients, for --check", gate.patients)
 
     def expected_seconds(self, autoencoder: Autoencoder) -> float:
         """What `run` will take in one process, by its parts for the first case.
@@ -216,20 +239,19 @@ class EncodeStage:
         else:
             space = LatentSpace.constant(self.scale, first_stage.latent_channels, autoencoder)
         covariates = covariates_by_case([case for split in SPLITS for case in self.datalist[split]])
-        write_json(
-            folder.path / "latents.json",
-            {
-                "compression": first_stage.compression,
-                "space": space.to_dict(),
-                **self.facts,
-                **({"draw": self.cache.draw} if self.cache.draw != "sample" else {}),
-                "residual_noise": self._measure_residual_noise(items["training"], first_stage),
-                **({"covariates": covariates} if any(covariates.values()) else {}),
-                **about_second_images([case for split in SPLITS for case in self.datalist[split]]),
-                **({"fitted": known["fitted"]} if "fitted" in known else {}),
-                "items": items,
-            },
-        )
+        facts = {
+            "compression": first_stage.compression,
+            "space": space.to_dict(),
+            **self.facts,
+            **({"draw": self.cache.draw} if self.cache.draw != "sample" else {}),
+            "residual_noise": self._measure_residual_noise(items["training"], first_stage),
+            **({"covariates": covariates} if any(covariates.values()) else {}),
+            **about_second_images([case for split in SPLITS for case in self.datalist[split]]),
+            **({"fitted": known["fitted"]} if "fitted" in known else {}),
+            "items": items,
+        }
+        write_json(folder.path / "latents.json", facts)
+        self._measure_gate(facts)
         self._report(items, space)
         self._draw(items, first_stage)
         folder.finish(epochs=0, latents=sum(len(part) for part in items.values()))

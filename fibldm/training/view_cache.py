@@ -18,6 +18,7 @@ from fibldm.files import write_tensors
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.tiling import tiled_encode
 from fibldm.training.draws import key_seed
+from fibldm.training.gate_ranges import GateRanges
 from fibldm.volumes.datalist import SECOND_IMAGE
 from fibldm.volumes.grid import Grid
 from fibldm.volumes.second_image import read_on_grid
@@ -39,6 +40,7 @@ class ViewCache:
     draw: Draw
     seed: int
     device: torch.device
+    ranges: GateRanges
 
     def cases(self) -> list[tuple[str, int]]:
         """Split and place of every case."""
@@ -76,7 +78,9 @@ class ViewCache:
         names, missing = self.names(split, index), self.missing(split, index)
         prepared = self.prepared(self.datalist[split][index]) if missing else {}
         for view in missing:
-            self._write(self.view(prepared, index, view), self.folder / names[view], first_stage, autoencoder)
+            item = self.view(prepared, index, view)
+            noted = self.ranges.noted(item) if split == "training" and view == 0 else {}
+            self._write(item, self.folder / names[view], first_stage, autoencoder, noted)
 
     def prepared(self, case: Mapping[str, Any]) -> dict[Hashable, Any]:
         """A case on the model grid; where it has no mask, all of it is unknown."""
@@ -109,7 +113,14 @@ class ViewCache:
         inside = (moved["valid"] > 0.5).float()
         return torch.cat([moved["image"].float() * inside, inside])
 
-    def _write(self, item: dict[str, Tensor], file: Path, first_stage: FrozenFirstStage, autoencoder: str) -> None:
+    def _write(
+        self,
+        item: dict[str, Tensor],
+        file: Path,
+        first_stage: FrozenFirstStage,
+        autoencoder: str,
+        noted: Mapping[str, Tensor],
+    ) -> None:
         posterior = tiled_encode(first_stage, item["image"][None].float().to(self.device))
         if not all(bool(part.isfinite().all()) for part in posterior):
             raise FibldmError(
@@ -123,6 +134,7 @@ class ViewCache:
             .contiguous(),
             "labels": item["label"].round().to(torch.uint8).contiguous(),
             "valid": F.avg_pool3d(item["valid"][None].float(), first_stage.compression)[0].contiguous(),
+            **noted,
         }
         if SECOND_IMAGE in item:
             tensors[SECOND_IMAGE] = item[SECOND_IMAGE].half().contiguous()
@@ -140,6 +152,10 @@ class ViewCache:
         for item in items:
             with safe_open(self.folder / item["file"], framework="pt") as content:
                 yield Posterior(content.get_tensor("mean")[None], content.get_tensor("std")[None])
+
+    def plain_files(self, items: Sequence[Mapping[str, str]]) -> list[tuple[str, Path]]:
+        """The patient and the file of each training case's view that is not augmented."""
+        return [(item["subject"], self.folder / item["file"]) for item in items[:: self._views("training")]]
 
     def _views(self, split: str) -> int:
         return self.views if split == "training" else 1

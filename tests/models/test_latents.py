@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.spectrum import channel_spectra
-from fibldm.files import hash_file, read_json
+from fibldm.files import hash_file, read_json, write_tensors
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
@@ -31,9 +31,11 @@ from fibldm.runs.configuration import read_configuration
 from fibldm.runs.renamed import current
 from fibldm.shards import Shard, wait_for
 from fibldm.training.encode_stage import EncodeStage
+from fibldm.training.gate_ranges import GateRanges
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
 from fibldm.training.latents import Latents, LoadLatent
 from fibldm.training.view_cache import ViewCache
+from fibldm.volumes.gate import GATE, read_gate
 
 GRID = {"spacing": [1, 1, 1]}
 
@@ -142,8 +144,36 @@ def test_latents_that_are_gone_or_damaged_are_told_and_made_again(
         encode(run, 0, 1)
     assert "made 2 files again that were gone or damaged" in caplog.text
     assert hashes(run) == before
-    encode(run, 0, 1)
+    with caplog.at_level(logging.INFO, "fibldm"):
+        encode(run, 0, 1)
     assert "done already" in caplog.text
+
+
+def test_a_run_of_before_gets_the_ranges_of_the_gate_and_stays_the_same(
+    encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose latents tell no intensities either; they and their fingerprint are not touched."""
+    run = trained("run")
+    encode(run, 0, 1)
+    before, facts = hashes(run), read_json(run / "latents" / "latents.json")
+    gate = read_gate(run, facts)
+    assert gate is not None and gate.patients == len({item["subject"] for item in facts["items"]["training"]})
+    assert gate.ranges.keys() == set(facts["channels"])
+    assert gate.ranges[facts["channels"][0]].keys() == {"volume", *facts["labels"]}
+    (run / "latents" / GATE).unlink()
+    plain = run / "latents" / facts["items"]["training"][0]["file"]
+    tensors = {name: part for name, part in load_file(plain).items() if name != "intensities"}
+    write_tensors(plain, tensors, {"autoencoder": facts["space"]["autoencoder"]})
+    without = hashes(run)
+    encode(run, 1, 2)
+    assert not (run / "latents" / GATE).exists(), "that is for the first to do"
+    with caplog.at_level(logging.INFO, "fibldm"):
+        encode(run, 0, 1)
+    assert f"ranges of intensity of {gate.patients} training patients" in caplog.text
+    assert hashes(run) == {**without, GATE: before[GATE]}
+    caplog.clear()
+    encode(run, 0, 1)
+    assert "done already" in caplog.text and "ranges of intensity" not in caplog.text
 
 
 def test_only_one_process_begins_anew(encode: Callable[..., None], trained: Callable[[str], Path]) -> None:
@@ -427,7 +457,8 @@ def test_a_mask_that_is_needed_goes_along(tmp_path: Path) -> None:
 def test_one_patient_alone_has_no_strip(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     stage = EncodeStage.__new__(EncodeStage)
     datalist: dict[str, list[dict[str, Any]]] = {"training": [{"case": "a"}], "validation": []}
-    stage.cache = ViewCache(tmp_path, datalist, Compose(), Compose(), 1, "sample", 0, torch.device("cpu"))
+    made_by = (Compose(), Compose(), 1, "sample", 0, torch.device("cpu"), GateRanges({}))
+    stage.cache = ViewCache(tmp_path, datalist, *made_by)
     first_stage: Any = None
     with caplog.at_level(logging.INFO, "fibldm"):
         stage._draw({"training": [{"subject": "a", "file": "a"}], "validation": []}, first_stage)
