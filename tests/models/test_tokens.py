@@ -235,7 +235,7 @@ def test_a_batch_is_halved_where_there_is_a_prior() -> None:
 # --- stages
 
 STRONG: dict[str, Any] = {"token_name": "rough", "lora_rank": 1, "lora_alpha": 2, "learning_rate": 0.05, "epochs": 2}
-STRONG |= {"warmup_steps": 16}  # longer than both epochs, so that the rate does not depend on how many there will be
+STRONG |= {"lr_scheduler::t_total": 8}  # so that the rate does not depend on how many epochs there will be
 
 
 def learn(base: Path, tiny_stage: TinyStage, run: Path, **settings: Any) -> Path:
@@ -439,6 +439,5 @@ def test_a_token_learns_a_texture_and_the_prior_keeps_the_base() -> None:
     kept, lost = (taught(base, few, rank=2, weight=weight) for weight in (1.0, 0.0))
     figures = {"base": measured(base, old), "kept": measured(kept, old), "lost": measured(lost, old)}
     figures |= {"new": measured(kept, new, 1.0), "alone": at[2], "before": at[0]}
-    print(figures)
-    assert figures["new"] < figures["alone"]
-    assert figures["kept"] < 1.2 * figures["base"] < figures["lost"]
+    assert figures["new"] < figures["alone"] < figures["before"], figures
+    assert figures["kept"] - figures["base"] < 0.5 * (figures["lost"] - figures["base"]), figures
