@@ -80,6 +80,7 @@ LIKE = {
     "by_monai": ("mine", "diffusion"),
     "imported": ("mine", "diffusion"),
     "adapted": ("tuned", "diffusion"),
+    "texture": ("mine", "diffusion"),
 }
 
 # Options that make commands small, by how they begin.

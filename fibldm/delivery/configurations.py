@@ -87,6 +87,8 @@ def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[st
     config: dict[str, Any] = current(yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8")))
     own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
     begun = {"init_from": "@bundle_root", "network_def": facts["network"], "training": "@run"}
+    if "prior" in config:  # a folder of this machine
+        own["prior"] = "@init_from"
     if "text_encoder" in config:  # which the bundle holds
         own["text_encoder"] = "$@bundle_root + '/models/text'"
     return {key: value for key, value in config.items() if key != "_meta_"} | own | begun

@@ -23,7 +23,7 @@ from fibldm.delivery.configurations import (
 )
 from fibldm.delivery.measured import Measured, followed
 from fibldm.delivery.model_card import CardText, card
-from fibldm.delivery.resolve import literal
+from fibldm.delivery.resolve import literal, plain
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_file, hash_value, write_json, write_tensors, write_text
 from fibldm.licences import licence_notice
@@ -31,6 +31,8 @@ from fibldm.locks import alone, beside
 from fibldm.manifest import MANIFEST, write_manifest
 from fibldm.models.adapters import Adapter
 from fibldm.models.conditions.condition import present
+from fibldm.models.conditions.token import TOKEN, TokenNames, TokenVectors
+from fibldm.models.time_vectors import time_width
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import kind_of
 from fibldm.synthesis import SamplingSettings, Synthesizer
@@ -138,6 +140,10 @@ def _write_generator(
     known, stage = load_facts(run), generating_stage(run, unconditional=settings.unconditional)
     networks = {"network": stage, "autoencoder": StageFolder(run, "autoencoder")}
     definitions = {key: _definition(part) for key, part in networks.items()}
+    token = None if adapted is None else adapted.conditions.get(TOKEN)
+    if adapted is not None and isinstance(token, TokenNames):
+        definitions["network"] = _knowing(definitions["network"], token, time_width(adapted.network.unet))
+    token_defined = {} if token is None else {TOKEN: plain(token, TOKEN)}
     weights: dict[str, Any] = {}
     fingerprints, of_network = {}, {}
     for key, part in networks.items():
@@ -151,7 +157,7 @@ def _write_generator(
         fingerprints[key] = hash_weights(as_read)
         if key == "network":
             _write_model(folder / "models" / "model.pt", state)
-            conditions = present(stage.component("conditions"))
+            conditions = present(stage.component("conditions") if adapted is None else adapted.conditions)
             for kind, condition in conditions.items():
                 if condition.fingerprint:
                     condition.write(folder / "models" / kind)
@@ -176,7 +182,7 @@ def _write_generator(
         "version": settings.version,
         **definitions,
         **{key: _part(stage, key) for key in ("process", "target")},
-        "conditions": present({**_part(stage, "conditions"), "mask": _part(stage, "mask")}),
+        "conditions": present({**_part(stage, "conditions"), **token_defined, "mask": _part(stage, "mask")}),
         "shift": shift,
         "sampling": sampling.to_dict(),
         "space": {**known["space"], "autoencoder": fingerprints["autoencoder"]},
@@ -204,6 +210,7 @@ def _told(adapters: Mapping[str | Path, float]) -> list[dict[str, Any]]:
             "sha256": adapter.sha256,
             "strength": float(strength),
             **{key: adapter.facts[key] for key in ("stage", "rank", "alpha", "targets", "data")},
+            **({"tokens": list(adapter.tokens)} if adapter.tokens else {}),
         }
         for adapter, strength in read.items()
     ]
@@ -220,6 +227,17 @@ def _definition(stage: StageFolder) -> Any:
     base = kind_of(stage.name).base
     known = {} if base is None else {"base": _definition(StageFolder(stage.run_dir, base))}
     return literal(stage.parser(device="cpu"), "network_def", known=known)
+
+
+def _knowing(definition: Mapping[str, Any], token: TokenNames, width: int) -> dict[str, Any]:
+    """A definition of a network with the tokens of adapters; they belong to its base network."""
+    encoding = plain(token, TOKEN)
+    if "base" in definition:
+        conditions = {**(definition.get("conditions") or {}), TOKEN: encoding}
+        return {**definition, "base": _knowing(definition["base"], token, width), "conditions": conditions}
+    kind = f"{TokenVectors.__module__}.{TokenVectors.__qualname__}"
+    vectors = {"_target_": kind, "encoding": encoding, "width": width}
+    return {**definition, "time": {**(definition.get("time") or {}), TOKEN: vectors}}
 
 
 def _part(stage: StageFolder, key: str) -> Any:

@@ -25,6 +25,7 @@ The network that follows conditions:
 * ``network``: the UNet and all that tells it of conditions, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call
 * ``low_rank``, ``adapters``: further training by few numbers, and these apart from the network
+* ``tokens``: learned tokens of adapters on a network that knew none
 * ``activation_checkpointing``: memory for time
 * ``precision_check``: layers that bfloat16 gets wrong, and float32 for them
 * ``transfer``: tensors to a device that nothing waits for

@@ -1,8 +1,9 @@
 """Adapters: updates of low rank in a file of their own, put on the network that they were learned on by any strength.
 
 The file is safetensors: of every weight that is moved ``<layer>.lora_a`` ``(r, in)`` and ``<layer>.lora_b``
-``(out, r)``, see `fibldm.models.low_rank`, and as metadata one text of JSON with what they were learned on. It holds no
-patient's name and no path.
+``(out, r)``, see `fibldm.models.low_rank`, of every token that was learned with them ``token.<name>`` ``(width,)``, see
+`fibldm.models.tokens`, and as metadata one text of JSON with what they were learned on. It holds no patient's name and
+no path.
 """
 
 import json
@@ -26,9 +27,12 @@ from fibldm.runs import hash_weights
 FORMAT = 1
 ADAPTER = "adapter.safetensors"
 
+OTHER_BASE = "take the run or the bundle that it had as init_from, which knows no tokens"
+
 _KEY = "fibldm_adapter"
 _FACTS = frozenset("format base stage rank alpha targets frame data".split())
 _PARTS = (".lora_a", ".lora_b")
+_TOKEN = "token."
 _OWN = "take the run or the bundle that was init_from of its training"
 _SHOWN = 80  # letters of a part of a frame
 _ASK = "ask for the adapter again, or train it again"
@@ -44,12 +48,14 @@ class Adapter:
         facts: ``base`` (fingerprint of the weights that were adapted), ``stage``, ``rank``, ``alpha`` (None: the rank),
             ``targets`` (patterns of weights), ``frame`` (see `frame_of`) and ``data``, facts of the training data.
         sha256: of the file.
+        tokens: vectors of the tokens that were learned with them, by name, see `fibldm.models.conditions.token`.
     """
 
     file: Path
     updates: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
     facts: Mapping[str, Any]
     sha256: str
+    tokens: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, file: str | Path) -> "Adapter":
@@ -72,14 +78,21 @@ class Adapter:
                 f"{file} must be an adapter of this version, as training with --config adapter writes it; it is not",
                 "updates of other programs are not read",
             )
-        adapter = cls(file, _paired(file, tensors), told, hash_file(file))
+        tokens = {name.removeprefix(_TOKEN): tensors.pop(name) for name in sorted(tensors) if _is_token(name)}
+        if wrong := [name for name, vector in tokens.items() if vector.ndim != 1 or not bool(vector.isfinite().all())]:
+            raise FibldmError(f"tokens must be finite vectors; {', '.join(wrong)} of {file} is none", _ASK)
+        if not tensors and not tokens:
+            raise FibldmError(f"{file} must hold updates; it holds none", _ASK)
+        vectors = {name: vector.float() for name, vector in tokens.items()}
+        adapter = cls(file, _paired(file, tensors), told, hash_file(file), vectors)
         _ = adapter.scale
         return adapter
 
     @property
     def scale(self) -> float:
         """Of its updates at strength 1."""
-        return scale_of(self.facts["rank"], self.facts["alpha"])
+        rank: int = self.facts["rank"]
+        return scale_of(rank, self.facts["alpha"]) if rank else 1.0
 
     def check(self, state: Mapping[str, Tensor], frame: Mapping[str, Any]) -> None:
         """Refuse a network, or a generator, other than that which was adapted.
@@ -114,10 +127,15 @@ class Adapter:
             )
 
 
-def write_adapter(file: Path, updates: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_adapter(
+    file: Path, updates: Mapping[str, Tensor], facts: Mapping[str, Any], *, tokens: Mapping[str, Tensor] | None = None
+) -> None:
     """Keep updates as `fibldm.models.low_rank.updates_of` gives them; the same ones give the same bytes."""
+    vectors = {f"{_TOKEN}{name}": vector.detach().cpu().clone() for name, vector in (tokens or {}).items()}
     # one text, as safetensors shuffles entries of metadata
-    write_tensors(file, updates, {_KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True, allow_nan=False)})
+    write_tensors(
+        file, {**updates, **vectors}, {_KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True, allow_nan=False)}
+    )
 
 
 def put_on(
@@ -229,6 +247,8 @@ def _paired(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
         if not all(bool(factor.isfinite().all()) for factor in (lora_a, lora_b)):
             raise FibldmError(f"updates must be finite; those of {layer} in {file} are not", _ASK)
         pairs[f"{layer}.weight"] = (lora_a.float(), lora_b.float())
-    if not pairs:
-        raise FibldmError(f"{file} must hold updates; it holds none", _ASK)
     return pairs
+
+
+def _is_token(name: str) -> bool:
+    return name.startswith(_TOKEN) and not name.endswith(_PARTS)

@@ -109,6 +109,13 @@ def add_low_rank(
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
+def train_only(network: nn.Module, names: Sequence[str]) -> int:
+    """Train some weights as they are and freeze all others; how many numbers are trained."""
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(weight.requires_grad and name in names)
+    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
 def merged_state(network: nn.Module) -> dict[str, Tensor]:
     """The state of a network with its updates added in, on the CPU, under the names of a network without any.
 

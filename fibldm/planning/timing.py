@@ -127,7 +127,7 @@ def count(stage: str, request: Request) -> dict[str, int]:
     watched = ["watch"] if "watch" in parser and get("watch_training") else []
     cases = {part: len(get(f"{part}::dataset::data")) for part in ("train", "validate", *watched)}
     draws = cases["train"] * _views(parser, "train::sampler")
-    batches = math.ceil(draws / int(get("batch_size")))
+    batches = math.ceil(draws / int(get("train::dataloader::batch_size")))
     validation = 0
     for part in ("validate", *watched):
         drawn = cases[part] * _views(parser, "validate::dataloader::sampler")

@@ -141,7 +141,7 @@ def imagine_earlier(stage: str, parser: ConfigParser, request: Request) -> None:
 
 def _trace(stage: str, parser: ConfigParser, items: Mapping[str, Any], request: Request) -> StageMemory:
     get = parser.get_parsed_content
-    counts = {part: int(get(f"{part}::dataloader::batch_size")) for part in items}
+    counts = {"train": int(get("batch_size")), "validate": int(get("validate::dataloader::batch_size"))}
     batches = {part: _prepared(parser, part, item, counts[part]) for part, item in items.items()}
     live = LiveBytes()
     with without_values(live), nullcontext() if request.imitated else torch.device(request.device):

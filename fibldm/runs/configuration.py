@@ -34,7 +34,8 @@ _GRID = {"spacing", "size"}
 
 # Where whoever adds a kind of condition chooses its name.
 _BY_NAME = frozenset(
-    "conditions routes::channels routes::norms routes::tokens stage::inputs train::prepare_batch::dropout".split()
+    "conditions routes::channels routes::norms routes::time routes::tokens stage::inputs "
+    "train::prepare_batch::dropout".split()
 )
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value
-from fibldm.models.adapters import Adapter, differing, frame_of, put_on, told_of
+from fibldm.models.adapters import OTHER_BASE, Adapter, differing, frame_of, put_on, told_of
 from fibldm.models.conditions.condition import Condition, present
+from fibldm.models.conditions.token import TOKEN, TokenNames
 from fibldm.models.latents import LatentSpace
 from fibldm.models.process import Process, Target
+from fibldm.models.tokens import VECTORS, tokens_of, with_tokens
 from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 
@@ -22,10 +24,10 @@ _logger = logging.getLogger("fibldm")
 
 
 def with_adapters(generator: "Synthesizer", adapters: Mapping[str | Path, float]) -> dict[str, Any]:
-    """What changes of a generator: ``network``, which is another one then, ``source`` and ``choice``.
+    """What changes of a generator: ``network``, which is another one then, ``conditions``, ``source`` and ``choice``.
 
     Raises:
-        FibldmError: see `fibldm.models.adapters.put_on`.
+        FibldmError: see `fibldm.models.adapters.put_on` and `fibldm.models.tokens.tokens_of`.
     """
     read = sorted(
         ((Adapter.read(file), strength) for file, strength in adapters.items()), key=lambda pair: pair[0].sha256
@@ -34,20 +36,32 @@ def with_adapters(generator: "Synthesizer", adapters: Mapping[str | Path, float]
     made = put_on(state, read, generator.frame)
     network, before = deepcopy(generator.network), str(generator.source["weights"])
     network.load_state_dict(made)
-    used = [{"sha256": adapter.sha256, "strength": float(strength)} for adapter, strength in read]
+    conditions = dict(generator.conditions)
+    if tokens := tokens_of(read):
+        network, conditions[TOKEN] = with_tokens(network, tokens), TokenNames(tuple(tokens))
+    if any(strength and adapter.tokens for adapter, strength in read):  # at strength 0 it is the base
+        made[VECTORS] = network.state_dict()[VECTORS].cpu()
+    used = [_told(adapter, strength) for adapter, strength in read]
     if hash_weights(state) == before:
         weights = hash_weights(made)
     else:  # several ControlNets with strengths, which the tensors do not tell
         counting = [one for one in used if one["strength"]]
         weights = hash_value([before, counting]) if counting else before
     for adapter, strength in read:
-        said = "adapter %s of %d cases, at strength %g"
-        _logger.info(said, adapter.sha256[:12], adapter.facts["data"].get("cases", 0), strength)
+        said = "adapter %s of %d cases, at strength %g%s"
+        asked = "".join(f"; it is drawn where it is asked for by token={name}" for name in adapter.tokens)
+        _logger.info(said, adapter.sha256[:12], adapter.facts["data"].get("cases", 0), strength, asked)
     return {
         "network": network,
+        "conditions": conditions,
         "source": {**generator.source, "weights": weights},
         "choice": {**generator.choice, "adapters": [*generator.choice.get("adapters", ()), *used]},
     }
+
+
+def _told(adapter: Adapter, strength: float) -> dict[str, Any]:
+    known = {"tokens": list(adapter.tokens)} if adapter.tokens else {}
+    return {"sha256": adapter.sha256, "strength": float(strength), **known}
 
 
 class BaseCheck:
@@ -79,15 +93,18 @@ class BaseCheck:
         self.base, self.stage, self.trust = base, stage, trust
         facts = latents.facts
         given = {"intensity": facts["intensity"], "spacing": facts["grid"]["spacing"]}
-        self.frame = frame_of(latents.space, process, target, conditions, **given)
+        own = {name: part for name, part in conditions.items() if name != TOKEN}  # which the base will not have
+        self.frame = frame_of(latents.space, process, target, own, **given)
 
     def __call__(self) -> None:
         """Compare.
 
         Raises:
-            FibldmError: the base works in another frame, or is refused.
+            FibldmError: the base works in another frame, knows tokens already, or is refused.
         """
         theirs = None if self.base is None else _frame_behind(Path(self.base), self.stage, self.trust)
+        if theirs is not None and f"condition {TOKEN}" in theirs:
+            raise FibldmError(f"an adapter is learned on a base without tokens; {self.base} has some", OTHER_BASE)
         if theirs is not None and (other := differing(self.frame, theirs)):
             raise FibldmError(
                 f"an adapter must work in the frame of its base; {self.base} has {told_of(theirs, other)}, and this "

@@ -9,6 +9,7 @@
 * ``loss_aware``: tells times that follow the loss of it
 * ``initialise``, ``first_guess``: weights to begin with, and weights that stay
 * ``adapter``, ``base_latents``: updates of low rank kept apart, and what a run takes from the base that it adapts
+* ``prior``: the base's own cases beside few scans of something new
 * ``muon``: the optimizer
 * ``precision``, ``inferers``, ``distributed``: number formats and several processes
 * ``handlers`` (with ``finite``, ``step_losses``), ``checkpoints``: what happens around the steps

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from fibldm.errors import FibldmError
 from fibldm.manifest import MANIFEST, check_manifest
 from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.models.low_rank import add_low_rank, fits, plain_name, require_fits
+from fibldm.models.low_rank import add_low_rank, fits, plain_name, require_fits, train_only
+from fibldm.models.tokens import VECTORS, has_tokens
 from fibldm.training.precision import store_channels_last
 
 _logger = logging.getLogger("fibldm")
@@ -123,8 +124,8 @@ def ready(network: nn.Module, options: Callable[[str], Any]) -> list[str]:
 
     Args:
         network: changed in place.
-        options: values of ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``, ``lora_alpha``, ``channels_last``
-            and ``activation_checkpointing``; None of a key that is not there.
+        options: values of ``freeze``, ``lora_rank``, ``lora_weights``, ``lora_full``, ``lora_alpha``, ``lora_apart``,
+            ``channels_last`` and ``activation_checkpointing``; None of a key that is not there.
 
     Returns:
         What is worth to be said.
@@ -135,11 +136,13 @@ def ready(network: nn.Module, options: Callable[[str], Any]) -> list[str]:
     said = []
     if options("freeze"):
         said.append(f"{freeze(network, options('freeze'))} weights are frozen")
+    tokens = [VECTORS] if options("lora_apart") and has_tokens(network) else []
     if rank := options("lora_rank"):
-        trained = add_low_rank(
-            network, rank, options("lora_weights"), options("lora_full"), alpha=options("lora_alpha")
-        )
+        full = [*options("lora_full"), *tokens]
+        trained = add_low_rank(network, rank, options("lora_weights"), full, alpha=options("lora_alpha"))
         said.append(f"{trained} numbers are trained in updates of rank {rank}")
+    elif tokens:
+        said.append(f"{train_only(network, tokens)} numbers are trained, those of the token")
     if options("channels_last"):
         store_channels_last(network)
     if options("activation_checkpointing"):

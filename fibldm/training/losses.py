@@ -29,8 +29,8 @@ class Weighted(NamedTuple):
         weight: of its places in a mean over them, ``(B, 1, ...)``; padding weighs 0.
         factor: of the errors of a sample, ``(B, 1, ...)``, whatever the other samples of the batch have; None for 1.
         t: times of the samples in (0, 1], ``(B,)``, on the CPU; None where there are none.
-        importance: how much less often the time of a sample is drawn than all times alike, ``(B, 1, ...)``; weighs
-            everything of it; None for 1.
+        importance: how much less often the time of a sample is drawn than all times alike, times what a sample of a
+            prior weighs, ``(B, 1, ...)``; weighs everything of it; None for 1.
     """
 
     value: Tensor

@@ -1,5 +1,6 @@
 """From a collated batch to what the network sees and is asked for: MONAI's `PrepareBatch` seam."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,9 @@ from fibldm.models.samplers import draw_noise
 from fibldm.models.timesteps import GridTimes, TrainingTimes, check_gamma, min_snr_weight
 from fibldm.models.transfer import to_device
 from fibldm.training.losses import Weighted
+
+SAMPLE_WEIGHT = "sample_weight"
+"""What an item may hold beside its latent: how much its sample weighs in the loss, a scalar."""
 
 
 class VolumePrepareBatch(PrepareBatch):
@@ -82,8 +86,8 @@ class LatentPrepareBatch(PrepareBatch):
             where the loss is large weighs as much less, see `LossAwareTimes`.
         conditions: what training shows, by name, in the order of their draws; None of one leaves it out.
         dropout: probabilities by name of the condition that it, or parts of it, become unknown, see
-            `Condition.chances`; 0 by default. Where the first condition is wholly unknown all of them are, as guidance
-            asks for nothing.
+            `Condition.chances`; 0 by default. Where the first condition is wholly unknown all of them are that are
+            `dropped_with_all`, as guidance asks for nothing.
         label_weights: of the loss where a label is, by label value; 1 where none is named (Guo et al. 2025, MAISI,
             weigh tumours so). A latent cell weighs as the labels that fill it.
         snr_gamma: weigh the error of each sample by its time, see `min_snr_weight`; None weighs all times alike.
@@ -132,7 +136,7 @@ class LatentPrepareBatch(PrepareBatch):
         z_t, target = self.process.diffuse(z_0, noise, drawn.t), self.process.target(self.target, z_0, noise, drawn.t)
         # copies that may be changed; they move in the precision in which they are kept
         shown = {name: to_device(batchdata[name], device).to(torch.float32, copy=True) for name in self.conditions}
-        weight, factors = self._weight(valid, shown), self._factors(drawn.t, z_0)
+        weight, factors = self._weight(valid, shown), self._factors(drawn.t, z_0, batchdata.get(SAMPLE_WEIGHT))
         for name, dropped in drawn.dropped.items():  # only now, as the weight is that of all labels
             _drop(self.conditions[name], shown[name], dropped)
 
@@ -163,7 +167,9 @@ class LatentPrepareBatch(PrepareBatch):
         for name, chances in self.chances.items():
             drawn = torch.stack([torch.rand(len(chances), generator=generator) for generator in generators]) < chances
             first = next(iter(dropped.values()), torch.zeros(len(drawn), 1, dtype=torch.bool))
-            dropped[name] = drawn[:, :-1] | drawn[:, -1:] | first.all(dim=1, keepdim=True)
+            dropped[name] = drawn[:, :-1] | drawn[:, -1:]
+            if self.conditions[name].dropped_with_all:
+                dropped[name] |= first.all(dim=1, keepdim=True)
         return dropped
 
     def _weight(self, valid: Tensor, shown: Mapping[str, Tensor]) -> Tensor:
@@ -172,15 +178,23 @@ class LatentPrepareBatch(PrepareBatch):
         shares = self.mask.shares(shown["mask"])
         return valid * torch.einsum("blxyz,l->bxyz", shares, to_device(self.label_weights, valid.device))[:, None]
 
-    def _factors(self, t: Tensor, z_0: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of the errors of each sample, and its importance, ``(B, 1, ...)``; None for 1."""
+    def _factors(self, t: Tensor, z_0: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of the errors of each sample, and its importance, ``(B, 1, ...)``; None for 1.
+
+        Args:
+            t: times ``(B,)``.
+            z_0: latents.
+            weights: of the samples, ``(B,)``; None for 1.
+        """
 
         def per_sample(values: Tensor) -> Tensor:
             return to_device(values, z_0.device).view(-1, *[1] * (z_0.ndim - 1))
 
         gamma, follows = self.snr_gamma, self.following
         factor = None if gamma is None else per_sample(min_snr_weight(self.process, self.target, t, gamma))
-        return factor, None if follows is None else per_sample(follows.importance(t))
+        importance = [] if follows is None else [per_sample(follows.importance(t))]
+        importance += [] if weights is None else [per_sample(weights.to(z_0.dtype))]
+        return factor, math.prod(importance[1:], start=importance[0]) if importance else None
 
 
 def _drop(condition: Condition, encoded: Tensor, dropped: Tensor) -> None:

@@ -15,11 +15,12 @@ from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.low_rank import fits
+from fibldm.models.tokens import has_tokens
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.renamed import current
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.runs.workflow import running_parser
-from fibldm.training.adapter import keep_adapter, require_apart
+from fibldm.training.adapter import keep_adapter, require_apart, require_base
 from fibldm.training.budget import Governed, TimeBudget
 from fibldm.training.checkpoints import Checkpoints, GapLimit, Patience, Stop, WallTime
 from fibldm.training.distributed import is_first_rank, on_first_rank, parallel, require_joined
@@ -167,21 +168,17 @@ class Stage:
         get = parser.get_parsed_content
         allow_tf32(bool(get("tf32")))
         if apart := _later(parser, "lora_apart", False):
-            require_apart(self.folder.name, get)
-        if get("lora_rank") and not get("init_from"):
+            require_apart(self.folder.name, get, tokens=has_tokens(network))
+        if (apart or get("lora_rank")) and not get("init_from"):
             raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
         if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
             trust = bool(_later(parser, "init_trust", False))
             strict, stage = bool(get("init_strict")), self.folder.name
             report = initialise(network, get("init_from"), strict=strict, stage=stage, trust=trust)
             new = [*report.missing, *(name for name, *_ in report.other_shapes)]
-            if apart and new:
-                raise FibldmError(
-                    f"an adapter needs all weights of its network from init_from; {get('init_from')} lacks "
-                    f"{', '.join(new[:5])}",
-                    "train the network that init_from has, or set lora_apart to false",
-                )
-            if get("lora_rank") and (still := [name for name in new if not fits(name, get("lora_full"))]):
+            if apart:
+                require_base(get("init_from"), new, tokens=has_tokens(network))
+            elif get("lora_rank") and (still := [name for name in new if not fits(name, get("lora_full"))]):
                 raise FibldmError(
                     f"weights that {get('init_from')} does not have must be trained in full; {', '.join(still[:5])} "
                     "would stay as they were drawn",

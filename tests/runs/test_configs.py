@@ -51,6 +51,7 @@ COMBINATIONS = [
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
     *((stage, DATA[0], ("augment_torchio_mr",)) for stage in ("autoencoder", "segmenter")),
     ("diffusion", DATA[0], ("unet_generative",)),
+    ("diffusion", DATA[0], ("token",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),
     *(
         (stage, DATA[0], (name,))

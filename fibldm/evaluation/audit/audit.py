@@ -108,7 +108,12 @@ def audit(
     patients = len({scan.subject for scan in held_out})
     if patients < FEWEST:
         why = f"{NOT_POSSIBLE}: scans of at least {FEWEST} patients must be held out; there are {patients}"
-        result = {"verdict": why, "copy_rate": None, "membership": MEMBERSHIP_NOT_MEASURED, "facts": facts}
+        result: dict[str, Any] = {
+            "verdict": why,
+            "copy_rate": None,
+            "membership": MEMBERSHIP_NOT_MEASURED,
+            "facts": facts,
+        }
         write_json(out / "audit.json", result)
         return result
     matcher = Matcher([read_volume(scan.file) for scan in track(training, "training scans")])
@@ -126,7 +131,7 @@ def audit(
         "copy_rate": Share(len(copies), len(synthetic)).to_dict(),
         "held_out_named": calibration.false.to_dict(),
         "copies": [_entry(scan, matches[scan.file], training) for scan in copies],
-        "memorised_patients": sorted({training[matches[scan.file].index].subject for scan in copies}),
+        "memorised_patients": sorted({training[matches[scan.file].scan].subject for scan in copies}),
         "membership": _membership(synthesizer, training, held_out),
         "own_masks": _own_masks(matcher, training, held_out, synthetic),
         "figures": _neighbours(matcher, held_out, synthetic),
@@ -214,7 +219,7 @@ class _Found:
                 match = self.matcher.match(read_volume(scan.file))
             except FibldmError as error:
                 raise FibldmError(f"{scan.file}: {error.message}", error.remedy) from error
-            self.matches[content] = [match.index, match.similarity, *match.transform]
+            self.matches[content] = [match.scan, match.similarity, *match.transform]
             if len(self.matches) % _KEPT_EVERY == 0:
                 self.keep()
         index, similarity, (axes, signs), scale, shift, inverted = self.matches[content]
@@ -229,7 +234,7 @@ def _verdict(copies: int, volumes: int) -> str:
 
 
 def _entry(scan: Scan, match: Match, training: Sequence[Scan]) -> dict[str, Any]:
-    found = training[match.index]
+    found = training[match.scan]
     return {
         "synthetic": scan.file.name,
         "train": found.file.name,

@@ -57,8 +57,8 @@ class Turn(NamedTuple):
         return turned
 
 
-_PERMUTATIONS = list(itertools.permutations(range(3)))
-_TURNS = [Turn(axes, (1, *signs)) for axes in _PERMUTATIONS for signs in itertools.product((1, -1), repeat=2)]
+_PERMUTATIONS = [(x, y, z) for x, y, z in itertools.permutations(range(3))]
+_TURNS = [Turn(axes, (1, y, z)) for axes in _PERMUTATIONS for y, z in itertools.product((1, -1), repeat=2)]
 """Half of all 48: a spectrum is the same for a volume and for its mirror image in a point."""
 
 
@@ -90,12 +90,12 @@ class Match(NamedTuple):
     """The training scan that is most similar to a volume.
 
     Attributes:
-        index: of the training scan.
+        scan: place of the training scan among those that were given.
         similarity: in ``[0, 1]``.
         transform: at which it is so.
     """
 
-    index: int
+    scan: int
     similarity: float
     transform: Transform
 
@@ -303,7 +303,8 @@ def _unit(rows: Floats) -> Floats:
 
 
 def _opposite(turn: Turn) -> Turn:
-    return Turn(turn.axes, tuple(-sign for sign in turn.signs))
+    x, y, z = turn.signs
+    return Turn(turn.axes, (-x, -y, -z))
 
 
 def _rough(scan: Prepared, volume: Prepared, turn: Turn) -> float:

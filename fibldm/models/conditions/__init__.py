@@ -9,4 +9,5 @@
 * ``boxes`` (with ``box_texts`` and ``box_cells``): where things of a class are and how large, in any number
 * ``image``: a second image of the patient, voxel by voxel as channels of the latent's size
 * ``covariate_vectors``: the same in the time embedding
+* ``token``: names of what few scans have in common, each with a learned vector in the time embedding
 """

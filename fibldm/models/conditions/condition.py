@@ -51,11 +51,13 @@ class Condition(ABC):
         what: how messages call it.
         kept_as: type of the encoded cases that are kept in memory.
         of_scan: whether it is asked for by a scan, which whoever asks opens before it is read.
+        dropped_with_all: whether training shows it as unknown where all else is, as guidance asks for nothing.
     """
 
     what: ClassVar[str]
     kept_as: ClassVar[torch.dtype] = torch.float32
     of_scan: ClassVar[bool] = False
+    dropped_with_all: ClassVar[bool] = True
 
     @property
     def fingerprint(self) -> str:
