@@ -204,7 +204,7 @@ class Editor:
         known = KnownLatents(z, inside.to(volume.device), edit.strength, edit.resampling)
         generator = window.prepared.request.generator(settings.seed)
         new = made.draw_latents([window.prepared], [generator], settings, known)
-        around, edited = (made.decode(latent, window.prepared) for latent in (z, new))
+        around, edited = (made.decode(latent, window.prepared).clamp(-1, 1) for latent in (z, new))
         noise = torch.zeros_like(edited)
         if settings.residual_noise and made.residual_noise is not None:
             noise = settings.residual_noise * made.residual_noise.draw(edited, generator)
