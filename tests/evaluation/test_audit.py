@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from fibldm.evaluation.audit import scans_of_folder
 from fibldm.evaluation.audit.audit import NO_EVIDENCE, audit
 from fibldm.evaluation.audit.calibration import Calibration, Share, closer_to_training
 from fibldm.evaluation.audit.matching import Matcher
-from fibldm.evaluation.audit.membership import told_apart
+from fibldm.evaluation.audit.membership import denoising_error, told_apart
 from fibldm.files import read_json
+from fibldm.synthesis import Synthesizer
+from fibldm.volumes.datalist import load_datalist
+from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 
 Array = NDArray[np.float32]
@@ -189,6 +193,18 @@ def test_the_command_names_copies_and_goes_on_with_what_it_found(
     (folders / "synthetic" / "copy.nii.gz").unlink()
     assert cli(["audit", *sets, "--out", str(out)]) == 0
     assert read_json(out / "audit.json")["verdict"] == NO_EVIDENCE
+
+
+def test_the_error_of_the_weights_is_the_same_for_the_same_scan(tiny_run: Path, phantom_work: Path) -> None:
+    """And another one for another scan, whether its mask is known or not."""
+    synthesizer = Synthesizer.from_run(tiny_run)
+    entry = load_datalist(phantom_work, "test")[0]
+    scan, mask = read_volume(entry["image"]), read_volume(entry["label"])
+    other = replace(scan, array=scan.array[::-1].copy())
+    for shown in (mask, None):
+        errors = [denoising_error(synthesizer, image, shown, "a") for image in (scan, scan, other)]
+        assert errors[0] == errors[1] != errors[2]
+        assert np.isfinite(errors).all()
 
 
 def test_without_scans_held_out_an_audit_says_that_it_is_not_possible(folders: Path, tmp_path: Path) -> None:

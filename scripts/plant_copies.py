@@ -1,0 +1,128 @@
+"""Does the audit find copies? Changed training scans among held-out ones, and how well similarities tell them apart.
+
+    python scripts/plant_copies.py --data WORK --out OUT [--count 12] [--only KIND ...]
+
+Of --count training scans, each kind makes changed copies: turned, moved, scaled, with other contrast, blurred, noisy,
+and unions of two. Rows are: the area under the curve between copies and all held-out scans, the share that the
+threshold names, and the share whose training scan is right. The threshold comes from half of the held-out patients; the
+last row says how many of the others it names. OUT/planted.json has all of it.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from fibldm.cli.output import as_command
+from fibldm.evaluation.audit import scans_of_work
+from fibldm.evaluation.audit.calibration import Calibration
+from fibldm.evaluation.audit.matching import Matcher
+from fibldm.files import write_json
+from fibldm.progress import track
+from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.grid import Volume
+
+Array = NDArray[Any]
+Change = Callable[[Array, np.random.Generator], Array]
+
+
+def _moved(array: Array, random: np.random.Generator) -> Array:
+    shift = random.integers(-4, 5, 3)
+    return np.asarray(ndimage.shift(array, shift, order=0, mode="constant", cval=float(array.min())))
+
+
+def _scaled(array: Array, random: np.random.Generator) -> Array:
+    return np.asarray(ndimage.zoom(array, random.choice([0.9, 0.93, 1.07, 1.1]), order=1))
+
+
+def _contrast(array: Array, random: np.random.Generator) -> Array:
+    low, high = np.percentile(array, (1, 99))
+    return np.asarray(1000 * np.clip((array - low) / (high - low), 0, 1) ** random.choice([0.6, 1.6]) + 50)
+
+
+def _noisy(array: Array, random: np.random.Generator) -> Array:
+    spread = float(np.subtract(*np.percentile(array, (99, 1))))
+    return np.asarray(array + random.normal(0, 0.02 * spread, array.shape))
+
+
+KINDS: Mapping[str, Change] = {
+    "as it is": lambda array, _: array,
+    "mirrored": lambda array, random: np.flip(array, int(random.integers(3))),
+    "turned": lambda array, random: np.rot90(array, int(random.integers(1, 4)), (0, 1)),
+    "moved up to 4 voxels": _moved,
+    "scaled 0.9 to 1.1": _scaled,
+    "another contrast": _contrast,
+    "blurred, 1 voxel": lambda array, _: np.asarray(ndimage.gaussian_filter(array, 1.0)),
+    "noisy, 2 %": _noisy,
+}
+UNIONS = (
+    ("mirrored", "scaled 0.9 to 1.1"),
+    ("turned", "another contrast"),
+    ("moved up to 4 voxels", "blurred, 1 voxel"),
+    ("scaled 0.9 to 1.1", "noisy, 2 %"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plant, look up, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="work folder of fibldm prepare")
+    parser.add_argument("--out", type=Path, required=True, help="folder of planted.json")
+    parser.add_argument("--count", type=int, default=12, help="copies of each kind")
+    parser.add_argument("--only", nargs="*", help="kinds, by name")
+    chosen = parser.parse_args(arguments)
+    with as_command():
+        result = plant(chosen.data, chosen.count, chosen.only)
+        write_json(chosen.out / "planted.json", result)
+        print(table(result))
+
+
+def plant(work: Path, count: int, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Figures of each kind, and of the scans that were held out.
+
+    Raises:
+        FibldmError: a set has too few scans.
+    """
+    training, held_out = scans_of_work(work, "training"), scans_of_work(work, "validation", "test")
+    matcher = Matcher([read_volume(scan.file) for scan in training])
+    others = {scan.name: matcher.match(read_volume(scan.file)).similarity for scan in track(held_out, "held out")}
+    calibration = Calibration.of(others, {scan.name: scan.subject for scan in held_out})
+    kinds = {name: (change,) for name, change in KINDS.items()}
+    kinds |= {f"{one}, {two}": (KINDS[one], KINDS[two]) for one, two in UNIONS}
+    rows = {}
+    for name in track([name for name in kinds if only is None or name in only], "copies"):
+        random = np.random.default_rng(len(rows))
+        found = []
+        for place in random.choice(len(training), min(count, len(training)), replace=False):
+            scan = read_volume(training[place].file).canonical()
+            array = scan.array.astype(np.float32)
+            for change in kinds[name]:
+                array = change(array, random)
+            copy = Volume(np.ascontiguousarray(array, dtype=np.float32), np.diag([*scan.grid.spacing, 1.0]))
+            match = matcher.match(copy)
+            found.append((match.similarity, match.scan == place))
+        similarities = np.array([similarity for similarity, _ in found])
+        rows[name] = {
+            "auc": float(np.mean(similarities[:, None] > np.array(list(others.values())))),
+            "named": float(np.mean(similarities > calibration.threshold)),
+            "right": float(np.mean([right for _, right in found])),
+        }
+    return {"threshold": calibration.threshold, "held_out_named": calibration.false.to_dict(), "kinds": rows}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """As text, in Markdown."""
+    lines = ["| copies | AUC | named | right patient |", "|---|---|---|---|"]
+    lines += [
+        "| {} | {auc:.3f} | {named:.2f} | {right:.2f} |".format(name, **row) for name, row in result["kinds"].items()
+    ]
+    false = result["held_out_named"]
+    return "\n".join([*lines, f"| held-out scans | | {false['count']} of {false['of']} | |"])
+
+
+if __name__ == "__main__":
+    main()
