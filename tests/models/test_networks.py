@@ -266,7 +266,7 @@ def test_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
 def test_a_control_alone_takes_the_mask_as_it_is_encoded() -> None:
     control = Control(controlnet()).eval()
     with torch.no_grad():
-        down, middle = control(Z, T, FRACTIONS)
+        down, middle = control(Z, T, {"mask": FRACTIONS})
         other_down, other_middle = control.controlnet(Z, T, controlnet_cond=FRACTIONS)
     assert torch.equal(middle, other_middle)
     assert all(torch.equal(one, two) for one, two in zip(down, other_down, strict=True))
