@@ -396,6 +396,15 @@ def test_overrides_of_a_class_that_does_not_exist_are_refused() -> None:
         )
 
 
+def test_arguments_of_a_class_method_may_be_overridden() -> None:
+    """A condition is fitted by one, and image_latents gives it further arguments."""
+    made = make("diffusion", DATA[0], "image", "image_latents", **{"conditions::image::device": "cpu"})
+    assert made.parser()["conditions"]["image"]["_target_"].endswith("image_latents.ImageLatents.fit")
+    assert made.parser()["conditions"]["image"]["compression"] == "$@mask.factors"
+    with pytest.raises(FibldmError, match="conditions::image::devic"):
+        make("diffusion", DATA[0], "image", **{"conditions::image::devic": "cpu"})
+
+
 def test_keys_of_a_file_are_checked_against_each_other_too(tmp_path: Path) -> None:
     """Whatever their order: an argument of a class that the same file names."""
     file = tmp_path / "mine.yaml"
