@@ -213,7 +213,7 @@ def test_strengths_scale_the_residuals_of_each_controlnet() -> None:
         both = combine_controlnets([one, two], [0.5, 2.0])
         torch.testing.assert_close(both(Z, T, GIVEN), combine_controlnets([two, one], [2.0, 0.5])(Z, T, GIVEN))
         x, steps = Z, T
-        parts = [control(x, steps, FRACTIONS) for control in both.controls]
+        parts = [control(x, steps, {"mask": FRACTIONS}) for control in both.controls]
         down = [0.5 * first + 2.0 * second for first, second in zip(parts[0][0], parts[1][0], strict=True)]
         expected = both.unet(
             x,

@@ -46,6 +46,8 @@ LEARNING = ("learned_variance", "learned_variance_vlb", "loss_aware_times", "los
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
     *((stage, data, ()) for stage in TABLE for data in DATA),
+    *((stage, DATA[0], ("image", "image_latents")) for stage in ("diffusion", "controlnet")),
+    *(("controlnet", DATA[0], ("image_controlnet", *more)) for more in ((), ("image_latents",))),
     *((stage, DATA[0], (name,)) for stage in TABLE for name in ("tiny", "demo", "multi_gpu")),
     *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
