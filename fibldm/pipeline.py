@@ -28,6 +28,7 @@ from fibldm.runs.configuration import Configuration, check_grid
 from fibldm.runs.stages import begun, kind_of
 from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
 from fibldm.synthesis.asked import COVARIATES, MASK, check, check_names, read
+from fibldm.synthesis.loading import sees_mask
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.verbatim import as_word
@@ -166,11 +167,11 @@ def _check(
         PlaneDistance(recipe.perceptual)
     words = CardText.read(out / "bundle" / WORDS)
     licence_notice(settings.licence, settings.licence_file, words.attribution)
-    if any(kind_of(name).brings_mask for name in configurations):
+    if any(kind_of(name).brings_mask and sees_mask(made.parser()) for name, made in configurations.items()):
         return
     if configurations["diffusion"].parser()["mask_way"] is None:
         raise FibldmError(
-            "without a ControlNet, stage 2 must see the mask; its mask_way is null",
+            "without a ControlNet that sees the mask, stage 2 must see it; its mask_way is null",
             "put mask_concat or mask_spade into its configs, or have a ControlNet by --set controlnet={}",
         )
 

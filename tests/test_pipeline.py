@@ -95,7 +95,10 @@ def test_a_whole_given_on_top_replaces_parts_of_the_file_only(tmp_path: Path) ->
         ({"synthesize::batch_size": 0}, "batch_size must be at least 1"),
         ({"perceptual": "absent.pth"}, r"LPIPS needs a local file of weights \(perceptual\); there is no absent.pth"),
         ({"measure": ["realness"]}, "measure must be one of faithfulness, .*got 'realness'"),
-        ({"diffusion::configs": []}, "without a ControlNet, stage 2 must see the mask; its mask_way is null"),
+        (
+            {"diffusion::configs": []},
+            "without a ControlNet that sees the mask, stage 2 must see it; its mask_way is null",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(

@@ -59,6 +59,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
             "_target_": "fibldm.models.one_tensor.OneTensorNetwork",
             "network": "$@synthesizer.network",
             "channels": channels,
+            "conditions": "$@synthesizer.conditions",
         },
         "one_tensor_encoder": {
             "_target_": "fibldm.models.one_tensor.OneTensorEncoder",

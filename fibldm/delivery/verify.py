@@ -190,7 +190,7 @@ class BundleUnderTest:
 
         packed = channels + 1 + (made.mask.channels if made.network.sees_mask else 0)
         networks: dict[str, tuple[nn.Module, Callable[[int], Tensor]]] = {
-            "network": (OneTensorNetwork(made.network, channels), lambda times: latent(packed, times)),
+            "network": (OneTensorNetwork(made.network, channels, made.conditions), lambda times: latent(packed, times)),
             "encoder": (OneTensorEncoder(autoencoder), volume),
         }
         if not autoencoder.needs_mask:

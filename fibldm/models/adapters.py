@@ -9,7 +9,7 @@ no path.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +222,10 @@ def told_of(frame: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    """The kind of a dataclass and its values."""
-    return {"kind": type(part).__name__, **asdict(part)}
+    """The kind of a dataclass and its values, without what it was given later, such as an open encoder."""
+    given = {field.name for field in fields(part) if field.init}
+    values = asdict(replace(part))
+    return {"kind": type(part).__name__, **{name: value for name, value in values.items() if name in given}}
 
 
 def _fingerprints(state: Mapping[str, Tensor]) -> list[str]:

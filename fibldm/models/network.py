@@ -23,7 +23,7 @@ _KEPT_AS = {"mask": "mask_encoder", "covariates": "covariate_tokens"}
 
 
 class Control(nn.Module):
-    """A ControlNet and what it sees of one condition.
+    """A ControlNet and what it sees of one condition, or of several at once.
 
     Args:
         controlnet: steered by this.
@@ -31,9 +31,14 @@ class Control(nn.Module):
         encoder: from the encoded condition to its input, see `mask_encoders`; None shows it as it is encoded.
         mask: how masks are encoded; needed with ``labels`` only.
         labels: values of the labels that it sees, the others are unknown to it; None: all.
+        beside: modules like ``encoder`` for further conditions, by name, whose channels come behind; None of one leaves
+            it out.
+
+    Attributes:
+        names: of all conditions that it sees.
 
     Raises:
-        FibldmError: the dataset has no such label.
+        FibldmError: the dataset has no such label, or there are labels of what is no mask.
     """
 
     dropped: Tensor | None
@@ -46,9 +51,16 @@ class Control(nn.Module):
         encoder: nn.Module | None = None,
         mask: MaskEncoding | None = None,
         labels: Iterable[int] | None = None,
+        beside: Parts | None = None,
     ) -> None:
         super().__init__()
+        if labels is not None and sees != "mask":
+            raise FibldmError(
+                f"a ControlNet sees labels of the mask; this one sees the {sees}", "leave control_labels out"
+            )
         self.controlnet, self.sees, self.encoder, self.mask = controlnet, sees, encoder, mask
+        self.beside = nn.ModuleDict(present(beside))
+        self.names = (sees, *self.beside)
         dropped = mask.all_but(labels) if mask is not None and labels is not None else None
         self.register_buffer("dropped", dropped, persistent=False)
 
@@ -56,7 +68,7 @@ class Control(nn.Module):
         self,
         x: Tensor,
         timesteps: Tensor,
-        given: Tensor,
+        given: Mapping[str, Tensor],
         context: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> Residuals:
@@ -64,11 +76,30 @@ class Control(nn.Module):
 
         Tokens and vectors are those that the base network sees.
         """
+        first = given[self.sees]
         if self.mask is not None and self.dropped is not None:
-            given = self.mask.drop(given, self.dropped.expand(len(given), -1))
+            first = self.mask.drop(first, self.dropped.expand(len(first), -1))
+        hints = [_shown(self.encoder, first, like=x)]
+        hints += [_shown(part, given[name], like=x) for name, part in self.beside.items()]
+        hint = torch.cat(hints, dim=1) if len(hints) > 1 else hints[0]
         seen = {"context": context, **({} if vectors is None else {"class_labels": vectors})}
-        down, middle = self.controlnet(x, timesteps, controlnet_cond=_shown(self.encoder, given, like=x), **seen)
+        down, middle = self.controlnet(x, timesteps, controlnet_cond=hint, **seen)
         return tuple(down), middle
+
+    def is_off(self, given: Iterable[str]) -> bool:
+        """Whether nothing that it sees is given, which leaves it out.
+
+        Raises:
+            FibldmError: a part of what it sees is given.
+        """
+        missing = [name for name in self.names if name not in given]
+        if missing and len(missing) < len(self.names):
+            raise FibldmError(
+                f"a ControlNet that sees {', '.join(self.names)} needs all of them or none; there is no "
+                f"{', '.join(missing)}",
+                "give Condition.null to ask for nothing",
+            )
+        return bool(missing)
 
 
 class ConditionedNetwork(nn.Module):
@@ -89,6 +120,7 @@ class ConditionedNetwork(nn.Module):
 
     Attributes:
         routes: names of the conditions that are seen on each route of the base network.
+        in_space: names of the conditions that it sees cell by cell: as channels, in norms or by a ControlNet.
         sees: names of all conditions that anything of it looks at.
 
     Raises:
@@ -123,7 +155,9 @@ class ConditionedNetwork(nn.Module):
         for route, parts in routes.items():
             for name, part in parts.items():
                 self.add_module(_kept_as(name, route), part)
-        self.sees = frozenset([*sum(self.routes.values(), ()), *(control.sees for control in controls)])
+        hints = [name for control in controls for name in control.names]
+        self.in_space = frozenset([*self.routes["channels"], *self.routes["norms"], *hints])
+        self.sees = self.in_space.union(*self.routes.values())
 
     @property
     def multiple(self) -> int:
@@ -209,9 +243,9 @@ class ConditionedNetwork(nn.Module):
         down: tuple[Tensor, ...] = ()
         middle = x.new_zeros(())
         for control, strength in zip(self.controls, self.strengths, strict=True):
-            if (name := cast(Control, control).sees) not in given:
+            if cast(Control, control).is_off(given):
                 continue
-            of_down, of_middle = control(x, timesteps, given[name], context, vectors)
+            of_down, of_middle = control(x, timesteps, given, context, vectors)
             if strength != 1:
                 of_down, of_middle = tuple(strength * part for part in of_down), strength * of_middle
             down = tuple(one + two for one, two in zip(down, of_down, strict=True)) if down else of_down
@@ -253,6 +287,7 @@ def steered(
     encoder: nn.Module | None = None,
     mask: MaskEncoding | None = None,
     labels: Iterable[int] | None = None,
+    beside: Parts | None = None,
     conditions: Mapping[str, Condition | None] | None = None,
     variance: Variance = "free",
 ) -> ConditionedNetwork:
@@ -262,7 +297,7 @@ def steered(
         base: of stage 2; frozen in place, with all that it knows of conditions already.
         controlnet: built with the numbers of the base network.
         sees: name of the condition that steers it.
-        encoder: see `Control`, as are ``mask`` and ``labels``.
+        encoder: see `Control`, as are ``mask``, ``labels`` and ``beside``.
         conditions: what training shows; of what nobody steers, it must be what the base network knows.
         variance: what training takes the learned variance for, where there is one; that of the base network.
 
@@ -275,7 +310,7 @@ def steered(
             f"a ControlNet must learn the variance of its base network, {base.variance}; got {variance}",
             "put configuration learned_variance_vlb after both stages 2 and 3, or after neither",
         )
-    known, seen = base.encodings, base.sees | {sees}
+    known, seen = base.encodings, base.sees | {sees, *present(beside)}
     shown = {name: part for name, part in present(conditions).items() if name in known or name not in seen}
     if shown != known:
         ours, theirs = ({name: list(part.parts) for name, part in parts.items()} for parts in (shown, known))
@@ -289,7 +324,7 @@ def steered(
     if base.routes["time"]:
         take_vectors(controlnet)
     copied = copy_base_weights(controlnet, base.unet)
-    control = Control(copied, sees=sees, encoder=encoder, mask=mask, labels=labels)
+    control = Control(copied, sees=sees, encoder=encoder, mask=mask, labels=labels, beside=beside)
     return _with_controls(base, [*base.controls, control])
 
 

@@ -1,11 +1,13 @@
 """Networks with one tensor in and one out, as exporters and MONAI's checks of bundles want them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fibldm.models.autoencoder import Autoencoder
+from fibldm.models.conditions.condition import Condition
 
 
 class _OneTensor(nn.Module):
@@ -32,11 +34,15 @@ class OneTensorNetwork(_OneTensor):
     Args:
         network: takes latent, time and mask, such as `fibldm.models.network.ConditionedNetwork`.
         channels: of the latent.
+        conditions: how conditions are encoded, by name; nothing is asked of those beside the mask that the network sees
+            in space, and which it may need.
     """
 
-    def __init__(self, network: nn.Module, channels: int) -> None:
+    def __init__(self, network: nn.Module, channels: int, conditions: Mapping[str, Condition] | None = None) -> None:
         super().__init__("network")
         self.network, self.channels = network, channels
+        seen: frozenset[str] = getattr(network, "in_space", frozenset()) - {"mask"}
+        self.beside = {name: kind for name, kind in (conditions or {}).items() if name in seen}
 
     def forward(self, packed: Tensor) -> Tensor:
         """The network's output ``(B, C, x, y, z)`` of ``(B, C + 1 + M, x, y, z)``: latent, time everywhere, mask.
@@ -45,11 +51,15 @@ class OneTensorNetwork(_OneTensor):
         """
         if not getattr(self.network, "sees_mask", True):
             z_t, time = torch.split(packed, [self.channels, 1], dim=1)
-            plain: Tensor = self.network(z_t, time.flatten(1)[:, 0])
+            plain: Tensor = self.network(z_t, time.flatten(1)[:, 0], self._unknown(z_t))
             return plain
         z_t, time, mask = torch.split(packed, [self.channels, 1, packed.shape[1] - self.channels - 1], dim=1)
-        output: Tensor = self.network(z_t, time.flatten(1)[:, 0], {"mask": mask})
+        output: Tensor = self.network(z_t, time.flatten(1)[:, 0], {"mask": mask, **self._unknown(z_t)})
         return output
+
+    def _unknown(self, z_t: Tensor) -> dict[str, Tensor]:
+        shapes = {name: (len(z_t), *kind.shape(z_t.shape[2:])) for name, kind in self.beside.items()}
+        return {name: self.beside[name].null(z_t.new_zeros(shape)) for name, shape in shapes.items()}
 
 
 class OneTensorEncoder(_OneTensor):

@@ -324,13 +324,25 @@ def _arguments_at(config: Any, path: Sequence[str]) -> set[str]:
 
 def _parameters(config: Mapping[str, Any]) -> set[str]:
     target = str(config.get("_target_", ""))
-    module, _, name = target.rpartition(".")
+    module, _, _ = target.rpartition(".")
     if not module or module.startswith(("$", "@", "%")):
         return set()
     try:
-        return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        return set(inspect.signature(_located(target)).parameters)
     except (ImportError, AttributeError) as error:
         raise FibldmError(f"_target_ must name a class or function that can be imported; {error}") from error
+
+
+def _located(target: str) -> Any:
+    """A class or function of a module, or a class method such as ``fit``."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        outer, _, kind = module.rpartition(".")
+        if not outer:
+            raise
+        return getattr(getattr(importlib.import_module(outer), kind), name)
 
 
 def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:

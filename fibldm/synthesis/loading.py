@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from monai.bundle import ConfigParser
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
-from fibldm.models.conditions.condition import present
+from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.latents import LatentSpace
 from fibldm.models.network import ConditionedNetwork, combine_controlnets
 from fibldm.models.residual_noise import ResidualNoise
 from fibldm.runs import StageFolder, hash_weights, load_facts
-from fibldm.runs.stages import TABLE, begun
+from fibldm.runs.stages import TABLE, StageKind, begun
 from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
 from fibldm.volumes.envelope import Envelope
@@ -46,14 +47,17 @@ def parts_of_run(
     noise = residual_noise_file(Path(run_dir), facts)
     network = stage.trained(checkpoint, device="cpu")
     weights = hash_weights(network.state_dict())
+    conditions = {**present(stage.component("conditions")), "mask": stage.component("mask")}
     if strength != 1 or others:
         network, weights = _joined(stage, network, weights, strength, others)
+        conditions = _joined_conditions(stage, conditions, others)
+    first_stage = FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device)
     return {
         "network": network.to(device),
-        "first_stage": FrozenFirstStage(StageFolder(Path(run_dir), "autoencoder").trained()).to(device),
+        "first_stage": first_stage,
         "process": stage.component("process"),
         "target": stage.component("target"),
-        "conditions": {**present(stage.component("conditions")), "mask": stage.component("mask")},
+        "conditions": _with_first_stage(conditions, first_stage),
         "source": {"weights": weights, "autoencoder": facts["space"]["autoencoder"], "licence": facts["licence"]},
         "shift": float(getattr(stage.component("times"), "shift", 1.0)),
         "residual_noise": ResidualNoise.load(noise) if noise is not None else None,
@@ -75,15 +79,16 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
     with open_bundle(path, trust=trust) as bundle:
         network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
         weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
+        first_stage = FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device)
         facts, source = bundle.facts, dict[str, Any](weights=weights, autoencoder=fingerprint)
         source |= {"changed": list(bundle.changed)} if bundle.changed else {}
         try:
             parts = {
                 "network": cast(ConditionedNetwork, network).to(device),
-                "first_stage": FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device),
+                "first_stage": first_stage,
                 "process": bundle.made("process"),
                 "target": facts["target"],
-                "conditions": bundle.conditions(),
+                "conditions": _with_first_stage(bundle.conditions(), first_stage),
                 "source": {**source, "licence": facts["licence"], "bundle": f"{facts['name']} {facts['version']}"},
                 "shift": float(facts["shift"]),
                 "residual_noise": bundle.residual_noise(),
@@ -99,6 +104,10 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
             ) from error
         parts["space"].check_autoencoder(fingerprint, str(bundle.root))
         return parts
+
+
+def _with_first_stage(conditions: Mapping[str, Condition], first_stage: FrozenFirstStage) -> dict[str, Condition]:
+    return {name: kind.with_first_stage(first_stage) for name, kind in conditions.items()}
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -160,7 +169,14 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
         return base if unconditional else StageFolder(run_dir, steered.name)
     fitting = [kind for kind in begun(run_dir) if kind in later]
     if base.component("mask_way") is None:
-        fitting = [kind for kind in fitting if kind.brings_mask != unconditional]
+        others = fitting
+        fitting = [kind for kind in fitting if brings_mask(run_dir, kind) != unconditional]
+        if not fitting and not unconditional and any(kind.brings_mask for kind in others):
+            raise FibldmError(
+                f"neither stage 2 of {run_dir} nor its ControlNet knows masks (control_mask is false)",
+                "ask for volumes without masks: `fibldm synthesize` without --masks, `fibldm export --unconditional`, "
+                "Synthesizer.from_run(..., unconditional=True)",
+            )
         if not fitting and not unconditional:
             raise FibldmError(
                 f"stage {steered.name!r} of {run_dir} must be finished first; it was never started, and stage 2 knows "
@@ -169,6 +185,16 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
                 "`fibldm export --unconditional`",
             )
     return StageFolder(run_dir, (fitting or [first])[-1].name)
+
+
+def brings_mask(run_dir: Path, kind: StageKind) -> bool:
+    """Whether a stage that was begun follows masks even where its base does not: a ControlNet that sees them."""
+    return kind.brings_mask and sees_mask(StageFolder(run_dir, kind.name).parser())
+
+
+def sees_mask(parser: ConfigParser) -> bool:
+    """Whether the ControlNet of a configuration sees the mask, as all do that do not say otherwise."""
+    return bool(parser.get("control_mask", True))
 
 
 def generating_weights(run_dir: Path) -> set[str]:
@@ -202,3 +228,22 @@ def _joined(
     return combine_controlnets(networks, strengths), hash_value(
         [list(pair) for pair in zip(all_weights, strengths, strict=True)]
     )
+
+
+def _joined_conditions(
+    stage: StageFolder, conditions: Mapping[str, Condition], others: Mapping[str | Path, float]
+) -> dict[str, Condition]:
+    """What may be asked of ControlNets together: of each what it sees.
+
+    Raises:
+        FibldmError: two encode one condition in different ways.
+    """
+    joined = dict(conditions)
+    for run in others:
+        for name, kind in present(StageFolder(Path(run), "controlnet").component("conditions")).items():
+            if joined.setdefault(name, kind) != kind:
+                raise FibldmError(
+                    f"the {name} of {run} must be encoded as that of {stage.run_dir}; it is not",
+                    "train both ControlNets with the same conditions, on latents of the same data",
+                )
+    return joined

@@ -17,6 +17,7 @@ from fibldm.runs.values import require_switches
 from fibldm.shards import Shard
 from fibldm.synthesis.asked import read
 from fibldm.synthesis.checking import OutsideRanges, Rejected, summary
+from fibldm.synthesis.loading import brings_mask
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import OF_SAMPLING, SamplingSettings, SynthesisSettings
@@ -261,6 +262,11 @@ def _needs_masks() -> FibldmError:
     )
 
 
+def _steers_without_masks(run_dir: Path) -> bool:
+    """Whether the ControlNet of a run follows something else than masks."""
+    return any(kind.brings_mask and not brings_mask(run_dir, kind) for kind in begun(run_dir))
+
+
 def synthesize_files(
     run_dir: str | Path | None,
     masks: Sequence[str | Path],
@@ -322,10 +328,10 @@ def synthesize_files(
     on = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
     if (run_dir is None) == (bundle is None):
         raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
-    if not masks and (strength != 1 or others):
+    if not masks and (strength != 1 or others) and not (run_dir is not None and _steers_without_masks(Path(run_dir))):
         raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give `masks`")
     may_draw = bool(masks) or unconditional
-    if run_dir is not None and not may_draw and any(kind.brings_mask for kind in begun(run_dir)):
+    if run_dir is not None and not may_draw and any(brings_mask(Path(run_dir), kind) for kind in begun(run_dir)):
         raise _needs_masks()
     if run_dir is not None:
         choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}

@@ -216,7 +216,9 @@ def test_a_new_controlnet_on_a_base_with_covariates_changes_nothing_and_sees_the
         assert torch.equal(network(Z, T, asked(FRACTIONS, *cases)), plain(Z, T, asked(None, *cases)))
         control, tokens = awake(network.controls[0], 3), network.covariate_tokens
         covariates = ENCODING.encode(cases)
-        parts = [control(Z, T, FRACTIONS, tokens(given))[1] for given in (covariates, ENCODING.null(covariates))]
+        parts = [
+            control(Z, T, {"mask": FRACTIONS}, tokens(given))[1] for given in (covariates, ENCODING.null(covariates))
+        ]
     assert float((parts[0] - parts[1]).abs().mean()) > 1e-4
     assert not any(weight.requires_grad for weight in tokens.parameters())
     assert sorted(dict(network.named_parameters())) == sorted(network.state_dict())

@@ -213,7 +213,7 @@ def test_strengths_scale_the_residuals_of_each_controlnet() -> None:
         both = combine_controlnets([one, two], [0.5, 2.0])
         torch.testing.assert_close(both(Z, T, GIVEN), combine_controlnets([two, one], [2.0, 0.5])(Z, T, GIVEN))
         x, steps = Z, T
-        parts = [control(x, steps, FRACTIONS) for control in both.controls]
+        parts = [control(x, steps, {"mask": FRACTIONS}) for control in both.controls]
         down = [0.5 * first + 2.0 * second for first, second in zip(parts[0][0], parts[1][0], strict=True)]
         expected = both.unet(
             x,
@@ -266,7 +266,7 @@ def test_a_2d_network_takes_volumes_of_one_voxel_along_z() -> None:
 def test_a_control_alone_takes_the_mask_as_it_is_encoded() -> None:
     control = Control(controlnet()).eval()
     with torch.no_grad():
-        down, middle = control(Z, T, FRACTIONS)
+        down, middle = control(Z, T, {"mask": FRACTIONS})
         other_down, other_middle = control.controlnet(Z, T, controlnet_cond=FRACTIONS)
     assert torch.equal(middle, other_middle)
     assert all(torch.equal(one, two) for one, two in zip(down, other_down, strict=True))

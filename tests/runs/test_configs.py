@@ -46,6 +46,8 @@ LEARNING = ("learned_variance", "learned_variance_vlb", "loss_aware_times", "los
 TRACKERS = ("mlflow", "wandb")  # of training
 COMBINATIONS = [
     *((stage, data, ()) for stage in TABLE for data in DATA),
+    *((stage, DATA[0], ("image", "image_latents")) for stage in ("diffusion", "controlnet")),
+    *(("controlnet", DATA[0], ("image_controlnet", *more)) for more in ((), ("image_latents",))),
     *((stage, DATA[0], (name,)) for stage in TABLE for name in ("tiny", "demo", "multi_gpu")),
     *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
@@ -395,6 +397,15 @@ def test_overrides_of_a_class_that_does_not_exist_are_refused() -> None:
         make(
             "diffusion", DATA[0], **{"process::_target_": "fibldm.models.process.Proces", "process::schedule": "cosine"}
         )
+
+
+def test_arguments_of_a_class_method_may_be_overridden() -> None:
+    """A condition is fitted by one, and image_latents gives it further arguments."""
+    made = make("diffusion", DATA[0], "image", "image_latents", **{"conditions::image::device": "cpu"})
+    assert made.parser()["conditions"]["image"]["_target_"].endswith("image_latents.ImageLatents.fit")
+    assert made.parser()["conditions"]["image"]["compression"] == "$@mask.factors"
+    with pytest.raises(FibldmError, match="conditions::image::devic"):
+        make("diffusion", DATA[0], "image", **{"conditions::image::devic": "cpu"})
 
 
 def test_keys_of_a_file_are_checked_against_each_other_too(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ class Condition(ABC):
         """
         return self
 
+    def with_first_stage(self, first_stage: Any) -> Self:
+        """The same, encoded by the autoencoder of the latents where a kind needs one.
+
+        Args:
+            first_stage: a `fibldm.models.autoencoder.FrozenFirstStage`, on any device.
+        """
+        return self
+
     @property
     @abstractmethod
     def parts(self) -> Sequence[str]:

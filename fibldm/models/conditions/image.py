@@ -1,8 +1,7 @@
 """A second image of the patient as a condition: of another modality (MR for CT), sequence (T1 for FLAIR) or day.
 
 Its voxels are folded, cell by cell, into channels of the latent's size, so that nothing of it is lost and no second
-autoencoder has to be trained. A module that sees latents of the image instead would take the place of `ImageMixture`,
-and the encoding would encode them.
+autoencoder has to be trained. `image_latents` encodes it by the autoencoder of the volumes instead.
 """
 
 import math
@@ -134,10 +133,14 @@ class ImageEncoding(Condition):
         seen = torch.stack([value.voxels if isinstance(value, PlacedImage) else value for value in values]).float()
         check_divisible(seen.shape[2:], self.compression, "autoencoder compression")
         known = F.avg_pool3d(seen[:, 1:], tuple(self.compression))
+        return torch.cat([self._cells(seen), known], dim=1)
+
+    def _cells(self, seen: Tensor) -> Tensor:
+        """All channels but the last, ``(B, N, x, y, z)``, of voxels and where they are known."""
         cells = seen[:, 0] * seen[:, 1]
         for axis, factor in zip((3, 2, 1), reversed(self.compression), strict=True):
             cells = cells.unflatten(axis, (-1, factor))
-        return torch.cat([cells.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3), known], dim=1)
+        return cells.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
 
     def encode_case(self, case: Case) -> Tensor:
         image = case.images.get(SECOND_IMAGE)
@@ -168,6 +171,9 @@ class ImageMixture(nn.Module):
     Args:
         image: how images are encoded.
         channels: of the condition.
+
+    Raises:
+        FibldmError: an image is encoded in another way.
     """
 
     def __init__(self, image: ImageEncoding, channels: int) -> None:
@@ -176,4 +182,9 @@ class ImageMixture(nn.Module):
         self.mix = nn.Conv3d(image.channels, channels, kernel_size=1)
 
     def forward(self, encoded: Tensor) -> Tensor:
+        if encoded.shape[1] != self.mix.in_channels:
+            raise FibldmError(
+                f"this network sees an image in {self.mix.in_channels} channels of a cell; got {encoded.shape[1]}",
+                "put image_latents after the configurations of both stages 2 and 3, or after neither",
+            )
         return cast(Tensor, self.mix(encoded))
