@@ -472,7 +472,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "a reference": (facts_changed(process="@network"), "it holds '@network'"),
     "another class": (
         facts_changed(autoencoder={"_target_": "os.system", "command": "touch planted"}),
-        "must be made of networks that FibLDM knows; 'os.system' is none of them; give --trust",
+        "must be made of networks that FibLDM knows; 'os.system' is none of them; give `trust`",
     ),
     "another class inside": (
         definition_changed(

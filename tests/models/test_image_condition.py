@@ -297,7 +297,7 @@ def test_an_image_goes_from_a_table_to_volumes(work: Path, tmp_path: Path, capsy
     export(run, tmp_path / "bundle", ExportSettings("CC0-1.0"))
     kept = read_json(tmp_path / "bundle" / GENERATOR)
     assert kept["conditions"]["image"]["intensity"] == PERCENTILES
-    assert "`--condition image=...`" in (tmp_path / "bundle" / "docs" / "README.md").read_text()
+    assert "by `--image SCAN`" in (tmp_path / "bundle" / "docs" / "README.md").read_text()
     assert np.array_equal(drawn(Synthesizer.from_bundle(tmp_path / "bundle"), image=scan), followed)
 
     def command(out: str, *words: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Generator:
             raise FibldmError(f"{request.name}: no voxel has a label")
         return PreparedMask(request, request.mask.canonical(), request.mask.grid, {}, [])
 
-    def draw(self, prepared: list[PreparedMask], *, settings: object) -> list[Synthesis]:
+    def attempt(self, prepared: list[PreparedMask], *, settings: object, check: int | None) -> list[Synthesis]:
         masks = [part.request.mask for part in prepared]
         return [Synthesis((mask,), {"number": part.request.number}) for mask, part in zip(masks, prepared, strict=True)]  # type: ignore[arg-type]
 

@@ -361,7 +361,7 @@ def _changed(value: float, dtype: type = np.float32) -> Volume:
         (_changed(np.nan), "a mask must hold whole numbers"),
         (_changed(-1), r"must lie in 0..255; got -1..5"),
         (_changed(256, np.int16), r"must lie in 0..255; got 0..256"),
-        (body(spacing=(5.0, 5.0, 8.0)), r"spacing along S 8.00 mm \(training up to 6.00 mm\); give --allow-extrapol"),
+        (body(spacing=(5.0, 5.0, 8.0)), r"spacing along S 8.00 mm \(training up to 6.00 mm\); give `allow_extrapol"),
         (body(spacing=(2.0, 5.0, 5.0)), r"field of view along R 44 mm \(training 80-200 mm\)"),
         (Volume(np.zeros((20, 20, 20), dtype=np.uint8), np.diag([5.0, 5, 5, 1])), "no voxel has a label"),
         (
