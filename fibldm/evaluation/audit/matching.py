@@ -197,7 +197,7 @@ class Matcher:
         place = np.unravel_index(int(np.abs(correlations).argmax()), correlations.shape)
         steps = [int(_STEPS[step]) for step in place]
         sign = -1 if correlations[place] < 0 else 1
-        detail, weight = (np.roll(turn(part), steps, axis=(0, 1, 2)) for part in (volume.detail, volume.weight))
+        detail, weight = (_moved(turn(part), steps) for part in (volume.detail, volume.weight))
         both = (scan.weight * weight) ** 2
         similarity = _correlation(both, scan.detail - self.common, sign * detail - self.common)
         x, y, z = (float(step * self.spacing) for step in steps)
@@ -230,8 +230,14 @@ class Matcher:
 def turned_back(volume: Prepared, transform: Transform, spacing: float) -> Floats:
     """Grey values of a volume as the training scan lies, ``(SIDE, SIDE, SIDE)`` in ``[0, 1]``, but for its scale."""
     steps = [round(part / spacing) for part in transform.shift]
-    grey: Floats = np.roll(transform.turn(volume.grey), steps, axis=(0, 1, 2))
+    grey: Floats = _moved(transform.turn(volume.grey), steps)
     return 1 - grey if transform.inverted else grey
+
+
+def _moved(cube: Floats, steps: Sequence[int]) -> Floats:
+    """By whole voxels, 0 where nothing comes in."""
+    moved: Floats = ndimage.shift(cube, steps, order=0, mode="constant")
+    return moved
 
 
 def _spacing(training: Sequence[Volume]) -> float:
