@@ -57,6 +57,9 @@ NOT_RUN = {
     "fibldm prepare cases.csv --modality ct --second-modality": "needs second images; see test_image_condition.py",
     f"{ON_MINE} --config image": "needs second images; see test_image_condition.py",
     "fibldm synthesize --run runs/mine --masks masks/ --image": "needs second images; see test_image_condition.py",
+    "fibldm train controlnet --data work --run runs/mine --config my_data.yaml --config image_controlnet": (
+        "needs second images; see test_image_controlnet.py"
+    ),
     "fibldm synthesize --run runs/boxes": "needs labels of these names; see test_boxes.py",
     "torchrun": "starts processes of its own; see test_distributed.py",
     "docker": "needs Docker",
