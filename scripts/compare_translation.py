@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.cli.output import emit_error, log_to_standard_error
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
@@ -152,7 +153,7 @@ def measure(made: Array, pair: Pair, evaluated: Evaluated, modality: str) -> dic
 
 
 def table(rows: Sequence[Mapping[str, Any]], modality: str) -> str:
-    """Means over patients, and how many of them the U-Net is closer to than a drawn volume, as text."""
+    """Means over patients, as text."""
     names = ["mae", "r", *(["bone"] if modality == "ct" else [])]
     lines = ["".join([f"{'':<10}", *(f"{name:>10}" for name in names)])]
     for way in dict.fromkeys(row["way"] for row in rows):
@@ -195,7 +196,7 @@ def _pair(evaluated: Evaluated, case: Case) -> Pair:
     file = entries[case.name]["second_image"]
     grid = evaluated.grid.training_grid(read_volume(case.image).grid)
     second, known = read_on_grid(file, grid)
-    labels = torch.from_numpy(np.where(sample.labels == 255, 0, sample.labels).astype(np.int64))[None, None]
+    labels = torch.from_numpy(np.where(sample.labels == UNKNOWN_LABEL, 0, sample.labels).astype(np.int64))[None, None]
     mask = one_hot(labels, max(evaluated.labels) + 1)[0, 1:].numpy()
     is_ct = SecondImages.beside(file).modality == "ct"
     body = body_of(second if is_ct else sample.image) & sample.valid & (known > 0.5)
