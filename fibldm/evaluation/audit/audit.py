@@ -17,6 +17,7 @@ from fibldm.progress import track
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import volumes_in
 from fibldm.volumes.pictures import Pair, write_comparison
 from fibldm.volumes.writer import volume_stem
@@ -116,7 +117,7 @@ def audit(
         }
         write_json(out / "audit.json", result)
         return result
-    matcher = Matcher([read_volume(scan.file) for scan in track(training, "training scans")])
+    matcher = Matcher([_varying(scan.file) for scan in track(training, "training scans")])
     found = _Found.beside(out / "matches.json", matcher, training)
     matches = {scan.file: found.match(scan) for scan in track([*held_out, *synthetic], "closest training scans")}
     found.keep()
@@ -141,6 +142,13 @@ def audit(
     }
     write_json(out / "audit.json", result)
     return result
+
+
+def _varying(file: Path) -> Volume:
+    volume = read_volume(file)
+    if volume.array.min() == volume.array.max():
+        raise FibldmError(f"{file}: a training scan must not be constant", "leave it out")
+    return volume
 
 
 def _membership(
