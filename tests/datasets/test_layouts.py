@@ -250,6 +250,8 @@ def test_nnunet_2_takes_listed_files_from_anywhere_a2(tmp_path: Path) -> None:
     ]
     assert "dataset['p'] must have 2 images and a label" in refused(edit(source, dataset={"p": {"images": ["x"]}}))
     assert "dataset of dataset.json must be" in refused(edit(source, dataset=["p"]))
+    report = {"images": ["x"], "report": "a 63 year old man " * 9}
+    assert "year old" not in refused(edit(source, dataset={"p": report})) + refused(edit(source, dataset=[report]))
 
 
 def test_nnunet_lists_all_that_is_wrong_a2(tmp_path: Path) -> None:

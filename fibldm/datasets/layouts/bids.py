@@ -13,7 +13,7 @@ from fibldm.datasets.layouts.entries import case_name, collected, visible
 from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.manifest import covariates, read_records
 from fibldm.datasets.source import Case, Mask, Source
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.files import read_json
 from fibldm.volumes.scan import Covariate, as_body_part
 
@@ -165,7 +165,7 @@ def _side_facts(search: Search, image: Path) -> dict[str, float | str]:
         if isinstance(stated[key], int | float) and math.isfinite(stated[key]):
             facts[name] = round(stated[key] * factor, 6)
         else:
-            search.findings.error(f"{key} of {image.name} must be a number; got {stated[key]!r}")
+            search.findings.error(f"{key} of {image.name} must be a number; got {shown(stated[key])}")
     return facts | {name: text for name in search.settings.facts if (text := _side_text(name, stated))}
 
 

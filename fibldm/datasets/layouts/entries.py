@@ -50,9 +50,9 @@ def entry_files(path: Path) -> Files:
     if path.is_dir():
         return _slices(path)
     if not path.exists():
-        raise FibldmError(f"{shown(path)} does not exist")
+        raise FibldmError(f"{path_shown(path)} does not exist")
     if not path.is_file() or not (path.name.lower().endswith(SUPPORTED_SUFFIXES) or is_dicom(path)):
-        raise FibldmError(f"{shown(path)} is of no supported format ({_FORMATS})")
+        raise FibldmError(f"{path_shown(path)} is of no supported format ({_FORMATS})")
     return (path,)
 
 
@@ -63,7 +63,7 @@ def collected(path: Path, findings: Findings, where: str = "") -> Files:
     return ()
 
 
-def shown(path: Path) -> str:
+def path_shown(path: Path) -> str:
     """``path`` for a message, unless it may be DICOM, whose paths may tell the patient."""
     named = re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix.lower() not in DICOM_SUFFIXES
     return str(path) if named else "a DICOM file or a folder"

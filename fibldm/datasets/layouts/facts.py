@@ -10,7 +10,7 @@ from typing import Any
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.files import read_json
 
 REFERENCE_KEYS = ("description", "reference", "attribution")
@@ -133,10 +133,12 @@ def channel_names(facts: Mapping[str, Any]) -> tuple[str, ...]:
         return (channels,)
     expected = [str(index) for index in range(len(channels))] if isinstance(channels, dict) else []
     if not expected or set(map(str, channels)) != set(expected):
-        raise FibldmError(f'the channels of dataset.json must be {{"0": "T1", "1": "FLAIR", ...}}; got {channels!r}')
+        raise FibldmError(
+            f'the channels of dataset.json must be {{"0": "T1", "1": "FLAIR", ...}}; got {shown(channels, 80)}'
+        )
     names = {str(key): str(name) for key, name in channels.items()}
     if len({name.lower() for name in names.values()}) < len(names):
-        raise FibldmError(f"the channels of dataset.json must have names of their own; got {channels!r}")
+        raise FibldmError(f"the channels of dataset.json must have names of their own; got {shown(channels, 80)}")
     return tuple(names[key] for key in expected)
 
 
@@ -151,7 +153,7 @@ def label_names(labels: Any) -> dict[int, str]:
         return {int(value): str(name) for name, value in pairs if int(value) != 0}
     except (AttributeError, TypeError, ValueError) as error:
         raise FibldmError(
-            f'labels of dataset.json must be {{"0": "background", "1": "name", ...}}; got {labels!r}'
+            f'labels of dataset.json must be {{"0": "background", "1": "name", ...}}; got {shown(labels, 80)}'
         ) from error
 
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from fibldm.datasets.findings import Findings
-from fibldm.datasets.layouts.entries import case_name, collected, entry_key, is_dicom, shown, volume_entries
+from fibldm.datasets.layouts.entries import case_name, collected, entry_key, is_dicom, path_shown, volume_entries
 from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
@@ -57,7 +57,7 @@ def _by_stem(folder: Path, findings: Findings) -> dict[str, Path]:
 
 def _is_hidden(path: Path) -> bool:
     """Whether the name must not be told, as it may be a patient's."""
-    return shown(path) != str(path)
+    return path_shown(path) != str(path)
 
 
 def _case(image: Path, label: Path | None, findings: Findings, where: str) -> Case:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fibldm.datasets.findings import Findings
-from fibldm.datasets.layouts.entries import case_name, collected, entry_key, shown, volume_entries
+from fibldm.datasets.layouts.entries import case_name, collected, entry_key, path_shown, volume_entries
 from fibldm.datasets.layouts.facts import Search, channel_names, describe, label_names
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, shown
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
 
 _REMEDY = "give every case NAME the images NAME_0000, NAME_0001, ... and the label NAME"
@@ -51,7 +51,9 @@ def nnunet(search: Search) -> Source:
 def _file_ending(facts: Mapping[str, Any]) -> str:
     ending = facts.get("file_ending", ".nii.gz")
     if ending not in SUPPORTED_SUFFIXES:
-        raise FibldmError(f"file_ending of dataset.json must be one of {', '.join(SUPPORTED_SUFFIXES)}; got {ending!r}")
+        raise FibldmError(
+            f"file_ending of dataset.json must be one of {', '.join(SUPPORTED_SUFFIXES)}; got {shown(ending)}"
+        )
     return str(ending)
 
 
@@ -76,7 +78,7 @@ def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
 def _listed_cases(search: Search, listed: Any, channels: int) -> list[Case]:
     if not isinstance(listed, dict):
         raise FibldmError(
-            f'dataset of dataset.json must be {{"case": {{"images": [...], "label": ...}}}}; got {listed!r}'
+            f'dataset of dataset.json must be {{"case": {{"images": [...], "label": ...}}}}; got {shown(listed)}'
         )
     cases = []
     for name, entry in listed.items():
@@ -84,7 +86,7 @@ def _listed_cases(search: Search, listed: Any, channels: int) -> list[Case]:
             images = [search.path / image for image in entry["images"]]
             cases.append(_case(search, name, images, search.path / entry["label"]))
         else:
-            search.findings.error(f"dataset[{name!r}] must have {channels} images and a label; got {entry!r}")
+            search.findings.error(f"dataset[{name!r}] must have {channels} images and a label; got {shown(entry, 80)}")
     return cases
 
 
@@ -110,7 +112,7 @@ def _by_case(folder: Path, ending: str, channels: int, findings: Findings) -> di
     for path in volume_entries(folder):
         match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending)) if path.name.endswith(ending) else None
         if match is None:
-            findings.error(f"{shown(path)} must be called NAME_0000{ending}, the number that of its channel")
+            findings.error(f"{path_shown(path)} must be called NAME_0000{ending}, the number that of its channel")
         else:
             found[match[1]][int(match[2])] = path
     for name, files in found.items():
