@@ -103,7 +103,7 @@ SMALL = {
     "fibldm evaluate": ["--set", "steps=2"],
     "fibldm synthesize": ["--allow-extrapolation"],
     "python scripts/check_measurements.py": ["--set", "steps=2"],
-    "python scripts/watch_folder.py": ["--once"],
+    "fibldm watch": ["--once"],
 }
 # Later options win, so these stand last.
 TWO_DIMENSIONS = ["--set", "patch=[32,32,1]"]

@@ -222,8 +222,6 @@ def by_recipe(house: House, asked: dict[str, Any], capsys: Any) -> dict[str, Any
 
 
 def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: tuple[str, ...] = ()) -> dict[str, Any]:
-    import watch_folder
-
     item = house.out.parent / "inbox" / "item"
     item.mkdir(parents=True)
     (item / "mask.nii.gz").write_bytes(house.mask.read_bytes())
@@ -236,9 +234,8 @@ def by_watch_folder(house: House, asked: dict[str, Any], capsys: Any, options: t
             (item / values["image"]).write_bytes(Path(values["image"]).read_bytes())
     folders = ["--bundle", str(house.bundle), "--inbox", str(item.parent), "--outbox", str(house.out)]
     more = ["--once", "--json", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        watch_folder.main([*folders, *more, "--format", "nifti", *options])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cli(["watch", *folders, *more, "--format", "nifti", *options])
+    report = json.loads(capsys.readouterr().out.splitlines()[0])
     if not report["ok"]:
         raise FibldmError(report["error"]["message"])
     return dict(read_json(sidecar(Path(report["outputs"][0]))))

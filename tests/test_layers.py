@@ -1,8 +1,8 @@
 """The import rule: arrows point only down.
 
-``cli -> demo -> pipeline | report | doctor -> delivery | editing | evaluation | importing | planning -> synthesis |
-training -> datasets | phantoms -> models | volumes -> runs -> ground``. Modules of one room may import each other;
-rooms of one level may not. Imports inside functions count.
+``cli -> demo -> pipeline | report | doctor -> delivery | editing | evaluation | importing | planning | serving ->
+synthesis | training -> datasets | phantoms -> models | volumes -> runs -> ground``. Modules of one room may import
+each other; rooms of one level may not. Imports inside functions count.
 """
 
 import ast
@@ -25,7 +25,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {"models": {"models"}, "volumes": {"volumes"}},
     {"datasets": {"datasets"}, "phantoms": {"phantoms"}},
     {"training": {"training"}, "synthesis": {"synthesis"}},
-    {room: {room} for room in ("delivery", "editing", "evaluation", "importing", "planning")},
+    {room: {room} for room in ("delivery", "editing", "evaluation", "importing", "planning", "serving")},
     {"report": {"report"}, "pipeline": {"pipeline", "recipe"}, "doctor": {"doctor"}},
     {"demo": {"demo"}},
     {"cli": {"cli"}},

@@ -29,6 +29,7 @@ COMMANDS = (
     "encode",
     "synthesize",
     "edit",
+    "watch",
     "picture",
     "evaluate",
     "audit",

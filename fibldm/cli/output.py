@@ -6,9 +6,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TextIO
 
 from fibldm.errors import FibldmError, sentence
+
+_LINES: ContextVar[TextIO | None] = ContextVar("_LINES", default=None)
 
 
 @contextmanager
@@ -17,8 +20,18 @@ def standard_output_for_json(as_json: bool) -> Iterator[None]:
     if not as_json:
         yield
         return
-    with redirect_stdout(sys.stderr):
-        yield
+    lines = _LINES.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _LINES.reset(lines)
+
+
+def emit_line(report: Mapping[str, Any]) -> None:
+    """Show what came of one of the things that a command does, under ``--json``: an object on a line of its own."""
+    if (stream := _LINES.get()) is not None:
+        print(json.dumps(report, default=str, allow_nan=False), file=stream, flush=True)
 
 
 def emit_result(result: Mapping[str, Any] | None, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""Options that ``fibldm synthesize`` and ``fibldm edit`` share, and what is read out of their texts."""
+"""Options that ``fibldm synthesize``, ``edit`` and ``watch`` share, and what is read out of their texts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +53,30 @@ AllowExtrapolation = Annotated[
 ]
 LabelCodes = Annotated[
     Path | None, typer.Option(help="DICOM only: CSV of coded meanings for labels that the shipped table lacks.")
+]
+Count = Annotated[int, typer.Option(min=1, help="Volumes per mask.")]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE=STRENGTH",
+        help="Put an adapter.safetensors on the network: 1 = as trained (the default), 0 = off; repeatable.",
+    ),
+]
+Check = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Measure every volume against the intensity ranges of the training data, draw it again up to so many "
+        "times where it lies outside, else leave it out (exit code 2); default: no check.",
+    ),
+]
+Template = Annotated[
+    Path | None,
+    typer.Option(help="DICOM only: folder of a series whose technical tags are copied (never patient tags)."),
+]
+PatientPosition = Annotated[
+    str | None,
+    typer.Option(help="DICOM only: Patient Position (HFS, FFS, ...); default: the template's, or empty."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")]
 

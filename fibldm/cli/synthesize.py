@@ -26,7 +26,7 @@ def synthesize(
         typer.Option("--data", help="Work folder whose masks of --split are used, in addition to --masks."),
     ] = None,
     split: Annotated[str, typer.Option(help="With --data: the split, training, validation or test.")] = "test",
-    count: Annotated[int, typer.Option(min=1, help="Volumes per mask.")] = 1,
+    count: shared.Count = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of sampling.")] = 1,
     seed: shared.Seed = None,
     steps: shared.Steps = None,
@@ -93,13 +93,7 @@ def synthesize(
             help="With --data: ask of each mask what the data say of its case, where nothing else is asked.",
         ),
     ] = False,
-    adapter: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE=STRENGTH",
-            help="Put an adapter.safetensors on the network: 1 = as trained (the default), 0 = off; repeatable.",
-        ),
-    ] = [],
+    adapter: shared.Adapters = [],
     text: Annotated[
         str | None,
         typer.Option(help="What is written of the patient, of a network trained with texts: --condition text=..."),
@@ -109,26 +103,13 @@ def synthesize(
         typer.Option("--unconditional", help="Draw without masks from a generator trained with masks."),
     ] = False,
     allow_extrapolation: shared.AllowExtrapolation = False,
-    check: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Measure every volume against the intensity ranges of the training data, draw it again up to so many "
-            "times where it lies outside, else leave it out (exit code 2); default: no check.",
-        ),
-    ] = None,
+    check: shared.Check = None,
     output_format: Annotated[
         str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
     ] = "nifti",
-    template: Annotated[
-        Path | None,
-        typer.Option(help="DICOM only: folder of a series whose technical tags are copied (never patient tags)."),
-    ] = None,
+    template: shared.Template = None,
     label_codes: shared.LabelCodes = None,
-    patient_position: Annotated[
-        str | None,
-        typer.Option(help="DICOM only: Patient Position (HFS, FFS, ...); default: the template's, or empty."),
-    ] = None,
+    patient_position: shared.PatientPosition = None,
     bids: Annotated[
         str | None,
         typer.Option(metavar="SUFFIX", help="NIfTI only: also write OUT/bids; T1w, T2w, FLAIR, ..., or ct."),

@@ -424,15 +424,11 @@ def test_every_door_takes_adapters(
     workflow.run()
     assert np.array_equal(drawn(tmp_path / "monai"), drawn(tmp_path / "python"))
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    import watch_folder
-
     (tmp_path / "inbox").mkdir()
     shutil.copy(mask, tmp_path / "inbox" / "box.nii.gz")
     folders = ["--bundle", str(bundle), "--inbox", str(tmp_path / "inbox"), "--outbox", str(tmp_path / "outbox")]
     asked = ["--once", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        watch_folder.main([*folders, *asked, "--format", "nifti", "--adapter", f"{of(site)}=0.5"])
+    assert cli(["watch", *folders, *asked, "--format", "nifti", "--adapter", f"{of(site)}=0.5"]) == 0
     (volume,) = (tmp_path / "outbox").rglob("*_000.nii.gz")
     assert read_json(sidecar(volume))["source"]["weights"] == told["source"]["weights"]
 

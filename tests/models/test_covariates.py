@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from builders import awake, script, unet_numbers
+from builders import awake, unet_numbers
 from conftest import TinyStage
 from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
@@ -616,7 +616,6 @@ def test_every_door_takes_covariates(
     (volume,) = (tmp_path / "monai").glob("*.nii.gz")
     assert read_json(sidecar(volume))["covariates"] == {"age": age.low, "sex": None}
 
-    watch_folder = script("watch_folder", monkeypatch)
     for name, content in {"one": {"age": age.high}, "two": {"agee": 3}, "three": [1]}.items():
         (tmp_path / "inbox" / name).mkdir(parents=True)
         shutil.copy(mask_file, tmp_path / "inbox" / name / "mask.nii.gz")
@@ -625,19 +624,17 @@ def test_every_door_takes_covariates(
     options = ["--once", "--json", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu"]
     folders = ["--bundle", str(bundle), "--inbox", str(tmp_path / "inbox"), "--outbox", str(tmp_path / "outbox")]
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        watch_folder.main([*folders, *options, "--format", "nifti", "--covariate", "sex=F"])
+    cli(["watch", *folders, *options, "--format", "nifti", "--covariate", "sex=F"])
     said = capsys.readouterr()
-    reports = [json.loads(line) for line in said.out.splitlines()]
+    reports = [json.loads(line) for line in said.out.splitlines()[:-1]]
     asked = [read_json(sidecar(Path(report["outputs"][0])))["covariates"] for report in reports if report["ok"]]
     told = [{"age": age.high, "sex": "F"}, {"age": None, "sex": "F"}]
     assert sorted(asked, key=str) == sorted(told, key=str)
     assert f"(age {age.high}, sex F)" in said.err and "(age unknown, sex F)" in said.err
     refused = " ".join(report["error"]["message"] for report in reports if not report["ok"])
     assert "there is no agee" in refused and 'covariates.json must be such as {"age": 63' in refused
-    with pytest.raises(SystemExit) as left:
-        watch_folder.main([*folders, *options, "--covariate", "sex=X"])
-    assert left.value.code == 2 and "sex must be one of F, M" in capsys.readouterr().out
+    assert cli(["watch", *folders, *options, "--covariate", "sex=X"]) == 2
+    assert "sex must be one of F, M" in capsys.readouterr().out
 
 
 # --- all of it

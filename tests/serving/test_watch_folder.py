@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import highdicom
@@ -21,11 +20,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from builders import script as script_of
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
 
+from fibldm.cli import run as run_command
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
+from fibldm.serving import Ending, Watcher, items
+from fibldm.serving.folders import hand_over, own_folder, publish
+from fibldm.serving.items import aliased_scans, hashes_of, without_scans
 from fibldm.synthesis import Job, Output, SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import read_mask
@@ -35,6 +37,11 @@ QUICK = SamplingSettings(steps=1)
 SHAPE = (18, 22, 20)
 GRID = {"spacing": (10.0, 10.0, 10.0), "origin": (-95.0, -110.0, -600.0)}
 OPTIONS = ("--once", "--json", "--interval", "0.01", "--steps", "1", "--allow-extrapolation", "--device", "cpu")
+
+INTERRUPTED = {
+    "ok": False,
+    "error": {"message": "interrupted", "remedy": "run the same command again to go on"},
+}
 
 Watch = Callable[..., tuple[int, list[dict[str, Any]]]]
 
@@ -55,11 +62,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script_of("watch_folder", monkeypatch)
-
-
-@pytest.fixture
 def inbox(tmp_path: Path) -> Path:
     (tmp_path / "inbox").mkdir()
     return tmp_path / "inbox"
@@ -71,16 +73,18 @@ def outbox(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watch(
-    script: ModuleType, tiny_bundle: Path, inbox: Path, outbox: Path, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Watch]:
-    """Runs the script with ``--once`` and more options; gives its exit code and its lines of JSON."""
+def watch(tiny_bundle: Path, inbox: Path, outbox: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Watch]:
+    """Runs the command with ``--once`` and more options; gives its exit code and a line of JSON for every item."""
 
     def run(*options: str | Path) -> tuple[int, list[dict[str, Any]]]:
         folders = ("--bundle", tiny_bundle, "--inbox", inbox, "--outbox", outbox)
-        with pytest.raises(SystemExit) as left:
-            script.main([str(part) for part in (*folders, *OPTIONS, *options)])
-        return int(left.value.code or 0), [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        code = run_command(["watch", *(str(part) for part in (*folders, *OPTIONS, *options))])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        if code in (0, 130):
+            told = [line["ok"] for line in lines[:-1]]
+            counts = {"ok": True, "items": sum(told), "refused": len(told) - sum(told)}
+            assert lines.pop() == (counts if code == 0 else INTERRUPTED)
+        return code, lines
 
     yield run
     assert not list((inbox / ".claimed").glob("*")) and not list((outbox / ".working").glob("*"))
@@ -118,10 +122,8 @@ def write_mask(path: Path, *, last: int = 2) -> Path:
     return path
 
 
-def watcher(script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer) -> Any:
-    return script.Watcher(
-        inbox, outbox, Output(synthesizer, outbox, SynthesisSettings(QUICK, allow_extrapolation=True))
-    )
+def watcher(inbox: Path, outbox: Path, synthesizer: Synthesizer) -> Watcher:
+    return Watcher(inbox, outbox, Output(synthesizer, outbox, SynthesisSettings(QUICK, allow_extrapolation=True)))
 
 
 def texts_and_names(folder: Path) -> str:
@@ -268,17 +270,17 @@ def test_a_bad_item_is_refused_and_the_next_one_done(
     assert [folder.name for folder in (outbox / "synthetic").iterdir()] == [reports[1]["item"]]
 
 
-def test_a_scan_that_is_asked_for_lies_in_the_item(script: ModuleType, inbox: Path) -> None:
+def test_a_scan_that_is_asked_for_lies_in_the_item(inbox: Path) -> None:
     """Called by its content; it is no mask; paths that lead out of the item are refused, and not repeated."""
     item = inbox / "item"
     (item / "series").mkdir(parents=True)
     scan, mask = write_mask(item / "Paula.NII.GZ"), write_mask(item / "mask.nii.gz", last=1)
-    hashes = script.hashes_of(item)
-    with script.aliased_scans(item, {"image": "Paula.NII.GZ"}) as opened:
+    hashes = hashes_of(item)
+    with aliased_scans(item, {"image": "Paula.NII.GZ"}) as opened:
         assert opened["image"].name == hash_file(scan)[:16] == opened["image"].sha256[:16]
         assert opened["image"].grid.shape == SHAPE[::-1]
         assert "Paula" not in repr(opened)
-    assert list(script.without_scans(item, hashes, {"image": "Paula.NII.GZ"})) == [mask]
+    assert list(without_scans(item, hashes, {"image": "Paula.NII.GZ"})) == [mask]
     write_mask(inbox / "other.nii.gz")
     wrong = (
         "../other.nii.gz",
@@ -291,22 +293,22 @@ def test_a_scan_that_is_asked_for_lies_in_the_item(script: ModuleType, inbox: Pa
         [str(scan)],
     )
     for path in wrong:
-        with pytest.raises(FibldmError) as refused, script.aliased_scans(item, {"image": path}):
+        with pytest.raises(FibldmError) as refused, aliased_scans(item, {"image": path}):
             pass
         assert refused.value.message == (
             "image must name a file of the item, or a folder in it with one series; it does not"
         )
 
 
-def test_an_item_that_cannot_be_read(script: ModuleType, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_that_cannot_be_read(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is not said; rights would not stop root."""
 
     def denied(path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(script, "hash_file", denied)
+    monkeypatch.setattr(items, "hash_file", denied)
     with pytest.raises(FibldmError, match=r"^an item must be readable; Permission denied; check its permissions$"):
-        script.hashes_of(write_mask(inbox / "Paula.nii.gz"))
+        hashes_of(write_mask(inbox / "Paula.nii.gz"))
 
 
 def test_an_unexpected_error_refuses_its_item_only(
@@ -334,9 +336,7 @@ def test_an_unexpected_error_refuses_its_item_only(
 # --- arriving, sharing, going on
 
 
-def test_what_is_still_written_waits(
-    script: ModuleType, inbox: Path, outbox: Path, tmp_path: Path, synthesizer: Synthesizer
-) -> None:
+def test_what_is_still_written_waits(inbox: Path, outbox: Path, tmp_path: Path, synthesizer: Synthesizer) -> None:
     """Growing files, growing folders, and names with a dot; each is taken a look after it stood still."""
     whole = write_mask(tmp_path / "whole.nii.gz").read_bytes()
     (inbox / ".hidden.nii.gz").write_bytes(whole)
@@ -356,15 +356,13 @@ def test_what_is_still_written_waits(
         before.append(len(reports))
 
     visits = Visits(grow_file, grow_folder, count, count)
-    for report in watcher(script, inbox, outbox, synthesizer).reports(0, visits):
+    for report in watcher(inbox, outbox, synthesizer).reports(0, visits):
         reports.append(report)
     assert before == [0, 1, 2] and all(report["ok"] for report in reports)
     assert sorted(item.name for item in inbox.iterdir()) == [".claimed", ".hidden.nii.gz"]
 
 
-def test_once_ends_when_nothing_stands_still(
-    script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer
-) -> None:
+def test_once_ends_when_nothing_stands_still(inbox: Path, outbox: Path, synthesizer: Synthesizer) -> None:
     """What arrives in the meantime is taken as well; what is still written is not waited for."""
     write_mask(inbox / "a.nii.gz")
 
@@ -375,12 +373,12 @@ def test_once_ends_when_nothing_stands_still(
         (inbox / "c.nii").write_bytes(b"c")
 
     visits = Visits(arrive, nothing, grow)
-    reports = list(watcher(script, inbox, outbox, synthesizer).reports(0, visits, once=True))
+    reports = list(watcher(inbox, outbox, synthesizer).reports(0, visits, once=True))
     assert [report["ok"] for report in reports] == [True, True] and visits.asked is None
     assert [item.name for item in inbox.glob("[!.]*")] == ["c.nii"]
 
 
-def test_two_watchers_share_an_inbox(script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer) -> None:
+def test_two_watchers_share_an_inbox(inbox: Path, outbox: Path, synthesizer: Synthesizer) -> None:
     """Both see every item before either takes one; no item is taken twice."""
     names = [hash_file(write_mask(inbox / f"{last}.nii.gz", last=last))[:16] for last in range(6)]
     meeting = threading.Barrier(2, timeout=200)
@@ -388,7 +386,7 @@ def test_two_watchers_share_an_inbox(script: ModuleType, inbox: Path, outbox: Pa
 
     def run(place: int) -> None:
         visits = Visits(meeting.wait, meeting.wait)
-        for report in watcher(script, inbox, outbox, synthesizer).reports(0, visits):
+        for report in watcher(inbox, outbox, synthesizer).reports(0, visits):
             taken[place].append(report)
 
     threads = [threading.Thread(target=run, args=(place,)) for place in (0, 1)]
@@ -401,19 +399,15 @@ def test_two_watchers_share_an_inbox(script: ModuleType, inbox: Path, outbox: Pa
     assert sorted(folder.name for folder in (outbox / "done").iterdir()) == sorted(names)
 
 
-def test_the_same_content_at_once_is_made_by_both_and_kept_once(
-    script: ModuleType, outbox: Path, tmp_path: Path
-) -> None:
+def test_the_same_content_at_once_is_made_by_both_and_kept_once(outbox: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "volume").write_text(name)
-        script.publish(tmp_path / name, outbox / "synthetic" / "item")
+        publish(tmp_path / name, outbox / "synthetic" / "item")
     assert (outbox / "synthetic" / "item" / "volume").read_text() == "one"
 
 
-def test_what_a_killed_watcher_had_in_hand_is_finished(
-    script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer
-) -> None:
+def test_what_a_killed_watcher_had_in_hand_is_finished(inbox: Path, outbox: Path, synthesizer: Synthesizer) -> None:
     """Not while it lives: the lock says so, and ends with it."""
     claimed, working = inbox / ".claimed" / "dead", outbox / ".working" / "dead"
     locks = []
@@ -425,7 +419,7 @@ def test_what_a_killed_watcher_had_in_hand_is_finished(
     write_mask(claimed / "1" / "a.nii.gz")
     (working / "item").mkdir()
     (working / "item" / "half").mkdir()
-    other = watcher(script, inbox, outbox, synthesizer)
+    other = watcher(inbox, outbox, synthesizer)
     assert list(other.reports(0, Visits(nothing, nothing))) == [] and (working / "item" / "half").exists()
     for lock in locks:
         lock.close()
@@ -436,20 +430,20 @@ def test_what_a_killed_watcher_had_in_hand_is_finished(
 
 @pytest.mark.parametrize(("tries", "ok"), [(2, True), (3, False)])
 def test_an_item_that_ends_its_watchers_is_refused_at_last(
-    script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer, tries: int, ok: bool
+    inbox: Path, outbox: Path, synthesizer: Synthesizer, tries: int, ok: bool
 ) -> None:
     """It must not stop those behind it for ever."""
     folder = inbox / ".claimed" / "dead" / str(tries)
     folder.mkdir(parents=True)
     write_mask(folder / "a.nii.gz")
-    (report,) = watcher(script, inbox, outbox, synthesizer).reports(0, Visits(nothing))
+    (report,) = watcher(inbox, outbox, synthesizer).reports(0, Visits(nothing))
     assert report["ok"] is ok
     assert ok or "3 watchers ended with this one in hand" in report["error"]["message"]
     assert list((outbox / ("done" if ok else "refused")).glob("*/a.nii.gz"))
 
 
 def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
-    script: ModuleType, inbox: Path, outbox: Path, synthesizer: Synthesizer, monkeypatch: pytest.MonkeyPatch
+    inbox: Path, outbox: Path, synthesizer: Synthesizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one finishes what it had in hand, and knows of the try."""
     write_mask(inbox / "a.nii.gz")
@@ -460,9 +454,9 @@ def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", full)
         with pytest.raises(FibldmError, match="cannot write it"):
-            list(watcher(script, inbox, outbox, synthesizer).reports(0, Visits(nothing)))
+            list(watcher(inbox, outbox, synthesizer).reports(0, Visits(nothing)))
     assert not (outbox / "refused").exists() and len(list((inbox / ".claimed").glob("*/1/a.nii.gz"))) == 1
-    (report,) = watcher(script, inbox, outbox, synthesizer).reports(0, Visits(nothing))
+    (report,) = watcher(inbox, outbox, synthesizer).reports(0, Visits(nothing))
     assert report["ok"]
 
 
@@ -483,7 +477,7 @@ def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outb
         "--count",
         "40",
     ]
-    command = [sys.executable, ROOT / "scripts" / "watch_folder.py", *folders]
+    command = [Path(sys.executable).with_name("fibldm"), "watch", *folders]
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 600
         while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
@@ -509,9 +503,7 @@ def test_the_same_item_again_is_seen_to_be_done(watch: Watch, inbox: Path, outbo
     assert sorted(item.name for item in (outbox / "done" / first["item"]).iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
 
-def test_an_item_is_copied_to_another_file_system(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_item_is_copied_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As between two volumes of a container; what a killed watcher had copied does not stand for the whole."""
 
     def across(source: object, target: object) -> None:
@@ -522,7 +514,7 @@ def test_an_item_is_copied_to_another_file_system(
     (tmp_path / "done" / "exam").mkdir(parents=True)
     (tmp_path / "done" / "exam" / "a").write_text("ha")
     monkeypatch.setattr(os, "rename", across)
-    script.hand_over(tmp_path / "exam", tmp_path / "done")
+    hand_over(tmp_path / "exam", tmp_path / "done")
     assert (tmp_path / "done" / "exam" / "a").read_text() == "whole" and not (tmp_path / "exam").exists()
 
 
@@ -548,8 +540,8 @@ def test_a_signal_ends_it_after_the_item_in_hand(
     assert [item.name for item in inbox.glob("[!.]*")] == ["2.nii.gz"] and signal.getsignal(number) is before
 
 
-def test_a_signal_ends_the_waiting_at_once(script: ModuleType) -> None:
-    with script.Ending() as ending:
+def test_a_signal_ends_the_waiting_at_once() -> None:
+    with Ending() as ending:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         began = time.monotonic()
         ending.wait(30)
@@ -562,8 +554,8 @@ def test_a_signal_ends_the_waiting_at_once(script: ModuleType) -> None:
         (["--bundle", "/absent"], "a bundle must be a folder or a zip archive; /absent is neither"),
         (["--inbox", "/absent"], "--inbox must be a folder; /absent is none"),
         (["--outbox", "INBOX/out"], "--outbox must not lie in the inbox"),
-        (["--interval", "0"], "--interval must be above 0, and --count at least 1; got 0 and 1"),
-        (["--count", "0"], "--interval must be above 0, and --count at least 1; got 0.01 and 0"),
+        (["--interval", "0"], "--interval must be above 0; got 0"),
+        (["--count", "0"], "--count': Input should be greater than or equal to 1"),
         (["--format", "nifti", "--template", "x"], "format nifti takes no template"),
         (["--template", "/absent"], "a template must be a folder"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
@@ -584,10 +576,10 @@ def test_an_outbox_is_of_one_bundle_and_one_choice_of_options(watch: Watch, inbo
     assert (inbox / "a.nii.gz").exists()
 
 
-def test_folders_that_cannot_be_written(script: ModuleType, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(FibldmError, match="file must be writable; Not a directory; check its permissions"),
-        script.own_folder(tmp_path / "file" / ".claimed"),
+        own_folder(tmp_path / "file" / ".claimed"),
     ):
         pass

@@ -1,0 +1,15 @@
+"""A generator that serves: items arrive, volumes leave, unattended, and nothing is lost when a process is killed.
+
+* ``items``: what arrives, read without telling its names
+* ``making``: the volumes of an item, all or none
+* ``folders``: folders that processes share
+* ``ending``: asked to end, it finishes what it has in hand
+* ``watch_folder``: items arrive in a folder
+* ``opening``: the generator of a bundle, with what is asked of all items
+"""
+
+from fibldm.serving.ending import Ending
+from fibldm.serving.opening import serving_output
+from fibldm.serving.watch_folder import Watcher
+
+__all__ = ["Ending", "Watcher", "serving_output"]
