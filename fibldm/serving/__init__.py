@@ -6,10 +6,14 @@
 * ``ending``: asked to end, it finishes what it has in hand
 * ``watch_folder``: items arrive in a folder
 * ``opening``: the generator of a bundle, with what is asked of all items
+* ``store``: jobs, in one file that outlives any kill
+* ``service``: jobs that any door takes on, made one after the other
 """
 
 from fibldm.serving.ending import Ending
 from fibldm.serving.opening import serving_output
+from fibldm.serving.service import Service
+from fibldm.serving.store import Job, JobStore, State
 from fibldm.serving.watch_folder import Watcher
 
-__all__ = ["Ending", "Watcher", "serving_output"]
+__all__ = ["Ending", "Job", "JobStore", "Service", "State", "Watcher", "serving_output"]

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from fibldm.synthesis import Output, jobs_of
 from fibldm.synthesis.asked import COVARIATES, read
 
 
-def make(output: Output, item: Opened, staging: Path, place: Path) -> list[Path]:
+def make(
+    output: Output, item: Opened, staging: Path, place: Path, report: Callable[[int], None] = lambda made: None
+) -> list[Path]:
     """Volumes of every mask of an item; those that lie at its place already are of the same content and options.
 
     Args:
@@ -21,6 +23,7 @@ def make(output: Output, item: Opened, staging: Path, place: Path) -> list[Path]
         item: what is made.
         staging: folder of the volumes while they are made, on the file system of ``place``.
         place: folder where they appear, all at once.
+        report: is told after every volume how many are made.
 
     Returns:
         Files of volumes, or folders of series.
@@ -30,7 +33,7 @@ def make(output: Output, item: Opened, staging: Path, place: Path) -> list[Path]
     """
     if not place.exists():
         try:
-            _write(replace(output, folder=staging, settings=item.settings), item.masks)
+            _write(replace(output, folder=staging, settings=item.settings), item.masks, report)
             publish(staging, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -52,10 +55,13 @@ def unexpected(error: Exception, remedy: str) -> FibldmError:
     return FibldmError(f"unexpected error: {type(error).__name__}: {what}".splitlines()[0], remedy)
 
 
-def _write(output: Output, masks: Mapping[str, Path]) -> None:
+def _write(output: Output, masks: Mapping[str, Path], report: Callable[[int], None]) -> None:
     """By aliases, so that no name reaches a sidecar or a message."""
+    made = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, file in masks.items():
             alias = linked(file, Path(folder) / Path(name).stem, name)
             for job in jobs_of([alias], output.synthesizer.names, output.settings.count):
                 output.write([job])
+                made += 1
+                report(made)

@@ -29,3 +29,17 @@ def serving_output(bundle: Path, folder: Path, *, device: str | None = None, **o
     if not synthesizer.network.sees_mask:
         raise FibldmError("what serves must be a bundle that follows masks; this one was trained without", "another")
     return Output(synthesizer, folder, settings)
+
+
+def facts_of(output: Output) -> dict[str, Any]:
+    """What decides the volumes of any mask: the generator, and what is asked of all."""
+    generator, dicom, asked = output.synthesizer, output.dicom, output.settings
+    return {
+        "source": generator.source,
+        "sampling": asked.sampling.to_dict(),
+        "allow_extrapolation": asked.allow_extrapolation,
+        "count": asked.count,
+        **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
+        **({"check": asked.check} if asked.check is not None else {}),
+        "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
+    }

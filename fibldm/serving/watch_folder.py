@@ -22,6 +22,7 @@ from fibldm.serving.ending import Ending
 from fibldm.serving.folders import abandoned, hand_over, own_folder, remove_if_empty
 from fibldm.serving.items import DIGITS, State, hashes_of, name_of, opened_item, state_of
 from fibldm.serving.making import make, told, unexpected
+from fibldm.serving.opening import facts_of
 from fibldm.synthesis import Output
 from fibldm.synthesis.asked import read
 from fibldm.typed_settings import counted
@@ -76,19 +77,10 @@ class Watcher:
 
     def _begin(self) -> None:
         """Write down what the outbox holds, or see that it is the same."""
-        generator, dicom, asked = self.output.synthesizer, self.output.dicom, self.output.settings
-        facts = {
-            "source": generator.source,
-            "sampling": asked.sampling.to_dict(),
-            "allow_extrapolation": asked.allow_extrapolation,
-            "count": asked.count,
-            **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
-            **({"check": asked.check} if asked.check is not None else {}),
-            "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
-        }
-        kinds, further = generator.beside, read(generator.beside, asked.asked)
-        told = {name: kinds[name].told(further[name]) for name in asked.conditions}
-        request = {"request": hash_value(facts), **facts, **({"conditions": told} if told else {})}
+        asked, kinds, facts = self.output.settings, self.output.synthesizer.beside, facts_of(self.output)
+        further = read(kinds, asked.asked)
+        words = {name: kinds[name].told(further[name]) for name in asked.conditions}
+        request = {"request": hash_value(facts), **facts, **({"conditions": words} if words else {})}
         file = self.outbox / "request.json"
         if file.exists() and read_json(file).get("request") != request["request"]:
             raise FibldmError(

@@ -1,0 +1,211 @@
+"""A service: masks are taken on by any door, and their volumes are made one job after the other.
+
+``FOLDER/jobs.sqlite`` knows the jobs, ``FOLDER/spool/ID`` holds what came until its job is done, and
+``FOLDER/results/ID`` the volumes. A job that was acknowledged is done once, though the service be killed at any moment:
+what came lies in the spool before the job is written, and volumes appear all at once before the job is done.
+"""
+
+import errno
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from fibldm.errors import FibldmError, sentence, unknown_choice
+from fibldm.files import hash_value
+from fibldm.locks import alone
+from fibldm.serving.ending import Ending
+from fibldm.serving.items import DIGITS, hashes_of, name_of, opened_item
+from fibldm.serving.making import make, told, unexpected
+from fibldm.serving.opening import facts_of
+from fibldm.serving.store import Job, JobStore, State
+from fibldm.synthesis import Output, SynthesisSettings
+from fibldm.synthesis.asked import check, read
+from fibldm.typed_settings import counted
+
+ASKABLE = ("count", "seed", "steps", "guidance", "format", "covariates", "conditions", "check", "allow_extrapolation")
+"""What a request may ask for, by the names of `SynthesisSettings`."""
+
+_MOST_TRIES = 3
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_AGAIN = "correct it, and send it again"
+
+_logger = logging.getLogger("fibldm")
+
+
+class Service:
+    """Jobs of one generator; within ``with`` it has the folder for itself, and doors may open.
+
+    Args:
+        output: how volumes are made; its folder does not matter.
+        folder: of the service.
+        most: volumes that a request may ask for.
+        keep: seconds after which results and what is known of their job are deleted; None keeps them.
+    """
+
+    def __init__(self, output: Output, folder: Path, *, most: int = 16, keep: float | None = None) -> None:
+        self.output, self.folder, self.most, self.keep = output, Path(folder), most, keep
+        self.store = JobStore(self.folder / "jobs.sqlite")
+        self._came, self._moving, self._held = threading.Event(), threading.Lock(), ExitStack()
+
+    def __enter__(self) -> Self:
+        remedy = "end the other one, or choose another folder"
+        self._held.enter_context(alone(self.folder / ".service.lock", str(self.folder), remedy))
+        self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+        self.store.close()
+
+    @contextmanager
+    def incoming(self) -> Iterator[Path]:
+        """A folder for what comes, which is gone after the block, unless `submit` took it on."""
+        place = self.folder / "spool" / f".{secrets.token_hex(8)}"
+        place.mkdir(parents=True)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def submit(self, came: Path, asked: Mapping[str, Any] | None = None) -> Job:
+        """Take on what came; when this returns, it is on the disk.
+
+        Args:
+            came: folder of `incoming`: one mask or more, by names that tell no patient, and what `opened_item` knows
+                beside.
+            asked: by the names of `ASKABLE`, over what the service asks of all.
+
+        Returns:
+            Its job, or that of the same content.
+
+        Raises:
+            FibldmError: what is asked is refused, or a file cannot be read.
+        """
+        asked = dict(asked or {})
+        self.settings(asked)
+        hashes = hashes_of(came)
+        id = hash_value([name_of(came, hashes), asked, facts_of(self.output)])[:DIGITS]
+        for path in [*hashes, *{file.parent for file in hashes}]:
+            _to_disk(path)
+        with self._moving:
+            known = self.store.get(id)
+            if known is not None and known.state is not State.REFUSED:
+                return known
+            place = self.folder / "spool" / id
+            shutil.rmtree(place, ignore_errors=True)  # of a service that was killed before it wrote the job
+            came.rename(place)
+            _to_disk(place.parent)
+            job = self.store.submit(id, asked)
+        self._came.set()
+        return job
+
+    def settings(self, asked: Mapping[str, Any]) -> SynthesisSettings:
+        """What is asked of all, and what a request asks over it.
+
+        Raises:
+            FibldmError: it asks for what no request may, for too much, or for what is no value of its kind.
+        """
+        if strange := sorted(set(asked) - set(ASKABLE)):
+            raise unknown_choice("what a request asks for", strange[0], ASKABLE)
+        settings = SynthesisSettings.of(self.output.settings, **asked)
+        if settings.count > self.most:
+            raise FibldmError(
+                f"a request may ask for at most {self.most} volumes; got {settings.count}", "ask for fewer"
+            )
+        beside = self.output.synthesizer.beside
+        check(beside, read(beside, settings.asked), allow=settings.allow_extrapolation)
+        return settings
+
+    def run(self, ending: Ending, *, until_idle: bool = False) -> None:
+        """Work until asked to end, or with ``until_idle`` until no job waits.
+
+        Raises:
+            FibldmError: the folder is full; the job in hand waits again.
+        """
+        while ending.asked is None:
+            self._came.clear()
+            if (job := self.store.take()) is not None:
+                self._work(job)
+            elif until_idle:
+                return
+            else:
+                self._clear()
+                self._came.wait(0.2)
+
+    def results(self, job: Job) -> Path:
+        """Folder of the volumes of a job that is done."""
+        return self.folder / "results" / job.id
+
+    def _begin(self) -> None:
+        """What a service before had in hand waits again; what it had begun to write goes."""
+        shutil.rmtree(self.folder / ".working", ignore_errors=True)
+        for job in self.store.give_back():
+            if job.tries >= _MOST_TRIES:
+                self._refused(
+                    job,
+                    FibldmError(
+                        f"a request must not end its service; {job.tries} ended with this one in hand",
+                        "is the memory enough for it? send it again where it is",
+                    ),
+                )
+        for place in (self.folder / "spool").glob("*"):
+            job = self.store.get(place.name)
+            if job is None or job.state in (State.DONE, State.REFUSED):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _work(self, job: Job) -> None:
+        began, place = time.monotonic(), self.folder / "spool" / job.id
+        try:
+            with opened_item(
+                place, hashes_of(place), self.settings(job.request), self.output.synthesizer.beside
+            ) as item:
+                staging = self.folder / ".working" / job.id
+                report = partial(self.store.tell, job.id)
+                outputs = make(self.output, item, staging, self.results(job), report)
+                said = told(self.output, item)
+        except FibldmError as error:
+            if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the request
+                self.store.give_back(job.id)
+                raise
+            return self._refused(job, error)
+        except Exception as error:  # one bad request never stops the others
+            return self._refused(job, unexpected(error, _AGAIN))
+        root = self.results(job)
+        outcome = {"outputs": [path.relative_to(root).as_posix() for path in outputs], "left_out": item.left_out}
+        with self._moving:
+            self.store.finish(job.id, outcome)
+            shutil.rmtree(place, ignore_errors=True)
+        took, said = time.monotonic() - began, said and f" ({said})"
+        _logger.info("%s: %s, %.1f s%s", job.id, counted(len(outputs), "volume"), took, said)
+
+    def _refused(self, job: Job, error: FibldmError) -> None:
+        with self._moving:
+            self.store.refuse(job.id, error)
+            shutil.rmtree(self.folder / "spool" / job.id, ignore_errors=True)
+        _logger.warning("%s: refused; %s", job.id, sentence(error.message, error.remedy))
+
+    def _clear(self) -> None:
+        """Delete what has been kept long enough."""
+        if self.keep is None:
+            return
+        for job in self.store.jobs(State.DONE, State.REFUSED):
+            if time.time() - job.changed > self.keep:
+                shutil.rmtree(self.results(job), ignore_errors=True)
+                self.store.forget(job.id)
+
+
+def _to_disk(path: Path) -> None:
+    """What is written of a file, or of the names in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
