@@ -157,8 +157,8 @@ class Service:
                     ),
                 )
         for place in (self.folder / "spool").glob("*"):
-            job = self.store.get(place.name)
-            if job is None or job.state in (State.DONE, State.REFUSED):
+            known = self.store.get(place.name)
+            if known is None or known.state in (State.DONE, State.REFUSED):
                 shutil.rmtree(place, ignore_errors=True)
 
     def _work(self, job: Job) -> None:
