@@ -10,7 +10,9 @@ from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS
 from fibldm.runs import STAGES, StageConflict
-from fibldm.runs.configuration import Configuration, both_given, read_configuration, stage_configuration
+from fibldm.runs.config_files import read_configuration
+from fibldm.runs.config_keys import both_given
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.runs.options import as_options, in_order
 from fibldm.runs.stages import DEFAULT_RECIPE, TABLE, kind_of
 from fibldm.runs.values import require_minutes, require_switches

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fibldm.progress import track
-from fibldm.runs.configuration import shipped
+from fibldm.runs.config_files import shipped
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume

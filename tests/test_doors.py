@@ -26,7 +26,8 @@ from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.pipeline import check_asked, synthesize_masks
 from fibldm.recipe import Recipe
 from fibldm.runs.causes import unwrapped
-from fibldm.runs.configuration import Configuration, configs_folder
+from fibldm.runs.config_files import configs_folder
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.asked import ConditionsTable, known_cases, laid_over, own
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items

@@ -15,7 +15,7 @@ from fibldm.files import read_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import pipeline
 from fibldm.recipe import Recipe
-from fibldm.runs.configuration import configs_folder
+from fibldm.runs.config_files import configs_folder
 from fibldm.runs.options import as_options, parse_overrides
 from fibldm.runs.stages import DEFAULT_RECIPE
 

@@ -29,7 +29,8 @@ from fibldm.evaluation.segmentation_metrics import hd95
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum
 from fibldm.files import read_json
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration, shipped
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import Configuration
 from fibldm.runs.stages import TABLE
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import SPLITS, load_datalist

@@ -9,7 +9,8 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import stage_configuration
 from fibldm.runs.options import as_options, parse_overrides
 from fibldm.verbatim import as_argument, as_word, verbatim
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fibldm.evaluation.cases import Case, Evaluated
 from fibldm.files import hash_value
 from fibldm.runs import StageFolder, decisive
-from fibldm.runs.configuration import ConfigFiles, Configuration, stage_configuration
+from fibldm.runs.config_files import ConfigFiles
+from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.verbatim import verbatim
 from fibldm.volumes.datalist import read_datalist
 

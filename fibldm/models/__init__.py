@@ -20,7 +20,7 @@ Diffusion:
 The network that follows conditions:
 
 * ``conditions/``: masks, covariates and further kinds, and what a network sees of them
-* ``controlnet``: a ControlNet that starts as a copy of its base network
+* ``control``, ``controlnet``: a ControlNet with what it sees of conditions; it starts as a copy of its base network
 * ``lean_unet``: MONAI's UNet without its most expensive convolutions
 * ``network``: the UNet and all that tells it of conditions, as engine and checkpoint see them
 * ``denoiser``: network, process, condition and guidance as the one function that samplers call

@@ -11,95 +11,13 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.models.autoencoder import single_slice
 from fibldm.models.conditions.condition import Condition, present
 from fibldm.models.conditions.mask import MaskEncoding
+from fibldm.models.control import Control, Parts, as_input
 from fibldm.models.controlnet import copy_base_weights
 from fibldm.models.process import Variance
 from fibldm.models.time_vectors import take_vectors, takes_vectors, time_width
 
-Residuals = tuple[tuple[Tensor, ...], Tensor]
-Parts = Mapping[str, nn.Module | None]
-
 # What these two are called in checkpoints, which are older than the others.
 _KEPT_AS = {"mask": "mask_encoder", "covariates": "covariate_tokens"}
-
-
-class Control(nn.Module):
-    """A ControlNet and what it sees of one condition, or of several at once.
-
-    Args:
-        controlnet: steered by this.
-        sees: name of the condition.
-        encoder: from the encoded condition to its input, see `mask_encoders`; None shows it as it is encoded.
-        mask: how masks are encoded; needed with ``labels`` only.
-        labels: values of the labels that it sees, the others are unknown to it; None: all.
-        beside: modules like ``encoder`` for further conditions, by name, whose channels come behind; None of one leaves
-            it out.
-
-    Attributes:
-        names: of all conditions that it sees.
-
-    Raises:
-        FibldmError: the dataset has no such label, or there are labels of what is no mask.
-    """
-
-    dropped: Tensor | None
-
-    def __init__(
-        self,
-        controlnet: ControlNet,
-        *,
-        sees: str = "mask",
-        encoder: nn.Module | None = None,
-        mask: MaskEncoding | None = None,
-        labels: Iterable[int] | None = None,
-        beside: Parts | None = None,
-    ) -> None:
-        super().__init__()
-        if labels is not None and sees != "mask":
-            raise FibldmError(
-                f"a ControlNet sees labels of the mask; this one sees the {sees}", "leave control_labels out"
-            )
-        self.controlnet, self.sees, self.encoder, self.mask = controlnet, sees, encoder, mask
-        self.beside = nn.ModuleDict(present(beside))
-        self.names = (sees, *self.beside)
-        dropped = mask.all_but(labels) if mask is not None and labels is not None else None
-        self.register_buffer("dropped", dropped, persistent=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        given: Mapping[str, Tensor],
-        context: Tensor | None = None,
-        vectors: Tensor | None = None,
-    ) -> Residuals:
-        """Residuals of the down path, and of the middle, for the base network's own input ``(B, N, x, y, z)``.
-
-        Tokens and vectors are those that the base network sees.
-        """
-        first = given[self.sees]
-        if self.mask is not None and self.dropped is not None:
-            first = self.mask.drop(first, self.dropped.expand(len(first), -1))
-        hints = [_shown(self.encoder, first, like=x)]
-        hints += [_shown(part, given[name], like=x) for name, part in self.beside.items()]
-        hint = torch.cat(hints, dim=1) if len(hints) > 1 else hints[0]
-        seen = {"context": context, **({} if vectors is None else {"class_labels": vectors})}
-        down, middle = self.controlnet(x, timesteps, controlnet_cond=hint, **seen)
-        return tuple(down), middle
-
-    def is_off(self, given: Iterable[str]) -> bool:
-        """Whether nothing that it sees is given, which leaves it out.
-
-        Raises:
-            FibldmError: a part of what it sees is given.
-        """
-        missing = [name for name in self.names if name not in given]
-        if missing and len(missing) < len(self.names):
-            raise FibldmError(
-                f"a ControlNet that sees {', '.join(self.names)} needs all of them or none; there is no "
-                f"{', '.join(missing)}",
-                "give Condition.null to ask for nothing",
-            )
-        return bool(missing)
 
 
 class ConditionedNetwork(nn.Module):
@@ -204,7 +122,7 @@ class ConditionedNetwork(nn.Module):
         self._check_size(tuple(z_t.shape[2:]))
         self._check_given(given)
         shown = {
-            name: _shown(part, given[name], like=z_t)
+            name: as_input(part, given[name], like=z_t)
             for name, part in {**self.parts("channels"), **self.parts("norms")}.items()
         }
         channels, norms = ([shown[name] for name in self.routes[route]] for route in ("channels", "norms"))
@@ -405,9 +323,3 @@ def _kept_as(name: str, route: str) -> str:
     if route == "time":
         return f"vectors_{name}"
     return _KEPT_AS.get(name, f"condition_{name}")
-
-
-def _shown(encoder: nn.Module | None, given: Tensor, *, like: Tensor) -> Tensor:
-    """What an encoder makes of a condition, with as many axes as ``like``."""
-    shown: Tensor = given if encoder is None else encoder(given)
-    return shown.squeeze(-1) if shown.ndim > like.ndim else shown

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.conditions.token import TOKEN, TokenNames, TokenVectors
-from fibldm.models.network import ConditionedNetwork, Control
+from fibldm.models.control import Control
+from fibldm.models.network import ConditionedNetwork
 from fibldm.models.time_vectors import time_width
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
 from fibldm.progress import track
-from fibldm.runs.configuration import read_configuration
+from fibldm.runs.config_files import read_configuration
 from fibldm.runs.stages import DEFAULT_RECIPE, kind_of, trained
 from fibldm.volumes.coverage import measure_coverage
 from fibldm.volumes.datalist import read_datalist

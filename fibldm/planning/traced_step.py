@@ -25,7 +25,8 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.models.conditions.condition import Condition, present
 from fibldm.planning.live_bytes import LiveBytes, forget_values, held_on_cpu, held_on_cuda, without_values
 from fibldm.runs.causes import unwrapped
-from fibldm.runs.configuration import ConfigFiles, shipped, stage_configuration
+from fibldm.runs.config_files import ConfigFiles, shipped
+from fibldm.runs.configuration import stage_configuration
 from fibldm.runs.stages import files_of_stages, kind_of
 from fibldm.training.draws import Draw
 from fibldm.training.encode_stage import about_second_images, covariates_by_case

@@ -43,7 +43,7 @@ def _rules(config: Mapping[str, Any]) -> tuple[set[str], dict[str, Any]]:
 
 @cache
 def _shipped_rules() -> dict[str, Any]:
-    from fibldm.runs.configuration import configs_folder, read_configuration
+    from fibldm.runs.config_files import configs_folder, read_configuration
 
     contents = [read_configuration(file.stem) for file in configs_folder().glob("*.yaml")]
     listed = [name for content in contents for key in ("", "+") for name in content.get(f"{key}not_decisive", ())]

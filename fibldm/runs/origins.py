@@ -10,7 +10,8 @@ import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from fibldm.runs.configuration import ConfigFiles, Configuration, configs_folder, shown
+from fibldm.runs.config_files import ConfigFiles, configs_folder, shown
+from fibldm.runs.configuration import Configuration
 
 _Place = tuple[str, ...]
 _LINE = 100  # characters of a list that stands on one line

@@ -19,7 +19,8 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.segmenter import trained_segmenter
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, configs_folder
+from fibldm.runs.config_files import configs_folder
+from fibldm.runs.configuration import Configuration
 from fibldm.training.draws import Draw, KeyedDataset
 from fibldm.volumes.augmentation import TorchIOd, before_random
 from fibldm.volumes.transforms import AsPlainTensorsd

@@ -24,7 +24,8 @@ from fibldm.models.lean_unet import LeanUNet
 from fibldm.models.low_rank import add_low_rank, base_state, merged_state, updates_of
 from fibldm.recipe import Recipe
 from fibldm.runs import StageFolder, hash_weights
-from fibldm.runs.configuration import Configuration, shipped
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR
 from fibldm.training.base_latents import covariates_as_fitted

@@ -25,7 +25,7 @@ from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.vector_quantised import VectorQuantisedAutoencoder
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import shipped
+from fibldm.runs.config_files import shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.handlers import EMA
 from fibldm.training.masked_volumes import MaskedVolumePrepareBatch

@@ -22,7 +22,8 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
 from fibldm.models.conditions.image import ImageEncoding, ImageMixture
 from fibldm.models.conditions.mask import MaskEncoding
-from fibldm.models.network import ConditionedNetwork, Control, steered
+from fibldm.models.control import Control
+from fibldm.models.network import ConditionedNetwork, steered
 from fibldm.models.one_tensor import OneTensorNetwork
 from fibldm.runs import StageFolder
 from fibldm.synthesis import Synthesizer

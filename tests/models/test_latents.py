@@ -27,7 +27,7 @@ from fibldm.files import hash_file, read_json, write_tensors
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import decisive
-from fibldm.runs.configuration import read_configuration
+from fibldm.runs.config_files import read_configuration
 from fibldm.runs.renamed import current
 from fibldm.shards import Shard, wait_for
 from fibldm.training.encode_stage import EncodeStage

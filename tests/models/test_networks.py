@@ -12,8 +12,9 @@ from torch import nn
 from fibldm.errors import FibldmError
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.conditions.mask_encoders import MaskRescaler
+from fibldm.models.control import Control
 from fibldm.models.denoiser import Denoiser
-from fibldm.models.network import ConditionedNetwork, Control, combine_controlnets, steered
+from fibldm.models.network import ConditionedNetwork, combine_controlnets, steered
 from fibldm.models.process import RectifiedFlow
 
 MASK = MaskEncoding((0, 1, 4, 7), 4)

@@ -22,15 +22,8 @@ from fibldm import __version__
 from fibldm.cli import run
 from fibldm.errors import FibldmError
 from fibldm.runs import STAGES, StageFolder, decisive
-from fibldm.runs.configuration import (
-    ConfigFiles,
-    Configuration,
-    IncompatibleGrid,
-    check_grid,
-    configs_folder,
-    shipped,
-    stage_configuration,
-)
+from fibldm.runs.config_files import ConfigFiles, configs_folder, shipped
+from fibldm.runs.configuration import Configuration, IncompatibleGrid, check_grid, stage_configuration
 from fibldm.runs.options import parse_overrides
 from fibldm.runs.stages import TABLE
 from fibldm.training.muon import Muon

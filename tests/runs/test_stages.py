@@ -14,7 +14,7 @@ from fibldm.planning.plan import plan
 from fibldm.planning.traced_step import Request
 from fibldm.recipe import Recipe
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import configs_folder
+from fibldm.runs.config_files import configs_folder
 from fibldm.runs.stages import TABLE, StageKind, begun, kind_of, trained
 from fibldm.synthesis.loading import generating_stage
 from fibldm.training.shares import TotalBudget, shares_of
@@ -36,7 +36,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageKi
     configs = tmp_path / "configs"
     shutil.copytree(configs_folder(), configs)
     (configs / "train_refined.yaml").write_text("stage::name: refined\nstrength_of_refinement: 0.5\n")
-    monkeypatch.setattr("fibldm.runs.configuration.configs_folder", lambda: configs)
+    monkeypatch.setattr("fibldm.runs.config_files.configs_folder", lambda: configs)
     monkeypatch.setitem(TABLE, ROW.name, ROW)
     traced_step._shipped_keys.cache_clear()
     yield ROW

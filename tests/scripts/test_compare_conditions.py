@@ -7,7 +7,8 @@ import pytest
 from builders import script as script_of
 
 from fibldm.files import write_json
-from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import stage_configuration
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 
 from fibldm.files import read_json, write_json
-from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import stage_configuration
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -32,9 +32,10 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import Autoencoder, FrozenFirstStage
 from fibldm.models.conditions.mask import MaskEncoding
+from fibldm.models.control import Control
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
 from fibldm.models.latents import LatentSpace
-from fibldm.models.network import ConditionedNetwork, Control
+from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.samplers import SAMPLERS
 from fibldm.synthesis import (

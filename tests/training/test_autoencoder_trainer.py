@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.models.autoencoder import Posterior, Reconstruction
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, shipped
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import Configuration
 from fibldm.runs.stages import TABLE
 from fibldm.training.adversarial import (
     Adversary,

@@ -18,7 +18,8 @@ from conftest import TinyStage
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
-from fibldm.runs.configuration import Configuration, shipped
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import Configuration
 from fibldm.training import distributed
 from fibldm.training.distributed import (
     batch_of_rank,

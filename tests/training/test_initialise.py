@@ -17,7 +17,8 @@ from torch import nn
 
 from fibldm.errors import FibldmError
 from fibldm.models.activation_checkpointing import checkpoint_activations
-from fibldm.models.network import ConditionedNetwork, Control
+from fibldm.models.control import Control
+from fibldm.models.network import ConditionedNetwork
 from fibldm.runs import StageFolder
 from fibldm.training.draws import take_subset
 from fibldm.training.handlers import Schedule

@@ -20,7 +20,8 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.process import Process, RectifiedFlow, Target, VariancePreserving
 from fibldm.models.samplers import draw_noise, sampler
 from fibldm.models.timesteps import sampling_times
-from fibldm.runs.configuration import shipped, stage_configuration
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import stage_configuration
 from fibldm.runs.stages import TABLE
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.losses import (

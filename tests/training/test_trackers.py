@@ -18,7 +18,8 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from fibldm.errors import FibldmError
-from fibldm.runs.configuration import Configuration, shipped
+from fibldm.runs.config_files import shipped
+from fibldm.runs.configuration import Configuration
 from fibldm.training.profiler import Profiler
 from fibldm.training.trackers import MLflow, Tracker, WandB, settings
 

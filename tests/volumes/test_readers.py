@@ -28,7 +28,7 @@ from scipy.spatial.transform import Rotation
 from fibldm.datasets.masks import read_mask
 from fibldm.datasets.source import Mask
 from fibldm.errors import FibldmError
-from fibldm.runs.configuration import shipped
+from fibldm.runs.config_files import shipped
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES, WITHOUT_GEOMETRY, read_scan, stem
 from fibldm.volumes.scan import Scan
 

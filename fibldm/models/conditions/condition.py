@@ -43,7 +43,7 @@ class Condition(ABC):
       and ``unknown`` ``(T, width)``, what is seen where nothing is given
     * ``time``: added to the embedding of the time, from modules that give ``(B, width)``, with the same; their
       ``unknown`` is ``(width,)``
-    * a ControlNet, see `fibldm.models.network.Control`
+    * a ControlNet, see `fibldm.models.control.Control`
 
     A kind that learns from the training cases has a class method ``fit`` that makes it.
 
