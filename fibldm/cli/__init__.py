@@ -32,6 +32,7 @@ COMMANDS = (
     "picture",
     "evaluate",
     "audit",
+    "report",
     "export",
     "verify",
     "pipeline",
