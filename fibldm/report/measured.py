@@ -1,5 +1,6 @@
 """What was measured, as sections of a report: figures with intervals, and the audit."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _ASKS = {
 _HEADS = ("figure", "value", "95 % interval", "real scans", "shuffled masks", "patients", "note")
 _LISTED = 10
 _DIGITS = 12
+NAME_LEFT_OUT = "[name left out]"
 LEFT_OUT = "Left out: pictures of real scans, which are patient data (--with-real)."
 
 
@@ -97,9 +99,7 @@ def _section(subject: Subject, name: str, part: Mapping[str, Any], *, with_real:
     if drawn:
         lines.append(_drawn(drawn))
     notes = [str(note) for note in part.get("notes", [])]
-    warnings = notes if names else [note for note in notes if not _names_cases(note, part)]
-    if len(warnings) < len(notes):
-        lines.append("A note that names cases is left out.")
+    warnings = notes if names else [_without_names(note, part) for note in notes]
     weights = drawn.get("weights")
     if weights and subject.weights and weights not in subject.weights:
         warnings.append(f"These figures are of other weights ({weights[:_DIGITS]}) than those of this report.")
@@ -116,8 +116,15 @@ def _section(subject: Subject, name: str, part: Mapping[str, Any], *, with_real:
     )
 
 
-def _names_cases(note: str, part: Mapping[str, Any]) -> bool:
-    return any(str(case[key]) in note for case in part.get("cases", []) for key in ("case", "nearest") if case.get(key))
+def _without_names(note: str, part: Mapping[str, Any]) -> str:
+    """A note without the names of volumes, masks, patients and scans that its measurement knows."""
+    known = {
+        str(case[key]) for case in part.get("cases", []) for key in ("case", "nearest", "subject") if case.get(key)
+    }
+    known |= {stem for name in known if (stem := name.rpartition("_")[0])}
+    for name in sorted(known, key=len, reverse=True):
+        note = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", NAME_LEFT_OUT, note)
+    return note
 
 
 def _drawn(drawn: Mapping[str, Any]) -> str:

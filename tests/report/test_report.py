@@ -409,7 +409,7 @@ def test_the_bundle_of_a_measured_run_carries_a_report_without_volumes_and_names
     ]
     for name in (html.escape(NAME), html.escape(OTHER), "octet-stream", str(tmp_path), str(tiny_run), *named):
         assert name not in text
-    assert "A note that names cases is left out." in text
+    assert "[name left out] is too &lt;smooth&gt;" in text
 
 
 # --- NiiVue

@@ -49,7 +49,8 @@
     document.getElementById("space-views").append(box);
     const niivue = new FibldmNiivue({
       isRadiologicalConvention: true, sagittalNoseLeft: true, dragAndDropEnabled: false, multiplanarShowRender: 1,
-      isNearestInterpolation: true, multiplanarLayout: 2, backColor: [0, 0, 0, 1], loadingText: "", logLevel: "error",
+      isNearestInterpolation: true, multiplanarLayout: 2, showAllOrientationMarkers: true,
+      fontColor: [1, 0.88, 0.54, 1], fontMinPx: 16, crosshairWidth: 0.4, crosshairColor: [0.4, 0.7, 1, 0.6], backColor: [0, 0, 0, 1], loadingText: "", logLevel: "error",
     });
     shown.push({ niivue, box });
     await niivue.attachToCanvas(canvas);
