@@ -120,8 +120,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     segmenter = dict(settings.segmenter)
     if settings.minutes is not None:
         segmenter["minutes"] = round(_OF_SEGMENTER * settings.minutes, 3)
-    given: dict[str, Any] = {"segmenter_settings": segmenter, "say": say}
-    evaluate(DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, **given)
+    evaluate(DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say)
     changes = as_options(segmenter)
     folders = f"--data {as_word(work)} --run {as_word(run)} --synthetic {as_word(synthetic)}"
     commands.append(f"fibldm evaluate all {folders}{changes}")

@@ -57,8 +57,8 @@ def data_part(subject: Subject, *, names: bool = True) -> Part:
     cases = report.get("cases", {})
     if rows := _extent(cases):
         tables.append(Table("Voxels and their size", ("", "smallest", "middle", "largest"), rows))
-    if rows := _labels(cases, subject.labels):
-        tables.append(Table("Labels, in millilitres", ("label", "cases", "smallest", "middle", "largest"), rows))
+    if sizes := _labels(cases, subject.labels):
+        tables.append(Table("Labels, in millilitres", ("label", "cases", "smallest", "middle", "largest"), sizes))
     left_out = report.get("left_out", [])
     lines.append(f"Left out as unsound: {counted(len(left_out), 'case')}." if left_out else "No case was left out.")
     findings = report.get("findings", [])

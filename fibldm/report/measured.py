@@ -151,8 +151,8 @@ def _with_unit(name: str, units: Mapping[str, str]) -> str:
 
 
 def _estimate(figure: Mapping[str, Any]) -> Estimate:
-    known = ("value", "low", "high", "n", "real_vs_real")
-    return Estimate(*(figure.get(name) for name in known), note=figure.get("note", ""))  # type: ignore[arg-type]
+    value, low, high, real = (figure.get(name) for name in ("value", "low", "high", "real_vs_real"))
+    return Estimate(value, low, high, int(figure.get("n", 0)), real, str(figure.get("note", "")))
 
 
 def _audit_rows(audit: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

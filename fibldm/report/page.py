@@ -75,7 +75,7 @@ class Page:
             viewer_in=VOLUMES,
             planes=PLANES,
             niivue=niivue,
-            index=Markup(self.payload.index) if self.payload else "",
+            index=Markup(self.payload.contents) if self.payload else "",
             volumes=self.payload.volumes if self.payload else {},
         )
 

@@ -14,6 +14,7 @@ from fibldm.report.colours import label_colour
 from fibldm.report.planes import centre_of, letters_of
 from fibldm.volumes.pictures import PLANES, planes_of
 
+_AT_BEST = 8  # voxels in a byte of text, of what is mostly air
 _SMALLEST = 8  # voxels along an axis, below which nothing is made coarser
 
 
@@ -21,12 +22,12 @@ class Payload(NamedTuple):
     """What the viewer of a page reads.
 
     Attributes:
-        index: JSON that says what the volumes are.
-        volumes: text of each, by the name that the index calls it by.
+        contents: JSON that says what the volumes are.
+        volumes: text of each, by the name that the contents call it by.
         coarsest: how many voxels along each axis became one, at most.
     """
 
-    index: str
+    contents: str
     volumes: Mapping[str, str]
     coarsest: int
 
@@ -57,13 +58,15 @@ def payload_of(cases: Sequence[Case], names: Mapping[int, str], most: int) -> Pa
             views.append(entry)
         told.append({"name": case.name, "views": views})
     colours = {str(value): {"name": name, "colour": label_colour(value)} for value, name in names.items()}
-    index = json.dumps({"cases": told, "labels": colours, "planes": PLANES}, ensure_ascii=True)
-    return Payload(index.replace("<", "\\u003c"), volumes, coarsest)
+    contents = json.dumps({"cases": told, "labels": colours, "planes": PLANES}, ensure_ascii=True)
+    return Payload(contents.replace("<", "\\u003c"), volumes, coarsest)
 
 
 def coarseness(view: View, most: int) -> int:
     """How many voxels along each axis become one, so that voxels and labels take at most so many bytes each."""
     step = 1
+    while view.voxels.size > _AT_BEST * most * step**3:  # not worth a try
+        step += 1
     while len(_text(_coarse(view.voxels, step))) > most and min(_larger(view, 2 * step)) >= _SMALLEST:
         step += 1
     return step
@@ -124,4 +127,4 @@ def _picked(labels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
 
 def _text(array: NDArray[np.uint8]) -> str:
     """Voxels, X fastest, as NIfTI has them."""
-    return base64.b64encode(gzip.compress(array.tobytes(order="F"), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(array.tobytes(order="F"), mtime=0)).decode()

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel
@@ -336,8 +337,8 @@ def test_volumes_for_which_there_is_no_room_are_made_coarser_in_place() -> None:
     assert blocks[0, 0, 0] == round(voxels[:2, :2, :2].mean()) and blocks.shape == (12, 16, 20)
     case = type("Case", (), {"views": [view], "name": "</script>"})
     payload = payload_of([case], {1: "one"}, 16000)
-    entry = json.loads(payload.index)["cases"][0]["views"][0]
-    assert payload.coarsest == step and entry["coarse"] == step and "<" not in payload.index
+    entry = json.loads(payload.contents)["cases"][0]["views"][0]
+    assert payload.coarsest == step and entry["coarse"] == step and "<" not in payload.contents
     assert np.allclose(np.array(entry["affine"]).reshape(4, 4)[:3, 3], (step - 1) / 2 * np.array([1, 2, 3]))
 
 
@@ -438,3 +439,31 @@ def test_three_dimensions_are_offered_where_niivue_is_installed(
 def test_without_the_package_there_is_no_niivue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(niivue, "PACKAGE", "a_package_that_nobody_has")
     assert niivue.find_niivue() is None
+
+
+# --- in a browser
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_slices_with_their_letters_and_complains_of_nothing(
+    measured, synthetic, tmp_path: Path
+) -> None:
+    written(measured, synthetic=synthetic)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+    page_file = f"file://{tmp_path / 'report.html'}"
+    made = subprocess.run(
+        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page_file],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "CONSOLE" not in made.stderr
+    assert '<div id="viewer">' in made.stdout  # shown by its program, which the policy lets run
+    assert re.findall(r'aria-label="synthetic, (\w+) slice (\d+) of (\d+)"', made.stdout) == [
+        ("axial", "2", "10"),
+        ("coronal", "15", "16"),
+        ("sagittal", "11", "12"),
+    ]
+    sides = re.findall(r'<span class="(?:left|right|top|bottom)">(.)</span>', made.stdout)
+    assert "".join(sides) == 2 * "RLAPRLSIAPSI"
