@@ -22,6 +22,7 @@ from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.planning.timing import encoding_seconds
 from fibldm.planning.traced_step import imagined_latents
 from fibldm.recipe import Recipe, TrainingStep
+from fibldm.report.report import ReportSettings, bundle_report, write_report
 from fibldm.runs import StageFolder
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import Configuration, check_grid
@@ -85,8 +86,8 @@ def pipeline(
 
     Args:
         source: the dataset, as `fibldm.datasets.preparation.prepare` takes it.
-        out: gets ``work``, ``run``, ``synthetic``, ``bundle`` and, to measure utility, ``synthetic_training``; words of
-            ``out/bundle/export.yaml`` go into the bundle.
+        out: gets ``work``, ``run``, ``synthetic``, ``bundle``, ``report.html`` and, to measure utility,
+            ``synthetic_training``; words of ``out/bundle/export.yaml`` go into the bundle.
         recipe: what each step does; all of it is checked before the first one.
         settings: of the export.
         workers: processes that prepare at the same time.
@@ -123,8 +124,9 @@ def pipeline(
         evaluate(["utility"], synthetic=out / "synthetic_training", **given)
     say(f"5/6 export: {bundle}")
     sampling = {**asdict(drawing.sampling), **settings.sampling}
-    for note in export(run, bundle, replace(settings, sampling=sampling))["notes"]:
+    for note in export(run, bundle, replace(settings, sampling=sampling), also=bundle_report(run))["notes"]:
         say(f"note: {note}")
+    write_report(run, out / "report.html", ReportSettings(out / "synthetic", work, title=settings.name or ""))
     say("6/6 verify, in a fresh process")
     checks = list(verify(bundle))
     if failed := [check for check in checks if not check.ok]:
@@ -133,9 +135,21 @@ def pipeline(
             f"run `fibldm verify {as_word(bundle)}` to see all checks",
         )
     say(f"all {len(checks)} checks are ok")
-    say("\n".join(["", f"bundle: {bundle}", "", "The training, step by step:", *(f"  {line}" for line in commands)]))
+    report_file = f"report: {out / 'report.html'}"
+    say(
+        "\n".join(
+            [
+                "",
+                f"bundle: {bundle}",
+                report_file,
+                "",
+                "The training, step by step:",
+                *(f"  {line}" for line in commands),
+            ]
+        )
+    )
     return {
-        "outputs": [str(bundle), str(run), str(out / "synthetic")],
+        "outputs": [str(bundle), str(run), str(out / "synthetic"), str(out / "report.html")],
         "checks": {check.name: check.saw for check in checks},
     }
 

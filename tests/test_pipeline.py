@@ -216,6 +216,9 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     assert re.search(r"fibldm train diffusion .*--config mask_concat", told) and "train controlnet" not in told
     files = [*tmp_path.glob("made/synthetic*/*.nii.gz"), *tmp_path.glob("made/run/*/checkpoints/*.pt")]
     assert {file.parent.name for file in files} == {"synthetic", "synthetic_training", "checkpoints"}
+    shown = (tmp_path / "made" / "report.html").read_text()
+    assert "Left out: real scans" in shown and "shuffled masks" in shown
+    assert "neither volumes nor names" in (tmp_path / "made" / "bundle" / "docs" / "report.html").read_text()
     metadata = read_json(tmp_path / "made" / "bundle" / "configs" / "metadata.json")
     assert metadata["name"] == "made" and any(key.startswith("utility/") for key in metadata["eval_metrics"])
     figures = read_json(tmp_path / "made" / "run" / "evaluation" / "metrics.json")

@@ -33,6 +33,7 @@ COMMANDS = (
     "picture",
     "evaluate",
     "audit",
+    "report",
     "export",
     "verify",
     "pipeline",

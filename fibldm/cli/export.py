@@ -39,13 +39,14 @@ def export(
     from fibldm.cli.synthesis_options import read_strengths
     from fibldm.delivery.export import ExportSettings
     from fibldm.delivery.export import export as write_bundle
+    from fibldm.report.report import bundle_report
     from fibldm.runs.options import parse_overrides
     from fibldm.synthesis import SamplingSettings
 
     sampling = parse_overrides(settings)
     adapters = read_strengths(adapter)
     chosen = ExportSettings(license, license_file, half, name, version, unconditional, sampling, adapters)
-    written = write_bundle(run, out, chosen)
+    written = write_bundle(run, out, chosen, also=bundle_report(run))
     precision = "half" if half else "single"
     print(f"{out}: {written['bytes'] / 1e6:.1f} MB of weights in {precision} precision, {len(written['files'])} files")
     print(f"by default it draws by {SamplingSettings.from_dict(written['sampling']).described}")

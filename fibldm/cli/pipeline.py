@@ -8,7 +8,9 @@ import typer
 
 def pipeline(
     source: Annotated[Path, typer.Argument(help="Dataset, as for `fibldm prepare`.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything: work, run, synthetic, bundle.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for everything: work, run, synthetic, bundle, report.html.")
+    ],
     license: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")],
     license_file: Annotated[
         Path | None, typer.Option(help="Licence text, for identifiers that FibLDM does not know.")
@@ -31,7 +33,7 @@ def pipeline(
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep the bundle's weights in half precision.")] = False,
 ) -> dict[str, Any]:
-    """Prepare, train all stages, synthesize, measure, export and verify; finished steps are kept."""
+    """Prepare, train all stages, synthesize, measure, export, report and verify; finished steps are kept."""
     from fibldm.cli.output import log_to_standard_error
     from fibldm.delivery.export import ExportSettings
     from fibldm.pipeline import pipeline as run_pipeline

@@ -6,7 +6,7 @@ are programs for ``python -m monai.bundle run``.
 
 import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,34 @@ class ExportSettings:
     adapters: Mapping[str | Path, float] = field(default_factory=dict)
 
 
-def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Exported:
+    """A bundle that is being written.
+
+    Attributes:
+        folder: where its parts lie for now.
+        facts: content of its ``generator.json``.
+        words: what a person says of it.
+        measured: the figures of its weights.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    words: CardText
+    measured: Measured
+
+
+Also = Callable[[Exported], None]
+
+
+def export(run: Path, out: Path, settings: ExportSettings, *, also: Also | None = None) -> dict[str, Any]:
     """Write a run as a bundle; what lies in ``out`` beside the parts of a bundle stays there.
 
     Args:
         run: a finished run.
         out: the bundle's folder; words of ``out/export.yaml`` go into the model card.
         settings: what the person who exports decides.
+        also: writes more into the bundle before its manifest.
 
     Returns:
         ``bytes`` of the weights, ``half``, ``data_licence`` as the dataset says it, ``sampling`` by default, ``notes``
@@ -100,6 +121,8 @@ def export(run: Path, out: Path, settings: ExportSettings) -> dict[str, Any]:
         write_json(folder / "configs" / "train.json", train_configuration(stage, facts))
         write_json(folder / "configs" / "evaluate.json", evaluate_configuration(facts))
         write_text(folder / "docs" / "README.md", card(facts, words, measured, size=_size(folder)))
+        if also is not None:
+            also(Exported(folder, facts, words, measured))
         written = {
             "bytes": _size(folder),
             "half": settings.half,

@@ -92,7 +92,7 @@ def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size:
     """The card in Markdown, with front matter that model hubs read; ``size`` is that of the weights in bytes."""
     modality = str(facts["modality"])
     if modality == OTHER:
-        words = _unmedical(words)
+        words = unmedical(words)
     template = (files("fibldm.delivery") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     sampling = followed(facts)
@@ -151,7 +151,7 @@ def _example(known: Mapping[str, Any]) -> str:
     return str(known["values"][0]) if "values" in known else f"{known['high']:g}"
 
 
-def _unmedical(words: CardText) -> CardText:
+def unmedical(words: CardText) -> CardText:
     """The words of a bundle that shows no patients, where a person has not said others."""
     usual, said = CardText(), {"intended_use": _OTHER_USE, "limits": _OTHER_LIMITS}
     return replace(words, **{key: text for key, text in said.items() if getattr(words, key) == getattr(usual, key)})

@@ -5,6 +5,7 @@ the labels of the chest phantoms.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fibldm.errors import FibldmError
-from fibldm.report.report import Match
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Array, Volume, resample
 
@@ -27,6 +27,25 @@ _GRID_TOLERANCE = 1e-2
 
 Hounsfield = NDArray[Any]
 Labels = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Synthetic volumes of one mask, and the phantom that the mask was drawn on; all files.
+
+    Attributes:
+        case: name of the mask.
+        subject: whose mask it is.
+        mask: label file.
+        real: image file on the mask's grid.
+        synthetic: image files on the mask's grid; more than one are of other seeds.
+    """
+
+    case: str
+    subject: str
+    mask: Path
+    real: Path
+    synthetic: Sequence[Path]
 
 
 def measure(matches: Sequence[Match]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 
 from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
-from fibldm.demo.chest_metrics import measure
+from fibldm.demo.chest_metrics import Match, measure
+from fibldm.demo.demo_parts import demo_parts
 from fibldm.errors import FibldmError
 from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, evaluate
 from fibldm.files import read_json, write_json
@@ -20,10 +21,10 @@ from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.pipeline import train_steps
 from fibldm.progress import track
 from fibldm.recipe import TrainingStep
-from fibldm.report.report import Match, write_report
+from fibldm.report.report import ReportSettings, write_report
 from fibldm.runs import BUDGET
 from fibldm.runs.options import as_options
-from fibldm.runs.stages import TABLE, begun
+from fibldm.runs.stages import TABLE
 from fibldm.synthesis import Output, SamplingSettings, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import fast_bfloat16
 from fibldm.verbatim import as_word
@@ -34,7 +35,7 @@ _logger = logging.getLogger("fibldm")
 
 _SEEDS_OF_FIRST_MASKS = 2
 _MASKS_WITH_SEEDS = 2
-_PICTURES = 4
+_SHOWN = 4  # volumes in the report
 _MINUTES = {True: 5.0, False: 13.0}  # where the device is fast, and where it is not
 _OF_SEGMENTER = 0.15
 _DRAWING = 6.0  # seconds of starting, drawing and measuring for one of making and preparing the phantoms
@@ -119,9 +120,7 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
     segmenter = dict(settings.segmenter)
     if settings.minutes is not None:
         segmenter["minutes"] = round(_OF_SEGMENTER * settings.minutes, 3)
-    sections = evaluate(
-        DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say
-    )
+    evaluate(DEFAULT_MEASUREMENTS, run_dir=run, work=work, synthetic=synthetic, segmenter_settings=segmenter, say=say)
     changes = as_options(segmenter)
     folders = f"--data {as_word(work)} --run {as_word(run)} --synthetic {as_word(synthetic)}"
     commands.append(f"fibldm evaluate all {folders}{changes}")
@@ -135,17 +134,16 @@ def demo(out: Path, settings: DemoSettings, *, say: Callable[[str], None] = prin
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(out / "metrics.json", figures)
-    write_report(
-        out / "report.html",
-        figures=figures,
-        matches=matches[:_PICTURES],
-        sections=sections,
-        evaluation=run / "evaluation",
-        losses={kind.name: run / kind.name / "metrics.csv" for kind in begun(run) if kind.is_trained},
-        labels=read_json(work / "datalist.json")["labels"],
-        window=(-1000, 300),
-        commands=commands,
+    shown = ReportSettings(
+        synthetic=synthetic,
+        data=work,
+        with_real=True,  # phantoms are nobody's
+        patients=False,
+        cases=_SHOWN,
+        title="demo on phantoms",
+        more=demo_parts(figures, commands),
     )
+    write_report(run, out / "report.html", shown)
     say(_summary(out, figures, commands))
     return figures
 

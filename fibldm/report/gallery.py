@@ -3,6 +3,8 @@
 Slices are turned as `fibldm.volumes.pictures` says, and go through the middle of the labels.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +22,14 @@ from numpy.typing import NDArray
 import fibldm
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_path, read_json, write_text
-from fibldm.report.report import drawn_labels, embedded, label_colour
+from fibldm.report.colours import drawn_labels, label_colour
+from fibldm.report.planes import centre_of, outline
 from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
 from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array
 from fibldm.volumes.intensity import load_intensity
 from fibldm.volumes.masks import volumes_in
-from fibldm.volumes.pictures import PLANES, draw_plane, middle, planes_of, slice_of
+from fibldm.volumes.pictures import PLANES, draw_plane, planes_of, slice_of
 from fibldm.volumes.writer import sidecar, volume_stem
 
 _INCHES = 2.6
@@ -68,7 +71,7 @@ def volumes_of(source: Path, split: str | None = None) -> tuple[list[Shown], dic
     if split is not None:
         raise FibldmError(f"--split is of a work folder; {source} holds no datalist.json", "leave it out")
     if found := volumes_in(source):
-        return [_synthetic(file) for file in found], {}
+        return [as_drawn(file) for file in found], {}
     pairs = [(file, source / "labels" / file.name) for file in volumes_in(source / "images")]
     if not pairs:
         raise FibldmError(
@@ -113,7 +116,7 @@ def write_gallery(
     for volume in volumes:
         rows, values = _rows_of([volume], window)
         found |= values
-        pictures.append((volume, embedded(_drawn(rows))))
+        pictures.append((volume, _embedded(_drawn(rows))))
     environment = Environment(loader=PackageLoader("fibldm.report"), autoescape=True)
     html = environment.get_template("gallery.html.j2").render(
         version=fibldm.__version__, pictures=pictures, legend=_legend(found, names), left_out=left_out
@@ -141,7 +144,7 @@ def _of_work(work: Path, splits: Sequence[str]) -> tuple[list[Shown], dict[int, 
     return found, {int(value): str(name) for value, name in read_datalist(work)["labels"].items()}
 
 
-def _synthetic(file: Path) -> Shown:
+def as_drawn(file: Path) -> Shown:
     """A volume with the mask and the sidecar that lie beside it, where they do."""
     facts: dict[str, Any] = read_json(sidecar(file)) if sidecar(file).is_file() else {}
     intensity = facts.get("intensity", {})
@@ -159,7 +162,7 @@ def _rows_of(volumes: Sequence[Shown], window: tuple[float, float] | None) -> tu
     values: set[int] = set()
     for shown in volumes:
         scan = read_scan((shown.image,))
-        labels = None if shown.mask is None else _labels(shown, scan.array.shape[:3], scan.affine)
+        labels = None if shown.mask is None else labels_of(shown, scan.array.shape[:3], scan.affine)
         if labels is not None:
             values |= {int(value) for value in np.unique(labels[drawn_labels(labels)])}
         right, front, up = (float(step) for step in scan.spacing)
@@ -167,11 +170,16 @@ def _rows_of(volumes: Sequence[Shown], window: tuple[float, float] | None) -> tu
         for number, voxels in enumerate(channels):
             title = shown.name if len(channels) == 1 else f"{shown.name}, channel {number}"
             title += f", {_SYNTHETIC}" if shown.synthetic else ""
-            rows.append(_Row(title, voxels, labels, (right, front, up), window or shown.window or _range(voxels)))
+            rows.append(_Row(title, voxels, labels, (right, front, up), window or shown.window or range_of(voxels)))
     return rows, values
 
 
-def _labels(shown: Shown, shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.uint8]:
+def labels_of(shown: Shown, shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The labels of a volume that has a mask, which must lie on its grid.
+
+    Raises:
+        FibldmError: it does not.
+    """
     mask = read_scan((shown.mask,))  # type: ignore[arg-type]
     if mask.array.shape != shape or not np.allclose(mask.affine, affine, atol=1e-2):
         raise FibldmError(f"{shown.image} must lie on the grid of its mask {shown.mask}; it does not")
@@ -179,7 +187,8 @@ def _labels(shown: Shown, shape: tuple[int, ...], affine: NDArray[np.float64]) -
     return labels
 
 
-def _range(voxels: Array) -> tuple[float, float]:
+def range_of(voxels: Array) -> tuple[float, float]:
+    """What is shown as black and as white where nobody says it: percentiles."""
     low, high = np.percentile(voxels[np.isfinite(voxels)], _PERCENTILES)
     return (float(low), float(high)) if low < high else (float(low), float(low) + 1)
 
@@ -204,31 +213,11 @@ def _drawn(rows: Sequence[_Row], *, titles: bool = False, legend: Sequence[tuple
 
 
 def _draw_plane(axis: Axes, row: _Row, plane: int) -> None:
-    centre = _centre(row)
+    centre = centre_of(row.voxels, row.labels)
     draw_plane(axis, row.voxels, row.spacing, plane, centre, cmap="gray", vmin=row.window[0], vmax=row.window[1])
     axis.set_title(PLANES[plane], color="white", fontsize=_FONT)
     if row.labels is not None:
-        _outline(axis, slice_of(row.labels, row.spacing, plane, centre)[0])
-
-
-def _outline(axis: Axes, labels: Array) -> None:
-    """Lines around every label of a slice; a rim of background closes them at the picture's edge."""
-    padded = np.pad(labels, 1)
-    y, x = (np.arange(length) - 1 for length in padded.shape)
-    for value in np.unique(padded[drawn_labels(padded)]):
-        axis.contour(
-            x, y, (padded == value).astype(float), levels=[0.5], colors=[label_colour(int(value))], linewidths=1.0
-        )
-    axis.set(xlim=(-0.5, labels.shape[1] - 0.5), ylim=(-0.5, labels.shape[0] - 0.5))
-
-
-def _centre(row: _Row) -> tuple[int, int, int]:
-    """The labelled slices of most labelled voxels; without labels, the middle."""
-    found = None if row.labels is None else drawn_labels(row.labels)
-    if found is None or not found.any():
-        return middle(row.voxels)
-    x, y, z = (int(found.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3))
-    return x, y, z
+        outline(axis, slice_of(row.labels, row.spacing, plane, centre)[0])
 
 
 def _legend(values: set[int], names: Mapping[int, str]) -> list[tuple[str, str]]:
@@ -238,3 +227,10 @@ def _legend(values: set[int], names: Mapping[int, str]) -> list[tuple[str, str]]
 def _plain(text: str) -> str:
     """What the picture's own font can show; HTML has the names as they are."""
     return "".join(letter if ord(letter) < 0x500 else "?" for letter in text)
+
+
+def _embedded(figure: Figure) -> str:
+    """A figure as PNG in base64."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return base64.b64encode(buffer.getvalue()).decode()

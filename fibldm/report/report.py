@@ -1,152 +1,161 @@
-"""A report in one HTML file: pictures, loss curves and figures; nothing is fetched when it is opened."""
+"""A report in one HTML file, of a run, a bundle, or what was measured of one; nothing is fetched when it is opened.
 
-import base64
-import csv
-import io
-from collections.abc import Mapping, Sequence
+Reports travel. By default they hold no real scan; `ReportSettings.with_real` puts those of the work folder in, and the
+page says so on top. What lies in a bundle has neither volumes nor names of cases.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from jinja2 import Environment, PackageLoader
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from fibldm.delivery.export import Also, Exported
+from fibldm.errors import FibldmError
+from fibldm.report.cases import Case, cases_of, scans_beside
+from fibldm.report.colours import label_colour
+from fibldm.report.made import data_part, hashes_part, limits_part, training_part
+from fibldm.report.measured import audit_part, measured_parts
+from fibldm.report.page import VOLUMES, Page, room_for_volumes
+from fibldm.report.parts import Part
+from fibldm.report.payload import Payload, payload_of
+from fibldm.report.planes import CONVENTION
+from fibldm.report.subject import Subject, as_exported, open_subject, sections_of
 
-import fibldm
-from fibldm import UNKNOWN_LABEL
-from fibldm.evaluation.results import Section
-from fibldm.files import write_text
-from fibldm.volumes.formats.nifti import read_volume
-from fibldm.volumes.grid import Array
-from fibldm.volumes.pictures import PLANES, draw_plane, show, slice_of
+IN_BUNDLE = "docs/report.html"
 
-_LABEL_COLOURS = ("#4e79a7", "#76b7b2", "#edc948", "#f28e2b", "#e15759", "#b07aa1")
-_OVERLAY_ALPHA = 0.6
+_SYNTHETIC = (
+    "Volumes called synthetic are generated and marked so in their files. They are not patients. "
+    "A mask drawn on a real scan still carries the anatomy of its patient."
+)
+_WITHOUT_REAL = "This report holds no real scan. Names are those of files."
+_PUBLIC = "This report holds neither volumes nor names of cases."
+_PATIENT_DATA = (
+    "PATIENT DATA: this report holds slices and voxels of real scans (--with-real). Handle it as you handle the scans."
+)
 
 
 @dataclass(frozen=True)
-class Match:
-    """One synthetic volume, its mask, and the real volume that the mask was drawn on; all files.
+class ReportSettings:
+    """What a report shows.
 
     Attributes:
-        case: name of the mask.
-        subject: whose mask it is.
-        mask: label file.
-        real: image file on the mask's grid.
-        synthetic: image files on the mask's grid; more than one are of other seeds.
+        synthetic: output of ``fibldm synthesize``; None shows no volumes.
+        data: the work folder; None takes that which a run names, where it is still there.
+        evaluation: folder of ``fibldm evaluate --bundle``.
+        audit: folder of ``fibldm audit``.
+        with_real: show real scans, which are patient data.
+        cases: how many volumes are shown at most.
+        trust: take a bundle that changed since its export.
+        title: of the page; empty takes the name of what it is of.
+        patients: whether the data are of patients; phantoms are nobody's.
+        more: sections at the end.
+
+    Raises:
+        FibldmError: no volume may be shown.
     """
 
-    case: str
-    subject: str
-    mask: Path
-    real: Path
-    synthetic: Sequence[Path]
+    synthetic: Path | None = None
+    data: Path | None = None
+    evaluation: Path | None = None
+    audit: Path | None = None
+    with_real: bool = False
+    cases: int = 4
+    trust: bool = False
+    title: str = ""
+    patients: bool = True
+    more: Sequence[Part] = ()
+
+    def __post_init__(self) -> None:
+        if self.cases < 1:
+            raise FibldmError(f"a report shows at least one of the volumes; got {self.cases}", "change `cases`")
 
 
-def write_report(
-    path: Path,
-    *,
-    figures: Mapping[str, Any],
-    matches: Sequence[Match],
-    sections: Mapping[str, Section],
-    evaluation: Path,
-    losses: Mapping[str, Path],
-    labels: Mapping[str, str],
-    window: tuple[float, float],
-    commands: Sequence[str],
-) -> None:
-    """Write the report of a run.
+def write_report(source: Path, out: Path, settings: ReportSettings) -> int:
+    """Write the report; its size in bytes.
 
     Args:
-        path: the HTML file.
-        figures: content of ``metrics.json``.
-        matches: what to show as pictures: mask, real and synthetic.
-        sections: what `fibldm evaluate` measured, by name.
-        evaluation: folder of the pictures that the sections name.
-        losses: ``metrics.csv`` by stage.
-        labels: names by label value.
-        window: values shown as black and as white.
-        commands: what was run, one line each.
+        source: a run, a bundle, or a folder of ``fibldm evaluate`` or ``fibldm audit``.
+        out: the HTML file.
+        settings: what it shows.
+
+    Raises:
+        FibldmError: the source is none of these, volumes are not of it, or the file would be too large.
     """
-    environment = Environment(loader=PackageLoader("fibldm.report"), autoescape=True)
-    pictures = [(match, embedded(montage(match, window))) for match in matches]
-    legend = [(name, label_colour(int(value))) for value, name in labels.items() if int(value)]
-    html = environment.get_template("report.html.j2").render(
-        version=fibldm.__version__,
-        figures=figures,
-        pictures=pictures,
-        sections=[(name, section, _picture(section, evaluation)) for name, section in sections.items()],
-        legend=legend,
-        curves=embedded(loss_curves(losses)),
-        commands=commands,
+    subject = open_subject(
+        source, data=settings.data, evaluation=settings.evaluation, audit=settings.audit, trust=settings.trust
     )
-    write_text(path, html)
+    return page_of(subject, settings).write(out)
 
 
-def montage(match: Match, window: tuple[float, float]) -> Figure:
-    """Rows: mask over the real volume, real, synthetic; columns: axial, coronal, sagittal through the labels."""
-    mask, real, synthetic = (
-        read_volume(str(file)).canonical() for file in (match.mask, match.real, match.synthetic[0])
+def page_of(subject: Subject, settings: ReportSettings) -> Page:
+    """The page of what a report is of."""
+    volumes, payload = _volumes(subject, settings)
+    real = settings.with_real
+    parts = [
+        hashes_part(subject),
+        volumes,
+        *measured_parts(subject, with_real=real),
+        audit_part(subject, with_real=real),
+        training_part(subject),
+        data_part(subject),
+        limits_part(subject),
+        *settings.more,
+    ]
+    shows_patients = real and settings.patients
+    return Page(
+        settings.title or subject.name,
+        [_SYNTHETIC, *([] if real else [_WITHOUT_REAL])],
+        parts,
+        payload,
+        [_PATIENT_DATA] if shows_patients else [],
     )
-    found = np.argwhere(drawn_labels(mask.array))
-    centre = [int(axis) for axis in (found.mean(axis=0) if len(found) else np.array(mask.array.shape) // 2)]
-    if len(found):
-        centre[0] = int(np.quantile(found[:, 0], 0.75))  # sagittal through the right lung, not the mediastinum
-    figure = Figure(figsize=(9, 9), dpi=80, facecolor="black", layout="tight")
-    rows = (("mask", real), ("real", real), ("synthetic", synthetic))
-    for row, (name, volume) in zip(figure.subplots(3, 3), rows, strict=True):
-        for plane, axis in enumerate(row):
-            style = {"cmap": "gray", "vmin": window[0], "vmax": window[1]}
-            draw_plane(axis, volume.array, volume.grid.spacing, plane, centre, **style)
-            if name == "mask":
-                labels, aspect = slice_of(mask.array, mask.grid.spacing, plane, centre)
-                show(axis, _coloured(labels), aspect)
-            axis.set_title(f"{name}, {PLANES[plane]}", color="white", fontsize=9)
-    return figure
 
 
-def loss_curves(losses: Mapping[str, Path]) -> Figure:
-    """Training and validation loss of each stage by epoch."""
-    figure = Figure(figsize=(4 * len(losses), 3), dpi=80, layout="tight")
-    for axis, (stage, file) in zip(np.atleast_1d(figure.subplots(1, len(losses))), losses.items(), strict=True):
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        for column, name, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-            known = [row for row in rows if row[column]]
-            epochs, values = [int(row["epoch"]) for row in known], [float(row[column]) for row in known]
-            axis.plot(epochs, values, style, markersize=3, label=name)
-        axis.set(title=stage, xlabel="epoch", ylabel="loss")
-        axis.legend(fontsize=8)
-    return figure
+def bundle_report(run: Path) -> Also:
+    """What `export` writes beside the card of a bundle: the report of a measured run, fit for anybody's eyes."""
+
+    def write(made: Exported) -> None:
+        if not sections_of(made.measured.figures):
+            return
+        subject = as_exported(open_subject(run), made)
+        parts = [
+            hashes_part(subject),
+            *measured_parts(subject, with_real=False, names=False),
+            audit_part(subject, with_real=False, names=False),
+            training_part(subject),
+            data_part(subject, names=False),
+            limits_part(subject),
+        ]
+        Page(subject.name, [_SYNTHETIC, _PUBLIC], parts).write(made.folder / IN_BUNDLE)
+
+    return write
 
 
-def _picture(section: Section, folder: Path) -> str | None:
-    name = section.facts.get("picture")
-    return base64.b64encode((folder / name).read_bytes()).decode() if name else None
+def _volumes(subject: Subject, settings: ReportSettings) -> tuple[Part, Payload | None]:
+    if settings.synthetic is None:
+        return Part(VOLUMES, ["Not shown: no synthetic volumes were given (--synthetic)."]), None
+    if settings.with_real and subject.work is None:
+        raise FibldmError(
+            f"real scans are those of the work folder, and {subject.work_missing}",
+            "give `data`, or leave `with_real` out",
+        )
+    real = scans_beside(subject) if settings.with_real else None
+    cases, names = cases_of(settings.synthetic, subject, most=settings.cases, real=real)
+    payload = payload_of(cases, names, room_for_volumes())
+    legend = [(name, label_colour(value)) for value, name in names.items()]
+    return Part(
+        VOLUMES, _said(cases, settings, payload), pictures=[case.picture() for case in cases], legend=legend
+    ), payload
 
 
-def label_colour(label: int) -> str:
-    """Colour of a label in every picture."""
-    return _LABEL_COLOURS[(label - 1) % len(_LABEL_COLOURS)]
-
-
-def drawn_labels(labels: Array) -> NDArray[np.bool_]:
-    """Where a picture shows a label: neither background nor unknown."""
-    return (labels != 0) & (labels != UNKNOWN_LABEL)
-
-
-def _coloured(labels: Array) -> NDArray[np.float64]:
-    """RGBA of a slice of labels; background and unknown are clear."""
-    picture = np.zeros((*labels.shape, 4))
-    for value in np.unique(labels[drawn_labels(labels)]):
-        picture[labels == value] = to_rgba(label_colour(int(value)), alpha=_OVERLAY_ALPHA)
-    return picture
-
-
-def embedded(figure: Figure) -> str:
-    """A figure as PNG in base64, for an HTML file."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _said(cases: Sequence[Case], settings: ReportSettings, payload: Payload) -> list[str]:
+    lines = [
+        CONVENTION,
+        "Shown are volumes by what was measured, the worst among them; pictures go through their labels.",
+    ]
+    if not settings.with_real:
+        lines.append("Left out: real scans, which are patient data (--with-real).")
+    elif not any(len(case.views) > 2 for case in cases):
+        lines.append("Not shown: real scans; nothing says which training scan is nearest (fibldm evaluate copies).")
+    if payload.coarsest > 1:
+        lines.append(f"For size, up to {payload.coarsest} voxels along each axis are shown as one in the viewer.")
+    return lines

@@ -8,9 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fibldm.demo import chest_metrics
-from fibldm.demo.chest_metrics import measure
+from fibldm.demo.chest_metrics import Match, measure
 from fibldm.errors import FibldmError
-from fibldm.report.report import Match
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_synthetic
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from fibldm.cli import run
 from fibldm.errors import FibldmError
+from fibldm.report.colours import label_colour
 from fibldm.report.gallery import volumes_of, write_gallery
-from fibldm.report.report import label_colour
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels, write_nifti, write_synthetic
 
