@@ -20,11 +20,12 @@ from scipy import ndimage
 from fibldm.cli.output import as_command
 from fibldm.evaluation.audit import scans_of_work
 from fibldm.evaluation.audit.calibration import Calibration
-from fibldm.evaluation.audit.matching import Matcher
 from fibldm.files import write_json
 from fibldm.progress import track
-from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.detail import cube_spacing
+from fibldm.volumes.formats.nifti import read_grid
 from fibldm.volumes.grid import Volume
+from fibldm.volumes.matching import Matcher
 
 Array = NDArray[Any]
 Change = Callable[[Array, np.random.Generator], Array]
@@ -88,8 +89,10 @@ def plant(work: Path, count: int, only: Sequence[str] | None = None) -> dict[str
         FibldmError: a set has too few scans.
     """
     training, held_out = scans_of_work(work, "training"), scans_of_work(work, "validation", "test")
-    matcher = Matcher([read_volume(scan.file) for scan in training])
-    others = {scan.name: matcher.match(read_volume(scan.file)).similarity for scan in track(held_out, "held out")}
+    matcher = Matcher.of(
+        (scan.volume() for scan in training), cube_spacing([read_grid(scan.file) for scan in training])
+    )
+    others = {scan.name: matcher.match(matcher.open(scan.volume())).similarity for scan in track(held_out, "held out")}
     calibration = Calibration.of(others, {scan.name: scan.subject for scan in held_out})
     kinds = {name: (change,) for name, change in KINDS.items()}
     kinds |= {f"{one}, {two}": (KINDS[one], KINDS[two]) for one, two in UNIONS}
@@ -98,12 +101,12 @@ def plant(work: Path, count: int, only: Sequence[str] | None = None) -> dict[str
         random = np.random.default_rng(len(rows))
         found = []
         for place in random.choice(len(training), min(count, len(training)), replace=False):
-            scan = read_volume(training[place].file).canonical()
+            scan = training[place].volume().canonical()
             array = scan.array.astype(np.float32)
             for change in kinds[name]:
                 array = change(array, random)
             copy = Volume(np.ascontiguousarray(array, dtype=np.float32), np.diag([*scan.grid.spacing, 1.0]))
-            match = matcher.match(copy)
+            match = matcher.match(matcher.open(copy))
             found.append((match.similarity, match.scan == place))
         similarities = np.array([similarity for similarity, _ in found])
         rows[name] = {

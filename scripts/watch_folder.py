@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", type=int, help="how often a volume outside of the ranges of training is drawn again; by default none"
     )
+    parser.add_argument(
+        "--reject-copies",
+        metavar="AUDIT",
+        help="folder of an audit: a copy of a training scan is drawn again, as often as --check says or 10 times",
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
     parser.add_argument("--json", action="store_true", help="a line of JSON on standard output for every item")
     return parser
@@ -219,6 +224,7 @@ class Watcher:
             "count": asked.count,
             **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
             **({"check": asked.check} if asked.check is not None else {}),
+            **({"reject_copies": asked.known_scans.fingerprint} if asked.known_scans is not None else {}),
             "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
         }
         kinds, further = generator.beside, read(generator.beside, asked.asked)

@@ -117,6 +117,14 @@ def synthesize(
             "times where it lies outside, else leave it out (exit code 2); default: no check.",
         ),
     ] = None,
+    reject_copies: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="AUDIT",
+            help="Output folder of `fibldm audit` on the same data: draw again what it would name a copy of a training "
+            "scan, up to as many times as --check says (default: 10), else leave it out (exit code 2).",
+        ),
+    ] = None,
     output_format: Annotated[
         str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
     ] = "nifti",

@@ -64,6 +64,7 @@ def parts_of_run(
         "mask_dropout": float(stage.component("mask_dropout")),
         "choice": _choice(checkpoint, strength, others),
         "gate": read_gate(Path(run_dir), facts),
+        "data": None if others else facts["data"],
         **_of_facts(facts),
     }
 
@@ -95,6 +96,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "mask_dropout": facts.get("mask_dropout"),
                 "sampling": bundle.sampling(),
                 "gate": gate_of_bundle(facts),
+                "data": None if facts.get("adapters") else facts["data"],
                 **_of_facts(facts),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:

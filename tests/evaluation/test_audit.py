@@ -17,13 +17,14 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation.audit import scans_of_folder
 from fibldm.evaluation.audit.audit import NO_EVIDENCE, audit
 from fibldm.evaluation.audit.calibration import Calibration, Share, closer_to_training
-from fibldm.evaluation.audit.matching import Matcher
 from fibldm.evaluation.audit.membership import denoising_error, told_apart
 from fibldm.files import read_json
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.datalist import load_datalist
+from fibldm.volumes.detail import cube_spacing
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
+from fibldm.volumes.matching import Match, Matcher
 
 Array = NDArray[np.float32]
 SPACING = np.array([2.0, 2.0, 2.0])
@@ -46,13 +47,18 @@ def volume_of(array: Array, spacing: Any = SPACING) -> Volume:
 
 @pytest.fixture(scope="module")
 def matcher() -> Matcher:
-    return Matcher([volume_of(patient(number)) for number in range(10)])
+    volumes = [volume_of(patient(number)) for number in range(10)]
+    return Matcher.of(volumes, cube_spacing([volume.grid for volume in volumes]))
+
+
+def looked_up(matcher: Matcher, array: Array) -> Match:
+    return matcher.match(matcher.open(volume_of(np.ascontiguousarray(array))))
 
 
 @pytest.fixture(scope="module")
 def strangers(matcher: Matcher) -> float:
     """The largest similarity of patients who are not among the training scans."""
-    return max(matcher.match(volume_of(patient(number))).similarity for number in range(100, 106))
+    return max(looked_up(matcher, patient(number)).similarity for number in range(100, 106))
 
 
 def shifted(array: Array) -> Array:
@@ -98,13 +104,13 @@ def test_a_copy_is_found_however_it_was_changed(matcher: Matcher, strangers: flo
     array = patient(7)
     for step in CHANGES[change]:
         array = step(array)
-    match = matcher.match(volume_of(np.ascontiguousarray(array)))
+    match = looked_up(matcher, array)
     assert match.scan == 7
     assert match.similarity > 1 - (1 - strangers) / 2
 
 
 def test_a_scan_is_itself_and_strangers_are_not(matcher: Matcher, strangers: float) -> None:
-    match = matcher.match(volume_of(patient(3)))
+    match = looked_up(matcher, patient(3))
     assert match.scan == 3 and match.similarity == pytest.approx(1, abs=1e-4)
     assert str(match.transform) == "none"
     assert strangers < 0.8
@@ -112,13 +118,13 @@ def test_a_scan_is_itself_and_strangers_are_not(matcher: Matcher, strangers: flo
 
 def test_a_transform_is_said_in_words(matcher: Matcher) -> None:
     turned = np.rot90(patient(5), 1, (0, 1))[..., ::-1]
-    said = str(matcher.match(volume_of(np.ascontiguousarray(-turned))).transform)
+    said = str(looked_up(matcher, -turned).transform)
     assert "axes ARS" in said and "mirrored along" in said and "inverted" in said
 
 
 def test_a_constant_volume_is_refused(matcher: Matcher) -> None:
     with pytest.raises(FibldmError, match="must not be constant"):
-        matcher.match(volume_of(np.full((20, 20, 20), 7.0, np.float32)))
+        matcher.open(volume_of(np.full((20, 20, 20), 7.0, np.float32)))
 
 
 def test_a_share_has_the_exact_interval() -> None:

@@ -213,7 +213,7 @@ def test_the_summary_counts_what_was_outside() -> None:
     findings = [["volume median 3 (training 1 to 2)"], ["volume median 4 (training 1 to 2)", "not finite in 7 voxels"]]
     told = [{"check": {"outside": findings}}, {"check": {"outside": []}}, {}]
     assert summary(told, [Rejected("c_000", findings[:1])]) == (
-        "check: 2 of 3 volumes in the ranges of training, 1 of them drawn again; 1 left out; outside were: "
+        "check: 2 of 3 volumes in the ranges of training, 1 of them drawn again; 1 left out; refused were: "
         "volume median 3, not finite 1"
     )
     assert summary(told[1:2], []) == "check: 1 of 1 volume in the ranges of training, 0 of them drawn again"
