@@ -103,7 +103,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "work": "work",
         "synthetic": "synthetic",
         "output_dir": "measured",
-        "names": ["faithfulness", "realism", "reconstruction", "copies"],
+        "names": ["faithfulness", "realism", "reconstruction", "audit"],
         "segmenter_settings": {},
         "trust": False,
         "device": "$'cuda' if __import__('torch').cuda.is_available() else 'cpu'",

@@ -199,6 +199,14 @@ def sees_mask(parser: ConfigParser) -> bool:
     return bool(parser.get("control_mask", True))
 
 
+def knows_masks(run_dir: Path) -> bool:
+    """Whether a run has a finished stage that draws volumes from masks."""
+    if any(brings_mask(run_dir, kind) and StageFolder(run_dir, kind.name).done() for kind in begun(run_dir)):
+        return True
+    base = StageFolder(run_dir, "diffusion")
+    return base.done() is not None and base.component("mask_way") is not None
+
+
 def generating_weights(run_dir: Path) -> set[str]:
     """Fingerprints of the stages that volumes are drawn with: from masks, and without where stage 2 knows none."""
     stages = [StageFolder(run_dir, kind.name) for kind in begun(run_dir) if kind.brings_mask]

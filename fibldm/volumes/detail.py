@@ -8,6 +8,7 @@ that another window or brightness curve changes little.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ _FINE, _COARSE = 0.7, 2.0  # voxels: what is finer and what is coarser is no det
 _EVEN = 0.3  # of the mean strength of detail: where there is less, it is not made as strong as elsewhere
 _FLAT = 0.15  # of the standard deviation of a volume: slices with less hold next to nothing
 _TAPER = 4  # voxels at a border that count less and less
+_POOLED = (
+    0.45  # of a voxel of the cube, half of it at the smallest scale: what is finer becomes means of voxels at once
+)
 _PERCENTILES = (1, 99)
 _LONGEST = 95  # percentile of the longest axes, in mm, that the cube holds
 
@@ -91,12 +95,14 @@ class Opened:
 
     def __init__(self, volume: Volume, spacing: float) -> None:
         turned = volume.canonical()
-        array = np.asarray(turned.array, dtype=np.float32)
+        fine = np.asarray(turned.grid.spacing)
+        steps = np.clip(_POOLED * spacing // fine, 1, turned.array.shape).astype(int)
+        array = _pooled(turned.array, steps)
         low, high = np.percentile(array, _PERCENTILES)
         if not high > low:
             raise Constant(f"a volume that is looked up must not be constant; nearly all of it is {low:g}")
         self._array = _without_padding(np.clip((array - low) / (high - low), 0, 1))
-        self._zoom = np.asarray(turned.grid.spacing) / spacing
+        self._zoom = fine * steps / spacing
         self._prepared: dict[float, Prepared] = {}
 
     def at(self, scale: float = 1.0) -> Prepared:
@@ -134,6 +140,18 @@ def rounded(prepared: Prepared) -> Prepared:
 def _zoom(length: int, zoom: float) -> float:
     """To a whole number of voxels, at least one."""
     return max(1, round(length * zoom)) / length
+
+
+def _pooled(array: NDArray[Any], steps: NDArray[np.intp]) -> Floats:
+    """Means of so many voxels along each axis, without those that are left over at the borders."""
+    for axis, step in enumerate(map(int, steps)):
+        count = array.shape[axis] // step
+        if step > 1:
+            first = array.shape[axis] % step // 2
+            array = array.take(range(first, first + count * step), axis=axis)
+            split = (*array.shape[:axis], count, step, *array.shape[axis + 1 :])
+            array = array.reshape(split).mean(axis=axis + 1, dtype=np.float32)
+    return np.asarray(array, dtype=np.float32)
 
 
 def _without_padding(array: Floats) -> Floats:
