@@ -134,6 +134,16 @@ def test_a_share_has_the_exact_interval() -> None:
     assert Share(0, 0).to_dict()["value"] is None
 
 
+@pytest.mark.parametrize(("count", "of"), [(1, 7), (3, 30), (29, 30), (50, 200)])
+def test_the_interval_of_a_share_is_that_of_beta_quantiles(count: int, of: int) -> None:
+    """Clopper & Pearson 1934 by its other closed form, and as scipy computes it."""
+    share = Share(count, of).to_dict()
+    assert share["low"] == pytest.approx(stats.beta.ppf(0.025, count, of - count + 1))
+    assert share["high"] == pytest.approx(stats.beta.ppf(0.975, count + 1, of - count))
+    interval = stats.binomtest(count, of).proportion_ci(confidence_level=0.95, method="exact")
+    assert (share["low"], share["high"]) == pytest.approx((interval.low, interval.high))
+
+
 def test_the_threshold_is_half_as_far_as_the_closest_of_half_of_the_patients() -> None:
     similarities = {f"p{number}_{scan}": 0.1 * number + 0.01 * scan for number in range(8) for scan in range(2)}
     calibration = Calibration.of(similarities, {name: name[:2] for name in similarities})
@@ -166,6 +176,43 @@ def test_told_apart_is_the_area_under_the_curve_with_the_interval_of_delong() ->
     assert told_apart([0.0, 0.1], [1.0, 2.0]) | {"training": 2} == {
         "auc": 1.0, "low": 1.0, "high": 1.0, "tpr_at_1_percent_fpr": 1.0, "training": 2, "held_out": 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("training", "held_out", "steps"), [(90, 250, 0), (40, 300, 8), (30, 60, 5)])
+def test_told_apart_agrees_with_scikit_learn(training: int, held_out: int, steps: int) -> None:
+    """With ties, where values are rounded to a few steps."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(training)
+    train, other = random.normal(-1.5, 1, training), random.normal(0, 1, held_out)
+    if steps:
+        train, other = (np.round(values * steps) / steps for values in (train, other))
+    told = told_apart(list(train), list(other))
+    labels, scores = np.repeat([1, 0], [training, held_out]), -np.concatenate([train, other])
+    assert told["auc"] == pytest.approx(metrics.roc_auc_score(labels, scores))
+    false, true, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    assert told["tpr_at_1_percent_fpr"] == pytest.approx(true[false <= 0.01].max())
+
+
+def test_the_interval_of_told_apart_covers_the_truth() -> None:
+    """Of normal values a distance d apart the area is Phi(d / sqrt 2)."""
+    random, truth = np.random.default_rng(1), stats.norm.cdf(1 / np.sqrt(2))
+    covered = []
+    for _ in range(400):
+        told = told_apart(list(random.normal(-1, 1, 50)), list(random.normal(0, 1, 30)))
+        covered.append(told["low"] <= truth <= told["high"])
+    assert 0.91 < np.mean(covered) < 0.98
+
+
+def test_the_variance_of_told_apart_is_that_of_placements() -> None:
+    """DeLong et al. 1988, equations 4 and 5, one placement at a time."""
+    train, other = [0.1, 0.4, 0.35, 0.8], [0.3, 0.4, 0.9]
+    of_train = [sum((t < o) + 0.5 * (t == o) for o in other) / 3 for t in train]
+    of_other = [sum((t < o) + 0.5 * (t == o) for t in train) / 4 for o in other]
+    area = sum(of_train) / 4
+    variance = sum((v - area) ** 2 for v in of_train) / 3 / 4 + sum((v - area) ** 2 for v in of_other) / 2 / 3
+    told = told_apart(train, other)
+    assert told["low"] == pytest.approx(max(0, area - 1.959964 * np.sqrt(variance)), abs=1e-6)
+    assert told["auc"] == pytest.approx(area)
 
 
 @pytest.fixture(scope="module")
