@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -39,14 +39,17 @@ _OVERLAP = 0.6  # of the smaller volume, at least
 _SHIFT = SIDE // 8  # at most
 
 
+Kind = TypeVar("Kind", bound=np.generic)
+
+
 class Turn(NamedTuple):
     """A permutation of the axes ``R, A, S``, and then which of them are mirrored (-1)."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
     signs: tuple[int, int, int] = (1, 1, 1)
 
-    def __call__(self, array: Floats) -> Floats:
-        turned: Floats = array.transpose(self.axes)[tuple(slice(None, None, sign) for sign in self.signs)]
+    def __call__(self, array: NDArray[Kind]) -> NDArray[Kind]:
+        turned: NDArray[Kind] = array.transpose(self.axes)[tuple(slice(None, None, sign) for sign in self.signs)]
         return turned
 
 

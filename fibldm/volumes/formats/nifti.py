@@ -75,7 +75,7 @@ def read_grid(path: str | Path) -> Grid:
     if not file.is_file():
         raise FibldmError(f"{path} must exist and be a file", "check the path")
     try:
-        image = nibabel.load(file)
+        image: Any = nibabel.load(file)
         x, y, z = (*image.shape, 1, 1, 1)[:3]
         factor, _ = millimetres(image.header.get_xyzt_units()[0], any_unit=False)
     except _UNREADABLE as error:
