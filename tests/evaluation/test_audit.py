@@ -14,17 +14,19 @@ from scipy import ndimage, stats
 
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
-from fibldm.evaluation.audit import scans_of_folder
+from fibldm.evaluation.audit import scans_of_folder, scans_of_work
 from fibldm.evaluation.audit.audit import NO_EVIDENCE, audit
 from fibldm.evaluation.audit.calibration import Calibration, Share, closer_to_training
 from fibldm.evaluation.audit.membership import denoising_error, told_apart
-from fibldm.files import read_json
-from fibldm.synthesis import Synthesizer
+from fibldm.evaluation.measurements import evaluate
+from fibldm.files import read_json, write_json
+from fibldm.synthesis import SamplingSettings, Synthesizer, synthesize_files
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.detail import cube_spacing
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.matching import Match, Matcher
+from fibldm.volumes.writer import sidecar
 
 Array = NDArray[np.float32]
 SPACING = np.array([2.0, 2.0, 2.0])
@@ -270,3 +272,30 @@ def test_a_scan_in_two_sets_is_refused(folders: Path, tmp_path: Path) -> None:
     sets = [scans_of_folder(folders / name, "scans") for name in ("train", "holdout", "synthetic")]
     with pytest.raises(FibldmError, match=r"must be of training or held out; p2.nii.gz is both"):
         audit(sets[0], [*sets[1], sets[0][2]], sets[2], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_audit_of_a_run_is_recorded_with_its_figures(mostly_held_out: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """Whose copies synthesis then draws again, as the audit is of its data."""
+    run, data = tmp_path / "run", read_json(mostly_held_out / "datalist.json")["content"]
+    (run / "latents").mkdir(parents=True)
+    for part in [*tiny_run.iterdir(), *(tiny_run / "latents").iterdir()]:
+        if part.name not in ("latents", "evaluation", "latents.json"):
+            (run / part.relative_to(tiny_run)).symlink_to(part)
+    write_json(run / "latents" / "latents.json", read_json(tiny_run / "latents" / "latents.json") | {"data": data})
+    masks = [entry["label"] for entry in load_datalist(mostly_held_out, "test")]
+    drawn = {"settings": SamplingSettings(steps=1), "allow_extrapolation": True, "device": "cpu"}
+    synthesize_files(run, masks, tmp_path / "out", **drawn)
+    evaluate(["audit"], run_dir=run, work=mostly_held_out, synthetic=tmp_path / "out", device="cpu")
+    section = read_json(run / "evaluation" / "metrics.json")["audit"]
+    assert section["figures"]["copy_rate"]["n"] == 3 and section["figures"]["copy_rate"]["value"] == 0
+    assert 0 <= section["figures"]["membership_auc"]["value"] <= 1 and section["verdict"] == NO_EVIDENCE
+    assert section["notes"][0] == "No evidence of copying at this threshold."
+    assert (run / "evaluation" / section["picture"]).stat().st_size > 10_000
+    assert section["of"] == {"data": data, "weights": section["drawn"]["weights"]}
+    audited = run / "evaluation" / "audit"
+    (made,) = synthesize_files(run, masks[:1], tmp_path / "again", **drawn, reject_copies=audited)
+    assert read_json(sidecar(made))["check"]["copies"]["threshold"] == section["threshold"]
+    with pytest.raises(FibldmError, match="weights are audited on the data that they were trained on"):
+        scans = [scans_of_work(mostly_held_out, *splits) for splits in (["training"], ["test"], ["validation"])]
+        audit(*scans, tmp_path / "other", synthesizer=Synthesizer.from_run(tiny_run), data=data)
