@@ -33,7 +33,7 @@ from fibldm.synthesis.loading import sees_mask
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.verbatim import as_word
-from fibldm.volumes.datalist import load_datalist
+from fibldm.volumes.datalist import load_datalist, read_datalist
 from fibldm.volumes.masks import mask_stem
 
 
@@ -174,7 +174,7 @@ def _check(
             "name them in covariates or covariates_in_time of diffusion, and of controlnet where there is one",
         )
     check_names([name for name in parser["conditions"] if name not in (MASK, COVARIATES)], drawing.asked)
-    _ = drawing.table
+    _ = drawing.table, drawing.known_scans
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.of_segmenter).configuration(work, run)
     if recipe.perceptual is not None:
@@ -205,6 +205,8 @@ def check_asked(
         FibldmError: the training cases do not tell a condition, or something of it is asked that cannot be.
     """
     drawing.check_masks(masks)
+    if drawing.known_scans is not None:
+        drawing.known_scans.require(data=read_datalist(work)["content"], weights="")
     parser = _generating(configurations).parser()
     autoencoder, encoding = (configurations[name].parser() for name in ("autoencoder", "latents"))
     parser["latents"] = imagined_latents(autoencoder, encoding, work)

@@ -1,14 +1,16 @@
 """Does the audit find copies? Changed training scans among held-out ones, and how well similarities tell them apart.
 
-    python scripts/plant_copies.py --data WORK --out OUT [--count 12] [--only KIND ...]
+    python scripts/plant_copies.py --data WORK --out OUT [--run RUN] [--count 12] [--only KIND ...]
 
 Of --count training scans, each kind makes changed copies: turned, moved, scaled, with other contrast, blurred, noisy,
 and unions of two. Rows are: the area under the curve between copies and all held-out scans, the share that the
 threshold names, and the share whose training scan is right. The threshold comes from half of the held-out patients; the
-last row says how many of the others it names. OUT/planted.json has all of it.
+last row says how many of the others it names. With --run, the baseline stands beside it: area and share of the same
+copies by `fibldm evaluate copies`, through the autoencoder of that run. OUT/planted.json has all of it.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,16 @@ from scipy import ndimage
 from fibldm.cli.output import as_command
 from fibldm.evaluation.audit import scans_of_work
 from fibldm.evaluation.audit.calibration import Calibration
-from fibldm.evaluation.audit.matching import Matcher
+from fibldm.evaluation.cases import Case, Evaluated
+from fibldm.evaluation.memorisation import TrainingDetails, detail_of
+from fibldm.evaluation.reconstruction import Reconstructor
 from fibldm.files import write_json
 from fibldm.progress import track
-from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.detail import cube_spacing
+from fibldm.volumes.formats.nifti import read_grid
 from fibldm.volumes.grid import Volume
+from fibldm.volumes.matching import Matcher
+from fibldm.volumes.writer import write_nifti
 
 Array = NDArray[Any]
 Change = Callable[[Array, np.random.Generator], Array]
@@ -72,56 +79,113 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="work folder of fibldm prepare")
     parser.add_argument("--out", type=Path, required=True, help="folder of planted.json")
+    parser.add_argument("--run", type=Path, help="run on it, for the baseline")
     parser.add_argument("--count", type=int, default=12, help="copies of each kind")
     parser.add_argument("--only", nargs="*", help="kinds, by name")
     chosen = parser.parse_args(arguments)
     with as_command():
-        result = plant(chosen.data, chosen.count, chosen.only)
+        baseline = None if chosen.run is None else Baseline(chosen.run, chosen.data)
+        result = plant(chosen.data, chosen.count, chosen.only, baseline)
         write_json(chosen.out / "planted.json", result)
         print(table(result))
 
 
-def plant(work: Path, count: int, only: Sequence[str] | None = None) -> dict[str, Any]:
+class Baseline:
+    """What `fibldm evaluate copies` says of volumes: their similarity to the nearest training scan, as they lie."""
+
+    def __init__(self, run: Path, work: Path) -> None:
+        self.evaluated, self.reconstruct = Evaluated.open(run, work), Reconstructor.from_run(run)
+        cases = self.evaluated.real("training")
+        self.known = TrainingDetails.of(cases, [self._detail(case.image) for case in track(cases, "baseline")])
+        self.others = [
+            self.known.nearest(case, self._detail(case.image)).similarity
+            for case in track(self.evaluated.real("validation", "test"), "baseline, held out")
+        ]
+        self.threshold = 1 - (1 - max(self.others)) / 2
+
+    def similarity(self, volume: Volume) -> float:
+        """With the nearest training scan."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "copy.nii.gz"
+            write_nifti(file, volume.array, volume.affine)
+            return self.known.nearest(self.known.cases[0], self._detail(file)).similarity
+
+    def figures(self, copies: Sequence[float]) -> dict[str, float]:
+        """Of similarities of copies."""
+        return {
+            "baseline_auc": area(copies, self.others),
+            "baseline_named": float(np.mean(np.array(copies) > self.threshold)),
+        }
+
+    def _detail(self, file: Path) -> Array:
+        case = Case(str(file), "", None, file, None)
+        detail = detail_of(self.reconstruct(self.evaluated.read(case).image))
+        return np.asarray(detail, dtype=np.float16).astype(np.float32)
+
+
+def area(copies: Sequence[float], others: Sequence[float]) -> float:
+    """Under the curve between copies and scans that were held out; half where they are equal."""
+    one, two = np.array(copies)[:, None], np.array(others)
+    return float(np.mean((one > two) + 0.5 * (one == two)))
+
+
+def plant(
+    work: Path, count: int, only: Sequence[str] | None = None, baseline: Baseline | None = None
+) -> dict[str, Any]:
     """Figures of each kind, and of the scans that were held out.
 
     Raises:
         FibldmError: a set has too few scans.
     """
     training, held_out = scans_of_work(work, "training"), scans_of_work(work, "validation", "test")
-    matcher = Matcher([read_volume(scan.file) for scan in training])
-    others = {scan.name: matcher.match(read_volume(scan.file)).similarity for scan in track(held_out, "held out")}
+    matcher = Matcher.of(
+        (scan.volume() for scan in training), cube_spacing([read_grid(scan.file) for scan in training])
+    )
+    others = {scan.name: matcher.match(matcher.open(scan.volume())).similarity for scan in track(held_out, "held out")}
     calibration = Calibration.of(others, {scan.name: scan.subject for scan in held_out})
     kinds = {name: (change,) for name, change in KINDS.items()}
     kinds |= {f"{one}, {two}": (KINDS[one], KINDS[two]) for one, two in UNIONS}
     rows = {}
     for name in track([name for name in kinds if only is None or name in only], "copies"):
         random = np.random.default_rng(len(rows))
-        found = []
+        found, beside = [], []
         for place in random.choice(len(training), min(count, len(training)), replace=False):
-            scan = read_volume(training[place].file).canonical()
+            scan = training[place].volume().canonical()
             array = scan.array.astype(np.float32)
             for change in kinds[name]:
                 array = change(array, random)
             copy = Volume(np.ascontiguousarray(array, dtype=np.float32), np.diag([*scan.grid.spacing, 1.0]))
-            match = matcher.match(copy)
+            match = matcher.match(matcher.open(copy))
             found.append((match.similarity, match.scan == place))
+            beside += [] if baseline is None else [baseline.similarity(copy)]
         similarities = np.array([similarity for similarity, _ in found])
         rows[name] = {
-            "auc": float(np.mean(similarities[:, None] > np.array(list(others.values())))),
+            "auc": area(list(similarities), list(others.values())),
             "named": float(np.mean(similarities > calibration.threshold)),
             "right": float(np.mean([right for _, right in found])),
+            **({} if baseline is None else baseline.figures(beside)),
         }
     return {"threshold": calibration.threshold, "held_out_named": calibration.false.to_dict(), "kinds": rows}
 
 
+COLUMNS = {
+    "AUC": ("auc", ".3f"),
+    "named": ("named", ".2f"),
+    "right patient": ("right", ".2f"),
+    "AUC, baseline": ("baseline_auc", ".3f"),
+    "named, baseline": ("baseline_named", ".2f"),
+}
+
+
 def table(result: Mapping[str, Any]) -> str:
     """As text, in Markdown."""
-    lines = ["| copies | AUC | named | right patient |", "|---|---|---|---|"]
-    lines += [
-        "| {} | {auc:.3f} | {named:.2f} | {right:.2f} |".format(name, **row) for name, row in result["kinds"].items()
-    ]
-    false = result["held_out_named"]
-    return "\n".join([*lines, f"| held-out scans | | {false['count']} of {false['of']} | |"])
+    rows, false = result["kinds"], result["held_out_named"]
+    there = {name: how for name, how in COLUMNS.items() if all(how[0] in row for row in rows.values())}
+    lines = [["copies", *there]]
+    lines += [[name, *(format(row[key], how) for key, how in there.values())] for name, row in rows.items()]
+    lines += [["held-out scans", "", f"{false['count']} of {false['of']}", *[""] * (len(there) - 2)]]
+    head, *others = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, f"|{'---|' * (1 + len(there))}", *others])
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import torch
 from builders import data_file, tiny_configuration
 
 from fibldm.datasets.preparation import prepare
+from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.runs import STAGES
 from fibldm.runs.configuration import Configuration
+from fibldm.volumes.datalist import SPLITS
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = 5
@@ -82,6 +84,21 @@ def phantom_work(made_once: MadeOnce) -> Path:
         prepare(folder / "source", folder / "work", progress=False)
 
     return made_once("phantoms", make) / "work"
+
+
+@pytest.fixture(scope="session")
+def mostly_held_out(made_once: MadeOnce) -> Path:
+    """A work folder of chest phantoms: two in training, and as many held out as an audit needs at least."""
+
+    def make(folder: Path) -> None:
+        write_phantoms(folder / "source", subjects=6, seed=2, progress=iter)
+        prepare(folder / "source", folder / "work", progress=False)
+        file = folder / "work" / "datalist.json"
+        content = read_json(file)
+        cases = [entry for split in SPLITS for entry in content[split]]
+        write_json(file, content | {"training": cases[:2], "validation": cases[2:3], "test": cases[3:]})
+
+    return made_once("mostly_held_out", make) / "work"
 
 
 @pytest.fixture(scope="session")

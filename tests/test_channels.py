@@ -178,7 +178,7 @@ def test_everything_is_measured_of_two_channels(evaluated: Evaluated, tmp_path: 
         shutil.copy(case.image, folder / f"{case.name}_000.nii.gz")
         shutil.copy(case.label, folder / "masks" / f"{case.name}.nii.gz")  # type: ignore[arg-type]
     sections = evaluate(
-        DEFAULT_MEASUREMENTS,
+        [*DEFAULT_MEASUREMENTS, "copies"],
         run_dir=evaluated.run_dir,
         work=evaluated.work,
         synthetic=folder,

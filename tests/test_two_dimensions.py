@@ -249,7 +249,7 @@ def test_slices_are_measured(slice_run: Path, slices_work: Path, tmp_path: Path)
     settings = SamplingSettings(steps=1)
     synthesize_files(slice_run, masks, tmp_path, count=1, settings=settings, device="cpu", allow_extrapolation=True)
     sections = evaluate(
-        ["faithfulness", "realism", "reconstruction", "copies"],
+        ["faithfulness", "realism", "reconstruction", "copies", "audit"],
         run_dir=slice_run,
         work=slices_work,
         synthetic=tmp_path,

@@ -8,7 +8,7 @@ import typer
 
 def audit(
     synthetic: Annotated[Path, typer.Option("--synthetic", help="Folder of synthetic volumes.")],
-    out: Annotated[Path, typer.Option("--out", help="Output folder: audit.json and closest.png.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder: audit.json, closest.png and training.npz.")],
     train: Annotated[
         Path | None, typer.Option("--train", help="Folder of the scans that the generator learned from.")
     ] = None,
@@ -38,10 +38,14 @@ def audit(
     from fibldm.evaluation.audit import scans_of_folder, scans_of_work
     from fibldm.evaluation.audit.audit import NO_EVIDENCE
     from fibldm.synthesis import Synthesizer
+    from fibldm.volumes.datalist import read_datalist
 
     if (data is None) == (train is None) or (data is not None and holdout is not None):
         raise FibldmError("an audit needs training scans: give `data`, or `train` with `holdout`")
+    known, channels = None, 1
     if data is not None:
+        content = read_datalist(data)
+        known, channels = content["content"], len(content["channels"])
         training, held_out = scans_of_work(data, "training"), scans_of_work(data, "validation", "test")
     else:
         assert train is not None
@@ -52,8 +56,8 @@ def audit(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generator = None if run is None else Synthesizer.from_run(run, device=on)
     generator = generator if bundle is None else Synthesizer.from_bundle(bundle, device=on)
-    volumes = scans_of_folder(synthetic, "synthetic volumes")
-    result = run_audit(training, held_out, volumes, out, synthesizer=generator)
+    volumes = scans_of_folder(synthetic, "synthetic volumes", channels)
+    result = run_audit(training, held_out, volumes, out, synthesizer=generator, data=known)
     print(result["verdict"])
     for copy in result.get("copies", []):
         print("  {synthetic} of {train}, similarity {score:.3f}, transform: {transform}".format(**copy))

@@ -83,6 +83,22 @@ def reconstruction(
 
 
 @evaluate.command()
+def audit(
+    data: Work,
+    synthetic: Synthetic,
+    run: Run = None,
+    bundle: Bundle = None,
+    out: Out = None,
+    settings: Settings = [],
+    device: Device = None,
+    trust: Trust = False,
+    weights: Weights = None,
+) -> dict[str, Any]:
+    """Are volumes copies of training scans? What `fibldm audit` does, recorded with the other figures."""
+    return _measure(["audit"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
+
+
+@evaluate.command()
 def copies(
     data: Work,
     synthetic: Synthetic,
@@ -94,7 +110,7 @@ def copies(
     trust: Trust = False,
     weights: Weights = None,
 ) -> dict[str, Any]:
-    """Is a volume closer to a training scan than any real test scan is? Names those that are."""
+    """The baseline of the audit: is one closer to a training scan than any real test scan? Only as volumes lie."""
     return _measure(["copies"], data, synthetic, (run, bundle, out), settings, device, trust, weights)
 
 
@@ -143,7 +159,7 @@ def everything(
     weights: Weights = None,
     perceptual: Perceptual = None,
 ) -> dict[str, Any]:
-    """All of these but utility, which needs volumes of the training masks, and gate."""
+    """All of these but copies, gate, and utility, which needs volumes of the training masks."""
     from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS
 
     names = list(DEFAULT_MEASUREMENTS)

@@ -70,6 +70,14 @@ Check = Annotated[
         "times where it lies outside, else leave it out (exit code 2); default: no check.",
     ),
 ]
+RejectCopies = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="AUDIT",
+        help="Output folder of `fibldm audit` on the same data: draw again what it would name a copy of a training "
+        "scan, up to as many times as --check says (default: 10), else leave it out (exit code 2).",
+    ),
+]
 Template = Annotated[
     Path | None,
     typer.Option(help="DICOM only: folder of a series whose technical tags are copied (never patient tags)."),

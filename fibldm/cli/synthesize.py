@@ -104,6 +104,7 @@ def synthesize(
     ] = False,
     allow_extrapolation: shared.AllowExtrapolation = False,
     check: shared.Check = None,
+    reject_copies: shared.RejectCopies = None,
     output_format: Annotated[
         str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
     ] = "nifti",

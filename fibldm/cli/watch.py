@@ -32,6 +32,7 @@ def watch(
     adapter: shared.Adapters = [],
     allow_extrapolation: shared.AllowExtrapolation = False,
     check: shared.Check = None,
+    reject_copies: shared.RejectCopies = None,
     device: shared.Device = None,
 ) -> dict[str, Any]:
     """Make synthetic volumes of every mask that arrives in a folder, until asked to end.

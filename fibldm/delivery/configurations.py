@@ -18,7 +18,7 @@ _PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", 
 _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
 _OF_EVALUATOR = (
     "synthesizer dataset output_dir inferer batch_size allow_extrapolation covariates conditions conditions_table "
-    "own_conditions adapters check format template label_codes patient_position"
+    "own_conditions adapters check reject_copies format template label_codes patient_position"
 ).split()
 
 
@@ -47,6 +47,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "own_conditions": None,
         "adapters": {},
         "check": None,
+        "reject_copies": None,
         "format": "nifti",
         "template": None,
         "label_codes": None,
@@ -102,7 +103,7 @@ def evaluate_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "work": "work",
         "synthetic": "synthetic",
         "output_dir": "measured",
-        "names": ["faithfulness", "realism", "reconstruction", "copies"],
+        "names": ["faithfulness", "realism", "reconstruction", "audit"],
         "segmenter_settings": {},
         "trust": False,
         "device": "$'cuda' if __import__('torch').cuda.is_available() else 'cpu'",

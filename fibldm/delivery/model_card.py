@@ -30,7 +30,10 @@ _OTHER_LIMITS = (
     "Volumes show what the training data show: other instruments, samples and settings are not known to the model."
 )
 _REGIONS = 12  # of the ranges, in the card
-_AUDIT = ("nearest_training_similarity", "closer_than_any_real", "named")
+_AUDIT = {
+    "audit": ("copy_rate", "membership_auc", "authenticity/spectrum", "closer_to_training/spectrum"),
+    "copies": ("nearest_training_similarity", "closer_than_any_real", "named"),  # of runs of before
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size:
         calls=counted(sampling.calls_on(build(facts["process"], "process")), "network call"),
         measured=_rows(measured.figures, _SHOWN),
         ways=measured.ways(sampling),
-        audit=_rows(measured.figures, {"copies": _AUDIT}),
+        audit=_rows(measured.figures, _AUDIT),
+        audit_said=measured.figures.get("audit", {}).get("notes", []),
         units=_units(facts["intensity"]),
         subject="subject" if modality == OTHER else "patient",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fibldm.errors import FibldmError, unknown_choice
+from fibldm.evaluation.audit.section import measure_audit
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.gate import measure_gate
@@ -22,8 +23,9 @@ from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
 from fibldm.runs import hash_weights, load_facts
 from fibldm.runs.values import require_switches
+from fibldm.synthesis import Synthesizer
 from fibldm.synthesis.bundle import open_bundle
-from fibldm.synthesis.loading import generating_weights
+from fibldm.synthesis.loading import generating_weights, knows_masks
 from fibldm.volumes.gate import Gate, gate_of_bundle, read_gate, required
 
 
@@ -82,6 +84,9 @@ class Measurements:
             self.evaluated, self.synthetic, reconstruct=self.reconstructor, pictures=self.evaluated.folder
         )
 
+    def audit(self) -> Section:
+        return measure_audit(self.evaluated, self.synthetic, self._generator())
+
     def utility(self) -> Section:
         return measure_utility(self.evaluated, self.synthetic, self.segmenter, self._trained)
 
@@ -99,6 +104,15 @@ class Measurements:
     def _trained(self, cases: Sequence[Case] | None = None) -> Segmenter:
         return trained_segmenter(self.evaluated, cases=cases, overrides=self.segmenter_settings, device=self._device)
 
+    def _generator(self) -> Synthesizer | None:
+        """What the volumes were drawn with; None where that is not here, or knows no masks."""
+        if self.provenance.other:
+            return None
+        if self.bundle is not None:
+            return Synthesizer.from_bundle(self.bundle, trust=self.trust, device=self._device)
+        run = self.evaluated.run_dir
+        return Synthesizer.from_run(run, device=self._device) if knows_masks(run) else None
+
     def _own_weights(self) -> set[str]:
         if self.bundle is None:
             return generating_weights(self.evaluated.run_dir)
@@ -114,11 +128,14 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "faithfulness": Measurements.faithfulness,
     "realism": Measurements.realism,
     "reconstruction": Measurements.reconstruction,
+    "audit": Measurements.audit,
     "copies": Measurements.copies,
     "utility": Measurements.utility,
     "gate": Measurements.gate,
 }
-NOT_BY_DEFAULT = ("utility", "gate")  # which needs volumes of training masks; which runs of before have no ranges for
+NOT_BY_DEFAULT = ("copies", "utility", "gate")
+"""The baseline of the audit; what needs volumes of training masks; what runs of before have no ranges for."""
+
 DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name not in NOT_BY_DEFAULT)
 
 

@@ -41,5 +41,6 @@ def facts_of(output: Output) -> dict[str, Any]:
         "count": asked.count,
         **{name: part for name in ("covariates", "conditions") if (part := dict(getattr(asked, name)))},
         **({"check": asked.check} if asked.check is not None else {}),
+        **({"reject_copies": asked.known_scans.fingerprint} if asked.known_scans is not None else {}),
         "dicom": dicom.fingerprint(generator.names) if dicom is not None else None,
     }

@@ -24,7 +24,7 @@ _logger = logging.getLogger("fibldm")
 
 
 def with_adapters(generator: "Synthesizer", adapters: Mapping[str | Path, float]) -> dict[str, Any]:
-    """What changes of a generator: ``network``, which is another one then, ``conditions``, ``source`` and ``choice``.
+    """What changes of a generator: ``network``, another one then, ``conditions``, ``source``, ``choice`` and ``data``.
 
     Raises:
         FibldmError: see `fibldm.models.adapters.put_on` and `fibldm.models.tokens.tokens_of`.
@@ -56,6 +56,7 @@ def with_adapters(generator: "Synthesizer", adapters: Mapping[str | Path, float]
         "conditions": conditions,
         "source": {**generator.source, "weights": weights},
         "choice": {**generator.choice, "adapters": [*generator.choice.get("adapters", ()), *used]},
+        "data": None if any(strength for _, strength in read) else generator.data,
     }
 
 

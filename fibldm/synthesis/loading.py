@@ -64,6 +64,7 @@ def parts_of_run(
         "mask_dropout": float(stage.component("mask_dropout")),
         "choice": _choice(checkpoint, strength, others),
         "gate": read_gate(Path(run_dir), facts),
+        "data": None if others else facts["data"],
         **_of_facts(facts),
     }
 
@@ -95,6 +96,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "mask_dropout": facts.get("mask_dropout"),
                 "sampling": bundle.sampling(),
                 "gate": gate_of_bundle(facts),
+                "data": None if facts.get("adapters") else facts["data"],
                 **_of_facts(facts),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,6 +197,14 @@ def brings_mask(run_dir: Path, kind: StageKind) -> bool:
 def sees_mask(parser: ConfigParser) -> bool:
     """Whether the ControlNet of a configuration sees the mask, as all do that do not say otherwise."""
     return bool(parser.get("control_mask", True))
+
+
+def knows_masks(run_dir: Path) -> bool:
+    """Whether a run has a finished stage that draws volumes from masks."""
+    if any(brings_mask(run_dir, kind) and StageFolder(run_dir, kind.name).done() for kind in begun(run_dir)):
+        return True
+    base = StageFolder(run_dir, "diffusion")
+    return base.done() is not None and base.component("mask_way") is not None
 
 
 def generating_weights(run_dir: Path) -> set[str]:

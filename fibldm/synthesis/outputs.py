@@ -16,7 +16,7 @@ from fibldm.runs.stages import begun
 from fibldm.runs.values import require_switches
 from fibldm.shards import Shard
 from fibldm.synthesis.asked import read
-from fibldm.synthesis.checking import OutsideRanges, Rejected, summary
+from fibldm.synthesis.checking import Check, OutsideRanges, Rejected, summary
 from fibldm.synthesis.loading import brings_mask
 from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
@@ -53,7 +53,7 @@ class Output:
         settings: what is asked; its adapters are put on the synthesizer here, and are part of that from then on.
 
     Raises:
-        FibldmError: an adapter is refused, or a check, as no ranges were measured.
+        FibldmError: an adapter is refused, a check, as no ranges were measured, or an audit, as it is of other scans.
     """
 
     synthesizer: Synthesizer
@@ -69,8 +69,7 @@ class Output:
         if self.settings.adapters:
             object.__setattr__(self, "synthesizer", self.synthesizer.adapted(self.settings.adapters))
             object.__setattr__(self, "settings", replace(self.settings, adapters={}))
-        if self.settings.check is not None:
-            self.synthesizer.require_gate()
+        _ = self.checks
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs whose volumes do not lie there yet, after a look at all their masks, before the first is made.
@@ -108,42 +107,53 @@ class Output:
         Raises:
             FibldmError: another volume or mask of this name lies there, a mask or covariates are refused, or a mask
                 cannot be told in DICOM.
-            OutsideRanges: the check left volumes out; the others are written.
+            OutsideRanges: a check left volumes out; the others are written.
         """
         if rejected := self.attempt(jobs):
             raise OutsideRanges(rejected)
         return [self.path(job) for job in jobs]
 
     def attempt(self, jobs: Sequence[Job]) -> list[Rejected]:
-        """Make and write some volumes together, but for those that the check leaves out, which are told.
+        """Make and write some volumes together, but for those that the checks leave out, which are told.
 
         Raises:
             FibldmError: see `write`.
         """
         missing = [job for job in jobs if not self._is_there(job)]
         prepared = [self._prepare(job.mask).numbered(job.number) for job in missing]
-        made = self.synthesizer.attempt(prepared, settings=self.settings.sampling, check=self.settings.check)
+        made = self.synthesizer.attempt(
+            prepared,
+            settings=self.settings.sampling,
+            check=self.settings.check,
+            reject_copies=self.settings.known_scans,
+        )
         for job, part, attempt in zip(missing, prepared, made, strict=True):
             if isinstance(attempt, Synthesis):
                 self._write(job, part.request.mask, attempt)
         return [attempt for attempt in made if isinstance(attempt, Rejected)]
 
     def conclude(self, jobs: Sequence[Job], rejected: Sequence[Rejected]) -> None:
-        """After the last of all jobs, say what the check did, if there was one.
+        """After the last of all jobs, say what the checks did, if there were some.
 
         Raises:
-            OutsideRanges: it left volumes out.
+            OutsideRanges: they left volumes out.
         """
-        if self.settings.check is None:
+        if not self.checks:
             return
         there = [path for path in map(self.path, jobs) if path.exists()]
-        _logger.info("%s", summary((read_json(sidecar(path)) for path in there), rejected))
+        passed = " and ".join(check.passed for check in self.checks)
+        _logger.info("%s", summary((read_json(sidecar(path)) for path in there), rejected, passed))
         if rejected:
             raise OutsideRanges(rejected)
 
     def path(self, job: Job) -> Path:
         """The volume's file, or the folder of its series."""
         return self.folder / (f"{job.name}.nii.gz" if self.dicom is None else job.name)
+
+    @property
+    def checks(self) -> list[Check]:
+        """Those that look at each volume."""
+        return self.synthesizer.checks(self.settings.check, self.settings.known_scans)
 
     @property
     def dicom(self) -> "DicomOutput | None":
@@ -228,8 +238,7 @@ class Output:
         decisive = [self.synthesizer.source, self.settings.sampling.to_dict(), job.number]
         asked = read(self.synthesizer.beside, self._asked(job.mask))
         decisive += [known for known in [asked.pop("covariates")] if known]
-        if self.settings.check is not None:  # however often: one that passed is the same
-            decisive += [{"check": self.synthesizer.require_gate().fingerprint}]
+        decisive += [check.decisive for check in self.checks]
         kinds = self.synthesizer.beside
         decisive += [{name: kinds[name].recorded(value)} for name, value in asked.items() if value is not None]
         request = {
@@ -314,7 +323,7 @@ def synthesize_files(
         FibldmError: no mask, or one that is refused, as covariates and adapters may be, masks for a generator without
             any, a run that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or
             has another type; or another process writes to ``out``.
-        OutsideRanges: the check left volumes out; the others are written.
+        OutsideRanges: a check left volumes out; the others are written.
     """
     require_switches(unconditional=unconditional, trust=trust)
     certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}

@@ -22,6 +22,7 @@ from fibldm.models.samplers import Denoise, Sampler, calls, sampler
 from fibldm.models.timesteps import check_shift, sampling_times
 from fibldm.synthesis.asked import ConditionsTable, Table, known_cases, laid_over, own, together
 from fibldm.typed_settings import checked_values, counted, settings_of
+from fibldm.volumes.known_scans import KnownScans
 
 if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
@@ -247,6 +248,8 @@ class SynthesisSettings:
         adapters: files that are put on the network, with their strengths, see `Synthesizer.adapted`.
         check: how often a volume whose intensities lie outside of the ranges of training is drawn again before it is
             left out, see `Synthesizer.draw`; 0 draws none again, None looks at none.
+        reject_copies: folder of an audit of the same data (`fibldm.volumes.known_scans`); a volume that it would name
+            a copy of a training scan is drawn again, too, at most ``check`` times, or 10 times without that.
 
     Raises:
         FibldmError: a number is below 1, a check or a strength below 0, or covariates are among the further conditions.
@@ -263,6 +266,7 @@ class SynthesisSettings:
     own_conditions: str | Path | None = None
     adapters: Mapping[str | Path, float] = field(default_factory=dict)
     check: int | None = None
+    reject_copies: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_strengths(self.adapters)
@@ -295,6 +299,15 @@ class SynthesisSettings:
             FibldmError: that is no work folder.
         """
         return None if self.own_conditions is None else known_cases(self.own_conditions)
+
+    @cached_property
+    def known_scans(self) -> KnownScans | None:
+        """The training scans of `reject_copies`; read once.
+
+        Raises:
+            FibldmError: that is no folder of an audit, see `KnownScans.read`.
+        """
+        return None if self.reject_copies is None else KnownScans.read(self.reject_copies)
 
     @property
     def each_its_own(self) -> bool:

@@ -31,7 +31,7 @@ from fibldm.models.tiling import tiled_decode
 from fibldm.synthesis.adapters import with_adapters
 from fibldm.synthesis.asked import check as check_asked
 from fibldm.synthesis.asked import read, together, within
-from fibldm.synthesis.checking import OutsideRanges, Rejected, checked
+from fibldm.synthesis.checking import DRAWS_AGAIN, Check, CopyCheck, OutsideRanges, RangeCheck, Rejected, checked
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
@@ -40,6 +40,7 @@ from fibldm.volumes.gate import Gate, required
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.interchange import as_volume
+from fibldm.volumes.known_scans import KnownScans
 from fibldm.volumes.masks import as_labels
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Synthesizer:
         sampling: how volumes are drawn where nothing else is asked for: of a bundle, as it was measured.
         choice: for the sidecar, what is not as it was trained: checkpoint, strength, further ControlNets, adapters.
         gate: in which ranges intensities of training cases lie; None where that was not measured.
+        data: fingerprint of the dataset that all of its networks were trained on; None where some were on others.
     """
 
     network: ConditionedNetwork
@@ -93,6 +95,7 @@ class Synthesizer:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     choice: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
+    data: str | None = None
 
     @classmethod
     def from_run(
@@ -198,12 +201,13 @@ class Synthesizer:
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
         check: int | None = None,
+        reject_copies: KnownScans | None = None,
         **sampling: Any,
     ) -> Synthesis:
         """One synthetic volume on the grid of ``mask``; see `SynthesisRequest` and `batch` for arguments and errors.
 
-        What is asked beside the mask are ``covariates`` and further ``conditions``, each by their names; ``check`` is
-        that of `draw`.
+        What is asked beside the mask are ``covariates`` and further ``conditions``, each by their names; ``check``
+        and ``reject_copies`` are those of `draw`.
         Fields of `SamplingSettings` may be given by their names: ``synthesizer(mask, seed=1, steps=5, guidance=1.5)``.
         What is not given is as in ``settings``, or else as in `sampling`.
         """
@@ -211,7 +215,8 @@ class Synthesizer:
         image = None if mask is None else as_volume(mask)
         request = SynthesisRequest(image, name, number, together(covariates or {}, conditions or {}))
         chosen = (settings or self.sampling).changed(**sampling)
-        return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation, check=check)[0]
+        asked: dict[str, Any] = {"check": check, "reject_copies": reject_copies}
+        return self.batch([request], settings=chosen, allow_extrapolation=allow_extrapolation, **asked)[0]
 
     def batch(
         self,
@@ -220,6 +225,7 @@ class Synthesizer:
         settings: SamplingSettings | None = None,
         allow_extrapolation: bool = False,
         check: int | None = None,
+        reject_copies: KnownScans | None = None,
     ) -> list[Synthesis]:
         """Synthetic volumes, each on the grid of its mask; what `draw` gives of what `prepare` gives.
 
@@ -228,12 +234,13 @@ class Synthesizer:
             settings: how to sample; None for the defaults.
             allow_extrapolation: see `prepare`.
             check: see `draw`.
+            reject_copies: see `draw`.
 
         Raises:
             FibldmError: see `prepare` and `draw`.
         """
         prepared = [self.prepare(request, allow_extrapolation=allow_extrapolation) for request in requests]
-        return self.draw(prepared, settings=settings, check=check)
+        return self.draw(prepared, settings=settings, check=check, reject_copies=reject_copies)
 
     def prepare(self, request: SynthesisRequest, *, allow_extrapolation: bool = False) -> PreparedMask:
         """Check and place a mask, with what is asked beside it, once for any number of its volumes.
@@ -257,6 +264,7 @@ class Synthesizer:
         *,
         settings: SamplingSettings | None = None,
         check: int | None = None,
+        reject_copies: KnownScans | None = None,
     ) -> list[Synthesis]:
         """Synthetic volumes of prepared masks, sampled together where they have one size.
 
@@ -267,30 +275,50 @@ class Synthesizer:
             prepared: by this synthesizer; see `PreparedMask.numbered` for several volumes of one mask.
             settings: how to sample; None for the generator's own, `sampling`.
             check: how often a volume whose intensities lie outside of the ranges of training is drawn again, with
-                another seed (see `fibldm.synthesis.checking.seed_of_draw`); None takes every volume.
+                another seed (see `fibldm.synthesis.checking.seed_of_draw`); None looks at no ranges.
+            reject_copies: training scans of an audit, of which no volume may be a copy: one that is, is drawn again, at
+                most ``check`` times, or `fibldm.synthesis.checking.DRAWS_AGAIN` times without that.
 
         Raises:
-            FibldmError: a dynamic threshold is asked of latents, or a check where no ranges were measured.
-            OutsideRanges: every draw of a volume lay outside; none is given then.
+            FibldmError: a dynamic threshold is asked of latents, a check where no ranges were measured, or an audit is
+                of other data and of other weights.
+            OutsideRanges: every draw of a volume was refused; none is given then.
         """
-        attempts = self.attempt(prepared, settings=settings, check=check)
+        attempts = self.attempt(prepared, settings=settings, check=check, reject_copies=reject_copies)
         if rejected := [attempt for attempt in attempts if isinstance(attempt, Rejected)]:
             raise OutsideRanges(rejected)
         return [attempt for attempt in attempts if isinstance(attempt, Synthesis)]
 
     def attempt(
-        self, prepared: Sequence[PreparedMask], *, settings: SamplingSettings | None, check: int | None
+        self,
+        prepared: Sequence[PreparedMask],
+        *,
+        settings: SamplingSettings | None,
+        check: int | None,
+        reject_copies: KnownScans | None = None,
     ) -> list[Synthesis | Rejected]:
-        """The same as `draw`, but for a volume of which every draw lay outside, what did.
+        """The same as `draw`, but for a volume of which every draw was refused, why.
 
         Raises:
-            FibldmError: a dynamic threshold is asked of latents, or a check where no ranges were measured.
+            FibldmError: see `draw`.
         """
         settings = self.as_trained(settings or self.sampling)
-        if check is not None:
-            return checked(self, prepared, settings, check)
+        if checks := self.checks(check, reject_copies):
+            return checked(self, prepared, settings, checks, DRAWS_AGAIN if check is None else check)
         decoded = self.decoded(prepared, settings)
         return [self.finished(part, volume, settings) for part, volume in zip(prepared, decoded, strict=True)]
+
+    def checks(self, check: int | None, reject_copies: KnownScans | None) -> list[Check]:
+        """Those that look at each volume, see `draw`.
+
+        Raises:
+            FibldmError: no ranges were measured, or the audit is of other data and of other weights.
+        """
+        checks: list[Check] = [] if check is None else [RangeCheck(self.require_gate())]
+        if reject_copies is not None:
+            reject_copies.require(data=self.data, weights=str(self.source["weights"]))
+            checks.append(CopyCheck(reject_copies))
+        return checks
 
     def require_gate(self) -> Gate:
         """The ranges of training.

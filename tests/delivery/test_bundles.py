@@ -27,8 +27,11 @@ from fibldm.delivery.export import ExportSettings, export
 from fibldm.delivery.resolve import literal, plain
 from fibldm.delivery.verify import CHECKS, NOT_TRIED, run_checks
 from fibldm.errors import FibldmError
+from fibldm.evaluation.audit.section import figures_of as audit_figures
+from fibldm.evaluation.audit.section import sentences as audit_sentences
 from fibldm.evaluation.cases import Evaluated
 from fibldm.evaluation.reconstruction import Reconstructor
+from fibldm.evaluation.results import Section
 from fibldm.files import hash_file, read_json, write_json
 from fibldm.manifest import write_manifest
 from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTensorNetwork
@@ -174,6 +177,44 @@ def test_figures_of_the_run_are_in_the_card_and_the_metadata(tiny_run: Path, tmp
     assert "| copies: named | 0 (too few to say: n = 2) | 0 |" in text
     metrics = read_json(tmp_path / "tiny" / "configs" / "metadata.json")["eval_metrics"]
     assert metrics == {"faithfulness/dice": 0.91234, "copies/closer_than_any_real": 0.05, "copies/named": 0.0}
+
+
+def test_the_audit_of_the_run_is_in_the_card_in_its_own_words(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    for part in tiny_run.iterdir():
+        if part.name != "evaluation":
+            (tmp_path / "run" / part.name).symlink_to(part)
+    result = {
+        "verdict": "no evidence of copying at this threshold",
+        "threshold": 0.75,
+        "copy_rate": {"value": 0.0, "low": 0.0, "high": 0.06, "count": 0, "of": 60},
+        "held_out_named": {"value": 0.0, "low": 0.0, "high": 0.12, "count": 0, "of": 30},
+        "membership": {
+            "auc": 0.49, "low": 0.4, "high": 0.57, "tpr_at_1_percent_fpr": 0.007, "training": 140, "held_out": 60
+        },
+        "figures": {},
+    }  # fmt: skip
+    section = Section(audit_figures(result), notes=audit_sentences(result))
+    for whole in (True, False):
+        impossible = {
+            "verdict": "audit not possible: too few",
+            "copy_rate": None,
+            "membership": "membership not measured",
+        }
+        told = section if whole else Section({}, notes=audit_sentences(impossible))
+        write_json(tmp_path / "run" / "evaluation" / "metrics.json", {"audit": told.to_dict()})
+        export(tmp_path / "run", tmp_path / "tiny", CC0)
+        text = (
+            (tmp_path / "tiny" / "docs" / "README.md").read_text().partition("## Audit")[2].partition("## Weights")[0]
+        )
+        assert "Not measured" not in text and "anonym" not in text.lower()
+        assert ("| audit: copy_rate | 0 [0, 0.06] | 0 |" in text) == whole
+        assert ("| audit: membership_auc | 0.49 [0.4, 0.57] |" in text) == whole
+        if whole:
+            assert "No evidence of copying at this threshold. The threshold, similarity 0.750," in text
+            assert "it names 0 of 30 scans [0, 0.12]" in text and "area under the curve of 0.49" in text
+        else:
+            assert "Audit not possible: too few. Membership not measured." in text
 
 
 @pytest.mark.parametrize(("licence", "is_said"), [("CC0-1.0", False), ("CC-BY-4.0", True)])

@@ -31,7 +31,7 @@ def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, caps
         assert (tmp_path / folder).is_dir()
     printed = capsys.readouterr().out
     measured = json.loads((tmp_path / "runs/demo/evaluation/metrics.json").read_text())
-    for name in ("faithfulness", "realism", "reconstruction", "copies"):
+    for name in ("faithfulness", "realism", "reconstruction", "audit"):
         assert name in printed
         assert all(
             set(figure) >= {"value", "low", "high", "n", "real_vs_real"} for figure in figures_of(measured[name])

@@ -23,8 +23,11 @@ from fibldm.synthesis import (
 )
 from fibldm.synthesis.checking import Rejected, seed_of_draw, summary
 from fibldm.synthesis.evaluator import SynthesisEvaluator, mask_items
+from fibldm.volumes.detail import cube_spacing
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.gate import GATE, WHOLE, Gate, write_gate
+from fibldm.volumes.known_scans import AUDIT, TRAINING, KnownScans
+from fibldm.volumes.matching import METHOD, Matcher
 from fibldm.volumes.writer import sidecar
 
 QUICK = SamplingSettings(steps=1)
@@ -213,7 +216,7 @@ def test_the_summary_counts_what_was_outside() -> None:
     findings = [["volume median 3 (training 1 to 2)"], ["volume median 4 (training 1 to 2)", "not finite in 7 voxels"]]
     told = [{"check": {"outside": findings}}, {"check": {"outside": []}}, {}]
     assert summary(told, [Rejected("c_000", findings[:1])]) == (
-        "check: 2 of 3 volumes in the ranges of training, 1 of them drawn again; 1 left out; outside were: "
+        "check: 2 of 3 volumes in the ranges of training, 1 of them drawn again; 1 left out; refused were: "
         "volume median 3, not finite 1"
     )
     assert summary(told[1:2], []) == "check: 1 of 1 volume in the ranges of training, 0 of them drawn again"
@@ -222,3 +225,86 @@ def test_the_summary_counts_what_was_outside() -> None:
 def test_a_check_is_at_least_0() -> None:
     with pytest.raises(FibldmError, match="check must be at least 0; got -1"):
         SynthesisSettings.of(check=-1)
+
+
+@pytest.fixture(scope="module")
+def known_scans(synthesizer: Synthesizer, requests: list[SynthesisRequest]) -> KnownScans:
+    """Training scans of which one is what the generator draws first for the first mask."""
+    settings = replace(QUICK, seed=5)
+    drawn = synthesizer.batch(requests[:1], settings=QUICK) + synthesizer.batch(requests[1:], settings=settings)
+    volumes = [made.volume for made in drawn]
+    matcher = Matcher.of(volumes, cube_spacing([volume.grid for volume in volumes]))
+    return KnownScans(matcher, 0.999, synthesizer.data, None)
+
+
+def write_audit(folder: Path, known: KnownScans, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    known.matcher.write(folder / TRAINING)
+    facts = {"method": METHOD, "scans": known.matcher.fingerprint}
+    of = {"data": known.data, "weights": known.weights}
+    write_json(folder / AUDIT, {"threshold": known.threshold, "of": of, "facts": facts, "verdict": "none"} | changes)
+    return folder
+
+
+def test_a_copy_is_drawn_again_by_every_door_and_the_sidecar_tells_no_scan(
+    synthesizer: Synthesizer,
+    known_scans: KnownScans,
+    requests: list[SynthesisRequest],
+    tiny_run: Path,
+    mask_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, other = synthesizer.batch([requests[0], requests[1]], settings=QUICK, reject_copies=known_scans)
+    told = made.provenance["check"]
+    assert (told["most"], told["draws"], told["seed"]) == (10, 2, seed_of_draw(0, 1))
+    assert told["outside"] == [["a copy of a training scan in its detail (similarity 1.000, threshold 0.999)"]]
+    assert told["copies"]["similarity"] < 0.999 == told["copies"]["threshold"] and told["copies"]["training_scans"] == 3
+    assert other.provenance["check"]["draws"] == 1
+    audit = write_audit(tmp_path / "audit", known_scans)
+    mask = tmp_path / "a.nii.gz"
+    shutil.copy(mask_file, mask)
+    words = ["--run", str(tiny_run), "--masks", str(mask), "--out", str(tmp_path / "out"), "--steps", "1"]
+    caplog.set_level(logging.INFO, "fibldm")
+    assert cli(["synthesize", *words, "--device", "cpu", "--reject-copies", str(audit)]) == 0
+    written = read_json(sidecar(tmp_path / "out" / "a_000.nii.gz"))["check"]
+    assert written == {**told, "copies": {**told["copies"], "similarity": written["copies"]["similarity"]}}
+    assert (
+        "check: 1 of 1 volume no copy of a training scan at the threshold of the audit, 1 of them drawn again; refused "
+        "were: a copy of a training scan 1" in caplog.text
+    )
+    assert np.array_equal(read_volume(tmp_path / "out" / "a_000.nii.gz").array, made.volume.array)
+    engine = SynthesisEvaluator(
+        synthesizer, mask_items([mask], 1), tmp_path / "other", inferer=QUICK, check=0, reject_copies=str(audit)
+    )
+    with pytest.raises(OutsideRanges, match="intensities must lie .*, and volumes must be no copies of training scans"):
+        engine.run()
+    assert not list((tmp_path / "other").glob("*.nii.gz"))
+
+
+def test_an_audit_of_other_scans_is_refused(
+    synthesizer: Synthesizer, known_scans: KnownScans, requests: list[SynthesisRequest]
+) -> None:
+    weights = str(synthesizer.source["weights"])
+    for fitting in (replace(known_scans, weights="x"), replace(known_scans, data="x", weights=weights)):
+        fitting.require(data=synthesizer.data, weights=weights)
+    with pytest.raises(FibldmError, match="must be of the data or of the weights of this generator; it is of data x"):
+        synthesizer.batch(requests[:1], settings=QUICK, reject_copies=replace(known_scans, data="x"))
+    with pytest.raises(FibldmError, match="data unknown and not unknown"):
+        replace(known_scans, data=None).require(data=None, weights=weights)
+
+
+def test_what_is_read_of_an_audit_is_what_was_compared(known_scans: KnownScans, tmp_path: Path) -> None:
+    read = KnownScans.read(write_audit(tmp_path / "audit", known_scans))
+    assert read.fingerprint == known_scans.fingerprint
+    assert np.array_equal(read.matcher.common, known_scans.matcher.common)
+    for changes, message in (
+        ({"threshold": None, "verdict": "audit not possible"}, "found a threshold; it says: audit not possible"),
+        ({"facts": {"method": METHOD - 1}}, "must be an audit by this version"),
+        ({"facts": {"method": METHOD, "scans": "other"}}, "must be of one audit"),
+    ):
+        with pytest.raises(FibldmError, match=message):
+            KnownScans.read(write_audit(tmp_path / message[:9].strip(), known_scans, **changes))
+    (tmp_path / "audit" / TRAINING).write_bytes(b"PK")
+    with pytest.raises(FibldmError, match="must be as `fibldm audit` wrote it"):
+        KnownScans.read(tmp_path / "audit")

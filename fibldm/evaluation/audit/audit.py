@@ -1,7 +1,6 @@
 """An audit of synthetic volumes against the scans that their generator learned from, and others that it never saw."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,19 @@ import numpy as np
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.audit.calibration import FEWEST, Calibration, Share, closer_to_training
-from fibldm.evaluation.audit.matching import Match, Matcher, Transform, Turn, turned_back
+from fibldm.evaluation.audit.lookup import Lookup, Scan, Seen
 from fibldm.evaluation.audit.membership import denoising_error, told_apart
 from fibldm.evaluation.statistics import by_patient, mean_estimate
-from fibldm.files import hash_file, hash_value, read_json, write_json
+from fibldm.files import hash_file, write_json
 from fibldm.progress import track
 from fibldm.synthesis import Synthesizer
-from fibldm.volumes.datalist import load_datalist
-from fibldm.volumes.formats.nifti import read_volume
+from fibldm.volumes.datalist import load_datalist, read_datalist
+from fibldm.volumes.detail import cube_spacing
+from fibldm.volumes.formats.nifti import read_grid, read_volume
 from fibldm.volumes.grid import Volume
+from fibldm.volumes.known_scans import AUDIT, TRAINING
 from fibldm.volumes.masks import volumes_in
+from fibldm.volumes.matching import METHOD, Matcher, turned_back
 from fibldm.volumes.pictures import Pair, write_comparison
 from fibldm.volumes.writer import volume_stem
 
@@ -27,31 +29,11 @@ NOT_POSSIBLE = "audit not possible"
 MEMBERSHIP_NOT_MEASURED = "membership not measured: no weights were given"
 
 FEWEST_TRAINING = 2
-METHOD = 1
-"""Of the similarities; another number looks all volumes up anew."""
 
 _PICTURED = 6
-_KEPT_EVERY = 10  # volumes
 
 
-@dataclass(frozen=True)
-class Scan:
-    """A volume of one of the three sets.
-
-    Attributes:
-        name: its file's, without the suffix.
-        subject: its patient.
-        file: NIfTI.
-        mask: NIfTI of its labels; None where there are none.
-    """
-
-    name: str
-    subject: str
-    file: Path
-    mask: Path | None = None
-
-
-def scans_of_folder(folder: Path, what: str) -> list[Scan]:
+def scans_of_folder(folder: Path, what: str, channels: int = 1) -> list[Scan]:
     """The NIfTI files of a folder, each of a patient of its own.
 
     Raises:
@@ -60,7 +42,7 @@ def scans_of_folder(folder: Path, what: str) -> list[Scan]:
     files = volumes_in(folder)
     if not files:
         raise FibldmError(f"{folder} must hold {what} (.nii, .nii.gz); it holds none", "check the path")
-    return [Scan(volume_stem(file), volume_stem(file), file) for file in files]
+    return [Scan(volume_stem(file), volume_stem(file), file, channels=channels) for file in files]
 
 
 def scans_of_work(work: Path, *splits: str) -> list[Scan]:
@@ -69,6 +51,7 @@ def scans_of_work(work: Path, *splits: str) -> list[Scan]:
     Raises:
         FibldmError: it is no work folder.
     """
+    channels = len(read_datalist(work)["channels"])
     entries = [entry for split in splits for entry in load_datalist(work, split)]
     return [
         Scan(
@@ -76,6 +59,7 @@ def scans_of_work(work: Path, *splits: str) -> list[Scan]:
             str(entry["subject"]),
             Path(entry["image"]),
             Path(entry["label"]) if entry.get("label") else None,
+            channels,
         )
         for entry in entries
     ]
@@ -88,23 +72,31 @@ def audit(
     out: Path,
     *,
     synthesizer: Synthesizer | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Look synthetic volumes up among training scans, beside scans that were held out; `out` keeps what was found.
+
+    Each volume is read once, and once more those few that are drawn, and those that the weights are asked about.
 
     Args:
         training: what the generator learned from.
         held_out: of other patients, from the same scanners; the threshold comes from one half of them.
         synthetic: to be audited.
-        out: gets ``audit.json``, ``closest.png`` and ``matches.json``, with which an audit goes on.
+        out: gets ``audit.json``, ``closest.png``, ``training.npz`` (training scans as they are compared, see
+            `fibldm.volumes.known_scans`) and ``matches.json``, with which an audit goes on.
         synthesizer: the generator, of one channel; None leaves out whether its weights tell the training scans.
+        data: fingerprint of the dataset whose training cases ``training`` are; None where they came as a folder.
 
     Returns:
         What ``audit.json`` holds.
 
     Raises:
-        FibldmError: a set has too few volumes, two sets share a file, or a file cannot be read or is constant.
+        FibldmError: a set has too few volumes, two sets share a file, a file cannot be read or is constant, or the
+            generator was trained on other data.
     """
-    _check(training, held_out, synthetic)
+    contents = _check(training, held_out, synthetic)
+    of = {"data": data, "weights": None if synthesizer is None else str(synthesizer.source["weights"])}
+    _check_data(synthesizer, data)
     facts = {"training_scans": len(training), "held_out_scans": len(held_out), "synthetic_volumes": len(synthetic)}
     patients = len({scan.subject for scan in held_out})
     if patients < FEWEST:
@@ -113,41 +105,50 @@ def audit(
             "verdict": why,
             "copy_rate": None,
             "membership": MEMBERSHIP_NOT_MEASURED,
+            "of": of,
             "facts": facts,
         }
-        write_json(out / "audit.json", result)
+        write_json(out / AUDIT, result)
         return result
-    matcher = Matcher([_varying(scan.file) for scan in track(training, "training scans")])
-    found = _Found.beside(out / "matches.json", matcher, training)
-    matches = {scan.file: found.match(scan) for scan in track([*held_out, *synthetic], "closest training scans")}
-    found.keep()
-    similarities = {scan.name: matches[scan.file].similarity for scan in held_out}
+    spacing = cube_spacing([read_grid(scan.file) for scan in training])
+    matcher = Matcher.of((_varying(scan) for scan in track(training, "training scans")), spacing)
+    matcher.write(out / TRAINING)
+    lookup = Lookup(out / "matches.json", matcher, contents)
+    seen = _see(lookup, training, held_out, synthetic)
+    similarities = {scan.name: seen[scan.file].match.similarity for scan in held_out}
     calibration = Calibration.of(similarities, {scan.name: scan.subject for scan in held_out})
-    ordered = sorted(synthetic, key=lambda scan: (-matches[scan.file].similarity, scan.name))
-    copies = [scan for scan in ordered if matches[scan.file].similarity > calibration.threshold]
-    _write_pictures(out / "closest.png", matcher, training, ordered[:_PICTURED], matches)
+    ordered = sorted(synthetic, key=lambda scan: (-seen[scan.file].match.similarity, scan.name))
+    copies = [scan for scan in ordered if seen[scan.file].match.similarity > calibration.threshold]
+    _write_pictures(out / "closest.png", matcher, training, ordered[:_PICTURED], seen)
     result = {
         "verdict": _verdict(len(copies), len(synthetic)),
         "threshold": calibration.threshold,
         "copy_rate": Share(len(copies), len(synthetic)).to_dict(),
         "held_out_named": calibration.false.to_dict(),
-        "copies": [_entry(scan, matches[scan.file], training) for scan in copies],
-        "memorised_patients": sorted({training[matches[scan.file].scan].subject for scan in copies}),
+        "copies": [_entry(scan, seen, training) for scan in copies],
+        "memorised_patients": sorted({training[seen[scan.file].match.scan].subject for scan in copies}),
         "membership": _membership(synthesizer, training, held_out),
-        "own_masks": _own_masks(matcher, training, held_out, synthetic),
-        "figures": _neighbours(matcher, held_out, synthetic),
-        "closest": [_entry(scan, matches[scan.file], training) for scan in ordered],
-        "held_out": [_entry(scan, matches[scan.file], training) for scan in held_out],
-        "facts": {**facts, "calibrated_on": len(calibration.calibrated_on), "voxel_mm": matcher.spacing},
+        "own_masks": _own_masks(training, held_out, synthetic, seen),
+        "figures": _neighbours(matcher, held_out, synthetic, seen),
+        "closest": [_entry(scan, seen, training) for scan in ordered],
+        "held_out": [_entry(scan, seen, training) for scan in held_out],
+        "of": of,
+        "facts": {
+            **facts,
+            "calibrated_on": len(calibration.calibrated_on),
+            "voxel_mm": spacing,
+            "method": METHOD,
+            "scans": matcher.fingerprint,
+        },
     }
-    write_json(out / "audit.json", result)
+    write_json(out / AUDIT, result)
     return result
 
 
-def _varying(file: Path) -> Volume:
-    volume = read_volume(file)
+def _varying(scan: Scan) -> Volume:
+    volume = scan.volume()
     if volume.array.min() == volume.array.max():
-        raise FibldmError(f"{file}: a training scan must not be constant", "leave it out")
+        raise FibldmError(f"{scan.file}: a training scan must not be constant", "leave it out")
     return volume
 
 
@@ -164,105 +165,104 @@ def _membership(
         own = {}
         for scan in track(scans, f"denoising {what} scans"):
             mask = None if scan.mask is None else read_volume(scan.mask)
-            own[scan.name] = denoising_error(synthesizer, read_volume(scan.file), mask, scan.name)
+            own[scan.name] = denoising_error(synthesizer, scan.volume(), mask, scan.name)
         grouped = by_patient([scan.subject for scan in scans], [own[scan.name] for scan in scans])
         errors.append([float(np.mean(values)) for values in grouped.values()])
     return told_apart(*errors)
 
 
+def _see(
+    lookup: Lookup, training: Sequence[Scan], held_out: Sequence[Scan], synthetic: Sequence[Scan]
+) -> dict[Path, Seen]:
+    """What is looked up of held-out scans and of synthetic volumes, these beside the scans of their own masks."""
+    scans = {scan.name: one for scan, one in zip(training, lookup.matcher.training, strict=True)}
+    seen: dict[Path, Seen] = {}
+    for place, scan in enumerate(track([*held_out, *synthetic], "closest training scans")):
+        is_real = place < len(held_out)
+        seen[scan.file], prepared = lookup.see(scan, None if is_real else scans.get(_mask_of(scan)))
+        if is_real:
+            scans[scan.name] = prepared
+    lookup.keep()
+    return seen
+
+
 def _own_masks(
-    matcher: Matcher, training: Sequence[Scan], held_out: Sequence[Scan], synthetic: Sequence[Scan]
+    training: Sequence[Scan], held_out: Sequence[Scan], synthetic: Sequence[Scan], seen: Mapping[Path, Seen]
 ) -> dict[str, Any] | str:
     """Is a volume drawn from a training mask more like its patient's scan than one from a held-out mask is?
 
     A mask alone gives anatomy away; what the generator remembers beyond that shows in the difference.
     """
-    similar = []
+    similar, both = [], {scan.name for scan in training} & {scan.name for scan in held_out}
     for scans in (training, held_out):
-        by_name = {scan.name: scan for scan in scans}
-        pairs = [(by_name[name], scan) for scan in synthetic if (name := scan.name.rsplit("_", 1)[0]) in by_name]
-        own = [
-            -matcher.similarity(*(read_volume(one.file) for one in pair)) for pair in track(pairs, "scans of own masks")
-        ]
-        similar.append([float(np.mean(v)) for v in by_patient([real.subject for real, _ in pairs], own).values()])
+        subjects = {scan.name: scan.subject for scan in scans if scan.name not in both}
+        own = [(subjects[name], scan) for scan in synthetic if (name := _mask_of(scan)) in subjects]
+        values = [-float(seen[scan.file].own or 0) for _, scan in own]
+        similar.append([float(np.mean(v)) for v in by_patient([subject for subject, _ in own], values).values()])
     if min(map(len, similar)) < 2:
         return "not measured: there must be volumes of the masks of at least two training and two held-out patients"
     told = told_apart(*similar)
     return {**told, "mean_of_training": -float(np.mean(similar[0])), "mean_of_held_out": -float(np.mean(similar[1]))}
 
 
-def _check(training: Sequence[Scan], held_out: Sequence[Scan], synthetic: Sequence[Scan]) -> None:
+def _mask_of(synthetic: Scan) -> str:
+    return synthetic.name.rsplit("_", 1)[0]
+
+
+def _check(training: Sequence[Scan], held_out: Sequence[Scan], synthetic: Sequence[Scan]) -> dict[Path, str]:
+    """SHA-256 of all files."""
     if len(training) < FEWEST_TRAINING or not synthetic:
         raise FibldmError(
             f"an audit needs at least {FEWEST_TRAINING} training scans and one synthetic volume; "
             f"got {len(training)} and {len(synthetic)}"
         )
-    known: dict[str, str] = {}
-    for what, scans in (("training", training), ("held out", held_out), ("synthetic", synthetic)):
-        for scan in scans:
-            content = hash_file(scan.file)
-            if what == "held out" and known.get(content) == "training":
-                raise FibldmError(
-                    f"scans must be of training or held out; {scan.file.name} is both", "give each in one folder only"
-                )
-            known.setdefault(content, what)
+    contents = {scan.file: hash_file(scan.file) for scan in (*training, *held_out, *synthetic)}
+    known = {contents[scan.file] for scan in training}
+    for scan in held_out:
+        if contents[scan.file] in known:
+            raise FibldmError(
+                f"scans must be of training or held out; {scan.file.name} is both", "give each in one folder only"
+            )
+    return contents
 
 
-class _Found:
-    """The matches of volumes by the hash of their files, kept in a file."""
-
-    def __init__(self, file: Path, matcher: Matcher, key: str, matches: dict[str, Any]) -> None:
-        self.file, self.matcher, self.key, self.matches = file, matcher, key, matches
-
-    @classmethod
-    def beside(cls, file: Path, matcher: Matcher, training: Sequence[Scan]) -> "_Found":
-        key = hash_value([METHOD, matcher.spacing, [hash_file(scan.file) for scan in training]])
-        kept = read_json(file) if file.exists() else {}
-        return cls(file, matcher, key, kept["matches"] if kept.get("training") == key else {})
-
-    def match(self, scan: Scan) -> Match:
-        content = hash_file(scan.file)
-        if content not in self.matches:
-            try:
-                match = self.matcher.match(read_volume(scan.file))
-            except FibldmError as error:
-                raise FibldmError(f"{scan.file}: {error.message}", error.remedy) from error
-            self.matches[content] = [match.scan, match.similarity, *match.transform]
-            if len(self.matches) % _KEPT_EVERY == 0:
-                self.keep()
-        index, similarity, (axes, signs), scale, shift, inverted = self.matches[content]
-        return Match(index, similarity, Transform(Turn(tuple(axes), tuple(signs)), scale, tuple(shift), inverted))
-
-    def keep(self) -> None:
-        write_json(self.file, {"training": self.key, "matches": self.matches})
+def _check_data(synthesizer: Synthesizer | None, data: str | None) -> None:
+    """Refuse weights that were trained on other data, whose training scans nobody would have looked at."""
+    trained_on = None if synthesizer is None else synthesizer.data
+    if None not in (trained_on, data) and trained_on != data:
+        raise FibldmError(
+            f"weights are audited on the data that they were trained on, {trained_on:.12}; these are {data:.12}",
+            "give the work folder that they were trained with",
+        )
 
 
 def _verdict(copies: int, volumes: int) -> str:
     return f"{copies} of {volumes} volumes are copies of training scans" if copies else NO_EVIDENCE
 
 
-def _entry(scan: Scan, match: Match, training: Sequence[Scan]) -> dict[str, Any]:
-    found = training[match.scan]
+def _entry(scan: Scan, seen: Mapping[Path, Seen], training: Sequence[Scan]) -> dict[str, Any]:
+    match = seen[scan.file].match
     return {
         "synthetic": scan.file.name,
-        "train": found.file.name,
+        "train": training[match.scan].file.name,
         "score": match.similarity,
         "transform": str(match.transform),
     }
 
 
-def _neighbours(matcher: Matcher, held_out: Sequence[Scan], synthetic: Sequence[Scan]) -> dict[str, Any]:
+def _neighbours(
+    matcher: Matcher, held_out: Sequence[Scan], synthetic: Sequence[Scan], seen: Mapping[Path, Seen]
+) -> dict[str, Any]:
     """In both feature spaces, as volumes lie: authenticity, and whether they are closer to training scans."""
-    others = matcher.features_of([read_volume(scan.file) for scan in held_out])
-    made = matcher.features_of([read_volume(scan.file) for scan in track(synthetic, "neighbours")])
     figures = {}
-    for name, training, other, own in zip(("spectrum", "shape"), matcher.features, others, made, strict=True):
+    subjects = [scan.subject for scan in synthetic]
+    for part, (name, training) in enumerate(zip(("spectrum", "shape"), matcher.features, strict=True)):
+        other, own = (np.stack([seen[scan.file].features[part] for scan in scans]) for scans in (held_out, synthetic))
         to_training, to_others = own @ training.T, own @ other.T
         among = training @ training.T
         np.fill_diagonal(among, -1)
         authentic = to_training.max(axis=1) <= among.max(axis=1)[to_training.argmax(axis=1)]
         closer = [closer_to_training(*pair) for pair in zip(to_training, to_others, strict=True)]
-        subjects = [scan.subject for scan in synthetic]
         for figure, values in (("authenticity", authentic), ("closer_to_training", closer)):
             measured = by_patient(subjects, [float(value) for value in values])
             figures[f"{figure}/{name}"] = mean_estimate(measured).to_dict()
@@ -270,14 +270,15 @@ def _neighbours(matcher: Matcher, held_out: Sequence[Scan], synthetic: Sequence[
 
 
 def _write_pictures(
-    file: Path, matcher: Matcher, training: Sequence[Scan], scans: Iterable[Scan], matches: Mapping[Path, Match]
+    file: Path, matcher: Matcher, training: Sequence[Scan], scans: Iterable[Scan], seen: Mapping[Path, Seen]
 ) -> None:
     pairs = []
     for scan in scans:
-        index, similarity, transform = matches[scan.file]
-        made = turned_back(matcher.prepare(read_volume(scan.file), transform.scale), transform, matcher.spacing)
+        index, similarity, transform = seen[scan.file].match
+        grey = matcher.open(scan.volume()).grey(transform.scale)
+        made = turned_back(grey, transform, matcher.spacing)
+        real = matcher.open(training[index].volume()).grey()
         title = f"{training[index].name} and {scan.name}: similarity {similarity:.3f}"
-        real = matcher.training[index].grey
         spacing = (matcher.spacing,) * 3
         pairs.append(Pair(title, 2 * real - 1, 2 * made - 1, spacing, ("training", "synthetic, laid upon it")))
     write_comparison(file, pairs)

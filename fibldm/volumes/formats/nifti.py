@@ -13,7 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.formats.raw_volume import RawVolume, check_affine, damaged, millimetres
-from fibldm.volumes.grid import SCANNER, Volume
+from fibldm.volumes.grid import SCANNER, Grid, Volume
 from fibldm.volumes.scan import Remark
 
 _UNREADABLE = (
@@ -63,6 +63,24 @@ def read_volume(path: str | Path) -> Volume:
     if not file.is_file():
         raise FibldmError(f"{path} must exist and be a file", "check the path")
     return read_nifti(file).volume(str(path))[0]
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Where the voxels of a file lie, by its header alone; `read_volume` looks at the rest.
+
+    Raises:
+        FibldmError: the file is missing, or its header cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FibldmError(f"{path} must exist and be a file", "check the path")
+    try:
+        image: Any = nibabel.load(file)
+        x, y, z = (*image.shape, 1, 1, 1)[:3]
+        factor, _ = millimetres(image.header.get_xyzt_units()[0], any_unit=False)
+    except _UNREADABLE as error:
+        raise damaged(file, str(error)) from error
+    return Grid((x, y, z), np.diag([factor, factor, factor, 1.0]) @ np.asarray(image.affine, dtype=np.float64))
 
 
 def _check_name(name: str, data: bytes) -> None:
