@@ -39,7 +39,6 @@ from fibldm.files import hash_value
 from fibldm.progress import track
 
 WHOLE_LUNGS = "whole lungs"
-PATTERN = ("hu_distance", "hu_std", "hu_skewness", "hu_kurtosis")
 FINEST_PATTERNS: Mapping[str, float] = {"reticulation": 1.5, "honeycombing": 1.5}
 """The largest voxel, mm, at which a pattern is judged.
 
@@ -153,7 +152,8 @@ def measure_ct(evaluated: Evaluated, synthetic: Sequence[Case], *, lungs: Sequen
     if not figures:
         raise FibldmError("ct needs masks with at least 10 voxels of a label on the model grid; none has as many")
     voxel = max(evaluated.grid.spacing)
-    figures = {name: _withheld(name, figure, voxel) for name, figure in figures.items()}
+    figures = {name: _withheld(figure, voxel) if _hidden(name, voxel) else figure for name, figure in figures.items()}
+    means = {name: parts for name, parts in means.items() if not _hidden(name, voxel)}
     facts = {
         "units": {"hu": "HU", "haa": "share", "laa950": "share", "perc15": "HU"},
         "window": [evaluated.intensity.low, evaluated.intensity.high],
@@ -276,11 +276,13 @@ def _unseen(voxel: float) -> list[str]:
     return [pattern for pattern, largest in FINEST_PATTERNS.items() if voxel > largest]
 
 
-def _withheld(name: str, figure: Estimate, voxel: float) -> Estimate:
-    """The figure, or nothing where it were a claim on a pattern that is not seen."""
+def _hidden(name: str, voxel: float) -> bool:
+    """Whether a figure tells more of a pattern than its mean, at voxels that do not show it."""
     kind, _, region = name.partition("/")
-    if kind not in PATTERN or not any(pattern in plain(region) for pattern in _unseen(voxel)):
-        return figure
+    return kind != "hu_mean" and any(pattern in plain(region) for pattern in _unseen(voxel))
+
+
+def _withheld(figure: Estimate, voxel: float) -> Estimate:
     return Estimate(None, None, None, figure.n, None, _WITHHELD.format(voxel))
 
 

@@ -98,7 +98,7 @@ def test_denser_lungs_are_found_by_how_much_and_nothing_else_is(coarse: Evaluate
         distance.value == pytest.approx(40, abs=6) and distance.real_vs_real is not None and distance.real_vs_real < 6
     )
     assert change("hu_distance/right lung") == 0
-    assert change("laa950/left lung") < 0 and "haa/airways" not in figures and "haa/reticulation" in figures
+    assert change("laa950/left lung") < 0 and "haa/airways" not in figures and "haa/left lung" in figures
     heights = [figures[f"apex_to_base/{part} %"].real_vs_real for part in ("0-20", "20-40", "40-60", "60-80", "80-100")]
     assert heights == sorted(heights), "denser towards the base"  # type: ignore[type-var]
     same, others = section.facts["of_real"]["hu_mean/left lung"]
@@ -107,11 +107,13 @@ def test_denser_lungs_are_found_by_how_much_and_nothing_else_is(coarse: Evaluate
 
 def test_patterns_too_fine_for_the_voxels_are_withheld_and_said(coarse: Evaluated, tmp_path: Path) -> None:
     section = measure_ct(coarse, drawn(coarse, tmp_path / "coarse", 2.0, {4: 100.0}))
-    for name in ("hu_distance", "hu_std", "hu_skewness", "hu_kurtosis"):
+    for name in ("hu_distance", "hu_std", "hu_skewness", "hu_kurtosis", "haa", "laa950", "perc15"):
         figure = section.figures[f"{name}/reticulation"]
         assert (figure.value, figure.low, figure.real_vs_real) == (None, None, None)
         assert figure.note == "withheld at 2.0 mm voxels"
     assert section.figures["hu_mean/reticulation"].value is not None
+    told = [name for where in (section.facts["of_real"], *section.cases) for name in where if "reticulation" in name]
+    assert set(told) == {"hu_mean/reticulation"}, "nor is it elsewhere in the file"
     assert section.facts["withheld"] == dict.fromkeys(("reticulation", "honeycombing"), "withheld at 2.0 mm voxels")
     assert any(note.startswith("reticulation and honeycombing: withheld at 2.0 mm voxels") for note in section.notes)
     assert "withheld at 2.0 mm voxels" in section.text("ct")
