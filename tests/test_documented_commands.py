@@ -30,6 +30,7 @@ from fibldm.datasets.torch_datasets import write_source
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "docs/evaluation.md",
     "docs/examples.md",
     "docs/bundles.md",
     "docs/data.md",
@@ -39,6 +40,8 @@ PAGES = (
 )
 
 ON_MINE = "fibldm train diffusion --data work --run runs/mine --config my_data.yaml --config mask_concat"
+
+MEASURED = ("all", "faithfulness", "realism", "reconstruction", "copies", "utility", "gate")  # with a segmenter
 
 # The beginning of commands that are not run, and why.
 NOT_RUN = {
@@ -100,7 +103,7 @@ SMALL = {
         "--set",
         "synthesize::allow_extrapolation=true",
     ],
-    "fibldm evaluate": ["--set", "steps=2"],
+    **{f"fibldm evaluate {name}": ["--set", "steps=2"] for name in MEASURED},
     "fibldm synthesize": ["--allow-extrapolation"],
     "python scripts/check_measurements.py": ["--set", "steps=2"],
     "fibldm watch": ["--once"],

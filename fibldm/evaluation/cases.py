@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.errors import FibldmError
+from fibldm.errors import FibldmError, some_of
+from fibldm.evaluation.dicom_volumes import as_nifti, series_in
 from fibldm.files import atomic_path, hash_file, hash_value
 from fibldm.runs import load_facts
 from fibldm.runs.stages import begun
@@ -36,6 +37,7 @@ class Case:
         split: "training", "validation" or "test"; None where the patient is not in the work folder.
         image: NIfTI file.
         label: NIfTI file of its mask; None for a synthetic volume without one.
+        series: the DICOM series that the image was read from; None where there is none.
     """
 
     name: str
@@ -43,6 +45,12 @@ class Case:
     split: str | None
     image: Path
     label: Path | None
+    series: Path | None = None
+
+    @property
+    def written(self) -> Path:
+        """What `fibldm synthesize` wrote, its sidecar beside it: the file, or the folder of the series."""
+        return self.series or self.image
 
 
 class Sample(NamedTuple):
@@ -147,16 +155,30 @@ class Evaluated:
     def synthetic(self, folder: str | Path) -> list[Case]:
         """The volumes that ``fibldm synthesize`` wrote to a folder: ``<mask stem>_<k>.nii.gz``, ``masks/<mask stem>``.
 
-        A mask named like a case of the work folder is that patient's; any other counts as a patient of its own.
+        A mask named like a case of the work folder is that patient's; any other counts as a patient of its own. DICOM
+        series are read from copies in NIfTI, which are made once.
 
         Raises:
-            FibldmError: the folder holds no volume.
+            FibldmError: the folder holds no volume, one of them twice, or a series that cannot be read.
         """
-        files = volumes_in(Path(folder))
-        if not files:
-            raise FibldmError(f"{folder} must hold synthetic volumes (.nii, .nii.gz); it holds none", "check the path")
+        files, series = volumes_in(Path(folder)), series_in(Path(folder))
+        if not files and not series:
+            raise FibldmError(
+                f"{folder} must hold synthetic volumes (.nii, .nii.gz, or folders of .dcm); it holds none",
+                "check the path",
+            )
+        if twice := {volume_stem(file) for file in files} & {one.name for one in series}:
+            raise FibldmError(
+                f"every volume must be there once; {some_of(sorted(twice), 6)} came as NIfTI and as DICOM",
+                "move one of them away",
+            )
         known = {case.name: case for case in self.real()}
-        return [_synthetic(file, known) for file in files]
+        return [_synthetic(file, known) for file in files] + [self._of_series(one, known) for one in series]
+
+    def _of_series(self, series: Path, known: Mapping[str, Case]) -> Case:
+        names = {value: name for value, name in self.labels.items() if value}
+        copy = as_nifti(series, origin_of(series), names, self.folder / "cache" / "dicom")
+        return replace(_synthetic(copy, known), series=series)
 
     def read(self, case: Case) -> Sample:
         """A case on the model grid, as training saw it; it is shared with whoever reads it again soon.
@@ -180,7 +202,7 @@ class Evaluated:
 
     def _placed(self, case: Case, change: Callable[[Array], Array]) -> Sample:
         """A case on the model grid, its voxels changed before."""
-        channels = _read_channels(case.image, len(self.channels))
+        channels = read_channels(case.image, len(self.channels))
         image = channels[0]
         grid = self.grid.training_grid(image.grid)
         changed = change(np.stack([channel.array for channel in channels]))
@@ -276,7 +298,7 @@ def need_masks(cases: list[Case], what: str) -> None:
         )
 
 
-def _read_channels(path: Path, count: int) -> list[Volume]:
+def read_channels(path: Path, count: int) -> list[Volume]:
     """The channels of an image file, axes in RAS+ order."""
     if count == 1:
         return [read_volume(str(path)).canonical()]
@@ -286,10 +308,15 @@ def _read_channels(path: Path, count: int) -> list[Volume]:
     return [Volume(scan.array[..., channel], scan.affine) for channel in range(count)]
 
 
-def _synthetic(file: Path, known: dict[str, Case]) -> Case:
+def origin_of(file: Path) -> str:
+    """The name of the mask that a synthetic volume was made from, by its own name."""
     name = volume_stem(file)
     stem, separator, number = name.rpartition("_")
-    origin = stem if separator and number.isdigit() else name
+    return stem if separator and number.isdigit() else name
+
+
+def _synthetic(file: Path, known: Mapping[str, Case]) -> Case:
+    name, origin = volume_stem(file), origin_of(file)
     mask = file.parent / "masks" / f"{origin}.nii.gz"
     patient = known.get(origin)
     return Case(

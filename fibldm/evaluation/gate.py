@@ -152,7 +152,7 @@ def _why(outside: Sequence[Sequence[str]]) -> Mapping[str, int]:
 
 def _notes(synthetic: Sequence[Case], gate: Gate) -> list[str]:
     notes = [f"The ranges are those of {gate.patients} training patients."]
-    sidecars = [file for case in synthetic if (file := sidecar(case.image)).exists()]
+    sidecars = [file for case in synthetic if (file := sidecar(case.written)).exists()]
     if checked := sum("check" in read_json(file) for file in sidecars):
         notes.append(f"{checked} of {len(synthetic)} volumes were drawn with --check, which left out those outside.")
     return notes

@@ -11,6 +11,7 @@ import torch
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.evaluation.audit.section import measure_audit
 from fibldm.evaluation.cases import Case, Evaluated, need_masks
+from fibldm.evaluation.ct import measure_ct
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.gate import measure_gate
 from fibldm.evaluation.memorisation import measure_copies
@@ -19,6 +20,7 @@ from fibldm.evaluation.provenance import Provenance, read_provenance
 from fibldm.evaluation.realism import measure_realism
 from fibldm.evaluation.reconstruction import Reconstructor, measure_reconstruction
 from fibldm.evaluation.results import Section, record
+from fibldm.evaluation.seed_spread import measure_spread
 from fibldm.evaluation.segmenter import Segmenter, trained_segmenter
 from fibldm.evaluation.utility import measure_utility
 from fibldm.runs import hash_weights, load_facts
@@ -41,6 +43,7 @@ class Measurements:
     trust: bool = False
     weights: str | None = None
     perceptual: Path | None = None
+    lungs: Sequence[str] | None = None
 
     @cached_property
     def synthetic(self) -> list[Case]:
@@ -51,7 +54,7 @@ class Measurements:
     @cached_property
     def provenance(self) -> Provenance:
         """How the synthetic volumes were drawn."""
-        files = [case.image for case in self.synthetic]
+        files = [case.written for case in self.synthetic]
         return read_provenance(files, self._own_weights, of=self.bundle or self.evaluated.run_dir, weights=self.weights)
 
     @cached_property
@@ -93,6 +96,12 @@ class Measurements:
     def gate(self) -> Section:
         return measure_gate(self.evaluated, self.synthetic, self._ranges())
 
+    def ct(self) -> Section:
+        return measure_ct(self.evaluated, self.synthetic, lungs=self.lungs)
+
+    def spread(self) -> Section:
+        return measure_spread(self.evaluated, self.synthetic)
+
     def _ranges(self) -> Gate:
         if self.bundle is None:
             gate = read_gate(self.evaluated.run_dir, load_facts(self.evaluated.run_dir))
@@ -132,9 +141,12 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "copies": Measurements.copies,
     "utility": Measurements.utility,
     "gate": Measurements.gate,
+    "ct": Measurements.ct,
+    "spread": Measurements.spread,
 }
-NOT_BY_DEFAULT = ("copies", "utility", "gate")
-"""The baseline of the audit; what needs volumes of training masks; what runs of before have no ranges for."""
+NOT_BY_DEFAULT = ("copies", "utility", "gate", "ct", "spread")
+"""The baseline of the audit, and what needs more than any run has: volumes of training masks, ranges of training, HU,
+several volumes of a mask."""
 
 DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name not in NOT_BY_DEFAULT)
 
@@ -151,6 +163,7 @@ def evaluate(
     trust: bool = False,
     weights: str | None = None,
     perceptual: str | Path | None = None,
+    lungs: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
     """Measure, say and record each in ``RUN/evaluation/metrics.json``.
@@ -166,6 +179,7 @@ def evaluate(
         trust: take a bundle that changed since its export.
         weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
         perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
+        lungs: names of the labels that are the lungs, of `ct`; None goes by their names.
         say: where the figures go, as text.
 
     Raises:
@@ -182,7 +196,7 @@ def evaluate(
         evaluated = Evaluated.open(run_dir, work)
     folder = None if synthetic is None else Path(synthetic)
     of, network = (Path(path) if path else None for path in (bundle, perceptual))
-    measurements = Measurements(evaluated, folder, segmenter_settings, device, of, trust, weights, network)
+    measurements = Measurements(evaluated, folder, segmenter_settings, device, of, trust, weights, network, lungs)
     _ = measurements.planes  # before a segmenter is trained, as what follows
     if drawn := [name for name in names if name != "reconstruction"]:
         say(measurements.provenance.text)

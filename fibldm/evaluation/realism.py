@@ -4,17 +4,17 @@ The patient is the unit: one volume of each. Synthetic volumes of some patients'
 other patients, and so are the scans of the first: the same masks, the same reference, as many patients, none in both.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
 from fibldm.evaluation.distances import (
+    coverage,
+    density,
     frechet_distance,
     gaussian_kernel,
     median_bandwidth,
@@ -27,34 +27,16 @@ from fibldm.evaluation.perceptual import PLANES, PlaneDistance, planes_of
 from fibldm.evaluation.radiomics import Radiomics
 from fibldm.evaluation.results import Section
 from fibldm.evaluation.segmenter import Segmenter
+from fibldm.evaluation.sets import Sets, choose, choose_sets
 from fibldm.evaluation.spectrum import channel_spectra, frequency_edges, spectrum_distance
 from fibldm.evaluation.statistics import TOO_FEW, Estimate, Indices, estimate
 from fibldm.files import hash_value
 from fibldm.progress import track
-from fibldm.volumes.writer import volume_stem
 
-_SEED = 0
 _PAIRS = 50
 _SPECTRUM_VERSION = 1  # Count up whenever the same volume gives another spectrum.
 
 Array = NDArray[np.float64]
-
-
-class Sets(NamedTuple):
-    """What is compared: lists of one length, a volume per patient.
-
-    Attributes:
-        synthetic: the volumes in question.
-        real: the scans that their masks were drawn on, in the same order; where the masks are of nobody in the work
-            folder, scans of test patients.
-        reference: scans of other patients than those of ``real``.
-        paired: whether ``real`` are the scans of the very masks.
-    """
-
-    synthetic: list[Case]
-    real: list[Case]
-    reference: list[Case]
-    paired: bool
 
 
 class Arrays(NamedTuple):
@@ -75,6 +57,8 @@ def measure_realism(
     * ``frechet/segmenter/<plane>``: the same of slabs of the volumes, see `frechet_by_plane`.
     * ``precision/...``, ``recall/...``: the share of synthetic volumes that lie among real ones, and of real ones that
       lie among the synthetic, of the same features, see `distances.precision`.
+    * ``density/...``, ``coverage/...``: in how many neighbourhoods of real ones a synthetic volume lies, and the share
+      of real ones with a synthetic volume near by, see `distances.density` and `distances.coverage`.
     * ``spectrum``: `spectrum_distance`, dB.
     * ``ms_ssim``: mean MS-SSIM between volumes of different patients; above that of real scans they are too alike.
       What is padded on both sides counts too, in synthetic and real volumes the same.
@@ -132,34 +116,7 @@ def measure_realism(
         {"case": case.name, "subject": case.subject, "spectrum": spectrum_distance(own[None], spectra.reference)}
         for case, own in zip(sets.synthetic, spectra.synthetic, strict=True)
     ]
-    return Section(figures, facts, cases, _notes(sets, synthetic))
-
-
-def choose_sets(real: Sequence[Case], synthetic: Sequence[Case]) -> Sets:
-    """Who is compared with whom; where there are more patients than needed, a seeded choice.
-
-    Args:
-        real: all cases of the work folder.
-        synthetic: volumes with masks. Where some masks are of patients of the work folder, only their volumes count.
-
-    Raises:
-        FibldmError: fewer than two patients on a side.
-    """
-    scans = {case.name: case for case in real}
-    known = [case for case in synthetic if _mask_name(case) in scans]
-    volumes = _first_of_each(known or synthetic)
-    test = [case for case in real if case.split == "test"]
-    targets = [scans[_mask_name(case)] for case in volumes] if known else _first_of_each(test)
-    taken = {case.subject for case in targets}
-    others = _first_of_each(case for case in real if case.subject not in taken)
-    n = min(len(volumes), len(targets), len(others))
-    if n < 2:
-        raise FibldmError(
-            "realism needs synthetic volumes of at least two patients, scans of their masks (or of the test split) and "
-            f"scans of two other patients; got {len(volumes)}, {len(targets)} and {len(others)}",
-            "synthesize from masks of more patients of the test split, but not of all patients",
-        )
-    return Sets(_chosen(volumes, n), _chosen(targets, n), _chosen(others, n), bool(known))
+    return Section(figures, facts, cases, sets.notes(synthetic))
 
 
 def standardised(features: Arrays) -> Arrays:
@@ -213,6 +170,8 @@ def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:
         "frechet": _frechet,
         "precision": partial(_compared, precision),
         "recall": partial(_compared, lambda x, y: precision(y, x)),
+        "density": partial(_compared, density),
+        "coverage": partial(_compared, coverage),
     }
     return {f"{of}/{name}": measure(arrays) for of, measure in measures.items() for name, arrays in scaled.items()}
 
@@ -255,7 +214,7 @@ def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Estimate, int]:
     """MS-SSIM among at most 50 patients in about 50 pairs, the same on both sides, and the number of pairs."""
     n = min(len(sets.real), _PAIRS)
     pairs = spread_pairs(n, _PAIRS)
-    values, of_real = (_pair_values(evaluated, _chosen(cases, n), pairs) for cases in (sets.synthetic, sets.real))
+    values, of_real = (_pair_values(evaluated, choose(cases, n), pairs) for cases in (sets.synthetic, sets.real))
     members = np.array(pairs)
 
     def mean_among(chosen: Indices) -> float:
@@ -289,31 +248,3 @@ def _perceptual(evaluated: Evaluated, sets: Sets, planes: PlaneDistance) -> dict
         return estimate(lambda chosen: float(made[chosen, plane].mean()), len(made), real_vs_real=real)
 
     return {name: compared(plane) for plane, name in enumerate(planes.names(evaluated.grid.size))}
-
-
-def _notes(sets: Sets, synthetic: Sequence[Case]) -> list[str]:
-    notes = []
-    if not sets.paired:
-        notes += ["The masks are of nobody in the work folder: real_vs_real is of scans with other masks."]
-    left_out = {case.subject for case in synthetic} - {case.subject for case in sets.synthetic}
-    if left_out:
-        notes += [f"Synthetic volumes of {len(left_out)} patients were left out: sets are as large as the smallest."]
-    return notes
-
-
-def _mask_name(case: Case) -> str:
-    return volume_stem(cast(Path, case.label))  # `need_masks` saw to it
-
-
-def _first_of_each(cases: Iterable[Case]) -> list[Case]:
-    """The first case by name of every patient, by name as well: pseudonyms differ between preparations."""
-    first: dict[str, Case] = {}
-    for case in sorted(cases, key=lambda case: case.name):
-        first.setdefault(case.subject, case)
-    return list(first.values())
-
-
-def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
-    """The same places of all lists of one length."""
-    kept = np.sort(np.random.default_rng(_SEED).permutation(len(cases))[:n])
-    return [cases[index] for index in kept]

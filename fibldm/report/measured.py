@@ -23,9 +23,12 @@ _ASKS = {
     "faithfulness": "Do the volumes follow their masks? Real scans are the ceiling, shuffled masks the floor.",
     "realism": "Do they look like real scans? Beside real against real.",
     "reconstruction": "What does the autoencoder lose?",
-    "copies": "Is a volume closer to a training scan than any real test scan is?",
+    "copies": "The baseline of the audit: is a volume closer to a training scan than any real test scan is?",
     "utility": "Can a segmenter learn from them?",
     "gate": "How good is the check of intensities?",
+    "audit": "Is a volume a copy of a training scan, even turned or retouched?",
+    "ct": "Is it as dense as real CT?",
+    "spread": "How much do volumes of one mask differ?",
 }
 _HEADS = ("figure", "value", "95 % interval", "real scans", "shuffled masks", "patients", "note")
 _LISTED = 10
@@ -42,8 +45,10 @@ def measured_parts(subject: Subject, *, with_real: bool, names: bool = True) -> 
         with_real: show the pictures, which hold real scans.
         names: whether names of cases may be told.
     """
-    sections = subject.sections
+    sections = dict(subject.sections)
     missing = [name for name in MEASUREMENTS if name not in sections]
+    if subject.audit is not None:  # it has a part of its own
+        sections.pop("audit", None)
     lines = [HOW_TO_READ] if sections else []
     if missing and not subject.plain_figures:
         lines.append(f"Not measured: {', '.join(missing)} (fibldm evaluate).")
@@ -72,7 +77,8 @@ def audit_part(subject: Subject, *, with_real: bool, names: bool = True) -> Part
         f"{facts.get('synthetic_volumes', '?')} synthetic volumes against {facts.get('training_scans', '?')} training "
         f"scans, beside {facts.get('held_out_scans', '?')} scans of patients that were held out.",
     ]
-    lines.append("An audit does not record which weights drew the volumes.")
+    if "audit" not in subject.sections:
+        lines.append("This audit does not record which weights drew the volumes; fibldm evaluate audit does.")
     if isinstance(audit.get("membership"), str):
         lines.append(f"{_first_upper(audit['membership'])}.")
     if isinstance(audit.get("own_masks"), str):

@@ -155,7 +155,7 @@ def _said(cases: Sequence[Case], settings: ReportSettings, payload: Payload) -> 
     if not settings.with_real:
         lines.append("Left out: real scans, which are patient data (--with-real).")
     elif not any(len(case.views) > 2 for case in cases):
-        lines.append("Not shown: real scans; nothing says which training scan is nearest (fibldm evaluate copies).")
+        lines.append("Not shown: real scans; nothing says which training scan is nearest (fibldm evaluate audit).")
     if payload.coarsest > 1:
         lines.append(f"For size, up to {payload.coarsest} voxels along each axis are shown as one in the viewer.")
     return lines

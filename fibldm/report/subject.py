@@ -147,7 +147,8 @@ def open_subject(
     subject = _of_source(Path(source), trust)
     if evaluation is not None:
         subject = replace(subject, **_measured(_evaluation(evaluation)))
-    folder = audit or _found(_AUDIT, source, source / "audit", subject.pictures)
+    measured = subject.pictures and subject.pictures / "audit"
+    folder = audit or _found(_AUDIT, source, source / "audit", measured, subject.pictures)
     if folder is not None:
         subject = replace(subject, audit=_read_audit(folder / _AUDIT), audit_folder=folder)
     data_of = subject.facts.get("data")
@@ -166,6 +167,7 @@ def as_exported(subject: Subject, made: Exported) -> Subject:
         figures=made.measured.figures,
         hashes={**_files(made.facts), "data": str(made.facts["data"])},
         weights=frozenset(),  # figures of others are left out already
+        audit=subject.audit if "audit" in made.measured.figures else None,
         words=made.words,
         licence=str(made.facts["licence"]),
         work=None,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -263,3 +264,18 @@ def test_edit_and_synthesize_state_what_they_share_once() -> None:
     for name in shared:
         assert edited[name].annotation is synthesized[name].annotation, name
         assert edited[name].default == synthesized[name].default, name
+
+
+def test_every_measurement_is_a_command_with_the_options_that_it_uses() -> None:
+    import fibldm.cli.evaluate as module
+    from fibldm.evaluation.measurements import DEFAULT_MEASUREMENTS, MEASUREMENTS
+
+    commands = typer.main.get_command(module.evaluate).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(module.COMMANDS) and {*commands} == {*MEASUREMENTS, module.EVERYTHING}
+    options = {name: [part.name for part in command.params] for name, command in commands.items()}
+    shared = ["data", "synthetic", "run", "bundle", "out", "settings", "device", "trust", "weights"]
+    assert options["faithfulness"] == shared and options["realism"] == [*shared, "perceptual"] == options["all"]
+    assert options["reconstruction"] == [*shared[:1], *shared[2:8], "perceptual"]
+    assert options["ct"] == [*shared[:5], "trust", "weights", "lungs"] and options["spread"] == options["ct"][:-1]
+    told = commands["all"].help
+    assert all(name in told for name in MEASUREMENTS if name not in DEFAULT_MEASUREMENTS)

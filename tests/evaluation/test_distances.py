@@ -16,6 +16,8 @@ from fibldm.errors import FibldmError
 from fibldm.evaluation import radiomics
 from fibldm.evaluation.cases import Sample
 from fibldm.evaluation.distances import (
+    coverage,
+    density,
     frechet_distance,
     gaussian_kernel,
     median_bandwidth,
@@ -131,11 +133,48 @@ def test_precision_falls_off_the_data_and_recall_with_what_is_left_out(rng):
     assert precision(real + 50, real) == precision(real, real + 50) == 0
 
 
+def counted(x, y, k) -> tuple[float, float]:
+    """Density and coverage as Naeem et al. write them, sum by sum."""
+    inside = np.zeros((len(x), len(y)))
+    for i, centre in enumerate(y):
+        radius = sorted(np.linalg.norm(other - centre) for j, other in enumerate(y) if j != i)[k - 1]
+        for j, member in enumerate(x):
+            inside[j, i] = np.linalg.norm(member - centre) <= radius
+    return float(sum(inside[j, i] for j in range(len(x)) for i in range(len(y))) / (k * len(x))), float(
+        sum(any(inside[:, i]) for i in range(len(y))) / len(y)
+    )
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(9, 9, 5), (14, 7, 3), (6, 20, 1)])
+def test_density_and_coverage_are_the_sums_of_naeem(rng, n, m, k):
+    x, y = rng.normal(0.3, 0.7, size=(n, 3)), rng.normal(size=(m, 3))
+    assert (density(x, y, neighbours=k), coverage(x, y, neighbours=k)) == pytest.approx(counted(x, y, k))
+
+
+def test_density_is_1_and_coverage_that_of_the_lemma_for_one_distribution(rng):
+    """Lemma 2 of Naeem et al.; 10 and 12 members, 5 neighbours."""
+    draws = [(rng.normal(size=(12, 4)), rng.normal(size=(10, 4))) for _ in range(600)]
+    n, m, k = 12, 10, 5
+    expected = 1 - np.prod([(m - i) / (n + m - i) for i in range(1, k + 1)])
+    assert np.mean([coverage(x, y) for x, y in draws]) == pytest.approx(expected, abs=0.01)
+    assert np.mean([density(x, y) for x, y in draws]) == pytest.approx(1, abs=0.03)
+
+
+def test_an_outlier_among_scans_makes_precision_but_not_density(rng):
+    """Volumes far away lie in the sphere of one scan that is farther still, and cover it alone."""
+    scans = np.concatenate([rng.normal(size=(39, 2)), [[60.0, 0.0]]])
+    volumes = rng.normal(size=(40, 2)) * 0.1 + [30, 0]
+    assert precision(volumes, scans, neighbours=5) == 1
+    assert density(volumes, scans) == pytest.approx(1 / 5) and coverage(volumes, scans) == 1 / 40
+
+
 def test_bandwidth_is_the_median_distance():
     assert median_bandwidth(np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])) == pytest.approx(np.hypot(3, 3))
 
 
-@pytest.mark.parametrize("distance", [lambda x, y: squared_mmd(x, y, polynomial_kernel), frechet_distance, precision])
+@pytest.mark.parametrize(
+    "distance", [lambda x, y: squared_mmd(x, y, polynomial_kernel), frechet_distance, precision, density, coverage]
+)
 def test_distances_refuse_what_is_no_pair_of_sets(distance):
     with pytest.raises(FibldmError, match=r"at least two members of each; got 5 and 1; give more patients"):
         distance(np.ones((5, 3)), np.ones((1, 3)))

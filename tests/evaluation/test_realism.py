@@ -15,8 +15,9 @@ from scipy import ndimage
 from fibldm.errors import FibldmError
 from fibldm.evaluation import realism
 from fibldm.evaluation.cases import Case, Evaluated, Sample
-from fibldm.evaluation.realism import Arrays, choose_sets, frechet_by_plane, measure_realism, standardised
+from fibldm.evaluation.realism import Arrays, frechet_by_plane, measure_realism, standardised
 from fibldm.evaluation.results import Section
+from fibldm.evaluation.sets import choose_sets
 from fibldm.files import hash_value
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
@@ -30,7 +31,8 @@ EVERY = (*NETWORK_FREE, "kid/segmenter", "mmd/segmenter")
 
 FRECHET = ("frechet/radiomics", "frechet/segmenter")
 PLANES = tuple(f"frechet/segmenter/{plane}" for plane in ("sagittal", "coronal", "axial"))
-SHARES = ("precision/radiomics", "precision/segmenter", "recall/radiomics", "recall/segmenter")
+SHARES = tuple(f"{name}/{of}" for name in ("precision", "recall", "coverage") for of in ("radiomics", "segmenter"))
+DENSITIES = ("density/radiomics", "density/segmenter")
 
 Spoil = Callable[[Sample], Sample]
 
@@ -184,11 +186,14 @@ def test_the_scans_themselves_give_exactly_what_scans_give(best):
 
 
 def test_every_figure_has_its_parts_in_the_order_of_importance(best):
-    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, *SHARES, *PLANES, "spectrum", "ms_ssim"]
+    among = [*SHARES[:4], *DENSITIES, *SHARES[4:]]
+    assert list(best.figures) == [*(EVERY[i] for i in (0, 2, 1, 3)), *FRECHET, *among, *PLANES, "spectrum", "ms_ssim"]
     for name, figure in best.figures.items():
         assert figure.n == 10
         if name in SHARES:
             assert 0 <= figure.value <= 1
+        elif name in DENSITIES:
+            assert 0 <= figure.value <= 2
         elif name not in FRECHET:
             assert figure.low < figure.value < figure.high, name
     for name, features in zip(FRECHET, (27, 8), strict=True):
