@@ -32,6 +32,7 @@ COMMANDS = (
     "picture",
     "evaluate",
     "audit",
+    "recognise",
     "export",
     "verify",
     "pipeline",
