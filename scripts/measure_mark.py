@@ -124,7 +124,6 @@ MANIPULATIONS: dict[str, Callable[[Array, np.random.Generator], Array]] = {
     "10 % fewer voxels along each axis": _resampled(0.9, 0.9, 0.9),
     "10 % fewer voxels, splines": _resampled(0.9, 0.9, 0.9, order=3),
     "10 % more slices": _resampled(1.0, 1.0, 1.1),
-    "twice the voxels along each axis": _resampled(2.0, 2.0, 2.0),
 }
 
 

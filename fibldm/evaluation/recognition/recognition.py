@@ -87,23 +87,20 @@ class _Way:
     tried: Iterable[tuple[Sizes, Grain]]
 
 
-def recognise(
-    channels: Sequence[NDArray[Any]], spacing: Sizes | None = None, key: str = PUBLIC_KEY, *, stop: bool = True
-) -> Recognition:
-    """Whether a volume has the mark of a key.
+def recognise(channels: Sequence[NDArray[Any]], spacing: Sizes | None = None, key: str = PUBLIC_KEY) -> Recognition:
+    """Whether a volume has the mark of a key; ways to look for it are tried until it is recognised.
 
     Args:
         channels: of the volume, each ``(X, Y, Z)``, in any units, order of axes and type.
         spacing: of its voxels; None where it is not known, and voxels may have any shape.
         key: public or of a site.
-        stop: at the first way in which it is recognised, instead of the best.
     """
     best = Recognition(0.0, "not at all", (1.0, 1.0, 1.0))
     tiles = _turned(key)
     for way in _ways([grain(_middle(channel)) for channel in channels], spacing or (1.0, 1.0, 1.0)):
         found = _best(way, tiles)
         best = min(best, found, key=lambda each: each.log10_p)
-        if stop and best.synthetic:
+        if best.synthetic:
             break
     return best
 
@@ -124,6 +121,12 @@ def _ways(grains: Sequence[Grain], spacing: Sizes) -> Iterator[_Way]:
     yield _Way("as it is", 1 / 2, ((one, folded(part)[None]) for part in grains))
     scaled = [(size,) * 3 for size in ladder(shape, *_NEAR)]
     yield _Way("scaled", 1 / 4, _at(grains, scaled))
+    anywhere = [(size,) * 3 for size in ladder(shape, *_ANY)]
+    finest = min(spacing)
+    if max(spacing) > finest * 1.01:  # cubes of millimetres are none of voxels
+        millimetres = [tuple(size * finest / step for step in spacing) for size in ladder(shape, *_ANY)]
+        anywhere += [sizes for sizes in millimetres if min(sizes) >= _ANY[0] / 2]
+    yield _Way("on another grid", 1 / 8, _at(grains, anywhere, quick=True))
     some = [axes for count in (1, 2) for axes in _subsets(count) if any(shape[axis] > 1 for axis in axes)]
     stretched = [
         tuple(size if axis in axes else 1.0 for axis in range(3))
@@ -132,12 +135,6 @@ def _ways(grains: Sequence[Grain], spacing: Sizes) -> Iterator[_Way]:
     ]
     yield _Way("scaled along some axes", 1 / 16, _at(grains, stretched))
     yield _Way("in a part", 1 / 16, ((one, np.stack([folded(part) for part in _parts(each)])) for each in grains))
-    anywhere = [(size,) * 3 for size in ladder(shape, *_ANY)]
-    finest = min(spacing)
-    if max(spacing) > finest * 1.01:  # cubes of millimetres are none of voxels
-        millimetres = [tuple(size * finest / step for step in spacing) for size in ladder(shape, *_ANY)]
-        anywhere += [sizes for sizes in millimetres if min(sizes) >= _ANY[0] / 2]
-    yield _Way("on another grid", 1 / 8, _at(grains, anywhere, quick=True))
 
 
 def _at(grains: Sequence[Grain], tried: Sequence[Any], *, quick: bool = False) -> Iterator[tuple[Sizes, Grain]]:
