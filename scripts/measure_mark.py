@@ -65,7 +65,7 @@ def _asked(file: Path, kinds: dict[str, Callable[[Array, np.random.Generator], A
 
 def _turned(array: Array, draws: np.random.Generator) -> Array:
     turned = array.transpose(draws.permutation(3))
-    return np.flip(turned, [axis for axis in range(3) if draws.random() < 0.5])
+    return np.flip(turned, tuple(axis for axis in range(3) if draws.random() < 0.5))
 
 
 def _cropped(array: Array, draws: np.random.Generator) -> Array:
@@ -78,11 +78,10 @@ def _windowed(low: float, high: float) -> Callable[[Array, np.random.Generator],
     """In 8 bits: HU of CT (whole numbers); of others, shares of their range without its ends."""
 
     def windowed(array: Array, draws: np.random.Generator) -> Array:
-        ends = low, high
+        first, last = low, high
         if array.dtype.kind == "f":
             least, most = np.percentile(array, [1, 99])
-            ends = (least + (most - least) * (end + 1000) / 2000 for end in (low, high))
-        first, last = ends
+            first, last = (least + (most - least) * (end + 1000) / 2000 for end in (low, high))
         return np.rint(((array - first) / (last - first)).clip(0, 1) * 255).astype(np.uint8)
 
     return windowed

@@ -1,6 +1,7 @@
 """What the header of a file says of where its volume comes from."""
 
 import json
+from typing import Any
 
 import nibabel
 
@@ -22,7 +23,7 @@ def says_synthetic(files: Files) -> bool:
     """
     suffix = suffix_of(files[0])
     if suffix in (".nii", ".nii.gz"):
-        header = nibabel.load(files[0]).header
+        header: Any = nibabel.load(files[0]).header
         return bytes(header["descrip"]).startswith(_WORD) or any(_says_so(part) for part in header.extensions)
     if suffix in (".dcm", ""):
         from fibldm.volumes.dicom.frames import read_dataset

@@ -81,7 +81,8 @@ def recognise_file(name: str, files: Files, *, site_key: str | None = None) -> R
     scan = read_scan(files, spacing=spacing, scanner=False)
     array = scan.array if scan.array.ndim == 4 else scan.array[..., None]
     channels = [np.asarray(part, dtype=np.float32) for part in np.moveaxis(array, -1, 0)]
-    stated = None if spacing else tuple(float(step) for step in scan.spacing)
+    x, y, z = (float(step) for step in scan.spacing)
+    stated = None if spacing else (x, y, z)
     public = recognise(channels, stated, PUBLIC_KEY)
     site = None if site_key is None else recognise(channels, stated, site_key)
     return Recognised(name, says_synthetic(files), public, site)

@@ -124,7 +124,8 @@ def _ways(grains: Sequence[Grain], spacing: Sizes) -> Iterator[_Way]:
     anywhere = [(size,) * 3 for size in ladder(shape, *_ANY)]
     finest = min(spacing)
     if max(spacing) > finest * 1.01:  # cubes of millimetres are none of voxels
-        millimetres = [tuple(size * finest / step for step in spacing) for size in ladder(shape, *_ANY)]
+        x, y, z = (finest / step for step in spacing)
+        millimetres = [(size * x, size * y, size * z) for size in ladder(shape, *_ANY)]
         anywhere += [sizes for sizes in millimetres if min(sizes) >= _ANY[0] / 2]
     yield _Way("on another grid", 1 / 8, _at(grains, anywhere, quick=True))
     some = [axes for count in (1, 2) for axes in _subsets(count) if any(shape[axis] > 1 for axis in axes)]
@@ -165,7 +166,7 @@ def _turned(key: str) -> NDArray[np.complex64]:
     """The conjugate transform of a key's tile in all turns and mirrorings, ``(48, P, P, P // 2 + 1)``."""
     tile = tile_of(key).astype(np.float32)
     turned = [
-        np.flip(tile.transpose(order), [axis for axis in range(3) if mirrored[axis]])
+        np.flip(tile.transpose(order), tuple(axis for axis in range(3) if mirrored[axis]))
         for order in permutations(range(3))
         for mirrored in product((False, True), repeat=3)
     ]
