@@ -34,6 +34,7 @@ COMMANDS = (
     "evaluate",
     "audit",
     "report",
+    "recognise",
     "export",
     "verify",
     "pipeline",

@@ -207,7 +207,7 @@ class Editor:
         around, edited = (made.decode(latent, window.prepared).clamp(-1, 1) for latent in (z, new))
         noise = torch.zeros_like(edited)
         if settings.residual_noise and made.residual_noise is not None:
-            noise = settings.residual_noise * made.residual_noise.draw(edited, generator)
+            noise = settings.residual_noise * made.residual_noise.draw(edited, generator, made.mark)
         own = [
             resample(Volume(part[0].cpu().numpy(), grid.affine), window.scan.grid, kind="image").array
             for part in (around, edited, noise)

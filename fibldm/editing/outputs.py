@@ -16,6 +16,7 @@ from fibldm.locks import alone
 from fibldm.progress import track
 from fibldm.synthesis import OutputConflict, SynthesisSettings, Synthesizer
 from fibldm.synthesis.asked import together
+from fibldm.synthesis.outputs import tell_unmarked
 from fibldm.volumes.dicom.series import Series, find_series, read_series
 from fibldm.volumes.formats.itk_images import read_itk
 from fibldm.volumes.formats.nifti import read_volume
@@ -119,6 +120,7 @@ def edit_files(
     decisive = [made.source, asked.sampling.to_dict(), vars(edit), _hash(inside), beside]
     decisive += [source.sha256]
     facts = {"mask": Path(mask).name, "mask_sha256": hash_mask(Path(mask)), **changed}
+    tell_unmarked(made, asked.sampling)
     written = []
     with alone(Path(out) / ".edit.lock", str(out), "wait until that has ended, or choose another --out"):
         for number in track(range(asked.count), "edit"):

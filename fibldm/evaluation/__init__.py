@@ -15,5 +15,6 @@
 * ``perceptual``: LPIPS in three planes, of realism and reconstruction
 * ``preview_figures``: a few of these while a stage trains
 * ``memorisation``: is one a copy of a training scan?
+* ``recognition/``: was one drawn by FibLDM?
 * ``measurements``: all of these by name
 """

@@ -8,6 +8,7 @@ Volumes and latents:
 * ``tiling`` (with ``tiles``, ``receptive_field``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end
+* ``residual_noise`` (with ``mark``): the grain that a decoder leaves out, and what it is recognised by
 * ``principal_components``: the best linear autoencoder, where training begins
 * ``latents``: the scale of the latents, the only place where they are scaled
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fibldm.errors import FibldmError
 from fibldm.files import write_tensors
+from fibldm.models.mark import Mark
 
 _VALUES = 16
 _SLOPES = 7  # each twice as steep as the one before
@@ -102,17 +103,19 @@ class ResidualNoise:
         tensors = {"levels": self.levels, "kernel": self.kernel, "spread": torch.tensor(self.spread)}
         write_tensors(file, tensors)
 
-    def draw(self, decoded: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, decoded: Tensor, generator: torch.Generator, mark: Mark | None = None) -> Tensor:
         """Noise for a decoded volume ``(C, X, Y, Z)`` in ``[-1, 1]``, of its shape and on its device.
 
         Args:
             decoded: what the decoder gave.
             generator: of the CPU, so that the noise is the same on any device.
+            mark: what the noise is marked with; None leaves it without one.
         """
         strength = math.exp(self.spread * float(torch.randn((), generator=generator)))
         shape = decoded.shape[1:]
         size = [max(pair) for pair in zip(shape, self.kernel.shape[1:], strict=True)]
-        white = torch.randn(len(decoded), *size, generator=generator).to(decoded.device)
+        white = torch.randn(len(decoded), *size, generator=generator)
+        white = (white if mark is None else mark.imprint(white, generator)).to(decoded.device)
         spectrum = torch.fft.rfftn(self.kernel.to(decoded.device), s=size, dim=(1, 2, 3))
         coloured = torch.fft.irfftn(torch.fft.rfftn(white, dim=(1, 2, 3)) * spectrum, s=size, dim=(1, 2, 3))
         return strength * self.level(decoded) * coloured[:, : shape[0], : shape[1], : shape[2]]

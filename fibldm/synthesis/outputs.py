@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,8 @@ class Output:
             raise _together(refused, len({job.mask for job in missing}))
         for mask in list(numbers)[:1]:
             self._tell(mask)
+        if missing:
+            tell_unmarked(self.synthesizer, self.settings.sampling)
         return [job for job in jobs if job in missing]
 
     def write(self, jobs: Sequence[Job]) -> list[Path]:
@@ -159,6 +162,11 @@ class Output:
     def dicom(self) -> "DicomOutput | None":
         """Writes DICOM; None is NIfTI."""
         return self.settings.files.dicom
+
+    @cached_property
+    def _site_mark(self) -> list[dict[str, str]]:
+        mark = self.synthesizer.mark_of(self.synthesizer.as_trained(self.settings.sampling))
+        return [{"site_key": mark["site_key"]}] if "site_key" in mark else []
 
     def _is_there(self, job: Job) -> bool:
         path = self.path(job)
@@ -241,6 +249,7 @@ class Output:
         decisive += [check.decisive for check in self.checks]
         kinds = self.synthesizer.beside
         decisive += [{name: kinds[name].recorded(value)} for name, value in asked.items() if value is not None]
+        decisive += self._site_mark
         request = {
             "mask": job.mask and job.mask.file.name,
             "mask_sha256": job.mask and job.mask.sha256,
@@ -249,6 +258,13 @@ class Output:
         if self.dicom is not None:
             request["dicom_request"] = self.dicom.fingerprint(self.synthesizer.names)
         return request
+
+
+def tell_unmarked(synthesizer: Synthesizer, sampling: SamplingSettings) -> None:
+    """Say so where volumes will have no mark in their voxels."""
+    mark = synthesizer.mark_of(synthesizer.as_trained(sampling))
+    if not mark["voxels"]:
+        _logger.info("only header and sidecar say that these volumes are synthetic, not their voxels: %s", mark["why"])
 
 
 def _together(refused: Sequence[FibldmError], masks: int) -> FibldmError:

@@ -84,7 +84,7 @@ class Synthesis:
         return self.channels[0]
 
     def to_sitk(self) -> "SimpleITK.Image":
-        """As an image of SimpleITK, of several channels with vector pixels; it has no mark that it is synthetic.
+        """As an image of SimpleITK, of several channels with vector pixels; no header says that it is synthetic.
 
         Raises:
             FibldmError: the mask's axes were not at right angles.
@@ -92,5 +92,5 @@ class Synthesis:
         return to_sitk(self.channels)
 
     def to_torchio(self) -> "torchio.ScalarImage":
-        """As an image of TorchIO; it has no mark that it is synthetic."""
+        """As an image of TorchIO; no header says that it is synthetic."""
         return to_torchio(self.channels)

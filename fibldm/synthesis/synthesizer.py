@@ -23,6 +23,7 @@ from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.inpainting import KnownLatents
 from fibldm.models.latents import LatentSpace
+from fibldm.models.mark import Mark
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
@@ -75,6 +76,7 @@ class Synthesizer:
         choice: for the sidecar, what is not as it was trained: checkpoint, strength, further ControlNets, adapters.
         gate: in which ranges intensities of training cases lie; None where that was not measured.
         data: fingerprint of the dataset that all of its networks were trained on; None where some were on others.
+        mark: what drawn noise is marked with; None, for comparisons, leaves voxels without a mark, and sidecars say so.
     """
 
     network: ConditionedNetwork
@@ -96,6 +98,7 @@ class Synthesizer:
     choice: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
     data: str | None = None
+    mark: Mark | None = field(default_factory=Mark.from_environment)
 
     @classmethod
     def from_run(
@@ -418,8 +421,21 @@ class Synthesizer:
             "units": self.intensity.units,
             "grid": {"size": list(grid.shape), "spacing_mm": list(grid.spacing), "resampled": not same_spacing},
             "extrapolation": prepared.outside,
+            "mark": self.mark_of(settings),
             "notice": NOTICE if request.mask is not None else UNCONDITIONAL_NOTICE,
         }
+
+    def mark_of(self, settings: SamplingSettings) -> dict[str, Any]:
+        """How the voxels themselves are marked, see `Mark.recorded`; or ``voxels`` false, and ``why``.
+
+        Args:
+            settings: as `as_trained` gives them.
+        """
+        if self.residual_noise is None or not self.residual_noise.levels.any():
+            return {"voxels": False, "why": "this generator draws no residual noise"}
+        if self.mark is None or not settings.residual_noise:
+            return {"voxels": False, "why": "residual_noise is 0" if self.mark else "it was left out"}
+        return self.mark.recorded()
 
     def as_trained(self, settings: SamplingSettings) -> SamplingSettings:
         """Settings with the shift of the training times where they give none, and no noise that is not known."""
@@ -475,7 +491,9 @@ class Synthesizer:
         decoded = [self.decode(z[place : place + 1], part) for place, part in enumerate(placed)]
         if settings.residual_noise and self.residual_noise is not None:
             pairs = zip(decoded, generators, strict=True)
-            decoded = [part + settings.residual_noise * self.residual_noise.draw(part, own) for part, own in pairs]
+            decoded = [
+                part + settings.residual_noise * self.residual_noise.draw(part, own, self.mark) for part, own in pairs
+            ]
         return [part.clamp(-1, 1).cpu().numpy() for part in decoded]
 
     def _labels(self, placed: Sequence[PreparedMask]) -> Tensor:

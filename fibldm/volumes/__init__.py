@@ -13,4 +13,5 @@
 * ``interchange``: volumes as SimpleITK and TorchIO know them
 * ``pictures``: three planes of a volume
 * ``writer``, ``bids_writer``: synthetic volumes with geometry, mark and provenance
+* ``header_mark``: what headers say of that
 """

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
 from fibldm.models.residual_noise import ResidualNoise
-from fibldm.synthesis import SamplingSettings, Synthesizer
+from fibldm.synthesis import SamplingSettings, SynthesisRequest, Synthesizer
 from fibldm.volumes.datalist import load_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
@@ -191,6 +191,26 @@ def test_synthetic_volumes_have_the_noise_that_the_encode_stage_measured(tiny_ru
     assert 2 < noise.std() < 15  # HU; 0.01 is 10 HU, and resampling to the mask's grid averages
     assert np.quantile(np.abs(double - 2 * noise), 0.99) <= 2  # rounding to whole HU
     assert [part.provenance["sampling"]["residual_noise"] for part in (plain, once, twice)] == [0, 1, 2]
+    assert plain.provenance["mark"] == {"voxels": False, "why": "residual_noise is 0"}
+    assert once.provenance["mark"] == {"voxels": True, "key": "FibLDM mark 1", "strength": 0.2}
+
+
+def test_without_a_mark_only_signs_of_the_noise_differ_and_the_sidecar_says_so(tiny_run: Path, a_mask: Volume) -> None:
+    trained = Synthesizer.from_run(tiny_run)
+    settings = SamplingSettings(steps=1)
+    decoded, marked, bare = (
+        made.decoded([made.prepare(SynthesisRequest(a_mask))], made.as_trained(asked))[0]
+        for made, asked in (
+            (trained, SamplingSettings(steps=1, residual_noise=0.0)),
+            (trained, settings),
+            (replace(trained, mark=None), settings),
+        )
+    )
+    assert not np.array_equal(marked, bare) and float((marked - decoded).std()) == pytest.approx(
+        float((bare - decoded).std()), rel=0.02
+    )
+    assert replace(trained, mark=None).mark_of(settings) == {"voxels": False, "why": "it was left out"}
+    assert replace(trained, residual_noise=None).mark_of(settings)["why"] == "this generator draws no residual noise"
 
 
 def test_a_run_that_was_not_measured_says_so(tiny_run: Path, a_mask: Volume, tmp_path: Path) -> None:

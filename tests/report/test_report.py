@@ -167,7 +167,7 @@ def test_every_figure_stands_with_its_interval_beside_real_scans(measured) -> No
     assert re.findall(r"<td>(.*?)</td>", row) == ["0.125", "[0.1, 0.15]", "0.05", "0.5", "12"]
     assert "1 volume, drawn by dpmpp_2m in 5 steps at guidance 1.5, 10 network calls each." in text
     assert WEIGHTS in text and "is too &lt;smooth&gt;" in text
-    assert "Not measured: realism, reconstruction, utility, gate" in text
+    assert "Not measured: realism, reconstruction, audit, utility, gate, ct, spread (" in text
 
 
 def test_the_audit_names_copies_on_top_of_its_tables(measured) -> None:
@@ -233,6 +233,7 @@ def test_real_scans_are_left_out_unless_they_are_asked_for(measured, synthetic, 
 
 def test_volumes_of_other_weights_are_refused(measured, synthetic) -> None:
     content = read_json(measured / "evaluation" / "metrics.json")
+    content["audit"] = dict(content["copies"])
     for part in content.values():
         part["drawn"]["weights"] = "cd" * 32
     write_json(measured / "evaluation" / "metrics.json", content)
@@ -397,14 +398,19 @@ def test_the_bundle_of_a_measured_run_carries_a_report_without_volumes_and_names
     export(made, tmp_path / "plain", ExportSettings("CC0-1.0"), also=bundle_report(made))
     assert not (tmp_path / "plain" / IN_BUNDLE).exists()
     content = read_json(measured / "evaluation" / "metrics.json")
+    content["audit"] = dict(content["copies"])
     for part in content.values():
         part["drawn"]["weights"] = read_json(made / "controlnet" / "done.json")["weights"]
     write_json(made / "evaluation" / "metrics.json", content)
-    write_json(made / "audit" / "audit.json", audit([pair()]))
+    write_json(made / "evaluation" / "audit" / "audit.json", audit([pair()]))
     export(made, tmp_path / "bundle", ExportSettings("CC0-1.0"), also=bundle_report(made))
     text = (tmp_path / "bundle" / IN_BUNDLE).read_text()
     assert IN_BUNDLE in read_json(tmp_path / "bundle" / "manifest.json")["sha256"]
     assert "[0.1, 0.15]" in text and "1 of 1 volumes are copies" in text and "loss by epoch" in text
+    del content["audit"]  # what nobody knows the weights of stays here
+    write_json(made / "evaluation" / "metrics.json", content)
+    export(made, tmp_path / "other", ExportSettings("CC0-1.0"), also=bundle_report(made))
+    assert "no audit.json was found" in (tmp_path / "other" / IN_BUNDLE).read_text()
     named = [
         entry["case"] for listed in read_json(made / "latents" / "latents.json")["items"].values() for entry in listed
     ]

@@ -462,6 +462,7 @@ def test_file_with_sidecar_and_mask(synthesizer, tmp_path):
     assert (told["number"], told["network_calls"], told["units"]) == (2, 2, "HU")
     assert told["intensity"] == synthesizer.intensity.to_dict() and told["source"] == synthesizer.source
     assert told["extrapolation"] == [] and "anatomy of its patient" in told["notice"]
+    assert told["mark"] == {"voxels": False, "why": "this generator draws no residual noise"}
     used = read_volume(str(tmp_path / "out" / "masks" / "case.1.nii.gz"))
     np.testing.assert_array_equal(used.array, body().array)
     np.testing.assert_allclose(used.affine, body().affine, atol=1e-4)
