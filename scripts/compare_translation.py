@@ -238,7 +238,7 @@ def _regress(network: nn.Module, training: Sequence[Pair], seconds: float) -> No
         optimizer.step()
         steps += 1
         if steps % 100 == 0:
-            print(f"unet: {steps} steps, {share:.0%} of the time, loss {float(loss):.4f}", file=sys.stderr)
+            print(f"unet: {steps} steps, {share:.0%} of the time, loss {float(loss.detach()):.4f}", file=sys.stderr)
     print(f"unet: {steps} steps in {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
