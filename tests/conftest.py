@@ -7,12 +7,15 @@ import fcntl
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from builders import data_file, tiny_configuration
+from processes import server
 
 from fibldm.datasets.preparation import prepare
 from fibldm.phantoms.phantoms import write_phantoms
@@ -26,10 +29,34 @@ TinyStage = Callable[..., Configuration]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow or many tests begin first, so that at the end no process waits for another."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    many = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -many[item.path]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Networks this small are slower on many threads, and sums of one thread come out the same every time."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Processes that share work begin with their imports done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fibldm.workers.get_context", server)
+        yield
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that --devices starts do as well."""
+    from torch.distributed.launcher import api
+
+    server()
+    monkeypatch.setattr(api, "LaunchConfig", partial(api.LaunchConfig, start_method="forkserver"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from builders import verified_here
 from monai.networks.nets import DiffusionModelUNet
 from PIL import Image
 
@@ -217,6 +218,7 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     if any(word in block.text for word in LONG) and not os.environ.get("FIBLDM_LONG"):
         pytest.skip("takes more than a minute (FIBLDM_LONG=1 runs it)")
+    monkeypatch.setattr("fibldm.pipeline.verify", verified_here)  # all of it is that of `fibldm verify`
     if "$FIBLDM_DATA" in block.text:
         monkeypatch.setenv("FIBLDM_DATA", str(request.getfixturevalue("data_folder")))
     prepare(block, desk, monkeypatch)

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from builders import verified_here
 
 from fibldm.cli import run
 from fibldm.delivery.export import ExportSettings
@@ -204,6 +205,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     """The bundle is verified; a second run finds all of it done; nothing asks for the network."""
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("fibldm.pipeline.verify", verified_here)
     write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
     command = [
         *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),
@@ -213,6 +215,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     ]
     assert run(command) == 0
     told = capsys.readouterr().out
+    assert "all 5 checks are ok" in told
     assert re.search(r"fibldm train diffusion .*--config mask_concat", told) and "train controlnet" not in told
     files = [*tmp_path.glob("made/synthetic*/*.nii.gz"), *tmp_path.glob("made/run/*/checkpoints/*.pt")]
     assert {file.parent.name for file in files} == {"synthetic", "synthetic_training", "checkpoints"}

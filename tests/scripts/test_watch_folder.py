@@ -4,9 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +23,7 @@ import pytest
 import SimpleITK
 from builders import script as script_of
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
+from processes import start
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, read_json
@@ -466,8 +467,16 @@ def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
     assert report["ok"]
 
 
+def watch_slowly(*words: str) -> None:
+    """The script, with time to be killed after every volume."""
+    write = Output.write
+    Output.write = lambda self, jobs: (write(self, jobs), time.sleep(0.4))[0]  # type: ignore[method-assign]
+    sys.argv = ["watch_folder.py", *words]
+    runpy.run_path(str(ROOT / "scripts" / "watch_folder.py"), run_name="__main__")
+
+
 @pytest.mark.slow
-def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outbox: Path) -> None:
+def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outbox: Path, tmp_path: Path) -> None:
     """By kill -9, while volumes are made; nothing of it shows until the next watcher has finished it."""
     name = hash_file(write_mask(inbox / "a.nii.gz"))[:16]
     folders = [
@@ -481,17 +490,17 @@ def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outb
         "--format",
         "nifti",
         "--count",
-        "40",
+        "4",
     ]
-    command = [sys.executable, ROOT / "scripts" / "watch_folder.py", *folders]
-    with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 600
-        while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
-            time.sleep(0.02)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path / "log.txt", watch_slowly, *map(str, folders))
+    until = time.monotonic() + 600
+    while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert list((inbox / ".claimed").glob("*/1/a.nii.gz")) and not (outbox / "synthetic").exists()
-    code, reports = watch("--format", "nifti", "--count", "40")
+    code, reports = watch("--format", "nifti", "--count", "4")
     assert code == 0 and len(reports) == 1 and all(Path(path).is_file() for path in reports[0]["outputs"])
     assert (outbox / "done" / name / "a.nii.gz").is_file()
 
