@@ -100,11 +100,15 @@ SMALL = {
         "segmenter::steps=2",
         "--set",
         "synthesize::allow_extrapolation=true",
+        "--set",
+        "synthesize::steps=1",
+        "--set",
+        "measure=[reconstruction]",
     ],
     "fibldm evaluate": ["--set", "steps=2"],
-    "fibldm synthesize": ["--allow-extrapolation"],
+    "fibldm synthesize": ["--allow-extrapolation", "--steps", "1"],
     "python scripts/check_measurements.py": ["--set", "steps=2"],
-    "python scripts/watch_folder.py": ["--once"],
+    "python scripts/watch_folder.py": ["--once", "--steps", "1"],
 }
 # Later options win, so these stand last.
 TWO_DIMENSIONS = ["--set", "patch=[32,32,1]"]
@@ -206,6 +210,8 @@ def bundle_run(rest: Sequence[str]) -> int:
     files = keywords.pop("config_file")
     if files.startswith("["):
         files = [*yaml.safe_load(files), "configs/tiny.yaml"]
+    else:
+        keywords["inferer::steps"] = 1
     monai.bundle.run(*identifiers, config_file=files, **keywords)
     return 0
 
@@ -242,7 +248,6 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         page = (ROOT / block.page).read_text()
         recipe = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
         recipe["autoencoder"]["epochs"] = recipe["diffusion"]["epochs"] = 1
-        recipe["measure"] = ["reconstruction"]
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
         assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0

@@ -206,7 +206,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("fibldm.pipeline.verify", verified_here)
-    write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
+    write_phantoms(tmp_path / "phantoms", subjects=7, seed=0)
     command = [
         *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),
         *("--config", str(tiny_data), "--config", "tiny", "--set", "segmenter::steps=2"),
