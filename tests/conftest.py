@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import data_file, tiny_configuration
+from monai.bundle import config_parser
 from processes import server
 
 from fibldm.datasets.preparation import prepare
@@ -40,6 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Networks this small are slower on many threads, and sums of one thread come out the same every time."""
     torch.set_num_threads(1)
+
+
+class YamlInC(yaml.CSafeLoader, config_parser.CheckKeyDuplicatesYamlLoader):
+    """MONAI's, by the parser in C: every stage reads all of its files."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_in_c() -> Iterator[None]:
+    """Configurations are read in a tenth of the time; processes of their own read them as MONAI does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_parser, "CheckKeyDuplicatesYamlLoader", YamlInC)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

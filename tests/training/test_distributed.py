@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,11 +15,12 @@ import ignite.distributed as idist
 import pytest
 import torch
 from conftest import TinyStage
-from processes import finish, start_ranks
+from processes import finish, run_words, start_ranks
 
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
 from fibldm.runs import StageFolder
+from fibldm.runs.configuration import Configuration, shipped
 from fibldm.training import distributed
 from fibldm.training.distributed import (
     batch_of_rank,
@@ -178,7 +181,7 @@ def test_devices_train_as_torchrun_does_and_say_once_what_is_refused(
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
-# --- with the environment of torchrun
+# --- by torchrun, and by ranks that have their imports done
 
 STEPS = 52
 SETTINGS: dict[str, Any] = {"epochs": 13, "batch_size": 4, "views": 4}
@@ -192,6 +195,13 @@ def latents(tiny_stage: TinyStage, tiny_run: Path, tmp_path_factory: pytest.Temp
     shutil.copytree(tiny_run / "autoencoder", run / "autoencoder")
     tiny_stage("latents", run, views=4).run()
     return run
+
+
+def run_by_torchrun(configuration: Configuration, ranks: int) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, "-m", "monai.bundle", *run_words(configuration, shipped("multi_gpu"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def kill_a_rank_when(ranks: list[ForkServerProcess], file: Path) -> None:
@@ -225,7 +235,7 @@ def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
     for run in runs.values():
         shutil.copytree(latents, run)
     tiny_stage("diffusion", runs["one"], **SETTINGS).run()
-    finish(*start_ranks(tiny_stage("diffusion", runs["two"], **SETTINGS), 2, log), log=log)
+    run_by_torchrun(tiny_stage("diffusion", runs["two"], **SETTINGS), 2)
     assert StageFolder(runs["two"], "diffusion").require()["stopped_epoch"] == SETTINGS["epochs"]
     assert rows(runs["two"])[-1][1] == rows(runs["one"])[-1][1] == str(STEPS)
     for name in ("network", "ema"):
