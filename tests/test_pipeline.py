@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def quiet(line: str) -> None:
 
 def refuse(*_: object) -> None:
     raise AssertionError("something asked for the network")
+
+
+def refuse_network(connect: Callable[..., None]) -> Callable[..., None]:
+    """`socket.socket.connect`, which reaches processes of this machine only."""
+    return lambda self, address: connect(self, address) if self.family == socket.AF_UNIX else refuse()
 
 
 # --- recipes
@@ -203,7 +209,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bundle is verified; a second run finds all of it done; nothing asks for the network."""
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse_network(socket.socket.connect))
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("fibldm.pipeline.verify", verified_here)
     write_phantoms(tmp_path / "phantoms", subjects=7, seed=0)
