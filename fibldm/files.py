@@ -115,6 +115,18 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[st
             raise FibldmError(f"cannot write {path}: {error}", "check the free disk space") from error
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file of plain values; where PyYAML has its parser in C, in a tenth of the time.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        yaml.YAMLError: it is no YAML.
+    """
+    import yaml
+
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 

@@ -1,6 +1,7 @@
 # Sourced by the other scripts: makes .venv in the repository root, once, with FibLDM (editable) and its dev extra.
 #
-# Sets `root` (the repository) and `venv`. Uses $PYTHON where it is set, else the first Python >= 3.11 found.
+# Sets `root` (the repository) and `venv`. Uses $PYTHON where it is set, else the first Python >= 3.11 found, and options
+# for pip in the array `install_options`, where there are some.
 # A stamp in .venv says what it was made of; while that holds, nothing is installed. Needs no root rights.
 # shellcheck shell=bash
 
@@ -106,7 +107,8 @@ install_packages() {
     rm -f "$stamp"
     say "Installing FibLDM and its packages, about 1 to 3 minutes (longer on a slow line)."
     if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        --constraint "$root/constraints.txt" --editable "${root}[dev]" >"$install_log" 2>&1; then
+        ${install_options[@]+"${install_options[@]}"} --constraint "$root/constraints.txt" \
+        --editable "${root}[dev]" >"$install_log" 2>&1; then
         explain_failure
         return 1
     fi

@@ -17,4 +17,6 @@ done
 
 make_environment
 cd "$root"
-exec "$venv/bin/pytest" -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+# in the order of tests/conftest.py
+exec "$venv/bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder \
+    ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

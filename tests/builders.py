@@ -2,7 +2,9 @@
 
 import importlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +76,14 @@ def with_latents_of(run: Path, folder: Path) -> Path:
     for stage in ("autoencoder", "latents"):
         shutil.copytree(run / stage, folder / stage)
     return folder
+
+
+def verified_here(bundle: Path) -> Iterator[Any]:
+    """Checks of a bundle in this process, but for those that compile its networks: test_bundles.py does all of them."""
+    from fibldm.delivery.verify import run_checks
+
+    with TemporaryDirectory() as folder:
+        yield from run_checks(bundle, Path(folder), ("manifest", "layout", "generator", "metadata", "synthesis"))
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -7,12 +7,17 @@ import fcntl
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import data_file, tiny_configuration
+from monai.bundle import config_parser
+from processes import server
 
 from fibldm.datasets.preparation import prepare
 from fibldm.files import read_json, write_json
@@ -28,10 +33,46 @@ TinyStage = Callable[..., Configuration]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow or many tests begin first, so that at the end no process waits for another."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    many = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -many[item.path]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Networks this small are slower on many threads, and sums of one thread come out the same every time."""
     torch.set_num_threads(1)
+
+
+class YamlInC(yaml.CSafeLoader, config_parser.CheckKeyDuplicatesYamlLoader):
+    """MONAI's, by the parser in C: every stage reads all of its files."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_in_c() -> Iterator[None]:
+    """Configurations are read in a tenth of the time; processes of their own read them as MONAI does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_parser, "CheckKeyDuplicatesYamlLoader", YamlInC)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Processes that share work begin with their imports done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fibldm.workers.get_context", server)
+        yield
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that --devices starts do as well."""
+    from torch.distributed.launcher import api
+
+    server()
+    monkeypatch.setattr(api, "LaunchConfig", partial(api.LaunchConfig, start_method="forkserver"))
 
 
 @pytest.fixture(autouse=True)

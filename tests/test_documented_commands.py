@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from builders import verified_here
 from monai.networks.nets import DiffusionModelUNet
 from PIL import Image
 
@@ -102,11 +103,15 @@ SMALL = {
         "segmenter::steps=2",
         "--set",
         "synthesize::allow_extrapolation=true",
+        "--set",
+        "synthesize::steps=1",
+        "--set",
+        "measure=[reconstruction]",
     ],
     **{f"fibldm evaluate {name}": ["--set", "steps=2"] for name in MEASURED},
-    "fibldm synthesize": ["--allow-extrapolation"],
+    "fibldm synthesize": ["--allow-extrapolation", "--steps", "1"],
     "python scripts/check_measurements.py": ["--set", "steps=2"],
-    "fibldm watch": ["--once"],
+    "fibldm watch": ["--once", "--steps", "1"],
 }
 # Later options win, so these stand last.
 TWO_DIMENSIONS = ["--set", "patch=[32,32,1]"]
@@ -208,6 +213,8 @@ def bundle_run(rest: Sequence[str]) -> int:
     files = keywords.pop("config_file")
     if files.startswith("["):
         files = [*yaml.safe_load(files), "configs/tiny.yaml"]
+    else:
+        keywords["inferer::steps"] = 1
     monai.bundle.run(*identifiers, config_file=files, **keywords)
     return 0
 
@@ -220,6 +227,7 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     if any(word in block.text for word in LONG) and not os.environ.get("FIBLDM_LONG"):
         pytest.skip("takes more than a minute (FIBLDM_LONG=1 runs it)")
+    monkeypatch.setattr("fibldm.pipeline.verify", verified_here)  # all of it is that of `fibldm verify`
     if "$FIBLDM_DATA" in block.text:
         monkeypatch.setenv("FIBLDM_DATA", str(request.getfixturevalue("data_folder")))
     prepare(block, desk, monkeypatch)
@@ -243,7 +251,6 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         page = (ROOT / block.page).read_text()
         recipe = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
         recipe["autoencoder"]["epochs"] = recipe["diffusion"]["epochs"] = 1
-        recipe["measure"] = ["reconstruction"]
         (desk / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     if "--set init_from=bundles/mine" in block.text:
         assert run("export --run runs/mine --out bundles/mine --license CC-BY-4.0".split()) == 0

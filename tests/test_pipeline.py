@@ -4,9 +4,11 @@ import re
 import shlex
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders import verified_here
 
 from fibldm.cli import run
 from fibldm.delivery.export import ExportSettings
@@ -29,6 +31,11 @@ def quiet(line: str) -> None:
 
 def refuse(*_: object) -> None:
     raise AssertionError("something asked for the network")
+
+
+def refuse_network(connect: Callable[..., None]) -> Callable[..., None]:
+    """`socket.socket.connect`, which reaches processes of this machine only."""
+    return lambda self, address: connect(self, address) if self.family == socket.AF_UNIX else refuse()
 
 
 # --- recipes
@@ -202,9 +209,10 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bundle is verified; a second run finds all of it done; nothing asks for the network."""
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse_network(socket.socket.connect))
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    write_phantoms(tmp_path / "phantoms", subjects=10, seed=0)
+    monkeypatch.setattr("fibldm.pipeline.verify", verified_here)
+    write_phantoms(tmp_path / "phantoms", subjects=7, seed=0)
     command = [
         *("pipeline", str(tmp_path / "phantoms"), "--out", str(tmp_path / "made"), "--license", "CC0-1.0"),
         *("--config", str(tiny_data), "--config", "tiny", "--set", "segmenter::steps=2"),
@@ -213,6 +221,7 @@ def test_one_command_from_a_folder_of_volumes_to_a_bundle(
     ]
     assert run(command) == 0
     told = capsys.readouterr().out
+    assert "all 5 checks are ok" in told
     assert re.search(r"fibldm train diffusion .*--config mask_concat", told) and "train controlnet" not in told
     files = [*tmp_path.glob("made/synthetic*/*.nii.gz"), *tmp_path.glob("made/run/*/checkpoints/*.pt")]
     assert {file.parent.name for file in files} == {"synthetic", "synthetic_training", "checkpoints"}

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-import yaml
-
 from fibldm.delivery.model_card import CardText
+from fibldm.files import read_yaml
 from fibldm.runs import StageFolder
 from fibldm.runs.renamed import current
 from fibldm.synthesis.bundle import GENERATOR
@@ -86,7 +85,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_configuration(stage: StageFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``train.json``: the last stage as it was trained, beginning with the weights of the bundle."""
-    config: dict[str, Any] = current(yaml.safe_load((stage.path / "config.yaml").read_text(encoding="utf-8")))
+    config: dict[str, Any] = current(read_yaml(stage.path / "config.yaml"))
     own = {"bundle_root": ".", "work": "work", "run_dir": "runs/fine_tuned", "restart": False, "init_trust": False}
     begun = {"init_from": "@bundle_root", "network_def": facts["network"], "training": "@run"}
     if "prior" in config:  # a folder of this machine

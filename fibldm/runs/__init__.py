@@ -7,6 +7,7 @@
 * ``configuration``: from names and overrides to a checked configuration and the plain MONAI command
 * ``config_files``, ``config_keys``: where configurations lie; whether a stage takes what they say
 * ``options``: overrides, from and to options of a command line
+* ``locator``: MONAI's parser, quick to find dotted names
 * ``workflow``: MONAI's workflow of a stage, and the parser that it runs by
 * ``values``, ``causes``: checks of single values; what lies behind an error of MONAI's parser
 """

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fibldm.errors import FibldmError
 from fibldm.runs.config_files import ConfigFiles, configs_folder, read, shipped
 from fibldm.runs.options import in_order
@@ -52,7 +50,7 @@ def check_keys(configuration: "Configuration", given: Sequence[Path], known: set
             "a data configuration must give spacing and size of the model grid; none was given",
             f"give --config with a file of your own or one of {', '.join(data)}",
         )
-    allowed = known | _GRID | set(re.findall(r"@(\w+)", yaml.safe_dump(config)))
+    allowed = known | _GRID | {name for text in _texts(config) for name in re.findall(r"@(\w+)", text)}
     for position, file in enumerate(given, start=len(configuration.files) - len(given)):
         before = ConfigFiles.load_config_files([str(earlier) for earlier in configuration.files[:position]])
         for key in contents[file]:
@@ -169,6 +167,14 @@ def _flat_keys(config: Any, prefix: str = "") -> Iterator[str]:
             name = f"{prefix}::{key}" if prefix else str(key)
             yield name
             yield from _flat_keys(value, name)
+
+
+def _texts(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    parts = [*config, *config.values()] if isinstance(config, dict) else config if isinstance(config, list) else ()
+    for part in parts:
+        yield from _texts(part)
 
 
 def _unknown_key(key: str, where: str, known: set[str]) -> FibldmError:

@@ -16,6 +16,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.config_files import ConfigFiles, find, read, shipped, shown
 from fibldm.runs.config_keys import check_keys
+from fibldm.runs.locator import parser_of
 from fibldm.runs.options import in_order
 from fibldm.runs.stages import TABLE, files_of_stages
 from fibldm.runs.workflow import StageWorkflow
@@ -53,7 +54,7 @@ class Configuration:
 
     def parser(self) -> ConfigParser:
         """Files and overrides as one; of a part nothing is made until it is asked for."""
-        parser = ConfigParser(ConfigFiles.load_config_files([str(file) for file in self.files]))
+        parser = parser_of(ConfigFiles.load_config_files([str(file) for file in self.files]))
         for key, value in self.overrides.items():
             parser[key] = value
         return parser

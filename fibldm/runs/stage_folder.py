@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.files import hash_value, read_json, write_json, write_text
+from fibldm.files import hash_value, read_json, read_yaml, write_json, write_text
 from fibldm.locks import alone
 from fibldm.runs.fingerprints import decisive, flatten, hash_weights
 from fibldm.runs.renamed import current
@@ -161,10 +161,10 @@ class StageFolder:
 
     def parser(self, **overrides: Any) -> "ConfigParser":
         """The stage's configuration, from ``config.yaml``."""
-        from monai.bundle import ConfigParser
+        from fibldm.runs.locator import parser_of
 
-        config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        return ConfigParser({**current(config), "run_dir": verbatim(str(self.run_dir)), **overrides})
+        config = current(read_yaml(self.path / "config.yaml"))
+        return parser_of({**config, "run_dir": verbatim(str(self.run_dir)), **overrides})
 
     def trained(self, checkpoint: str = "best", **overrides: Any) -> Any:
         """The stage's network with the weights of a checkpoint, on the CPU and in evaluation mode.

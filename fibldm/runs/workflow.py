@@ -6,6 +6,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from fibldm.runs.locator import Locator
+
 _RUNNING: ContextVar[ConfigParser | None] = ContextVar("_RUNNING", default=None)
 
 
@@ -14,6 +16,10 @@ class StageWorkflow(ConfigWorkflow):
 
     ``python -m monai.bundle run_workflow --workflow_name fibldm.runs.workflow.StageWorkflow --config_file ...``
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parser.locator = Locator()
 
     def run(self) -> Any:
         """Run it, as MONAI does."""

@@ -171,7 +171,7 @@ def _draw_pair(row: SubFigure, pair: Pair) -> None:
     for (name, volume, style), group in zip(parts, axes, strict=True):
         for plane, axis in enumerate(group):
             draw_plane(axis, volume, pair.spacing, plane, **style)
-            axis.set_title(f"{name}\n{PLANES[plane]}", color="white", fontsize=_PAIR_FONT)
+            _set_title(axis, f"{name}\n{PLANES[plane]}", _PAIR_FONT)
 
 
 def preview_file(stage: Path, epoch: int) -> Path:
@@ -239,4 +239,9 @@ def _show(axis: Axes, panel: Panel, spacing: Sequence[float]) -> None:
     volume = panel.volume.detach().float().cpu().numpy()
     style = _DIFFERENCE if panel.difference else _GRAY
     draw_plane(axis, volume, spacing, panel.plane, **style)
-    axis.set_title(panel.title, color="white", fontsize=7)
+    _set_title(axis, panel.title, 7)
+
+
+def _set_title(axis: Axes, title: str, size: int) -> None:
+    """Above the slice, where matplotlib puts it; told where, it does not measure ticks, which there are none of."""
+    axis.set_title(title, color="white", fontsize=size, y=1.0)

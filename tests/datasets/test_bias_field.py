@@ -29,6 +29,7 @@ def spread(image: NDArray[np.floating], tissue: NDArray[np.uint8]) -> list[float
     return [float(image[tissue == label].std() / image[tissue == label].mean()) for label in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_planted_field_is_taken_away():
     """What is left within each tissue is its noise; background stays 0, the mean stays, and it repeats to the bit."""
     image, tissue, field = head()

@@ -39,7 +39,7 @@ def evaluated(tmp_path_factory) -> Evaluated:
     folder = tmp_path_factory.mktemp("copies")
     write_phantoms(folder / "source", subjects=14, seed=5, progress=iter)
     prepare(folder / "source", folder / "work", progress=False)
-    grid = ModelGrid((5.0, 5.0, 5.0), (48, 48, 48))
+    grid = ModelGrid((6.0, 6.0, 6.0), (40, 40, 40))
     return Evaluated(folder / "run", folder / "work", grid, Intensity("window"), LABELS)
 
 

@@ -479,6 +479,7 @@ def test_an_adapter_is_trained_on_a_bundle(site: Path, bundle: Path, tiny_stage:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_processes_keep_the_adapter_of_one(
     site: Path, tiny_run: Path, tiny_data: Path, phantom_work: Path, tmp_path: Path
 ) -> None:

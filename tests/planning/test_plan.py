@@ -131,12 +131,12 @@ def test_accumulation_costs_little(request_: Request, traced: dict[str, StageMem
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")
 @pytest.mark.slow
-def test_cuda_is_imitated(request_: Request) -> None:
+def test_cuda_is_imitated(smaller: Request) -> None:
     """On a machine without one: auto means bfloat16 with norms in float32, and blocks are not those of a heap."""
-    cuda = Request(request_.work, request_.configs, {}, "cuda")
-    assert cuda.imitated and not request_.imitated
+    cuda = replace(smaller, device="cuda")
+    assert cuda.imitated and not smaller.imitated
     half, full = (trace_stage("diffusion", cuda.changed(precision=name, batch_size=16)) for name in ("auto", "float32"))
-    assert half.step < full.step < trace_stage("diffusion", request_.changed(batch_size=16)).step
+    assert half.step < full.step < trace_stage("diffusion", smaller.changed(batch_size=16)).step
     with pytest.raises(FibldmError, match="this machine has none; give --memory in GB"):
         device_memory("cuda")
 

@@ -6,8 +6,6 @@ import pydoc
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import yaml
 from conftest import TinyStage
 from monai.bundle import ConfigParser, ConfigWorkflow
+from processes import by_monai, finish, start
 
 from fibldm import __version__
 from fibldm.cli import run
@@ -780,10 +779,8 @@ def test_the_plain_monai_command_trains_the_same(
     assert arguments[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
     resolved = [(Path.cwd() / file).resolve() for file in yaml.safe_load(arguments[5])]
     assert resolved == [*configuration.files]
-    code = "import torch, runpy; torch.set_num_threads(1); runpy.run_module('monai.bundle', run_name='__main__')"
-    command = [sys.executable, "-c", code, "run", "training", *arguments[4:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    finish(start(log, by_monai, "run", "training", *arguments[4:]), log=log)
     theirs = StageFolder(run_dir, stage).weights("last")["objects"]["network"]
     ours = StageFolder(tiny_run, stage).weights("last")["objects"]["network"]
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import pydicom
 import pytest
 import SimpleITK
 from dicom_files import BIRTH_DATE, PLANTED, complete, expected, write_segmentation, write_series
+from processes import start
 
 from fibldm.cli import run as run_command
 from fibldm.errors import FibldmError
@@ -460,8 +459,15 @@ def test_a_full_disk_ends_the_watcher_and_refuses_nothing(
     assert report["ok"]
 
 
+def watch_slowly(*words: str) -> None:
+    """The command, with time to be killed after every volume."""
+    write = Output.write
+    Output.write = lambda self, jobs: (write(self, jobs), time.sleep(0.4))[0]  # type: ignore[method-assign]
+    run_command(["watch", *words])
+
+
 @pytest.mark.slow
-def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outbox: Path) -> None:
+def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outbox: Path, tmp_path: Path) -> None:
     """By kill -9, while volumes are made; nothing of it shows until the next watcher has finished it."""
     name = hash_file(write_mask(inbox / "a.nii.gz"))[:16]
     folders = [
@@ -475,17 +481,17 @@ def test_killed_in_the_middle(watch: Watch, tiny_bundle: Path, inbox: Path, outb
         "--format",
         "nifti",
         "--count",
-        "40",
+        "4",
     ]
-    command = [Path(sys.executable).with_name("fibldm"), "watch", *folders]
-    with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 600
-        while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
-            time.sleep(0.02)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path / "log.txt", watch_slowly, *map(str, folders))
+    until = time.monotonic() + 600
+    while not list((outbox / ".working").glob(f"*/{name}/*.nii.gz")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert list((inbox / ".claimed").glob("*/1/a.nii.gz")) and not (outbox / "synthetic").exists()
-    code, reports = watch("--format", "nifti", "--count", "40")
+    code, reports = watch("--format", "nifti", "--count", "4")
     assert code == 0 and len(reports) == 1 and all(Path(path).is_file() for path in reports[0]["outputs"])
     assert (outbox / "done" / name / "a.nii.gz").is_file()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ignite.distributed as idist
 import pytest
 import torch
 from conftest import TinyStage
+from processes import finish, run_words, start_ranks
 
 from fibldm.cli import run as cli
 from fibldm.errors import FibldmError
@@ -160,6 +162,7 @@ def test_the_command_of_several_devices_is_that_of_torchrun(tiny_stage: TinyStag
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_devices_train_as_torchrun_does_and_say_once_what_is_refused(
     latents: Path, phantom_work: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +182,7 @@ def test_devices_train_as_torchrun_does_and_say_once_what_is_refused(
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
-# --- by torchrun
+# --- by torchrun, and by ranks that have their imports done
 
 STEPS = 52
 SETTINGS: dict[str, Any] = {"epochs": 13, "batch_size": 4, "views": 4}
@@ -195,36 +198,24 @@ def latents(tiny_stage: TinyStage, tiny_run: Path, tmp_path_factory: pytest.Temp
     return run
 
 
-def start(configuration: Configuration, ranks: int) -> subprocess.Popen[str]:
-    """The configuration by torchrun on the CPU, with its output in one pipe."""
-    files = [*configuration.files, shipped("multi_gpu")]
-    listed = "[" + ",".join(f"'{file.resolve()}'" for file in files) + "]"
-    options = [text for key, value in configuration.overrides.items() for text in (f"--{key}", str(value))]
+def run_by_torchrun(configuration: Configuration, ranks: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
-        [*torchrun, "-m", "monai.bundle", "run", "--config_file", listed, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [*torchrun, "-m", "monai.bundle", *run_words(configuration, shipped("multi_gpu"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=1200)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def kill_a_rank_when(process: subprocess.Popen[str], file: Path) -> None:
+def kill_a_rank_when(ranks: list[ForkServerProcess], file: Path) -> None:
+    """Then the other one, as torchrun does."""
     deadline = time.monotonic() + 600
     while not file.exists():
-        assert process.poll() is None, "the processes ended before they could be killed"
+        assert all(rank.is_alive() for rank in ranks), "the processes ended before they could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    process.communicate(timeout=600)
-    assert process.returncode != 0
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert ranks[0].exitcode == -signal.SIGKILL
 
 
 def saved(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -241,11 +232,11 @@ def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
     tiny_stage: TinyStage, latents: Path, tmp_path: Path
 ) -> None:
     """Two gloo processes with half the batch each; after 52 steps, weights of up to 1 agree to 1e-4."""
-    runs = {name: tmp_path / name for name in ("one", "two", "killed")}
+    runs, log = {name: tmp_path / name for name in ("one", "two", "killed")}, tmp_path / "log.txt"
     for run in runs.values():
         shutil.copytree(latents, run)
     tiny_stage("diffusion", runs["one"], **SETTINGS).run()
-    finish(start(tiny_stage("diffusion", runs["two"], **SETTINGS), ranks=2))
+    run_by_torchrun(tiny_stage("diffusion", runs["two"], **SETTINGS), 2)
     assert StageFolder(runs["two"], "diffusion").require()["stopped_epoch"] == SETTINGS["epochs"]
     assert rows(runs["two"])[-1][1] == rows(runs["one"])[-1][1] == str(STEPS)
     for name in ("network", "ema"):
@@ -255,10 +246,10 @@ def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
     configuration = tiny_stage("diffusion", runs["killed"], **SETTINGS)
-    kill_a_rank_when(start(configuration, ranks=2), runs["killed"] / "diffusion" / "checkpoints" / "last.pt")
+    kill_a_rank_when(start_ranks(configuration, 2, log), runs["killed"] / "diffusion" / "checkpoints" / "last.pt")
     assert StageFolder(runs["killed"], "diffusion").done() is None
     assert StageFolder(runs["killed"], "diffusion").weights("last")["epoch"] < SETTINGS["epochs"]
-    finish(start(configuration, ranks=2))
+    finish(*start_ranks(configuration, 2, log), log=log)
     assert "going on after epoch" in (runs["killed"] / "diffusion" / "log.txt").read_text()
     for name in ("network", "ema"):
         two, again = saved(runs["two"], name), saved(runs["killed"], name)
@@ -269,12 +260,12 @@ def test_two_processes_train_as_one_and_go_on_exactly_when_killed(
 @pytest.mark.slow
 def test_two_processes_learn_of_times_what_one_does(tiny_stage: TinyStage, latents: Path, tmp_path: Path) -> None:
     """Times that follow the losses of both, and the logarithm of the loss that both learn."""
-    runs = {name: Path(shutil.copytree(latents, tmp_path / name)) for name in ("one", "two")}
+    runs, log = {name: Path(shutil.copytree(latents, tmp_path / name)) for name in ("one", "two")}, tmp_path / "log.txt"
     # min-SNR weights, so that losses differ by time before the network has learned anything
     settings = {**SETTINGS, "epochs": 6, "snr_gamma": 5.0, "times::times::bins": 2, "times::times::history": 3}
     made = {name: tiny_stage("diffusion", run, *LEARNING, **settings) for name, run in runs.items()}
     made["one"].run()
-    finish(start(made["two"], ranks=2))
+    finish(*start_ranks(made["two"], 2, log), log=log)
     for name in ("network", "ema", "loss", "times"):
         one, two = saved(runs["one"], name), saved(runs["two"], name)
         assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4

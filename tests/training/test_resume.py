@@ -3,40 +3,40 @@
 The fast tests raise in the middle of an epoch; the slow ones kill the process, which gives nothing the time to tidy up.
 """
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TinyStage
+from processes import by_monai, finish, run_words, start
 
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.runs import STAGES, StageFolder
-from fibldm.runs.configuration import Configuration
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
 EPOCHS = 3
 
-# Runs a command of MONAI's after making every checkpoint or latent take long enough to be killed at.
-SLOWLY = """
-import os, runpy, time, torch
-torch.set_num_threads(1)
-rename = os.replace
-def rename_slowly(source, target, **settings):
-    rename(source, target, **settings)
-    if str(target).endswith(("last.pt", ".safetensors")):
-        time.sleep(0.4)
-os.replace = rename_slowly
-runpy.run_module("monai.bundle", run_name="__main__")
-"""
+
+def slowly(words: list[str]) -> None:
+    """MONAI's command, with time to be killed after every checkpoint and latent."""
+    rename = os.replace
+
+    def rename_slowly(source: Any, target: Any, **settings: Any) -> None:
+        rename(source, target, **settings)
+        if str(target).endswith(("last.pt", ".safetensors")):
+            time.sleep(0.4)
+
+    os.replace = rename_slowly
+    by_monai(*words)
 
 
 class Interrupted(Exception):
@@ -164,49 +164,46 @@ def latent_files(run: Path) -> dict[str, str]:
 # --- the same by SIGKILL
 
 
-def start(configuration: Configuration) -> subprocess.Popen[bytes]:
-    listed = "[" + ",".join(f"'{file.resolve()}'" for file in configuration.files) + "]"
-    options = [text for key, value in configuration.overrides.items() for text in (f"--{key}", str(value))]
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, "run", "--config_file", listed, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def kill_when(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
+def kill_when(process: ForkServerProcess, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 600
     while not happened():
-        assert process.poll() is None, "the process ended before it could be killed"
+        assert process.is_alive(), "the process ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINED)
 def test_a_stage_that_was_killed_ends_with_the_same_weights(
-    tiny_stage: TinyStage, before: Callable[[str, str], Path], stage: str
+    tiny_stage: TinyStage, before: Callable[[str, str], Path], stage: str, tmp_path: Path
 ) -> None:
     whole, killed = before(stage, "whole"), before(stage, "killed")
     tiny_stage(stage, whole, epochs=EPOCHS).run()
     interrupted = tiny_stage(stage, killed, epochs=EPOCHS)
-    kill_when(start(interrupted), (killed / stage / "checkpoints" / "last.pt").exists)
+    kill_when(
+        start(tmp_path / "log.txt", slowly, run_words(interrupted)), (killed / stage / "checkpoints" / "last.pt").exists
+    )
     assert StageFolder(killed, stage).done() is None
     assert StageFolder(killed, stage).weights("last")["epoch"] < EPOCHS
-    assert start(interrupted).wait(600) == 0
+    log = tmp_path / "log.txt"
+    finish(start(log, by_monai, *run_words(interrupted)), log=log)
     assert checkpoint_differences(whole, killed, stage) == []
     assert losses(whole, stage) == losses(killed, stage)
 
 
 @pytest.mark.slow
-def test_latents_that_were_killed_end_the_same(tiny_stage: TinyStage, before: Callable[[str, str], Path]) -> None:
+def test_latents_that_were_killed_end_the_same(
+    tiny_stage: TinyStage, before: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     whole, killed = before("latents", "whole"), before("latents", "killed")
     tiny_stage("latents", whole, views=3).run()
     interrupted = tiny_stage("latents", killed, views=3)
     folder = killed / "latents" / "training"
-    kill_when(start(interrupted), lambda: any(folder.glob("sub*.safetensors")))
+    kill_when(start(tmp_path / "log.txt", slowly, run_words(interrupted)), lambda: any(folder.glob("sub*.safetensors")))
     assert 0 < len(latent_files(killed)) < len(latent_files(whole))
-    assert start(interrupted).wait(600) == 0
+    log = tmp_path / "log.txt"
+    finish(start(log, by_monai, *run_words(interrupted)), log=log)
     assert latent_files(killed) == latent_files(whole)
