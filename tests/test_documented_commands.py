@@ -51,6 +51,7 @@ NOT_RUN = {
     "python scripts/benchmark.py": "takes minutes",
     "fibldm pipeline $FIBLDM_DATA": "takes an hour; it is a proof with recorded results",
     "fibldm verify bundles/mine": "takes a minute, and the README's is run",
+    "python scripts/compare_translation.py": "takes most of an hour; it is a proof with recorded results",
     "sbatch": "needs a cluster",
     "srun": "needs a cluster",
     "RANK=": "needs a cluster",
