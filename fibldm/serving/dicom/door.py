@@ -17,7 +17,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from fibldm.errors import FibldmError
 from fibldm.serving.dicom.limits import Limits, Pace
-from fibldm.serving.dicom.listening import Server, Sizes
+from fibldm.serving.dicom.listening import Server, Sizes, release_thread
 from fibldm.serving.dicom.objects import SEGMENTATIONS, STORED, STRUCTURE_SET, Unwanted, check_segments, header, keep
 from fibldm.serving.dicom.peers import Caller, known
 from fibldm.serving.dicom.structure_sets import FILE, StructureSets, referenced
@@ -82,6 +82,7 @@ class Door:
             (evt.EVT_REQUESTED, self._admit),
             (evt.EVT_PDU_RECV, Sizes(self.limits).count),
             (evt.EVT_C_STORE, self._answer),
+            (evt.EVT_CONN_CLOSE, release_thread),
         ]
         try:
             self._server = self._entity.make_server(

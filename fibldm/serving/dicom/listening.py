@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import time
+from contextlib import suppress
 from socketserver import BaseServer
 from typing import Any
 
@@ -66,6 +67,12 @@ class Server(ThreadedAssociationServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What keeps a connection from being used: no traceback, as anyone may cause it."""
         _logger.warning("a connection from %s failed; is it one of TLS, with a known certificate?", client_address[0])
+
+
+def release_thread(event: Any) -> None:
+    """Handler of ``EVT_CONN_CLOSE``: who left without asking for an association is not waited for."""
+    if event.assoc.is_acceptor and event.assoc.requestor.primitive is None:
+        event.assoc.dul.to_user_queue.put(None)
 
 
 class Handler(RequestHandler):
@@ -130,14 +137,20 @@ class Sizes:
         event.assoc.object_size = size
 
 
+def close_socket(transport: Any) -> None:
+    """In the place of `AssociationSocket._shutdown_socket`, which leaves a socket open whose peer has gone."""
+    if (connection := transport.socket) is not None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+
 def cut(association: Association, reason: str) -> OSError:
     """Abort an association from the thread that reads it, and give the error that says so."""
     _logger.warning("cut off %s: %s", association.requestor.address, reason)
     if (transport := association.dul.socket) is not None and transport.socket is not None:
-        try:
+        with suppress(OSError):  # it is gone already
             transport.socket.settimeout(1.0)
             transport.socket.send(_ABORT)
-        except OSError:  # it is gone already
-            pass
-        transport._shutdown_socket()
+        close_socket(transport)
     return OSError(reason)

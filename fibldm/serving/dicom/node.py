@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pydicom
 import pynetdicom
+from pynetdicom.transport import AssociationSocket
 
 from fibldm.errors import FibldmError
 from fibldm.serving.dicom.door import Door
 from fibldm.serving.dicom.limits import Limits
+from fibldm.serving.dicom.listening import close_socket
 from fibldm.serving.dicom.peers import Caller, Peer
 from fibldm.serving.dicom.sending import Sender
 from fibldm.serving.dicom.structure_sets import StructureSets
@@ -118,7 +120,10 @@ class Node:
 
 @contextmanager
 def _kept_to_itself(received: Path) -> Iterator[None]:
-    """While the node runs: objects come to a folder of its own, and libraries log nothing, as they quote values."""
+    """While the node runs: objects come to a folder of its own, and libraries log nothing, as they quote values.
+
+    Sockets are closed whatever their peers do.
+    """
     shutil.rmtree(received, ignore_errors=True)
     received.mkdir(parents=True, mode=0o700)
     config, settings, temporary = pynetdicom._config, pydicom.config.settings, tempfile.tempdir
@@ -128,6 +133,7 @@ def _kept_to_itself(received: Path) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     config.STORE_RECV_CHUNKED_DATASET = config.STORE_SEND_CHUNKED_DATASET = True
     settings.reading_validation_mode = pydicom.config.IGNORE
+    shuts, AssociationSocket._shutdown_socket = AssociationSocket._shutdown_socket, close_socket  # type: ignore[method-assign]
     tempfile.tempdir = str(received)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
@@ -135,6 +141,7 @@ def _kept_to_itself(received: Path) -> Iterator[None]:
         yield
     finally:
         config.STORE_RECV_CHUNKED_DATASET, config.STORE_SEND_CHUNKED_DATASET = chunked
+        AssociationSocket._shutdown_socket = shuts  # type: ignore[method-assign]
         settings.reading_validation_mode, tempfile.tempdir = validation, temporary
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
