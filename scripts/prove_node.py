@@ -11,6 +11,7 @@ node's folder no trace of anything half done. The last line is a JSON object.
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 import pydicom
 from pynetdicom import AE, build_context, evt
 
+from fibldm.cli import run
 from fibldm.files import hash_file
 from fibldm.serving.dicom.objects import IMAGES, SEGMENTATIONS, keep
 from fibldm.synthesis import Synthesizer
@@ -36,6 +39,17 @@ from fibldm.volumes.grid import Volume
 
 SHAPE, SPACING = (20, 22, 18), 10.0
 OPTIONS = ("--steps", "1", "--allow-extrapolation", "--device", "cpu", "--idle", "20")
+
+
+def forked(words: list[str]) -> None:
+    """Run a command of fibldm for every line that comes, each in a process of its own."""
+    import_module("fibldm.serving.dicom.node")
+    Synthesizer.from_bundle(Path(words[words.index("--bundle") + 1]), device="cpu")
+    for _ in sys.stdin:
+        if (child := os.fork()) == 0:
+            os._exit(run(words))
+        print(f"pid {child}", flush=True)
+        print(f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
 
 
 def main() -> int:
@@ -136,29 +150,38 @@ class Archive:
 
 
 class Node:
-    """The node under test, a process of its own."""
+    """The node under test: a process that is forked from one that has loaded all modules, which takes the longest."""
 
     def __init__(self, bundle: Path, out: Path, archive: int) -> None:
         callers = [word for k in range(3) for word in ("--caller", f"SENDER{k}@127.0.0.1")]
         places = ["--bundle", bundle, "--out", out / "node", "--port", "0", "--send", f"ARCHIVE@127.0.0.1:{archive}"]
-        command = [Path(sys.executable).with_name("fibldm"), "node", *places, *callers, *OPTIONS]
-        self._command, self._store = [str(word) for word in command], out / "node" / "jobs.sqlite"
-        self._log = (out / "node.log").open("ab")
-        self.port = 0
+        command = [sys.executable, __file__, "--forked", "node", *places, *callers, *OPTIONS]
+        self._store, self.port, self._child = out / "node" / "jobs.sqlite", 0, 0
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._loaded = subprocess.Popen([str(word) for word in command], stderr=(out / "node.log").open("ab"), **pipes)
 
     def start(self) -> None:
         """Returns when it listens."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._log, text=True)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if "listens on" not in line:
-            raise SystemExit("the node did not start; see node.log")
-        self.port = int(line.rsplit(":", 1)[1])
+        assert self._loaded.stdin is not None
+        self._loaded.stdin.write("start\n")
+        self._loaded.stdin.flush()
+        self._child = int(self._read("pid "))
+        self.port = int(self._read("FIBLDM listens on 127.0.0.1:"))
 
     def kill(self) -> None:
+        """By SIGKILL."""
         self.port = 0
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._child, signal.SIGKILL)
+        self._read("ended ")
+
+    def _read(self, beginning: str) -> str:
+        assert self._loaded.stdout is not None
+        for line in self._loaded.stdout:
+            if line.startswith(beginning):
+                return line.removeprefix(beginning)
+            if line.startswith("ended "):
+                break
+        raise SystemExit("the node ended by itself; see node.log")
 
     def state(self) -> str:
         """What it is at, for the record."""
@@ -172,8 +195,10 @@ class Node:
         left = "SELECT 1 FROM jobs LEFT JOIN deliveries ON id = job WHERE state != 'done' OR NOT ifnull(ended, 0)"
         while self._rows(left) and time.monotonic() < until:
             time.sleep(0.5)
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(120) == 0
+        os.kill(self._child, signal.SIGTERM)
+        ended = int(self._read("ended ")) == 0
+        self._loaded.kill()
+        return ended
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self._store, timeout=30)
@@ -253,4 +278,7 @@ def _patient(mask: Path, place: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--forked"]:
+        forked(sys.argv[2:])
+    else:
+        sys.exit(main())

@@ -1,7 +1,10 @@
 """The DICOM node: masks come by C-STORE, results leave by it, and nobody gets more of it than is meant."""
 
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.serving import Job, Service, State
 from fibldm.serving.dicom.limits import Limits
-from fibldm.serving.dicom.node import Node
+from fibldm.serving.dicom.node import Node, tls_contexts
 from fibldm.serving.dicom.objects import IMAGES, SEGMENTATIONS, STRUCTURE_SET, keep
 from fibldm.serving.dicom.peers import Caller, Peer
 from fibldm.synthesis import Output, SamplingSettings, SynthesisSettings, Synthesizer, synthesize_files
@@ -160,7 +163,7 @@ def labels() -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @contextmanager
-def association(port: int, title: str = CALLER, called: str = "FIBLDM") -> Iterator[Any]:
+def association(port: int, title: str = CALLER, called: str = "FIBLDM", tls: Any = None) -> Iterator[Any]:
     entity = AE(ae_title=title)
     contexts = [
         build_context(sop_class, syntax)
@@ -168,7 +171,7 @@ def association(port: int, title: str = CALLER, called: str = "FIBLDM") -> Itera
         for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
     ]
     entity.dimse_timeout = 5
-    opened = entity.associate(HOST, port, contexts, ae_title=called)
+    opened = entity.associate(HOST, port, contexts, ae_title=called, tls_args=tls)
     try:
         yield opened
     finally:
@@ -370,7 +373,7 @@ def test_objects_that_are_not_taken(house: Callable[..., Any], study: Path, tmp_
         answers = [opened.send_c_store(tmp_path / name) for name in ("other.dcm", "own.dcm", "torn.dcm")]
         assert [answer.Status for answer in answers] == [0xA900, 0xA900, 0xA900]
         assert answers[0].ErrorComment == "segments must be labelled as the generator's labels are"
-        assert node.jobs == [] and list((node.service.folder / "spool").iterdir()) == []
+        assert node.jobs == [] and not list(node.service.folder.glob("spool/*"))
 
 
 def test_too_much_is_cut_off(house: Callable[..., Any], study: Path) -> None:
@@ -383,6 +386,7 @@ def test_too_much_is_cut_off(house: Callable[..., Any], study: Path) -> None:
     ):
         with house(limits=limits) as node:
             assert store(node.port, study / "seg.dcm", study / "seg.dcm") == answers
+            assert len(node.jobs) == answers.count(0x0000)
             with association(node.port) as opened:
                 assert opened.send_c_echo().Status == 0x0000
 
@@ -411,6 +415,27 @@ def test_a_node_that_ends_lets_nobody_in(house: Callable[..., Any], study: Path)
         assert opened.send_c_store(study / "seg.dcm").Status == 0x0000
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((HOST, node.port), timeout=10)
+
+
+def test_tls_asks_for_a_certificate_of_the_authorities(house: Callable[..., Any], study: Path, tmp_path: Path) -> None:
+    """Whoever shows none, or does not speak TLS, is not let in, and keeps nobody waiting meanwhile."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificates")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = "req -x509 -newkey rsa:2048 -nodes -subj /CN=node -addext subjectAltName=IP:127.0.0.1 -days 1"
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([openssl, *request.split(), *files], check=True, capture_output=True)
+    tls = tls_contexts(certificate, key, certificate)
+    with house(tls=tls) as node, socket.create_connection((HOST, node.port)):
+        with association(node.port, tls=(tls[1], HOST)) as opened:
+            assert opened.send_c_store(study / "seg.dcm").Status == 0x0000
+        stranger = ssl.create_default_context(cafile=str(certificate))
+        for other in ((stranger, HOST), None):
+            with association(node.port, tls=other) as opened:
+                assert not opened.is_established
+    with pytest.raises(FibldmError, match="must be files in PEM"):
+        tls_contexts(key, certificate, certificate)
 
 
 @pytest.mark.parametrize("text", ["ORTHANC", "@host:1", "ORTHANC@host", "ORTHANC@host:0", "SEVENTEEN_LETTERS@host:1"])

@@ -17,7 +17,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from fibldm.errors import FibldmError
 from fibldm.serving.dicom.limits import Limits, Pace
-from fibldm.serving.dicom.listening import Server, Sizes, release_thread
+from fibldm.serving.dicom.listening import Server, Sizes, tidy
 from fibldm.serving.dicom.objects import SEGMENTATIONS, STORED, STRUCTURE_SET, Unwanted, check_segments, header, keep
 from fibldm.serving.dicom.peers import Caller, known
 from fibldm.serving.dicom.structure_sets import FILE, StructureSets, referenced
@@ -82,7 +82,7 @@ class Door:
             (evt.EVT_REQUESTED, self._admit),
             (evt.EVT_PDU_RECV, Sizes(self.limits).count),
             (evt.EVT_C_STORE, self._answer),
-            (evt.EVT_CONN_CLOSE, release_thread),
+            (evt.EVT_CONN_CLOSE, tidy),
         ]
         try:
             self._server = self._entity.make_server(
@@ -146,6 +146,8 @@ class Door:
 
     def _take(self, event: Any) -> None:
         caller, request = event.assoc.requestor, event.request
+        if getattr(event.assoc, "is_cut", False):  # by its last bytes
+            raise Unwanted(_OUT_OF_RESOURCES, "more bytes than are taken")
         if not self._paces[caller.ae_title, caller.address].allows():
             raise Unwanted(_OUT_OF_RESOURCES, "more objects a minute than are taken")
         source, sop_class = Path(event.dataset_path), str(request.AffectedSOPClassUID)

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from contextlib import suppress
+from pathlib import Path
 from socketserver import BaseServer
 from typing import Any
 
@@ -69,10 +70,14 @@ class Server(ThreadedAssociationServer):
         _logger.warning("a connection from %s failed; is it one of TLS, with a known certificate?", client_address[0])
 
 
-def release_thread(event: Any) -> None:
-    """Handler of ``EVT_CONN_CLOSE``: who left without asking for an association is not waited for."""
-    if event.assoc.is_acceptor and event.assoc.requestor.primitive is None:
-        event.assoc.dul.to_user_queue.put(None)
+def tidy(event: Any) -> None:
+    """Handler of ``EVT_CONN_CLOSE``: what came of an object goes, and who asked for nothing is not waited for."""
+    association = event.assoc
+    if association.requestor.primitive is None:
+        association.dul.to_user_queue.put(None)
+    if (message := association.dimse.message) is not None and message._data_set_file is not None:
+        message._data_set_file.close()
+        Path(message._data_set_file.name).unlink(missing_ok=True)
 
 
 class Handler(RequestHandler):
@@ -148,6 +153,7 @@ def close_socket(transport: Any) -> None:
 def cut(association: Association, reason: str) -> OSError:
     """Abort an association from the thread that reads it, and give the error that says so."""
     _logger.warning("cut off %s: %s", association.requestor.address, reason)
+    association.is_cut = True  # type: ignore[attr-defined]
     if (transport := association.dul.socket) is not None and transport.socket is not None:
         with suppress(OSError):  # it is gone already
             transport.socket.settimeout(1.0)

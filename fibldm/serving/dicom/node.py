@@ -75,8 +75,10 @@ class Node:
         Raises:
             FibldmError: one cannot listen there.
         """
-        self._held.enter_context(_kept_to_itself(self._received))
-        port = self._door.open(host, port)
+        with ExitStack() as undo:
+            undo.enter_context(_kept_to_itself(self._received))
+            port = self._door.open(host, port)
+            self._held = undo.pop_all()
         self._sender.start()
         return port
 
@@ -114,8 +116,8 @@ class Node:
                 for file in self._received.glob("*.dcm"):
                     if time.time() - file.stat().st_mtime > _ABANDONED:
                         file.unlink(missing_ok=True)
-            except OSError as error:  # its text would name files
-                _logger.error("cannot tidy up: %s", error.strerror)
+            except Exception as error:  # of any kind, as this must go on; its text would name files
+                _logger.error("cannot tidy up: %s", getattr(error, "strerror", None) or type(error).__name__)
 
 
 @contextmanager

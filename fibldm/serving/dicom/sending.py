@@ -56,9 +56,13 @@ class Sender(threading.Thread):
     def run(self) -> None:
         """Look for what is due, again and again."""
         while not self._ended.wait(0.2):
-            for delivery in self._service.store.due():
-                if delivery.peer in self._peers and not self._ended.is_set():
-                    self._deliver(delivery)
+            try:
+                for delivery in self._service.store.due():
+                    if delivery.peer in self._peers and not self._ended.is_set():
+                        self._deliver(delivery)
+            except Exception as error:  # of any kind, such as a full disk: the sender must go on
+                _logger.error("cannot send: %s", type(error).__name__)
+                self._ended.wait(self._first)
 
     def end(self) -> None:
         """Send no more after the object in hand, which is waited for."""
