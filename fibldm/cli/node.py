@@ -35,6 +35,9 @@ def node(
     max_object: Annotated[float, typer.Option(help="MiB of an object.")] = 512.0,
     max_association: Annotated[float, typer.Option(help="MiB that come in one association.")] = 4096.0,
     max_per_minute: Annotated[int, typer.Option(help="Objects that a caller may send in a minute.")] = 3000,
+    max_tries: Annotated[
+        int, typer.Option(min=1, help="A mask that was in hand when the node was killed so often is refused.")
+    ] = 3,
     idle: Annotated[float, typer.Option(help="Seconds after which a silent connection is closed.")] = 60.0,
     template: shared.Template = None,
     label_codes: shared.LabelCodes = None,
@@ -102,7 +105,7 @@ def node(
         output = serving_output(bundle, out, device=device, **given)
         if output.dicom is not None:
             output.dicom.codes.find(output.synthesizer.names.values())  # refused now, not with every mask
-        with Service(output, out, most=count, keep=3600 * keep) as service:
+        with Service(output, out, most=count, keep=3600 * keep, tries=max_tries) as service:
             door = Node(service, title, callers, peers, limits=limits, tls=tls)
             listening = door.open(address, port)
             print(f"{title} listens on {address}:{listening}{' by TLS' if tls else ''}", flush=True)

@@ -33,7 +33,6 @@ from fibldm.typed_settings import counted
 ASKABLE = ("count", "seed", "steps", "guidance", "format", "covariates", "conditions", "check", "allow_extrapolation")
 """What a request may ask for, by the names of `SynthesisSettings`."""
 
-_MOST_TRIES = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _AGAIN = "correct it, and send it again"
 
@@ -48,10 +47,13 @@ class Service:
         folder: of the service.
         most: volumes that a request may ask for.
         keep: seconds after which results and what is known of their job are deleted; None keeps them.
+        tries: a job that was in hand when so many services were killed is refused, as it may be what ended them.
     """
 
-    def __init__(self, output: Output, folder: Path, *, most: int = 16, keep: float | None = None) -> None:
-        self.output, self.folder, self.most, self.keep = output, Path(folder), most, keep
+    def __init__(
+        self, output: Output, folder: Path, *, most: int = 16, keep: float | None = None, tries: int = 3
+    ) -> None:
+        self.output, self.folder, self.most, self.keep, self.tries = output, Path(folder), most, keep, tries
         self.store = JobStore(self.folder / "jobs.sqlite")
         self._came, self._moving, self._held = threading.Event(), threading.Lock(), ExitStack()
 
@@ -158,7 +160,7 @@ class Service:
         """What a service before had in hand waits again; what it had begun to write goes."""
         shutil.rmtree(self.folder / ".working", ignore_errors=True)
         for job in self.store.give_back():
-            if job.tries >= _MOST_TRIES:
+            if job.tries >= self.tries:
                 self.refuse(
                     job,
                     FibldmError(

@@ -1,5 +1,6 @@
 """The DICOM node: masks come by C-STORE, results leave by it, and nobody gets more of it than is meant."""
 
+import json
 import re
 import shutil
 import socket
@@ -21,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.dsutils import split_dataset
 
+from fibldm.cli import run as run_command
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
 from fibldm.serving import Job, Service, State
@@ -436,6 +438,26 @@ def test_tls_asks_for_a_certificate_of_the_authorities(house: Callable[..., Any]
                 assert not opened.is_established
     with pytest.raises(FibldmError, match="must be files in PEM"):
         tls_contexts(key, certificate, certificate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--caller", "ORTHANC"], "--caller must be AET@HOST; got 'ORTHANC'"),
+        (["--caller", "ORTHANC@nowhere.invalid"], "'nowhere.invalid' must be a host that is known"),
+        (["--aet", "back\\slash"], "--aet must be the title of an application entity"),
+        (["--tls-cert", "certificate.pem"], "TLS needs --tls-cert, --tls-key and --tls-ca; got 1 of them"),
+        (["--keep", "0"], "--keep must be above 0; got 0"),
+        (["--max-associations", "0"], "limits of a node must be above 0; associations is 0"),
+        (["--bundle", "/absent"], "a bundle must be a folder or a zip archive; /absent is neither"),
+    ],
+)
+def test_it_does_not_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    given = ["--bundle", str(tmp_path), "--out", str(tmp_path / "node"), "--caller", f"{CALLER}@{HOST}", "--json"]
+    assert run_command(["node", *given, *options]) == 2
+    assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["ORTHANC", "@host:1", "ORTHANC@host", "ORTHANC@host:0", "SEVENTEEN_LETTERS@host:1"])
