@@ -260,7 +260,9 @@ class JobStore:
             rows = self._connection.execute(query, values).fetchall()
         return [
             Delivery(
-                *(row[name] for name in ("job", "peer", "settled")),
+                job=row["job"],
+                peer=row["peer"],
+                settled=row["settled"],
                 refused=tuple(json.loads(row["refused"])),
                 tries=row["tries"],
                 ended=bool(row["ended"]),
