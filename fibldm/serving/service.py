@@ -144,13 +144,14 @@ class Service:
         """
         while ending.asked is None:
             self._came.clear()
-            self._clear()
             if (job := self.store.take()) is not None:
                 self._work(job)
             elif until_idle:
                 return
             else:
                 self._came.wait(0.2)
+            if not until_idle:
+                self._clear()
 
     def results(self, job: Job) -> Path:
         """Folder of the volumes of a job that is done."""
