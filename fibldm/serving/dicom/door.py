@@ -85,13 +85,15 @@ class Door:
             (evt.EVT_CONN_CLOSE, tidy),
         ]
         try:
-            self._server = self._entity.make_server(
+            server = self._entity.make_server(
                 (host, port), ssl_context=self.tls, evt_handlers=handlers, server_class=Server, limits=self.limits
             )
         except OSError as error:
             raise FibldmError(f"cannot listen on {host}:{port}; {error.strerror}", "choose another port") from error
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
-        return int(self._server.server_address[1])
+        assert isinstance(server, Server)
+        self._server = server
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        return int(server.server_address[1])
 
     def close(self) -> None:
         """No association is let in any more; those that are open go on."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from socketserver import BaseServer
 from typing import Any
 
+from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
@@ -33,9 +34,10 @@ class Server(ThreadedAssociationServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+    def __init__(self, ae: AE, address: tuple[str, int], *args: Any, limits: Limits, **kwargs: Any) -> None:
         self.limits, self._open = limits, list[socket.socket]()
-        super().__init__(*args, request_handler=Handler, **kwargs)
+        kwargs["request_handler"] = Handler
+        super().__init__(ae, address, *args, **kwargs)
 
     def close(self) -> None:
         """Accept no connections any more."""
@@ -133,7 +135,7 @@ class Sizes:
             return
         size = getattr(event.assoc, "object_size", 0)
         for item in event.pdu.presentation_data_value_items:
-            value = item.presentation_data_value
+            value = item.presentation_data_value or b""
             size += len(value)
             if size > self._limits.object_bytes:
                 cut(event.assoc, "an object had more bytes than are taken")

@@ -135,7 +135,7 @@ def _kept_to_itself(received: Path) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     config.STORE_RECV_CHUNKED_DATASET = config.STORE_SEND_CHUNKED_DATASET = True
     settings.reading_validation_mode = pydicom.config.IGNORE
-    shuts, AssociationSocket._shutdown_socket = AssociationSocket._shutdown_socket, close_socket  # type: ignore[method-assign]
+    shuts, AssociationSocket._shutdown_socket = AssociationSocket._shutdown_socket, close_socket  # type: ignore[method-assign, assignment]
     tempfile.tempdir = str(received)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)

@@ -56,7 +56,7 @@ def keep(source: Path, place: Path) -> None:
     meta.ImplementationClassUID, meta.ImplementationVersionName = UID(_IMPLEMENTATION), "FIBLDM"
     with place.open("xb") as out, source.open("rb") as stream:
         out.write(bytes(128) + b"DICM")
-        write_file_meta_info(out, meta)
+        write_file_meta_info(out, meta)  # type: ignore[arg-type]
         stream.seek(offset)
         shutil.copyfileobj(stream, out, 2**20)
         out.flush()
