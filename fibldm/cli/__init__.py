@@ -30,6 +30,7 @@ COMMANDS = (
     "synthesize",
     "edit",
     "watch",
+    "node",
     "picture",
     "evaluate",
     "audit",

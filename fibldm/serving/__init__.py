@@ -8,6 +8,7 @@
 * ``opening``: the generator of a bundle, with what is asked of all items
 * ``store``: jobs, in one file that outlives any kill
 * ``service``: jobs that any door takes on, made one after the other
+* ``dicom/``: a door for DICOM (the extra ``node``)
 """
 
 from fibldm.serving.ending import Ending

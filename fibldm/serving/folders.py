@@ -1,6 +1,7 @@
 """Folders that several processes share: what one has in hand, and how results and items get to their place."""
 
 import fcntl
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -78,3 +79,12 @@ def hand_over(item: Path, folder: Path) -> None:
         shutil.rmtree(place)
     place.unlink(missing_ok=True)
     shutil.move(item, place)
+
+
+def to_disk(path: Path) -> None:
+    """What is written of a file, or of the names in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

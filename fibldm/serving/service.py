@@ -7,7 +7,6 @@ what came lies in the spool before the job is written, and volumes appear all at
 
 import errno
 import logging
-import os
 import secrets
 import shutil
 import threading
@@ -22,6 +21,7 @@ from fibldm.errors import FibldmError, sentence, unknown_choice
 from fibldm.files import hash_value
 from fibldm.locks import alone
 from fibldm.serving.ending import Ending
+from fibldm.serving.folders import to_disk
 from fibldm.serving.items import DIGITS, hashes_of, name_of, opened_item
 from fibldm.serving.making import make, told, unexpected
 from fibldm.serving.opening import facts_of
@@ -33,7 +33,6 @@ from fibldm.typed_settings import counted
 ASKABLE = ("count", "seed", "steps", "guidance", "format", "covariates", "conditions", "check", "allow_extrapolation")
 """What a request may ask for, by the names of `SynthesisSettings`."""
 
-_MOST_TRIES = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _AGAIN = "correct it, and send it again"
 
@@ -48,10 +47,13 @@ class Service:
         folder: of the service.
         most: volumes that a request may ask for.
         keep: seconds after which results and what is known of their job are deleted; None keeps them.
+        tries: a job that was in hand when so many services were killed is refused, as it may be what ended them.
     """
 
-    def __init__(self, output: Output, folder: Path, *, most: int = 16, keep: float | None = None) -> None:
-        self.output, self.folder, self.most, self.keep = output, Path(folder), most, keep
+    def __init__(
+        self, output: Output, folder: Path, *, most: int = 16, keep: float | None = None, tries: int = 3
+    ) -> None:
+        self.output, self.folder, self.most, self.keep, self.tries = output, Path(folder), most, keep, tries
         self.store = JobStore(self.folder / "jobs.sqlite")
         self._came, self._moving, self._held = threading.Event(), threading.Lock(), ExitStack()
 
@@ -75,13 +77,14 @@ class Service:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def submit(self, came: Path, asked: Mapping[str, Any] | None = None) -> Job:
+    def submit(self, came: Path, asked: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
         """Take on what came; when this returns, it is on the disk.
 
         Args:
             came: folder of `incoming`: one mask or more, by names that tell no patient, and what `opened_item` knows
                 beside.
             asked: by the names of `ASKABLE`, over what the service asks of all.
+            held: it is not made before `release`, as what it refers to is not there yet.
 
         Returns:
             Its job, or that of the same content.
@@ -94,7 +97,7 @@ class Service:
         hashes = hashes_of(came)
         id = hash_value([name_of(came, hashes), asked, facts_of(self.output)])[:DIGITS]
         for path in [*hashes, *{file.parent for file in hashes}]:
-            _to_disk(path)
+            to_disk(path)
         with self._moving:
             known = self.store.get(id)
             if known is not None and known.state is not State.REFUSED:
@@ -102,10 +105,19 @@ class Service:
             place = self.folder / "spool" / id
             shutil.rmtree(place, ignore_errors=True)  # of a service that was killed before it wrote the job
             came.rename(place)
-            _to_disk(place.parent)
-            job = self.store.submit(id, asked)
+            to_disk(place.parent)
+            job = self.store.submit(id, asked, held=held)
         self._came.set()
         return job
+
+    def spool(self, job: Job) -> Path:
+        """Folder of what came of a job, until it is done or refused."""
+        return self.folder / "spool" / job.id
+
+    def release(self, job: Job) -> None:
+        """A job that was held waits for its turn."""
+        self.store.release(job.id)
+        self._came.set()
 
     def settings(self, asked: Mapping[str, Any]) -> SynthesisSettings:
         """What is asked of all, and what a request asks over it.
@@ -137,8 +149,9 @@ class Service:
             elif until_idle:
                 return
             else:
-                self._clear()
                 self._came.wait(0.2)
+            if not until_idle:
+                self._clear()
 
     def results(self, job: Job) -> Path:
         """Folder of the volumes of a job that is done."""
@@ -148,8 +161,8 @@ class Service:
         """What a service before had in hand waits again; what it had begun to write goes."""
         shutil.rmtree(self.folder / ".working", ignore_errors=True)
         for job in self.store.give_back():
-            if job.tries >= _MOST_TRIES:
-                self._refused(
+            if job.tries >= self.tries:
+                self.refuse(
                     job,
                     FibldmError(
                         f"a request must not end its service; {job.tries} ended with this one in hand",
@@ -162,7 +175,7 @@ class Service:
                 shutil.rmtree(place, ignore_errors=True)
 
     def _work(self, job: Job) -> None:
-        began, place = time.monotonic(), self.folder / "spool" / job.id
+        began, place = time.monotonic(), self.spool(job)
         try:
             with opened_item(
                 place, hashes_of(place), self.settings(job.request), self.output.synthesizer.beside
@@ -175,9 +188,9 @@ class Service:
             if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # no fault of the request
                 self.store.give_back(job.id)
                 raise
-            return self._refused(job, error)
+            return self.refuse(job, error)
         except Exception as error:  # one bad request never stops the others
-            return self._refused(job, unexpected(error, _AGAIN))
+            return self.refuse(job, unexpected(error, _AGAIN))
         root = self.results(job)
         outcome = {"outputs": [path.relative_to(root).as_posix() for path in outputs], "left_out": item.left_out}
         with self._moving:
@@ -186,10 +199,11 @@ class Service:
         took, said = time.monotonic() - began, said and f" ({said})"
         _logger.info("%s: %s, %.1f s%s", job.id, counted(len(outputs), "volume"), took, said)
 
-    def _refused(self, job: Job, error: FibldmError) -> None:
+    def refuse(self, job: Job, error: FibldmError) -> None:
+        """A job is refused, and what came of it is deleted."""
         with self._moving:
             self.store.refuse(job.id, error)
-            shutil.rmtree(self.folder / "spool" / job.id, ignore_errors=True)
+            shutil.rmtree(self.spool(job), ignore_errors=True)
         _logger.warning("%s: refused; %s", job.id, sentence(error.message, error.remedy))
 
     def _clear(self) -> None:
@@ -198,14 +212,8 @@ class Service:
             return
         for job in self.store.jobs(State.DONE, State.REFUSED):
             if time.time() - job.changed > self.keep:
+                for delivery in self.store.deliveries(job.id):
+                    if job.state is State.DONE and not delivery.ended:
+                        _logger.warning("%s: kept long enough; %s did not get all of it", job.id, delivery.peer)
                 shutil.rmtree(self.results(job), ignore_errors=True)
                 self.store.forget(job.id)
-
-
-def _to_disk(path: Path) -> None:
-    """What is written of a file, or of the names in a folder, is on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

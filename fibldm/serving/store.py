@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,12 +30,25 @@ CREATE TABLE IF NOT EXISTS jobs (
     changed REAL NOT NULL
 )
 """
+_DELIVERIES = """
+CREATE TABLE IF NOT EXISTS deliveries (
+    job TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    settled INTEGER NOT NULL DEFAULT 0,
+    refused TEXT NOT NULL DEFAULT '[]',
+    tries INTEGER NOT NULL DEFAULT 0,
+    due REAL NOT NULL DEFAULT 0,
+    ended INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (job, peer)
+)
+"""
 _VERSION = 1
 
 
 class State(StrEnum):
-    """Of a job: it waits, is in hand, is done, or is refused."""
+    """Of a job: it waits for what it refers to, waits for its turn, is in hand, is done, or is refused."""
 
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
@@ -67,6 +80,27 @@ class Job:
     changed: float
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """Results of a job that a peer is to get, object by object in a fixed order.
+
+    Attributes:
+        job: its id.
+        peer: who gets them.
+        settled: of how many objects the peer has said that it has them, or that it will not take them.
+        refused: what it does not take, in words.
+        tries: how often sending broke off since an object was settled.
+        ended: nothing is left to send.
+    """
+
+    job: str
+    peer: str
+    settled: int
+    refused: tuple[str, ...]
+    tries: int
+    ended: bool
+
+
 class JobStore:
     """Jobs in the order in which they came; threads may share it, and other processes may read it.
 
@@ -92,6 +126,7 @@ class JobStore:
                     "use the FibLDM that made it, or another folder",
                 )
             self._connection.execute(_TABLE)
+            self._connection.execute(_DELIVERIES)
             self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         except (OSError, sqlite3.Error) as error:
             raise FibldmError(f"{file} must be a store of jobs; {error}", "choose another folder") from error
@@ -100,12 +135,13 @@ class JobStore:
         """Nothing can be asked of it any more."""
         self._connection.close()
 
-    def submit(self, id: str, request: Mapping[str, Any]) -> Job:
+    def submit(self, id: str, request: Mapping[str, Any], *, held: bool = False) -> Job:
         """Take on a job, unless one of the same content is there, which is given back; one that was refused waits anew.
 
         Args:
             id: tells the content; not empty.
             request: what is asked; plain values.
+            held: it is not to be taken before `release`.
         """
         now = time.time()
         with self._transaction() as cursor:
@@ -113,9 +149,15 @@ class JobStore:
                 "INSERT INTO jobs (id, state, request, submitted, changed) VALUES (?, ?, ?, ?, ?)"
                 " ON CONFLICT (id) DO UPDATE SET state = excluded.state, outcome = NULL, tries = 0, changed = ?"
                 f" WHERE state = '{State.REFUSED}'",
-                (id, State.WAITING, json.dumps(request), now, now, now),
+                (id, State.HELD if held else State.WAITING, json.dumps(request), now, now, now),
             )
             return _job(cursor.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone())
+
+    def release(self, id: str) -> None:
+        """A job that was held waits for its turn."""
+        with self._transaction() as cursor:
+            query = "UPDATE jobs SET state = ?, changed = ? WHERE id = ? AND state = ?"
+            cursor.execute(query, (State.WAITING, time.time(), id, State.HELD))
 
     def take(self) -> Job | None:
         """The job that has waited longest, which is in hand from now on; None where none waits."""
@@ -164,9 +206,69 @@ class JobStore:
             return [_job(row) for row in self._connection.execute(query, wanted)]
 
     def forget(self, id: str) -> None:
-        """There is no such job any more."""
+        """There is no such job any more, nor anything of it to deliver."""
         with self._transaction() as cursor:
             cursor.execute("DELETE FROM jobs WHERE id = ?", (id,))
+            cursor.execute("DELETE FROM deliveries WHERE job = ?", (id,))
+
+    def owe(self, id: str, peers: Iterable[str]) -> None:
+        """Peers are to get the results of a job, once each."""
+        with self._transaction() as cursor:
+            rows = [(id, peer) for peer in peers]
+            cursor.executemany("INSERT INTO deliveries (job, peer) VALUES (?, ?) ON CONFLICT DO NOTHING", rows)
+
+    def due(self) -> list[Delivery]:
+        """What of jobs that are done is to be sent now, in the order in which the jobs came."""
+        return self._deliveries(
+            "jobs.state = ? AND NOT deliveries.ended AND deliveries.due <= ?", State.DONE, time.time()
+        )
+
+    def deliveries(self, id: str) -> list[Delivery]:
+        """Of a job, to all peers."""
+        return self._deliveries("jobs.id = ?", id)
+
+    def settle(self, id: str, peer: str, refused: str | None = None) -> None:
+        """A peer has one more object of a job, or does not take it, for the reason given."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "UPDATE deliveries SET settled = settled + 1, tries = 0,"
+                " refused = CASE WHEN ?1 IS NULL THEN refused ELSE json_insert(refused, '$[#]', ?1) END"
+                " WHERE job = ?2 AND peer = ?3",
+                (refused, id, peer),
+            )
+
+    def postpone(self, id: str, peer: str, seconds: float) -> None:
+        """Sending to a peer broke off, and is tried again later."""
+        with self._transaction() as cursor:
+            query = "UPDATE deliveries SET tries = tries + 1, due = ? WHERE job = ? AND peer = ?"
+            cursor.execute(query, (time.time() + seconds, id, peer))
+
+    def delivered(self, id: str, peer: str, told: Mapping[str, Any]) -> None:
+        """Nothing is left to send to a peer; what came of it becomes part of the job's outcome."""
+        with self._transaction() as cursor:
+            cursor.execute("UPDATE deliveries SET ended = 1 WHERE job = ? AND peer = ?", (id, peer))
+            row = cursor.execute("SELECT outcome FROM jobs WHERE id = ?", (id,)).fetchone()
+            outcome = json.loads(row["outcome"])
+            outcome["deliveries"] = {**outcome.get("deliveries", {}), peer: told}
+            cursor.execute("UPDATE jobs SET outcome = ? WHERE id = ?", (json.dumps(outcome), id))
+
+    def _deliveries(self, condition: str, *values: Any) -> list[Delivery]:
+        query = (
+            f"SELECT deliveries.* FROM deliveries JOIN jobs ON jobs.id = job WHERE {condition} ORDER BY number, peer"
+        )
+        with self._lock:
+            rows = self._connection.execute(query, values).fetchall()
+        return [
+            Delivery(
+                job=row["job"],
+                peer=row["peer"],
+                settled=row["settled"],
+                refused=tuple(json.loads(row["refused"])),
+                tries=row["tries"],
+                ended=bool(row["ended"]),
+            )
+            for row in rows
+        ]
 
     def _end(self, id: str, state: State, outcome: Mapping[str, Any]) -> None:
         with self._transaction() as cursor:

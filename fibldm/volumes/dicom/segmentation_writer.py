@@ -76,13 +76,13 @@ def write_segmentation(
         series_description="SYNTHETIC mask",
         content_qualification="RESEARCH",
     )
-    _mark_segmentation(segmentation)
+    _mark_segmentation(segmentation, identity)
     with atomic_path(file) as temporary:
         segmentation.save_as(temporary, enforce_file_format=True)
 
 
-def _mark_segmentation(segmentation: Segmentation) -> None:
-    """Mark it, and take out what highdicom adds: the time of writing where none is asked for, and a scanner."""
+def _mark_segmentation(segmentation: Segmentation, identity: Identity) -> None:
+    """Mark it, and take out what highdicom adds: times of writing nobody asks for, a scanner, a UID by chance."""
     mark(segmentation)
     del segmentation.InstanceCreationDate, segmentation.InstanceCreationTime
     acquisition = codes.DCM.AcquisitionEquipment.value
@@ -91,7 +91,11 @@ def _mark_segmentation(segmentation: Segmentation) -> None:
         for item in segmentation.ContributingEquipmentSequence
         if item.PurposeOfReferenceCodeSequence[0].CodeValue != acquisition
     ]
+    for item in equipments:
+        item.pop("ContributionDateTime", None)
     segmentation["ContributingEquipmentSequence"].value = ItemSequence(equipments)
+    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
+        item.DimensionOrganizationUID = identity.uid("segmentation", "dimensions")
 
 
 def _segment(number: int, name: str, meaning: LabelCode) -> SegmentDescription:
