@@ -168,6 +168,12 @@ class JobStore:
         with self._transaction() as cursor:
             cursor.execute("DELETE FROM jobs WHERE id = ?", (id,))
 
+    def discard(self, id: str) -> bool:
+        """Forget a job, unless it is in hand or not there; whether it was forgotten."""
+        with self._transaction() as cursor:
+            cursor.execute("DELETE FROM jobs WHERE id = ? AND state != ?", (id, State.RUNNING))
+            return cursor.rowcount > 0
+
     def _end(self, id: str, state: State, outcome: Mapping[str, Any]) -> None:
         with self._transaction() as cursor:
             cursor.execute(
