@@ -30,6 +30,7 @@ COMMANDS = (
     "synthesize",
     "edit",
     "watch",
+    "studio",
     "picture",
     "evaluate",
     "audit",

@@ -8,6 +8,7 @@
 * ``opening``: the generator of a bundle, with what is asked of all items
 * ``store``: jobs, in one file that outlives any kill
 * ``service``: jobs that any door takes on, made one after the other
+* ``studio``: the door of HTTP; ``page``: what it shows in a browser
 """
 
 from fibldm.serving.ending import Ending
