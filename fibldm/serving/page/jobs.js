@@ -76,7 +76,7 @@ export class Jobs {
     const bar = byId("bar");
     byId("progress").hidden = false;
     const waits = job.state === "waiting";
-    const told = waits ? `waiting, ${job.before} before it` : `${job.made} of ${job.count} volumes`;
+    const told = waits ? `waiting, ${job.before} ${job.before === 1 ? "job" : "jobs"} before it` : `volume ${Math.min(job.made + 1, job.count)} of ${job.count}`;
     byId("progress-told").textContent = `${told}, ${Math.round(seconds)} s`;
     if (waits || job.made === 0) bar.removeAttribute("value");
     else bar.value = job.made / job.count;

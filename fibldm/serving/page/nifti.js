@@ -95,7 +95,8 @@ function affineOf({ sform, qform, rows, pixdim, quaternion, shift }) {
   if (sform) return rows;
   if (!qform) return [0, 1, 2].map((n) => [0, 1, 2, 3].map((m) => (m === n ? pixdim[n + 1] || 1 : 0)));
   const [b, c, d] = quaternion;
-  const a = Math.sqrt(Math.max(0, 1 - b * b - c * c - d * d));
+  const rest = 1 - b * b - c * c - d * d;
+  const a = Math.abs(rest) < 3.6e-7 ? 0 : Math.sqrt(Math.max(0, rest)); // single precision knows no smaller one
   const turn = [
     [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
     [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],

@@ -103,11 +103,12 @@ function fit(canvas) {
   if (canvas.height !== height) canvas.height = height;
 }
 
-const scratch = document.createElement("canvas");
+let scratch;
 
 function pixels(plane, space, place, volume, mask, window, opacity) {
   const { across, up, through } = PLANES[plane];
   const [width, height] = [space.size[across], space.size[up]];
+  scratch ??= document.createElement("canvas");
   scratch.width = width;
   scratch.height = height;
   const context = scratch.getContext("2d");

@@ -137,6 +137,7 @@ async function showJob(job) {
     windows.refresh();
     viewer.show = viewer.show === "mask" ? "volume" : viewer.show;
     byId("status").textContent = "Done: the volumes are shown.";
+    setTimeout(() => { byId("status").textContent = ""; }, 8000);
   } catch (error) {
     tellRefusal(error);
   }

@@ -83,26 +83,24 @@ class Jobs:
 
     def add_to(self, app: FastAPI) -> None:
         """Give the addresses to an application."""
-        upload = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": self._parts()}}}}
-        mask = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": self._mask()}}}}
-        volume = {200: {"content": {_GZIP: {}, _ZIP: {}}, "description": "NIfTI, or a DICOM series as a zip"}}
-        nifti = {200: {"content": {_GZIP: {}}, "description": "NIfTI"}}
-        archive = {200: {"content": {_ZIP: {}}, "description": "all files of a job"}}
-        stream = {200: {"content": {"text/event-stream": {}}, "description": "a job whenever it changed"}}
-        one, plain = "/api/jobs/{id}", {"response_class": Response}
+        one, answer = "/api/jobs/{id}", Response
+        volume, nifti = _answer("NIfTI, or a DICOM series as a zip", _GZIP, _ZIP), _answer("NIfTI", _GZIP)
         app.get("/api/bundle", response_model=BundleView)(self.bundle)
-        app.post("/api/jobs", response_model=JobView, status_code=202, openapi_extra=upload)(self.submit)
+        app.post("/api/jobs", response_model=JobView, status_code=202, openapi_extra=_body(self._parts()))(self.submit)
         app.get("/api/jobs", response_model=list[JobView])(self.jobs)
         app.get(one, response_model=JobView)(self.job)
-        app.delete(one, status_code=204, response_class=Response)(self.remove)
-        app.get(f"{one}/events", responses={**stream}, **plain)(self.events)  # type: ignore[arg-type]
-        app.get(f"{one}/mask", responses={**nifti}, **plain)(self.mask)  # type: ignore[arg-type]
-        app.get(f"{one}/results", responses={**archive}, **plain)(self.results)  # type: ignore[arg-type]
-        app.get(f"{one}/results/{{number}}", responses={**volume}, **plain)(self.result)  # type: ignore[arg-type]
+        app.delete(one, status_code=204, response_class=answer)(self.remove)
+        events = _answer("a job whenever it changed", "text/event-stream")
+        app.get(f"{one}/events", responses=events, response_class=answer)(self.events)
+        app.get(f"{one}/mask", responses=nifti, response_class=answer)(self.mask)
+        archive = _answer("all files of a job", _ZIP)
+        app.get(f"{one}/results", responses=archive, response_class=answer)(self.results)
+        app.get(f"{one}/results/{{number}}", responses=volume, response_class=answer)(self.result)
         app.get(f"{one}/results/{{number}}/sidecar", response_model=dict[str, Any])(self.sidecar)
-        app.post("/api/masks", responses={**nifti}, openapi_extra=mask, **plain)(self.read)  # type: ignore[arg-type]
-        app.get("/api/masks/empty", responses={**nifti}, **plain)(self.empty)  # type: ignore[arg-type]
-        app.get("/api/masks/{number}", responses={**nifti}, **plain)(self.example)  # type: ignore[arg-type]
+        read = _body(self._mask())
+        app.post("/api/masks", responses=nifti, response_class=answer, openapi_extra=read)(self.read)
+        app.get("/api/masks/empty", responses=nifti, response_class=answer)(self.empty)
+        app.get("/api/masks/{number}", responses=nifti, response_class=answer)(self.example)
 
     def bundle(self) -> BundleView:
         """The generator: labels, grid, conditions, sampling, card, licence; and the limits of the studio."""
@@ -302,3 +300,11 @@ def _archive(root: Path, members: list[Path], name: str) -> Response:
 
 def _file(description: str) -> dict[str, Any]:
     return {"type": "string", "format": "binary", "description": description}
+
+
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _answer(description: str, *types: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {name: {} for name in types}, "description": description}}
