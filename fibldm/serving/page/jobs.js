@@ -2,7 +2,7 @@
 
 import { made } from "./controls.js";
 import { readNifti } from "./nifti.js";
-import { asked } from "./signin.js";
+import { asked, sentence } from "./signin.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -90,7 +90,7 @@ export class Jobs {
 
   row(job) {
     const told = made("div", {}, made("span", { className: "state" }, job.state), ` · ${described(job)} · ${clock(job.submitted)}`);
-    if (job.error) told.append(made("div", { className: "refused" }, `${job.error.message}; ${job.error.remedy}`));
+    if (job.error) told.append(made("div", { className: "refused" }, sentence(job.error)));
     const row = made("li", {}, told);
     const named = (text) => ({ "aria-label": `${text}: ${described(job)}, ${clock(job.submitted)}` });
     if (job.state === "done") {

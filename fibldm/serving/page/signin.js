@@ -1,5 +1,13 @@
 // What is asked of the studio, and the token where the browser has not signed in.
 
+const HERE = "'also outside of what training covered'";
+
+/** What must hold and what to do, in one text, in the words of the page. */
+export function sentence({ message, remedy }) {
+  const text = remedy ? `${message}; ${remedy}` : message;
+  return text.replace(/give (`allow_extrapolation`|--allow-extrapolation)/, `choose ${HERE}`);
+}
+
 /** An answer of the studio, or its refusal as an error with `message` and `remedy`. */
 export async function asked(address, options = {}) {
   let answer;
@@ -29,7 +37,7 @@ document.getElementById("signin-form").addEventListener("submit", async (event) 
     });
     location.replace("/");
   } catch (error) {
-    document.getElementById("signin-error").textContent = `${error.message}; ${error.remedy}`;
+    document.getElementById("signin-error").textContent = sentence(error);
     token.select();
   }
 });

@@ -3,7 +3,7 @@
 import { Windows, made, request, showConditions, showFacts, showLabels } from "./controls.js";
 import { Jobs, loaded } from "./jobs.js";
 import { readNifti, writeMask } from "./nifti.js";
-import { asked } from "./signin.js";
+import { asked, sentence } from "./signin.js";
 import { Viewer } from "./viewer.js";
 
 const byId = (id) => document.getElementById(id);
@@ -53,7 +53,7 @@ async function attempt(act) {
 
 function tellRefusal(error) {
   byId("status").textContent = "";
-  byId("refused").textContent = error.remedy ? `${error.message}; ${error.remedy}` : error.message;
+  byId("refused").textContent = sentence(error);
 }
 
 function mayReplace() {
