@@ -31,6 +31,7 @@ COMMANDS = (
     "edit",
     "watch",
     "node",
+    "studio",
     "picture",
     "evaluate",
     "audit",

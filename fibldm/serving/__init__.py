@@ -9,6 +9,7 @@
 * ``store``: jobs, in one file that outlives any kill
 * ``service``: jobs that any door takes on, made one after the other
 * ``dicom/``: a door for DICOM (the extra ``node``)
+* ``studio``: the door of HTTP; ``page``: what it shows in a browser
 """
 
 from fibldm.serving.ending import Ending

@@ -5,7 +5,7 @@ Names of files may tell patients: an item is called by the beginning of a SHA-25
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,15 +94,28 @@ def hashes_of(item: Path) -> dict[Path, str]:
     """SHA-256 of every file of an item.
 
     Raises:
-        FibldmError: it holds something else than files, or one that cannot be read.
+        FibldmError: it holds something else than files, one that cannot be read, or one that leads out of it.
     """
     files = files_of(item)
     if any(file.is_symlink() or not file.is_file() for file in files):
         raise FibldmError("an item must be a file or a folder of files; it is or holds a link or a device", _ASIDE)
     try:
+        _check_parts(item, files)
         return {file: hash_file(file) for file in files}
     except OSError as error:
         raise FibldmError(f"an item must be readable; {error.strerror}", "check its permissions") from None
+
+
+def _check_parts(item: Path, files: Sequence[Path]) -> None:
+    """A header may say that its voxels lie in another file, which must not be one of this machine's own.
+
+    Raises:
+        FibldmError: it does not lie in the item.
+    """
+    root = (item if item.is_dir() else item.parent).resolve()
+    for file in files:
+        if not all(part.resolve().is_relative_to(root) for part in parts_of(file, any_suffix=True)):
+            raise FibldmError("voxels of an item must lie in it; a header in this one names another place", _ASIDE)
 
 
 def name_of(item: Path, hashes: Mapping[Path, str]) -> str:

@@ -33,6 +33,9 @@ from fibldm.typed_settings import counted
 ASKABLE = ("count", "seed", "steps", "guidance", "format", "covariates", "conditions", "check", "allow_extrapolation")
 """What a request may ask for, by the names of `SynthesisSettings`."""
 
+MOST = {"steps": 1000, "check": 20}
+"""Of numbers that cost time, what a request may ask for; how many volumes is up to the service."""
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _AGAIN = "correct it, and send it again"
 
@@ -128,11 +131,19 @@ class Service:
         if strange := sorted(set(asked) - set(ASKABLE)):
             raise unknown_choice("what a request asks for", strange[0], ASKABLE)
         settings = SynthesisSettings.of(self.output.settings, **asked)
+        for name, most in MOST.items():
+            if asked.get(name) is not None and asked[name] > most:
+                raise FibldmError(
+                    f"a request may ask for `{name}` of at most {most}; got {asked[name]}", "ask for less"
+                )
         if settings.count > self.most:
             raise FibldmError(
                 f"a request may ask for at most {self.most} volumes; got {settings.count}", "ask for fewer"
             )
         beside = self.output.synthesizer.beside
+        for name, value in (asked.get("conditions") or {}).items():
+            if value is not None and name in beside and beside[name].of_scan:  # a path here is one of this machine
+                raise FibldmError(f"{name} must come with the request; a request may not name it by a path", "send it")
         check(beside, read(beside, settings.asked), allow=settings.allow_extrapolation)
         return settings
 
@@ -152,6 +163,18 @@ class Service:
                 self._came.wait(0.2)
             if not until_idle:
                 self._clear()
+
+    def remove(self, job: Job) -> None:
+        """Forget a job with what came and its volumes.
+
+        Raises:
+            FibldmError: it is in hand.
+        """
+        with self._moving:
+            if not self.store.discard(job.id) and self.store.get(job.id) is not None:
+                raise FibldmError("a job must not be in hand to be removed; this one is", "wait until it ends")
+            for place in (self.folder / "spool" / job.id, self.results(job)):
+                shutil.rmtree(place, ignore_errors=True)
 
     def results(self, job: Job) -> Path:
         """Folder of the volumes of a job that is done."""

@@ -270,6 +270,14 @@ class JobStore:
             for row in rows
         ]
 
+    def discard(self, id: str) -> bool:
+        """Forget a job, unless it is in hand or not there; whether it was forgotten."""
+        with self._transaction() as cursor:
+            cursor.execute("DELETE FROM jobs WHERE id = ? AND state != ?", (id, State.RUNNING))
+            if gone := cursor.rowcount > 0:
+                cursor.execute("DELETE FROM deliveries WHERE job = ?", (id,))
+            return gone
+
     def _end(self, id: str, state: State, outcome: Mapping[str, Any]) -> None:
         with self._transaction() as cursor:
             cursor.execute(

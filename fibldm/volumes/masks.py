@@ -77,9 +77,14 @@ def mask_suffix(file: Path) -> str | None:
     return _DICOM if damaged or any(part.modality == "SEG" for part in series) else None
 
 
-def parts_of(mask: Path) -> list[Path]:
-    """The further files of a mask whose header lies apart from its voxels (.nhdr, .mhd)."""
-    if mask.suffix.lower() not in (".nhdr", ".mhd"):
+def parts_of(mask: Path, *, any_suffix: bool = False) -> list[Path]:
+    """The further files of a mask whose header lies apart from its voxels (.nhdr, .mhd).
+
+    Args:
+        mask: the file.
+        any_suffix: whether one is looked at whose suffix says that it has none (.nrrd, .mha).
+    """
+    if mask.suffix.lower() not in (_ITK if any_suffix else (".nhdr", ".mhd")):
         return []
     try:
         return list(files_of(mask)[1:])

@@ -161,6 +161,21 @@ def test_a_segmentation_becomes_a_series(
     assert not [item for item in inbox.iterdir() if item.name != ".claimed"]
 
 
+@pytest.mark.parametrize("suffix", [".nhdr", ".nrrd", ".mhd", ".mha"])
+def test_a_header_that_leads_out_of_its_item_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Its voxels would be those of any file of this machine."""
+    header = "ElementDataFile = {}\n" if suffix.startswith(".m") else "NRRD0004\ndata file: {}\n\n"
+    item = tmp_path / "item"
+    item.mkdir()
+    for place, inside in ((tmp_path / "secret", False), (Path("../secret"), False), (Path("voxels.raw"), True)):
+        (item / f"mask{suffix}").write_text(header.format(place))
+        if inside:
+            assert hashes_of(item)
+        else:
+            with pytest.raises(FibldmError, match="voxels of an item must lie in it"):
+                hashes_of(item)
+
+
 def test_nifti_gives_what_synthesize_gives(watch: Watch, inbox: Path, outbox: Path, tiny_bundle: Path) -> None:
     """For a file of that name."""
     file = write_mask(inbox / "a.nii.gz")
