@@ -258,7 +258,9 @@ def prepare(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "site.safetensors" in block.text:
         make_adapter(desk)
     if "--synthetic synthetic_test" in block.text and "fibldm synthesize" not in block.text:
-        draw = "synthesize --run runs/mine --data work --split test --out synthetic_test --allow-extrapolation"
+        draw = (
+            "synthesize --run runs/mine --data work --split test --out synthetic_test --steps 1 --allow-extrapolation"
+        )
         assert run(draw.split()) == 0
     if "--with-controlnet" in block.text:
         train_without_mask(desk, "lungs", "diffusion", "controlnet")

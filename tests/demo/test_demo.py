@@ -43,7 +43,9 @@ def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, caps
     assert figures["network_calls"] <= 10
     assert figures["lung_dice_real"] > 0.97
     report = (tmp_path / "report.html").read_text()
-    assert "Figures of phantoms" in report and "nearest training scan" in report and "PATIENT DATA" not in report
+    assert (
+        "Figures of phantoms" in report and "scan that the mask was drawn on" in report and "PATIENT DATA" not in report
+    )
     for folder in ("phantoms", "work", "runs/demo", "synthetic"):
         assert (tmp_path / folder).is_dir()
     printed = capsys.readouterr().out

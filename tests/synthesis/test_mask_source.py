@@ -10,7 +10,16 @@ import pytest
 
 from fibldm.errors import FibldmError
 from fibldm.models.conditions.covariates import CovariateEncoding
-from fibldm.synthesis import Job, MaskSource, Output, OutputConflict, Synthesis, SynthesisSettings, jobs_of
+from fibldm.synthesis import (
+    Job,
+    MaskSource,
+    Output,
+    OutputConflict,
+    SamplingSettings,
+    Synthesis,
+    SynthesisSettings,
+    jobs_of,
+)
 from fibldm.synthesis import mask_source as module
 from fibldm.synthesis.mask_source import RecentMasks
 from fibldm.synthesis.request import PreparedMask, SynthesisRequest
@@ -37,7 +46,16 @@ class Generator:
             raise FibldmError(f"{request.name}: no voxel has a label")
         return PreparedMask(request, request.mask.canonical(), request.mask.grid, {}, [])
 
-    def attempt(self, prepared: list[PreparedMask], *, settings: object, check: int | None) -> list[Synthesis]:
+    def checks(self, check: int | None, reject_copies: object) -> list[Any]:
+        return []
+
+    def as_trained(self, settings: SamplingSettings) -> SamplingSettings:
+        return settings
+
+    def mark_of(self, settings: SamplingSettings) -> dict[str, Any]:
+        return {"voxels": False, "why": "they are their masks"}
+
+    def attempt(self, prepared: list[PreparedMask], *, settings: object, **_: object) -> list[Synthesis]:
         masks = [part.request.mask for part in prepared]
         return [Synthesis((mask,), {"number": part.request.number}) for mask, part in zip(masks, prepared, strict=True)]  # type: ignore[arg-type]
 
