@@ -50,7 +50,8 @@ def test_demo_writes_what_it_promises_and_keeps_it_when_run_again(tmp_path, caps
         assert (tmp_path / folder).is_dir()
     printed = capsys.readouterr().out
     measured = json.loads((tmp_path / "runs/demo/evaluation/metrics.json").read_text())
-    for name in ("faithfulness", "realism", "reconstruction", "audit"):
+    assert "audit" in printed and "scans of at least 4 patients must be held out" in measured["audit"]["verdict"]
+    for name in ("faithfulness", "realism", "reconstruction"):
         assert name in printed
         assert all(
             set(figure) >= {"value", "low", "high", "n", "real_vs_real"} for figure in figures_of(measured[name])
