@@ -435,6 +435,20 @@ ZEROS = bytes(2**22)
         (b"NRRD0004\n" + b"#" * 2**20 + b"\n", "must end within"),
         (b"MZ" + bytes(300), "must be NIfTI, NRRD or DICOM"),
     ],
+    ids=[
+        "gzip of zeros",
+        "gzip of a header and zeros",
+        "gzip of several members",
+        "gzip that states too much",
+        "states too much",
+        "nrrd in gzip",
+        "nrrd in bzip2",
+        "nrrd that states too much",
+        "nrrd that names a file",
+        "nrrd that names a list",
+        "nrrd without an end",
+        "another format",
+    ],
 )
 def test_what_grows_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x").write_bytes(content)
