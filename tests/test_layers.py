@@ -1,8 +1,8 @@
 """The import rule: arrows point only down.
 
-``cli -> demo -> pipeline | doctor -> report -> delivery | editing | evaluation | importing | planning | serving ->
-synthesis | training -> datasets | phantoms -> models | volumes -> runs -> ground``. Modules of one room may import
-each other; rooms of one level may not. Imports inside functions count.
+``cli -> demo -> pipeline | doctor -> report -> delivery | editing | evaluation | importing | mask_editing | planning |
+serving -> synthesis | training -> datasets | phantoms -> models | volumes -> runs -> ground``. Modules of one room may
+import each other; rooms of one level may not. Imports inside functions count.
 """
 
 import ast
@@ -25,7 +25,10 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {"models": {"models"}, "volumes": {"volumes"}},
     {"datasets": {"datasets"}, "phantoms": {"phantoms"}},
     {"training": {"training"}, "synthesis": {"synthesis"}},
-    {room: {room} for room in ("delivery", "editing", "evaluation", "importing", "planning", "serving")},
+    {
+        room: {room}
+        for room in ("delivery", "editing", "evaluation", "importing", "mask_editing", "planning", "serving")
+    },
     {"report": {"report"}},
     {"pipeline": {"pipeline", "recipe"}, "doctor": {"doctor"}},
     {"demo": {"demo"}},

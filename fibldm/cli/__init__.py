@@ -29,6 +29,7 @@ COMMANDS = (
     "encode",
     "synthesize",
     "edit",
+    "edit-masks",
     "watch",
     "node",
     "studio",
