@@ -36,6 +36,7 @@ COMMANDS = (
     "picture",
     "evaluate",
     "audit",
+    "stress",
     "report",
     "recognise",
     "export",

@@ -32,6 +32,7 @@ def edit_masks(
     seed: int = 0,
     allow_extrapolation: bool = False,
     workers: int | None = None,
+    anatomy: Anatomy | None = None,
 ) -> list[Path]:
     """Write edited masks: ``out/<mask>_<number:03d>.nii.gz``, each with a JSON file of what was done beside it.
 
@@ -44,6 +45,7 @@ def edit_masks(
         seed: of what is drawn, with the name of the mask and the number.
         allow_extrapolation: whether sizes outside of the training masks are taken; the JSON file says so.
         workers: processes that read and edit; None is one a core.
+        anatomy: what the training masks say, where that is known already; None reads them.
 
     Returns:
         The files, in the order of masks.
@@ -57,7 +59,7 @@ def edit_masks(
         raise FibldmError(f"count must be at least 1 and seed at least 0; got {count} and {seed}")
     files = find_masks([Path(mask) for mask in masks])
     processes = cores() if workers is None else workers
-    anatomy = Anatomy.of_training(work, workers=processes)
+    anatomy = anatomy or Anatomy.of_training(work, workers=processes)
     calls = [
         (file, number, Path(out), anatomy, list(edits), seed, allow_extrapolation)
         for file in files

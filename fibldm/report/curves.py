@@ -1,11 +1,11 @@
-"""Losses by epoch, as lines in SVG; a page colours them by its own style."""
+"""Lines in SVG, such as losses by epoch; a page colours them by its own style."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fibldm.report.parts import Picture
 
@@ -49,12 +49,22 @@ class Losses:
 
     def picture(self) -> Picture:
         """The lines, with axes."""
-        kinds = [(name, line) for name, line in (("training", self.training), ("validation", self.validation)) if line]
-        said = [f"{name} loss from {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in kinds]
+        kinds = {name: line for name, line in (("training", self.training), ("validation", self.validation)) if line}
+        said = [f"{name} loss from {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in kinds.items()]
         alt = f"Loss of the stage {self.stage} over {self.epochs} epochs: {', '.join(said)}"
-        drawn = "".join([_axes([line for _, line in kinds]), *(_line(name, line, kinds) for name, line in kinds)])
-        size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-        return Picture(alt, f"{self.stage}: loss by epoch", svg=Markup(f"<svg {size}>{drawn}</svg>"))
+        return Picture(alt, f"{self.stage}: loss by epoch", svg=chart(kinds, "epoch"))
+
+
+def chart(lines: Mapping[str, Points], across: str) -> Markup:
+    """Lines with axes, as an SVG element.
+
+    Args:
+        lines: points by name, which is the line's class in the style, and stands in the key.
+        across: what is said below the horizontal axis.
+    """
+    kinds = list(lines.items())
+    drawn = "".join([_axes([line for _, line in kinds], across), *(_line(name, line, kinds) for name, line in kinds)])
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{drawn}</svg>')
 
 
 def _frame(lines: Sequence[Points]) -> tuple[float, float, float, float]:
@@ -74,12 +84,12 @@ def _place(point: tuple[float, float], frame: tuple[float, float, float, float])
     return round(_LEFT + across, 1), round(_HEIGHT - _BOTTOM - up, 1)
 
 
-def _axes(lines: Sequence[Points]) -> str:
+def _axes(lines: Sequence[Points], across: str) -> str:
     frame = _frame(lines)
     first, last, low, high = frame
     drawn = [
         f'<path class="axis" d="M{_LEFT} {_TOP}V{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>',
-        f'<text class="middle" x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}">epoch</text>',
+        f'<text class="middle" x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}">{escape(across)}</text>',
     ]
     for number in range(_TICKS + 1):
         loss = low + (high - low) * number / _TICKS
