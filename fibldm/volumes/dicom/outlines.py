@@ -2,9 +2,9 @@
 
 Corners ``(N, 2)`` are in voxel indices, which count voxel centres from 0.
 
-* Edges run along the borders of voxels, so that areas and volumes are those of the voxels; but `INSET` of a voxel inside
-  of them. Voxels that touch in a corner thus have outlines that do not meet, no edge or corner lies on a voxel centre or
-  in line with one, and readers that round corners to voxels (OpenCV's ``fillPoly``) round to voxels of the mask.
+* Edges run along the borders of voxels, so that areas and volumes are those of the voxels, but `INSET` inside of them.
+  Voxels that touch in a corner thus have outlines that do not meet, no edge or corner lies on a voxel centre or in line
+  with one, and readers that round corners to voxels (such as by OpenCV's ``fillPoly``) round to voxels of the mask.
 * A hole is reached from outside through a channel without width, the *keyhole* of DICOM PS3.3, C.8.8.6.3. Then the
   polygons of a slice neither cross nor lie within each other, and their union, their exclusive or, and even-odd filling
   are the same.
