@@ -6,7 +6,7 @@ from typing import Any
 
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file, hash_value, read_json
-from fibldm.volumes.dicom.masks import read_structures
+from fibldm.volumes.dicom.masks import read_structures, segment_names
 from fibldm.volumes.dicom.output import MASKS, STRUCTURES, mask_files
 from fibldm.volumes.dicom.series import read_series
 from fibldm.volumes.grid import Volume
@@ -54,6 +54,12 @@ def as_nifti(series: Path, mask_name: str, names: Mapping[int, str], folder: Pat
 
 
 def _structures(file: Path, names: Mapping[int, str], scan: Scan) -> Volume:
+    if strange := sorted(set(segment_names(file)) - set(names.values())):
+        raise FibldmError(
+            f"every structure of {file.name} must have the name of a label of the run ({', '.join(names.values())}); "
+            f"got also {', '.join(strange)}",
+            "rename or delete these structures",
+        )
     read = read_structures(file, {name: value for value, name in names.items()}, scan)
     return Volume(read.array, read.affine)
 
