@@ -47,6 +47,7 @@ def edit(
     ] = [],
     allow_extrapolation: shared.AllowExtrapolation = False,
     label_codes: shared.LabelCodes = None,
+    mask_format: shared.MaskFormat = None,
     device: shared.Device = None,
 ) -> dict[str, Any]:
     """Draw a region of a real scan anew, following a mask: a lesion in, a lesion out, or a variation.

@@ -42,6 +42,7 @@ def node(
     template: shared.Template = None,
     label_codes: shared.LabelCodes = None,
     patient_position: shared.PatientPosition = None,
+    mask_format: shared.MaskFormat = None,
     count: shared.Count = 1,
     seed: shared.Seed = None,
     steps: shared.Steps = None,
@@ -57,7 +58,7 @@ def node(
 ) -> dict[str, Any]:
     """Make synthetic series of every mask that arrives by DICOM, and send them on, until asked to end.
 
-    C-STORE of segmentations and RT structure sets comes in, synthetic CT or MR series and their segmentation go out.
+    C-STORE of segmentations and RT structure sets comes in, synthetic CT or MR series and their masks go out.
     SIGTERM ends it after the item in hand. For research: it is no medical device.
     """
     options = dict(locals())

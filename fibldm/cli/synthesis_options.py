@@ -86,6 +86,13 @@ PatientPosition = Annotated[
     str | None,
     typer.Option(help="DICOM only: Patient Position (HFS, FFS, ...); default: the template's, or empty."),
 ]
+MaskFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="seg|rtstruct|both",
+        help="DICOM only: the mask as a segmentation (the default), as an RT structure set, or as both.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if available.")]
 
 

@@ -106,11 +106,12 @@ def synthesize(
     check: shared.Check = None,
     reject_copies: shared.RejectCopies = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its segmentation).")
+        str, typer.Option("--format", help="Output format: nifti, or dicom (a series and its mask).")
     ] = "nifti",
     template: shared.Template = None,
     label_codes: shared.LabelCodes = None,
     patient_position: shared.PatientPosition = None,
+    mask_format: shared.MaskFormat = None,
     bids: Annotated[
         str | None,
         typer.Option(metavar="SUFFIX", help="NIfTI only: also write OUT/bids; T1w, T2w, FLAIR, ..., or ct."),

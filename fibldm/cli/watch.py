@@ -16,11 +16,12 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="End when nothing is left that stands still.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 10.0,
     output_format: Annotated[
-        str, typer.Option("--format", help="Output format: dicom (a series and its segmentation), or nifti.")
+        str, typer.Option("--format", help="Output format: dicom (a series and its mask), or nifti.")
     ] = "dicom",
     template: shared.Template = None,
     label_codes: shared.LabelCodes = None,
     patient_position: shared.PatientPosition = None,
+    mask_format: shared.MaskFormat = None,
     count: shared.Count = 1,
     seed: shared.Seed = None,
     steps: shared.Steps = None,

@@ -33,7 +33,7 @@ def read_mask(mask: Mask, image: Scan, *, spacing: Spacing | None = None, scanne
     if mask.names:
         from fibldm.volumes.dicom.masks import on_grid_of
 
-        return on_grid_of(named_segments(scan, mask.files[0], mask.names), image)
+        return on_grid_of(named_segments(scan, mask.files[0], mask.names, elsewhere=mask.elsewhere), image)
     if scan.array.ndim != 3:
         raise FibldmError(
             f"a mask must be one label map (X, Y, Z); {mask.files[0].name} has {scan.array.shape[3]} channels",

@@ -14,7 +14,7 @@ class Mask:
         files: of the mask.
         value: what the voxels of a binary mask become; ``None`` for a label map or a DICOM mask.
         names: of a mask whose segments have names (DICOM, 3D Slicer's NRRD), values by these; others are left out.
-        elsewhere: of a DICOM mask, segments that other masks of the case take.
+        elsewhere: of such a mask, segments that other masks of the case take.
         item: which one of a pack; ``None`` of a file that holds one mask.
     """
 

@@ -17,7 +17,7 @@ _PACKAGES = ("nibabel", "pytorch-ignite", "safetensors", "einops", "highdicom", 
 _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
 _OF_EVALUATOR = (
     "synthesizer dataset output_dir inferer batch_size allow_extrapolation covariates conditions conditions_table "
-    "own_conditions adapters check reject_copies format template label_codes patient_position"
+    "own_conditions adapters check reject_copies format template label_codes patient_position mask_format"
 ).split()
 
 
@@ -51,6 +51,7 @@ def inference_configuration(facts: Mapping[str, Any]) -> dict[str, Any]:
         "template": None,
         "label_codes": None,
         "patient_position": None,
+        "mask_format": None,
         "trust": False,
         "inferer": {"_target_": "fibldm.synthesis.SamplingSettings", **facts["sampling"]},
         "network_def": facts["network"],

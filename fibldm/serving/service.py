@@ -30,7 +30,10 @@ from fibldm.synthesis import Output, SynthesisSettings
 from fibldm.synthesis.asked import check, read
 from fibldm.typed_settings import counted
 
-ASKABLE = ("count", "seed", "steps", "guidance", "format", "covariates", "conditions", "check", "allow_extrapolation")
+ASKABLE = (
+    *("count", "seed", "steps", "guidance", "format", "mask_format", "covariates", "conditions", "check"),
+    "allow_extrapolation",
+)
 """What a request may ask for, by the names of `SynthesisSettings`."""
 
 MOST = {"steps": 1000, "check": 20}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fibldm.volumes.dicom.output import DicomOutput
 
 FORMATS = ("nifti", "dicom")
+_OF_DICOM = ("template", "label_codes", "patient_position", "mask_format")
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,12 @@ class FileFormat:
     """In which files volumes are written.
 
     Attributes:
-        format: "nifti", or "dicom": a series ``<mask stem>_<number:03d>/``, and the mask as a segmentation.
+        format: "nifti", or "dicom": a series ``<mask stem>_<number:03d>/``, and the mask as objects of its own.
         template: of DICOM: folder of the series that gives technical tags, never those of a patient.
         label_codes: of DICOM: CSV of coded meanings for labels that the shipped table lacks.
         patient_position: of DICOM: HFS, FFS, ..., see `fibldm.volumes.dicom.output.PATIENT_POSITIONS`; None takes that
             of the template, or leaves it empty.
+        mask_format: of DICOM: "seg", a segmentation, "rtstruct", an RT structure set, or "both"; None is "seg".
 
     Raises:
         FibldmError: there is no such format, or options of DICOM are given for another one.
@@ -205,11 +207,12 @@ class FileFormat:
     template: str | Path | None = None
     label_codes: str | Path | None = None
     patient_position: str | None = None
+    mask_format: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise unknown_choice("format", self.format, FORMATS)
-        given = [name for name in ("template", "label_codes", "patient_position") if getattr(self, name) is not None]
+        given = [name for name in _OF_DICOM if getattr(self, name) is not None]
         if self.format == "nifti" and given:
             raise FibldmError(f"format nifti takes no {' and no '.join(given)}", "change or leave out one of them")
 
@@ -218,14 +221,14 @@ class FileFormat:
         """Writes DICOM; None is NIfTI. Template and table are read once.
 
         Raises:
-            FibldmError: one of them, or the position, is refused.
+            FibldmError: one of them, the position or the format of masks is refused.
         """
         if self.format == "nifti":
             return None
         from fibldm.volumes.dicom.output import DicomOutput
 
         template, codes = (path and Path(path) for path in (self.template, self.label_codes))
-        return DicomOutput.read(template or None, codes or None, self.patient_position)
+        return DicomOutput.read(template or None, codes or None, self.patient_position, self.mask_format or "seg")
 
 
 @dataclass(frozen=True)

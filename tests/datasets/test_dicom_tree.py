@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,21 @@ def test_merged_structures_say_once_what_none_of_them_takes(tmp_path: Path) -> N
     said = [finding.message for finding in record.findings if "left out" in finding.message]
     assert said == ["label: left out, as not asked for: Body, Couch"]
     assert record.facts is not None
+
+
+def test_a_table_of_dicom_masks_says_nothing_of_what_another_entry_merged(tmp_path: Path) -> None:
+    add_study(tmp_path / "ct", "study")
+    write_structures(tmp_path / "rt.dcm", {name: [in_space(BOX, AXIAL)] for name in ("Lung", "Tumour", "Couch")})
+    (tmp_path / "cases.csv").write_text("image,label,subject\nct,rt.dcm,p\n")
+    asked = PrepareSettings(modality="ct", merge_masks=("Tumour", "Lung"))
+    source = find_source(tmp_path / "cases.csv", asked)
+    (case,) = source.cases
+
+    record = prepare_case(case, replace(asked, labels=source.labels), None)
+
+    assert [mask.names for mask in case.masks] == [{"Tumour": 1}, {"Lung": 2}]
+    said = [finding.message for finding in record.findings if "left out" in finding.message]
+    assert said == ["label: left out, as not asked for: Couch"]
 
 
 def test_masks_that_hold_none_of_the_wanted_segments_are_said(tmp_path: Path) -> None:

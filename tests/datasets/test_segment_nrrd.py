@@ -131,6 +131,8 @@ def test_merge_masks_gives_the_order(tmp_path: Path) -> None:
     labels = np.asarray(nibabel.load(tmp_path / "w/labels/c0.nii.gz").dataobj)
     assert np.count_nonzero(labels == 1) == 12 and set(np.unique(labels)) == {0, 1, 2}
     assert sum(report.counts.values()) == 4
+    said = {finding.message for finding in report.findings if "left out" in finding.message}
+    assert said == {"label: left out, as not asked for: left lung"}
 
 
 def test_a_cropped_segmentation_comes_to_the_grid_of_its_image(tmp_path: Path) -> None:

@@ -50,7 +50,11 @@ def evaluated(tmp_path: Path) -> Evaluated:
 @pytest.fixture
 def dicom(tmp_path: Path) -> Path:
     """As `fibldm synthesize --format dicom` leaves it."""
-    output = DicomOutput.read()
+    return written(tmp_path, "seg")
+
+
+def written(tmp_path: Path, mask_format: str) -> Path:
+    output = DicomOutput.read(mask_format=mask_format)
     for number, name in enumerate(("c_0", "c_1")):
         output.write(
             tmp_path / "dicom" / f"{name}_000",
@@ -64,7 +68,9 @@ def dicom(tmp_path: Path) -> Path:
     return tmp_path / "dicom"
 
 
-def test_a_series_is_measured_like_its_nifti(evaluated: Evaluated, dicom: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mask_format", ["seg", "rtstruct", "both"])
+def test_a_series_is_measured_like_its_nifti(evaluated: Evaluated, tmp_path: Path, mask_format: str) -> None:
+    dicom = written(tmp_path, mask_format)
     for number, name in enumerate(("c_0", "c_1")):
         write_synthetic(tmp_path / "nifti" / f"{name}_000.nii.gz", Volume(image_of(number), AFFINE), FACTS)
         write_labels(tmp_path / "nifti" / "masks" / f"{name}.nii.gz", Volume(labels_of(number), AFFINE))
@@ -120,6 +126,9 @@ def test_a_series_that_is_not_whole_or_there_twice_is_refused(evaluated: Evaluat
 def test_a_segment_that_is_no_label_is_refused(dicom: Path, tmp_path: Path) -> None:
     with pytest.raises(FibldmError, match="every segment of c_0_000.dcm must have the name of a label .* left lung"):
         as_nifti(dicom / "c_0_000", "c_0", {2: "ground glass"}, tmp_path / "copies")
+    series = written(tmp_path / "other", "rtstruct") / "c_0_000"
+    with pytest.raises(FibldmError, match="every structure of c_0_000.dcm must have the name of a label .* left lung"):
+        as_nifti(series, "c_0", {2: "ground glass"}, tmp_path / "copies")
 
 
 def test_other_folders_are_no_series(dicom: Path) -> None:

@@ -133,8 +133,9 @@ def house(synthesizer: Synthesizer, tmp_path: Path) -> Iterator[Callable[..., An
     """A node on a free port; in the end its folder holds nothing of a patient."""
 
     @contextmanager
-    def opened(*peers: Peer, limits: Limits = PATIENT, **options: Any) -> Iterator[House]:
-        with Service(Output(synthesizer, tmp_path, QUICK), tmp_path / "node") as service:
+    def opened(*peers: Peer, limits: Limits = PATIENT, masks: str | None = None, **options: Any) -> Iterator[House]:
+        asked = SynthesisSettings.of(QUICK, mask_format=masks)
+        with Service(Output(synthesizer, tmp_path, asked), tmp_path / "node") as service:
             callers = [Caller(CALLER, frozenset({HOST}))]
             node = Node(service, "FIBLDM", callers, peers, limits=limits, settled=0.0, first=0.2, **options)
             port = node.open(HOST, 0)
@@ -191,14 +192,21 @@ def store(port: int, *files: Path) -> list[int | None]:
 # --- masks come, results leave
 
 
+@pytest.mark.parametrize(("masks", "objects"), [(None, ("masks",)), ("both", ("masks", "structures"))])
 def test_results_are_those_of_synthesize(
-    house: Callable[..., Any], study: Path, tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    house: Callable[..., Any],
+    study: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    masks: str | None,
+    objects: tuple[str, ...],
 ) -> None:
     """Bit by bit, of the file that the node made of what came; once, though the mask came twice."""
     keep(study / "seg.dcm", tmp_path / "kept.dcm")
     mask = (tmp_path / "kept.dcm").rename(tmp_path / f"{hash_file(tmp_path / 'kept.dcm')[:16]}.dcm")
     caplog.set_level("INFO", logger="fibldm")
-    with Archive().opened() as archive, house(archive.peer) as node:
+    with Archive().opened() as archive, house(archive.peer, masks=masks) as node:
         with association(node.port) as opened:
             assert opened.send_c_echo().Status == 0x0000
         assert store(node.port, study / "seg.dcm", study / "seg.dcm") == [0x0000, 0x0000]
@@ -206,15 +214,15 @@ def test_results_are_those_of_synthesize(
         (job,) = node.jobs
         assert list((node.service.folder / "spool").iterdir()) == []
     assert job.outcome is not None
-    told = {"acknowledged": SHAPE[0] + 1, "not_taken": []}
+    told = {"acknowledged": SHAPE[0] + len(objects), "not_taken": []}
     assert job.outcome["deliveries"] == {str(archive.peer): told}
     (folder,) = synthesize_files(
         *(None, [mask], tmp_path / "out"),
-        **{"settings": QUICK, "bundle": tiny_bundle, "device": "cpu"},
+        **{"settings": SynthesisSettings.of(QUICK, mask_format=masks), "bundle": tiny_bundle, "device": "cpu"},
     )
-    wanted = [*folder.glob("*.dcm"), folder.parent / "masks" / f"{folder.name}.dcm"]
+    wanted = [*folder.glob("*.dcm"), *(folder.parent / part / f"{folder.name}.dcm" for part in objects)]
     assert sorted(map(undated, archive.objects.values())) == sorted(undated(encoded(file)) for file in wanted)
-    assert len(archive.came) == len(wanted) == SHAPE[0] + 1
+    assert len(archive.came) == len(wanted) == SHAPE[0] + len(objects)
     assert not any(text in caplog.text for text in (*PLANTED, "seg.dcm", "1.2.826"))
 
 
@@ -369,11 +377,14 @@ def test_objects_that_are_not_taken(house: Callable[..., Any], study: Path, tmp_
     own = pydicom.dcmread(study / "seg.dcm")
     own.Manufacturer, own.SyntheticData = "FibLDM", "YES"
     own.save_as(tmp_path / "own.dcm")
+    drawn = pydicom.dcmread(structure_set(tmp_path / "drawn.dcm", sorted((study / "ct").iterdir())))
+    drawn.Manufacturer, drawn.SyntheticData = "FibLDM", "YES"
+    drawn.save_as(tmp_path / "drawn.dcm")
     _, offset = split_dataset(study / "seg.dcm")
     (tmp_path / "torn.dcm").write_bytes((study / "seg.dcm").read_bytes()[: offset + 60])
     with house() as node, association(node.port) as opened:
-        answers = [opened.send_c_store(tmp_path / name) for name in ("other.dcm", "own.dcm", "torn.dcm")]
-        assert [answer.Status for answer in answers] == [0xA900, 0xA900, 0xA900]
+        answers = [opened.send_c_store(tmp_path / name) for name in ("other.dcm", "own.dcm", "torn.dcm", "drawn.dcm")]
+        assert [answer.Status for answer in answers] == [0xA900] * 4
         assert answers[0].ErrorComment == "segments must be labelled as the generator's labels are"
         assert node.jobs == [] and not list(node.service.folder.glob("spool/*"))
 

@@ -55,6 +55,10 @@ def test_options_are_laid_over_settings_by_their_names() -> None:
             {"label_codes": "a.csv", "patient_position": "HFS"},
             "format nifti takes no label_codes and no patient_position",
         ),
+        (
+            {"mask_format": "both"},
+            "format nifti takes no mask_format",
+        ),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:

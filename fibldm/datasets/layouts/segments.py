@@ -95,7 +95,10 @@ def _named(case: Case, values: Mapping[str, int], ordered: bool) -> Case:
         return replace(case, masks=tuple(Mask(mask.files, names=values) for mask in case.masks))
     held = [(mask, set(_names_in(mask))) for mask in case.masks]
     masks = (
-        Mask(mask.files, names={name: value}) for name, value in values.items() for mask, names in held if name in names
+        Mask(mask.files, names={name: value}, elsewhere=tuple(other for other in values if other != name))
+        for name, value in values.items()
+        for mask, names in held
+        if name in names
     )
     return replace(case, masks=tuple(masks))
 

@@ -18,7 +18,16 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from fibldm.errors import FibldmError
 from fibldm.serving.dicom.limits import Limits, Pace
 from fibldm.serving.dicom.listening import Server, Sizes, tidy
-from fibldm.serving.dicom.objects import SEGMENTATIONS, STORED, STRUCTURE_SET, Unwanted, check_segments, header, keep
+from fibldm.serving.dicom.objects import (
+    SEGMENTATIONS,
+    STORED,
+    STRUCTURE_SET,
+    Unwanted,
+    check_foreign,
+    check_segments,
+    header,
+    keep,
+)
 from fibldm.serving.dicom.peers import Caller, known
 from fibldm.serving.dicom.structure_sets import FILE, StructureSets, referenced
 from fibldm.serving.service import Service
@@ -158,6 +167,7 @@ class Door:
             check_segments(found, self.service.output.synthesizer.names.values())
             self._take_on(source, "mask.dcm", held=False)
         elif sop_class == STRUCTURE_SET:
+            check_foreign(found)
             referenced(found)
             self._take_on(source, FILE, held=True)
         else:

@@ -87,13 +87,22 @@ def check_segments(dataset: "Dataset", names: Collection[str]) -> None:
     """See that the generator can follow a segmentation, as far as its header tells.
 
     Raises:
-        Unwanted: it was made by FibLDM, as results must not come round as masks, or a segment is no label.
+        Unwanted: a segment is no label, or see `check_foreign`.
     """
-    if str(dataset.get("Manufacturer", "")) == "FibLDM" and str(dataset.get("SyntheticData", "")) == "YES":
-        raise Unwanted(0xA900, "it is a result of FibLDM, not a mask")
+    check_foreign(dataset)
     try:
         found = set(segment_labels(dataset).values())
     except Exception:
         raise Unwanted(0xA900, "segments must have numbers and labels") from None
     if found - set(names):
         raise Unwanted(0xA900, "segments must be labelled as the generator's labels are")
+
+
+def check_foreign(dataset: "Dataset") -> None:
+    """See that a mask is none that FibLDM sent: results must not come round.
+
+    Raises:
+        Unwanted: it is one.
+    """
+    if str(dataset.get("Manufacturer", "")) == "FibLDM" and str(dataset.get("SyntheticData", "")) == "YES":
+        raise Unwanted(0xA900, "it is a result of FibLDM, not a mask")

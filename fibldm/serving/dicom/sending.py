@@ -16,6 +16,7 @@ from pynetdicom.presentation import build_context
 from fibldm.serving.dicom.peers import Peer
 from fibldm.serving.service import Service
 from fibldm.serving.store import Delivery
+from fibldm.volumes.dicom.output import mask_files
 
 _FIRST, _LONGEST = 5.0, 900.0  # seconds until a try after the first that broke off, and at most
 _TIMEOUT, _CONNECTING = 60.0, 10.0  # seconds for an answer, and for a connection
@@ -104,16 +105,12 @@ class Sender(threading.Thread):
         return {"acknowledged": now.settled - len(now.refused), "not_taken": sorted(set(now.refused))}
 
     def _objects(self, id: str) -> list[Path]:
-        """The files of a job's results: each series in order, and its segmentation."""
+        """The files of a job's results: each series in order, and its mask."""
         job = self._service.store.get(id)
         if job is None or job.outcome is None:
             raise _BrokeOff("its results are gone")
         folders = [self._service.results(job) / name for name in job.outcome["outputs"]]
-        return [
-            file
-            for folder in folders
-            for file in (*sorted(folder.glob("*.dcm")), folder.parent / "masks" / f"{folder.name}.dcm")
-        ]
+        return [file for folder in folders for file in (*sorted(folder.glob("*.dcm")), *mask_files(folder))]
 
 
 class _Called:
@@ -155,7 +152,7 @@ class _Called:
             return f"{UID(sop_class).name}: no presentation context was accepted"
         if not association.is_established:
             raise _BrokeOff("the association was lost")
-        as_it_is = ExplicitVRLittleEndian in syntaxes  # the file's own, sent without being read
+        as_it_is = _meta(file).TransferSyntaxUID in syntaxes  # sent without being read
         answer = association.send_c_store(file if as_it_is else pydicom.dcmread(file))
         status = answer.get("Status")
         if status is None:
@@ -168,4 +165,8 @@ class _Called:
 
 
 def _class_of(file: Path) -> str:
-    return str(pydicom.filereader.read_file_meta_info(file).MediaStorageSOPClassUID)
+    return str(_meta(file).MediaStorageSOPClassUID)
+
+
+def _meta(file: Path) -> pydicom.dataset.FileMetaDataset:
+    return pydicom.filereader.read_file_meta_info(file)

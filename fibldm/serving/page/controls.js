@@ -67,7 +67,9 @@ export function request() {
   }
   if (Object.keys(covariates).length) options.covariates = covariates;
   if (Object.keys(conditions).length) options.conditions = conditions;
-  if (byId("format").value !== "nifti") options.format = byId("format").value;
+  const [format, masks] = byId("format").value.split(" ");
+  if (format !== "nifti") options.format = format;
+  if (masks) options.mask_format = masks;
   if (byId("extrapolate").checked) options.allow_extrapolation = true;
   if (byId("check").checked) options.check = 0;
   return { options, files };

@@ -1,4 +1,4 @@
-"""Synthetic volumes as DICOM: the image series, the mask as a segmentation that references it, and the sidecar."""
+"""Synthetic volumes as DICOM: image series, their masks as objects that reference them, and the sidecars."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
+from fibldm.volumes.dicom.structure_set_writer import write_structure_set
 from fibldm.volumes.dicom.template import Modality, Template, read_template
 from fibldm.volumes.dicom.writer import NOTICE, Identity, in_viewing_order, make_series, quantisation_step, write_series
 from fibldm.volumes.grid import Grid, Volume
@@ -20,6 +21,12 @@ from fibldm.volumes.writer import sidecar
 
 PATIENT_POSITIONS = ("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL")
 """Head or feet first; supine, prone, or lying on the right or left side (decubitus)."""
+
+MASK_FORMATS = ("seg", "rtstruct", "both")
+"""What a mask goes out as: a segmentation, an RT structure set, or both of them."""
+
+MASKS, STRUCTURES = "masks", "structures"
+"""Folders of segmentations and of RT structure sets, beside those of series."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,20 @@ class DicomOutput:
         template: gives technical tags, or ``None``.
         position: Patient Position, how a patient would lie in the scanner; no grid tells it. ``None`` takes that of the
             template, or leaves it empty.
+        mask_format: one of `MASK_FORMATS`.
 
     Raises:
-        FibldmError: an unknown position, or another one than the template's.
+        FibldmError: an unknown position, or another one than the template's; or an unknown format of masks.
     """
 
     codes: LabelCodes
     template: Template | None = None
     position: str | None = None
+    mask_format: str = "seg"
 
     def __post_init__(self) -> None:
+        if self.mask_format not in MASK_FORMATS:
+            raise unknown_choice("`mask_format`", self.mask_format, MASK_FORMATS)
         if self.position is None:
             return
         if self.position not in PATIENT_POSITIONS:
@@ -53,20 +64,30 @@ class DicomOutput:
 
     @classmethod
     def read(
-        cls, template: Path | None = None, label_codes: Path | None = None, position: str | None = None
+        cls,
+        template: Path | None = None,
+        label_codes: Path | None = None,
+        position: str | None = None,
+        mask_format: str = "seg",
     ) -> "DicomOutput":
         """From the folder of a template series and a table of label codes; ``None`` does without.
 
         Raises:
-            FibldmError: the series, the table or the position is refused, see `read_template`, `load_label_codes`.
+            FibldmError: the series, the table, the position or the format of masks is refused, see `read_template`,
+                `load_label_codes`.
         """
-        return cls(load_label_codes(label_codes), read_template(template) if template is not None else None, position)
+        read = read_template(template) if template is not None else None
+        return cls(load_label_codes(label_codes), read, position, mask_format)
 
     def fingerprint(self, names: Mapping[int, str]) -> str:
-        """SHA-256 of what decides the files besides the volume: the template's tags, the labels' codes, position."""
+        """SHA-256 of what decides the files besides the volume: the template's tags, labels' codes, position, objects.
+
+        What is not asked for is no part of it, so that it is the same as before there was a choice.
+        """
         tags = self.template.tags.to_json_dict() if self.template is not None else None
         decisive = [tags, sorted(names.items()), repr(self.codes.find(names.values()))]
-        return hash_value([*decisive, self.position] if self.position else decisive)
+        decisive += [self.position] if self.position else []
+        return hash_value(decisive + ([f"masks as {self.mask_format}"] if self.mask_format != "seg" else []))
 
     def check(self, grid: Grid, names: Mapping[int, str], intensity: Intensity) -> None:
         """See that a volume can be written, before it is made.
@@ -85,13 +106,15 @@ class DicomOutput:
         """See that a series written before is all there, with its mask.
 
         Raises:
-            FibldmError: slices or the segmentation are gone.
+            FibldmError: slices or objects of the mask are gone.
         """
         slices = read_json(sidecar(folder))["dicom"]["slices"]
         there = len(list(folder.glob("*.dcm")))
-        if there != slices or not _mask_file(folder).is_file():
+        wanted = [_place(folder, kind) for kind in self._kinds]
+        if there != slices or not all(file.is_file() for file in wanted):
             raise FibldmError(
-                f"{folder} must hold {slices} slices, and {_mask_file(folder)} its mask; {there} slices are there",
+                f"{folder} must hold {slices} slices, and {' and '.join(map(str, wanted))} its mask; {there} slices "
+                "are there",
                 "remove the folder and its sidecar, and run the same command again",
             )
 
@@ -108,9 +131,10 @@ class DicomOutput:
         whole: bool = False,
         notice: str = NOTICE,
     ) -> None:
-        """Write the series ``folder``, its mask ``masks/<folder name>.dcm`` beside it, and the sidecar.
+        """Write the series ``folder``, its mask beside it, and the sidecar.
 
-        The series comes last and whole, so that none is ever without mask and sidecar.
+        The mask is ``masks/<folder name>.dcm``, a segmentation, ``structures/<folder name>.dcm``, an RT structure set,
+        or both. The series comes last and whole, so that none is ever without mask and sidecar.
 
         Args:
             folder: of the series; must not exist.
@@ -124,7 +148,7 @@ class DicomOutput:
             notice: see `make_series`.
 
         Raises:
-            FibldmError: see `make_series`, `write_segmentation`, `write_series`.
+            FibldmError: see `make_series`, `write_segmentation`, `write_structure_set`, `write_series`.
         """
         modality, value_range = _modality(intensity), _value_range(intensity)
         identity = Identity(patient=str(request["mask_sha256"]), key=hash_value([__version__, request]))
@@ -139,14 +163,15 @@ class DicomOutput:
         )
         for item in series if self.position else ():
             item.PatientPosition = self.position
-        write_segmentation(
-            _mask_file(folder),
-            labels,
-            names=names,
-            meanings=self.codes.find(names.values()),
-            series=series,
-            identity=identity,
-        )
+        for kind in self._kinds:
+            _WRITERS[kind](
+                _place(folder, kind),
+                labels,
+                names=names,
+                meanings=self.codes.find(names.values()),
+                series=series,
+                identity=identity,
+            )
         stored = {
             "quantisation_step": 1.0 if whole else quantisation_step(modality, value_range),
             "template": self.template is not None,
@@ -155,9 +180,22 @@ class DicomOutput:
         write_json(sidecar(folder), {"synthetic": True, **request, **provenance, "dicom": stored} | {"synthetic": True})
         write_series(folder, series)
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(_WRITERS) if self.mask_format == "both" else (self.mask_format,)
 
-def _mask_file(folder: Path) -> Path:
-    return folder.parent / "masks" / f"{folder.name}.dcm"
+
+_WRITERS = {"seg": write_segmentation, "rtstruct": write_structure_set}
+_FOLDERS = {"seg": MASKS, "rtstruct": STRUCTURES}
+
+
+def mask_files(folder: Path) -> list[Path]:
+    """The objects that lie there of the mask of a series, which is a folder: segmentation, then RT structure set."""
+    return [file for file in (_place(folder, kind) for kind in _FOLDERS) if file.is_file()]
+
+
+def _place(folder: Path, kind: str) -> Path:
+    return folder.parent / _FOLDERS[kind] / f"{folder.name}.dcm"
 
 
 def _modality(intensity: Intensity) -> Modality:

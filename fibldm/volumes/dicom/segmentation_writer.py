@@ -47,13 +47,7 @@ def write_segmentation(
         FibldmError: no label occurs, one has no name, or the file cannot be written.
     """
     turned = in_viewing_order(labels)
-    values = [int(value) for value in np.unique(turned.array) if value not in (0, UNKNOWN_LABEL)]
-    nameless = [str(value) for value in values if value not in names]
-    if nameless or not values:
-        raise FibldmError(
-            "a DICOM segmentation needs at least one label, and a name for each; "
-            + (f"there is none for {', '.join(nameless)}" if nameless else "the mask is empty")
-        )
+    values = segment_values(turned, names, "a DICOM segmentation")
     found = [names[value] for value in values]
     segments = [_segment(number, name, meanings[name]) for number, name in enumerate(found, start=1)]
     segmentation = Segmentation(
@@ -79,6 +73,27 @@ def write_segmentation(
     _mark_segmentation(segmentation, identity)
     with atomic_path(file) as temporary:
         segmentation.save_as(temporary, enforce_file_format=True)
+
+
+def segment_values(labels: Volume, names: Mapping[int, str], what: str) -> list[int]:
+    """The labels that occur, but background (0) and unknown (255), in the order of their values.
+
+    Args:
+        labels: any.
+        names: of the labels by value.
+        what: how an error calls the object that is to be written.
+
+    Raises:
+        FibldmError: there is none, or one has no name.
+    """
+    values = [int(value) for value in np.unique(labels.array) if value not in (0, UNKNOWN_LABEL)]
+    nameless = [str(value) for value in values if value not in names]
+    if nameless or not values:
+        raise FibldmError(
+            f"{what} needs at least one label, and a name for each; "
+            + (f"there is none for {', '.join(nameless)}" if nameless else "the mask is empty")
+        )
+    return values
 
 
 def _mark_segmentation(segmentation: Segmentation, identity: Identity) -> None:

@@ -7,7 +7,7 @@ manual.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,13 +60,14 @@ def segments_of(path: Path) -> tuple[Segment, ...]:
     return segments
 
 
-def named_segments(scan: Scan, path: Path, names: Mapping[str, int]) -> Scan:
+def named_segments(scan: Scan, path: Path, names: Mapping[str, int], *, elsewhere: Collection[str] = ()) -> Scan:
     """The label map of a segmentation, the values of its segments by their names; others are left out.
 
     Args:
         scan: the file as read, ``(X, Y, Z)`` or, of several layers, ``(X, Y, Z, C)``.
         path: of the file.
         names: label values by the segments' names.
+        elsewhere: segments that are read as other masks, of which nothing is said here.
 
     Raises:
         FibldmError: it holds none of the segments, voxels that belong to no segment, or segments that overlap.
@@ -86,7 +87,7 @@ def named_segments(scan: Scan, path: Path, names: Mapping[str, int]) -> Scan:
             others = ", ".join(name for name, value in names.items() if value in taken)
             raise FibldmError(f"segments must not overlap; {segment.name} does with {others}", _OVERLAP)
         labels[inside] = names[segment.name]
-    left_out = sorted({segment.name for segment in segments} - names.keys())
+    left_out = sorted({segment.name for segment in segments} - names.keys() - set(elsewhere))
     lines: list[Remark] = [("warning", f"left out, as not asked for: {', '.join(left_out)}")] if left_out else []
     found = {names[segment.name]: segment.name for segment in wanted}
     return replace(scan, array=labels, findings=(*scan.findings, *lines), names=found)
