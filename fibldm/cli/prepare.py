@@ -43,6 +43,13 @@ def prepare(
     resample_masks: Annotated[
         bool, typer.Option("--resample-masks", help="Resample masks on another grid to their image's grid.")
     ] = False,
+    resample_tilt: Annotated[
+        bool,
+        typer.Option(
+            "--resample-tilt",
+            help="Bring DICOM series under a tilted gantry, or of uneven slice spacing, to a regular grid.",
+        ),
+    ] = False,
     derive: Annotated[str | None, typer.Option(help="lung: derive lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
     keep_columns: Annotated[
@@ -117,6 +124,7 @@ def prepare(
         bids_mask=bids_mask,
         spacing=spacing,
         resample_masks=resample_masks,
+        resample_tilt=resample_tilt,
         derive=derive,
         bias_field=bias_field,
         keep_columns=_names(keep_columns),

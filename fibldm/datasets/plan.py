@@ -26,7 +26,7 @@ _MODALITY_NAMES = {
     "ct": "ct",
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
-_LATER = ("facts", "text", "second_modality", "second_window")
+_LATER = ("facts", "text", "second_modality", "second_window", "resample_tilt")
 _ONLY_FOR = {"window": "ct", "range": "other", "derive": "ct", "bias_field": "mr"}
 
 

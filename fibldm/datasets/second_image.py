@@ -85,7 +85,7 @@ def second_image(case: Case, image: Scan, settings: PrepareSettings, findings: F
     if not case.second:
         return None
     with findings.collecting(f"{WHAT}: "):
-        scan = read_second(case.second, about_second(settings))
+        scan = read_second(case.second, about_second(settings), resample_tilt=settings.resample_tilt)
         if set(scan.sha256.split("+")) & set(image.sha256.split("+")):
             raise FibldmError("it must be another one than the image; both are the same file")
         first, second = _grid(image), _grid(scan)
@@ -100,13 +100,14 @@ def second_image(case: Case, image: Scan, settings: PrepareSettings, findings: F
     return None
 
 
-def read_second(files: Files, about: SecondImages) -> Scan:
-    """A second image from its files, as `checked_second` gives it.
+def read_second(files: Files, about: SecondImages, *, resample_tilt: bool = False) -> Scan:
+    """A second image from its files, as `checked_second` gives it; ``resample_tilt`` as in `read_scan`.
 
     Raises:
         FibldmError: it cannot be read, or `checked_second` refuses it.
     """
-    return checked_second(read_scan(files, scanner=about.modality != "other"), about)
+    scan = read_scan(files, scanner=about.modality != "other", resample_tilt=resample_tilt)
+    return checked_second(scan, about)
 
 
 def checked_second(scan: Scan, about: SecondImages) -> Scan:

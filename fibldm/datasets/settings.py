@@ -39,6 +39,8 @@ class PrepareSettings:
         bids_mask: pattern of the mask files of a BIDS dataset; ``None`` takes the only ones there are.
         spacing: mm, for formats that state none.
         resample_masks: whether masks on another grid are brought to the image's.
+        resample_tilt: whether DICOM series under a tilted gantry, or of uneven slice spacing, are brought to a regular
+            grid, and their masks with them.
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
         keep_columns: columns of a table that are carried along although they may tell the patient.
@@ -67,6 +69,7 @@ class PrepareSettings:
     bids_mask: str | None = None
     spacing: tuple[float, float, float] | None = None
     resample_masks: bool = False
+    resample_tilt: bool = False
     derive: str | None = None
     bias_field: bool = False
     keep_columns: tuple[str, ...] = ()

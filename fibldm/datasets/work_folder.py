@@ -222,6 +222,7 @@ def _case_report(about: CaseFacts, stat: str) -> dict[str, Any]:
         "label_volume_ml": None if about.label_ml is None else by_text(about.label_ml),
         "label_derived": about.derived,
         "acquisition": dict(about.acquisition),
+        **({"resampled": dict(about.resampled)} if about.resampled is not None else {}),
     }
 
 

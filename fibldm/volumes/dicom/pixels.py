@@ -30,11 +30,19 @@ _INT16 = np.iinfo(np.int16)
 
 @dataclass(frozen=True)
 class Voxels:
-    """Voxels ``(slice, row, column)`` of a series, SHA-256 of its files in that order, and what was found in them."""
+    """Voxels of a series.
+
+    Attributes:
+        array: ``(slice, row, column)``.
+        sha256: of its files in that order.
+        findings: what was found in them.
+        background: value where there is nothing: air in CT, else the lowest value.
+    """
 
     array: Array
     sha256: str
     findings: tuple[Remark, ...]
+    background: float
 
 
 def unreadable(frames: Sequence[Frame], modality: str) -> Iterator[Problem]:
@@ -88,10 +96,11 @@ def read_voxels(frames: Sequence[Frame], modality: str) -> Voxels:
             lowest = min(lowest, float(values[~padded].min()))
     if not np.isfinite(lowest):
         raise FibldmError("a DICOM series must hold an image; it holds nothing but padding", "export it again")
-    findings = list(_filled(array, padding, AIR_HU if modality == "CT" else lowest))
+    background = AIR_HU if modality == "CT" else lowest
+    findings = list(_filled(array, padding, background))
     if any(frame.text("LossyImageCompression") == "01" for frame in frames):
         findings.insert(0, ("warning", "the image was compressed with loss"))
-    return Voxels(array, digest.hexdigest(), tuple(findings))
+    return Voxels(array, digest.hexdigest(), tuple(findings), background)
 
 
 def _coloured(frame: Frame) -> bool:

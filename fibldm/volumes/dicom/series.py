@@ -105,7 +105,7 @@ def find_series(files: Iterable[Path]) -> list[Series]:
     return sorted(found, key=lambda series: (series.patient_id, series.study_uid, series.uid, series.files))
 
 
-def read_series(files: Sequence[Path]) -> Scan:
+def read_series(files: Sequence[Path], *, resample_tilt: bool = False) -> Scan:
     """Read one series, its files in any order, as a volume in RAS+; the place of a slice decides, not its number.
 
     CT comes in HU, PET in its units, each slice by its own rescale; int16 where that is exact, else float32. Scouts
@@ -119,16 +119,27 @@ def read_series(files: Sequence[Path]) -> Scan:
     frames = read_frames(files)
     images = [frame for frame in frames if not frame.localizer]
     modality = _modality(images)
-    ordered, affine = stacked(images, list(unreadable(images, modality)))
+    stack = stacked(images, list(unreadable(images, modality)), resample=resample_tilt)
+    ordered, acquired = stack.frames, stack.acquired
     voxels = read_voxels(ordered, modality)
-    volume = Volume(voxels.array.transpose(2, 1, 0), affine).canonical()
-    findings = voxels.findings
+    findings, array = voxels.findings, voxels.array
+    if acquired is not None:
+        array = acquired.image(array, voxels.background)
+        findings = (*findings, ("warning", str(acquired)))
+    volume = Volume(array.transpose(2, 1, 0), stack.affine).canonical()
     if scouts := len(frames) - len(images):
         line = f"{scouts} localizers (scouts) under the same series were left out"
         findings = (("warning", line), *findings)
     facts, frame = _facts(ordered), _text(ordered[0].header, "FrameOfReferenceUID")
     return Scan(
-        volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality, frame_of_reference=frame
+        volume.array,
+        volume.affine,
+        voxels.sha256,
+        facts,
+        findings,
+        modality=modality,
+        frame_of_reference=frame,
+        acquired=acquired,
     )
 
 

@@ -33,6 +33,7 @@ def read_scan(
     key: Key = "image",
     item: str | None = None,
     scanner: bool = True,
+    resample_tilt: bool = False,
 ) -> Scan:
     """An image or mask in RAS+ order.
 
@@ -44,18 +45,21 @@ def read_scan(
         item: which image of an HDF5 pack; ``None`` where a file holds one.
         scanner: whether other units than mm and colours are refused, as no scanner writes them; else lengths are
             brought to mm, and colours are three channels.
+        resample_tilt: as in `fibldm.volumes.dicom.series.read_series`; of DICOM only.
 
     Raises:
         FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
             geometry are not usable; or ``spacing`` is missing, not positive, or given beside a geometry.
     """
-    scan = _as_stored(files, spacing, key, item, scanner)
+    scan = _as_stored(files, spacing, key, item, scanner, resample_tilt)
     x, y, z = scan.array.shape[:3]
     affine, found = straightened(Grid((x, y, z), scan.affine))
     return replace(scan, affine=affine, findings=(*scan.findings, *found))
 
 
-def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
+def _as_stored(
+    files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool, resample_tilt: bool
+) -> Scan:
     for file in files:
         try:
             with file.open("rb") as stream:
@@ -67,7 +71,7 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
         from fibldm.volumes.dicom.series import read_series
 
         _check_spacing("DICOM", spacing, needed=False)
-        return read_series(files)
+        return read_series(files, resample_tilt=resample_tilt)
     suffix = _common_suffix(files)
     _check_spacing(suffix, spacing, needed=suffix in WITHOUT_GEOMETRY)
     if suffix in _NIFTI:
