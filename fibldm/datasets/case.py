@@ -143,6 +143,7 @@ def _image(case: Case, settings: PrepareSettings, findings: Findings) -> Scan | 
         item=case.item,
         scanner=settings.scanner,
         resample_tilt=settings.resample_tilt,
+        suv=modality == "pt",
     )
     scans = [_read(partial(read, files), "image", findings) for files in case.images]
     sound = [scan for scan in scans if scan is not None]

@@ -29,8 +29,9 @@ class PrepareSettings:
 
     Attributes:
         layout: one of `fibldm.datasets.layouts.LAYOUTS`.
-        modality: ``ct``, ``mr`` or ``other`` (microscopy, simulations, shapes); ``None`` takes what the dataset says.
-        window: HU that become -1 and 1, CT only; ``None`` means -1000 and 1000.
+        modality: ``ct``, ``mr``, ``pt`` (PET, in SUV by body weight) or ``other`` (microscopy, simulations, shapes);
+            ``None`` takes what the dataset says.
+        window: HU of CT or SUV of PET that become -1 and 1; ``None`` means -1000 and 1000, or 0 and 20.
         range: what becomes -1 and 1, in the units of the files; needed for ``other``, and for that only.
         labels: names by label value; they go before those of the dataset.
         remap: label values to change, as read to as written.
@@ -53,8 +54,9 @@ class PrepareSettings:
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
         seed: seed of the split.
-        second_modality: of the second images, where there are some: ``ct``, ``mr`` or ``other``.
-        second_window: of second images, what becomes -1 and 1: HU of ``ct``, where ``None`` means -1000 and 1000; units
+        second_modality: of the second images, where there are some: ``ct``, ``mr``, ``pt`` or ``other``.
+        second_window: of second images, what becomes -1 and 1: HU of ``ct`` and SUV of ``pt``, where ``None`` means
+            -1000 and 1000, or 0 and 20; units
             of the files of ``other``, which needs it.
     """
 

@@ -218,7 +218,7 @@ def test_an_enhanced_image_is_read_by_the_place_of_its_frames(tmp_path: Path, mo
 
 def test_enhanced_images_that_are_no_volume(tmp_path: Path) -> None:
     uneven = write_enhanced(tmp_path / "u.dcm", ARRAY, distances=(0, 1, 2.3, 3, 4, 5))
-    refused([uneven], "its slice spacing is uneven, 1.75 to 3.25 mm; resample")
+    refused([uneven], "its slice spacing is uneven, 1.75 to 3.25 mm; give `resample_tilt`")
     gap = write_enhanced(tmp_path / "g.dcm", ARRAY, distances=(0, 1, 2, 4, 5, 6))
     refused([gap], r"slices are missing between -115.75 and -110.75 mm \(spacing 2.50 mm\); transfer")
 

@@ -18,6 +18,7 @@ from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar
 
+_MODALITY_BY_UNITS: dict[str, Modality] = {"HU": "ct", "SUV": "pt", "arbitrary": "mr"}
 PATIENT_POSITIONS = ("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL")
 """Head or feet first; supine, prone, or lying on the right or left side (decubitus)."""
 
@@ -72,7 +73,7 @@ class DicomOutput:
         """See that a volume can be written, before it is made.
 
         Raises:
-            FibldmError: neither CT nor MR, a label without coded meaning, several channels, sheared axes, or a
+            FibldmError: neither CT, MR nor PET, a label without coded meaning, several channels, sheared axes, or a
                 template that does not fit.
         """
         self.codes.find(names.values())
@@ -163,9 +164,10 @@ def _mask_file(folder: Path) -> Path:
 def _modality(intensity: Intensity) -> Modality:
     if intensity.kind == "range":
         raise FibldmError(
-            "DICOM output needs a run of CT or MR; this one is of the modality other", "write NIfTI: leave out `format`"
+            "DICOM output needs a run of CT, MR or PET; this one is of the modality other",
+            "write NIfTI: leave out `format`",
         )
-    return "ct" if intensity.units == "HU" else "mr"
+    return _MODALITY_BY_UNITS[intensity.units]
 
 
 def _value_range(intensity: Intensity) -> tuple[float, float]:
