@@ -18,6 +18,7 @@ from fibldm.datasets.preparation import prepare
 from fibldm.datasets.settings import PrepareSettings
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.volumes.dicom.patient_position import state_position
 from fibldm.volumes.dicom.series import read_series
 from fibldm.volumes.dicom.writer import Identity, make_series
 from fibldm.volumes.dicom.writer import write_series as write_synthetic
@@ -160,7 +161,7 @@ def test_slices_without_decay_correction_have_factors_of_their_own(tmp_path: Pat
         ([injected(RadionuclideTotalDose=350.0)], r"Total Dose is not within .* Bq \(is it in Bq\?\)"),
         ([without("RadionuclideHalfLife")], "it does not state its Radionuclide Half Life"),
         ([without("RadiopharmaceuticalStartTime")], "Radiopharmaceutical Start Time or Start DateTime"),
-        ([injected(RadiopharmaceuticalStartTime="9 o'clock")], "Start Time cannot be read as date and time"),
+        ([injected(RadiopharmaceuticalStartTime="090060")], "Start Time cannot be read as date and time"),
         ([injected(RadiopharmaceuticalStartDateTime="20190314110000")], "Start Time and Start DateTime differ"),
         (
             [injected(RadiopharmaceuticalStartDateTime="20190314110000"), without("RadiopharmaceuticalStartTime")],
@@ -229,10 +230,13 @@ def test_a_tree_of_pet_is_prepared_in_suv(tmp_path: Path) -> None:
 
 
 def test_nifti_must_be_in_suv(tmp_path: Path) -> None:
-    (tmp_path / "source/images").mkdir(parents=True)
+    for kind in ("images", "labels"):
+        (tmp_path / "source" / kind).mkdir(parents=True)
     for number in range(3):
         values = np.random.default_rng(number).uniform(0, 30000, (8, 8, 8)).astype(np.float32)
         nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / f"source/images/{number}.nii.gz")
+        label = (values > 20000).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), tmp_path / f"source/labels/{number}.nii.gz")
     with pytest.raises(FibldmError, match=r"must be in SUV by body weight; .* \(is it in Bq/ml\?"):
         prepare(tmp_path / "source", tmp_path / "work", PrepareSettings(modality="pt"))
 
@@ -260,11 +264,13 @@ def test_synthetic_pet_is_written_as_pet(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy")
-def test_dciodvfy_finds_no_error_in_pet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("position", ["", "HFS", "FFDL"])
+def test_dciodvfy_finds_no_error_in_pet(tmp_path: Path, position: str) -> None:
     volume = Volume(np.zeros((9, 7, 6), np.float32), np.diag([2.0, 2.0, 3.0, 1.0]))
-    write_synthetic(
-        tmp_path / "out", make_series(volume, modality="pt", value_range=(0.0, 20.0), identity=Identity("p", "k"))
-    )
+    series = make_series(volume, modality="pt", value_range=(0.0, 20.0), identity=Identity("p", "k"))
+    for item in series if position else ():
+        state_position(item, position)
+    write_synthetic(tmp_path / "out", series)
     call = ["dciodvfy", "-new", str(tmp_path / "out/0001.dcm")]
     lines = subprocess.run(call, capture_output=True, text=True, check=False).stderr.splitlines()
     assert "PETImage" in lines

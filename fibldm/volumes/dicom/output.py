@@ -11,6 +11,7 @@ from fibldm import __version__
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
+from fibldm.volumes.dicom.patient_position import PATIENT_POSITIONS, state_position
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
 from fibldm.volumes.dicom.template import Modality, Template, read_template
 from fibldm.volumes.dicom.writer import NOTICE, Identity, in_viewing_order, make_series, quantisation_step, write_series
@@ -19,8 +20,6 @@ from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar
 
 _MODALITY_BY_UNITS: dict[str, Modality] = {"HU": "ct", "SUV": "pt", "arbitrary": "mr"}
-PATIENT_POSITIONS = ("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL")
-"""Head or feet first; supine, prone, or lying on the right or left side (decubitus)."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,9 @@ class DicomOutput:
             whole=whole,
             notice=notice,
         )
-        for item in series if self.position else ():
-            item.PatientPosition = self.position
+        if self.position:
+            for item in series:
+                state_position(item, self.position)
         write_segmentation(
             _mask_file(folder),
             labels,

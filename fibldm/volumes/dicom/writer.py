@@ -31,6 +31,7 @@ from pydicom.valuerep import DSfloat, format_number_as_ds
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_value
+from fibldm.volumes.dicom.patient_position import state_position
 from fibldm.volumes.dicom.template import Modality, Template
 from fibldm.volumes.grid import LPS_TO_RAS, Volume, shear
 
@@ -195,8 +196,10 @@ def _shared(modality: Modality, identity: Identity, template: Template | None) -
         shared.update(_of_pet())
     if template is not None:
         shared.update(template.tags)
+    if modality == "pt":
+        state_position(shared, str(shared.get("PatientPosition") or ""))
     mark(shared)
-    shared.ImageType = ["DERIVED", "SECONDARY", *_KINDS[modality]]
+    shared.ImageType = _IMAGE_TYPES[modality]
     shared.StudyDescription, shared.SeriesDescription = "SYNTHETIC", f"SYNTHETIC {modality.upper()}"
     shared.BurnedInAnnotation, shared.LossyImageCompression = "NO", "00"
     shared.Manufacturer = shared.ManufacturerModelName = "FibLDM"
@@ -214,15 +217,19 @@ _EMPTY_OF: dict[Modality, tuple[str, ...]] = {
     "mr": ("ScanOptions", "MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength"),
     "pt": (
         *("CollimatorType", "CorrectedImage", "AcquisitionDate", "AcquisitionTime", "ActualFrameDuration"),
-        *("RadiopharmaceuticalInformationSequence", "PatientOrientationCodeSequence"),
-        *("PatientGantryRelationshipCodeSequence",),
+        "RadiopharmaceuticalInformationSequence",
     ),
 }
 """Type 2 attributes: they must be there, and are empty where nothing is known."""
 
 
 _CLASSES = {"ct": CTImageStorage, "mr": MRImageStorage, "pt": PositronEmissionTomographyImageStorage}
-_KINDS = {"ct": ["AXIAL"], "mr": ["OTHER"], "pt": []}
+_IMAGE_TYPES = {
+    "ct": ["DERIVED", "SECONDARY", "AXIAL"],
+    "mr": ["DERIVED", "SECONDARY", "OTHER"],
+    "pt": ["DERIVED", "PRIMARY"],
+}
+"""The standard knows no SECONDARY of PET."""
 _NO_DATE, _NO_TIME = "19000101", "000000"
 
 
