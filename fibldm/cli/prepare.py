@@ -17,11 +17,13 @@ def prepare(
         str, typer.Option(help="Layout: auto, decathlon, nnunet, bids, folders, csv, dicom, organs or pack.")
     ] = "auto",
     modality: Annotated[
-        str | None, typer.Option(help="Modality: ct, mr or other; default: what the dataset states.")
+        str | None, typer.Option(help="Modality: ct, mr, pt (PET, in SUV) or other; default: what the dataset states.")
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW,HIGH", help="CT only: HU window mapped to -1 and 1; default: -1000,1000."),
+        typer.Option(
+            metavar="LOW,HIGH", help="HU of CT (default: -1000,1000) or SUV of PET (default: 0,20) mapped to -1 and 1."
+        ),
     ] = None,
     intensity_range: Annotated[
         tuple[float, float] | None,
@@ -42,6 +44,13 @@ def prepare(
     ] = None,
     resample_masks: Annotated[
         bool, typer.Option("--resample-masks", help="Resample masks on another grid to their image's grid.")
+    ] = False,
+    resample_tilt: Annotated[
+        bool,
+        typer.Option(
+            "--resample-tilt",
+            help="Bring DICOM series under a tilted gantry, or of uneven slice spacing, to a regular grid.",
+        ),
     ] = False,
     derive: Annotated[str | None, typer.Option(help="lung: derive lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
@@ -79,14 +88,15 @@ def prepare(
     second_modality: Annotated[
         str | None,
         typer.Option(
-            help="Modality of the column second_image of the table, an image as a condition: ct, mr or other."
+            help="Modality of the column second_image of the table, an image as a condition: ct, mr, pt or other."
         ),
     ] = None,
     second_window: Annotated[
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW,HIGH",
-            help="Second images: values mapped to -1 and 1; CT in HU (default: -1000,1000), other in their units.",
+            help="Second images: values mapped to -1 and 1; CT in HU (default: -1000,1000), PET in SUV "
+            "(default: 0,20), other in their units.",
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes; default: one per CPU core.")] = None,
@@ -117,6 +127,7 @@ def prepare(
         bids_mask=bids_mask,
         spacing=spacing,
         resample_masks=resample_masks,
+        resample_tilt=resample_tilt,
         derive=derive,
         bias_field=bias_field,
         keep_columns=_names(keep_columns),

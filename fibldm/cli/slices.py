@@ -22,7 +22,9 @@ def slices(
     count = write_slices(work, out, every=every)
     intensity = load_intensity(work / "intensity.json")
     ends = [f"{intensity.low:g}", f"{intensity.high:g}"]
-    window = {"window": ["--window", *ends], "range": ["--range", *ends]}.get(intensity.kind, [])
+    window = {"window": ["--window", *ends], "suv": ["--window", *ends], "range": ["--range", *ends]}.get(
+        intensity.kind, []
+    )
     modality = read_datalist(work)["modality"]
     following = f"fibldm prepare {as_word(out)} --out {as_word(f'{out}_work')} " + shlex.join(
         ["--modality", modality, *window]

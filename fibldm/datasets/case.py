@@ -50,6 +50,7 @@ class CaseFacts:
         derived: whether the mask was derived from the image.
         second_sha256: hash of the bytes of the second image's files, where there is one.
         second_voxels: hash of its voxels and grid as written; ``None`` without one.
+        resampled: what was done to slices that were no regular stack, see `AcquiredSlices.to_dict`; else ``None``.
     """
 
     shape: tuple[int, int, int]
@@ -64,6 +65,7 @@ class CaseFacts:
     derived: bool = False
     second_sha256: tuple[str, ...] = ()
     second_voxels: str | None = None
+    resampled: Mapping[str, Any] | None = None
 
     @property
     def voxels(self) -> list[str | None]:
@@ -135,7 +137,14 @@ def prepare_case(case: Case, settings: PrepareSettings, folder: Path | None) -> 
 def _image(case: Case, settings: PrepareSettings, findings: Findings) -> Scan | None:
     """All channels of a case; ``None`` where no mask can be looked at beside them."""
     modality, names = str(settings.modality), settings.channels or ("image",)
-    read = partial(read_scan, spacing=settings.spacing, item=case.item, scanner=settings.scanner)
+    read = partial(
+        read_scan,
+        spacing=settings.spacing,
+        item=case.item,
+        scanner=settings.scanner,
+        resample_tilt=settings.resample_tilt,
+        suv=modality == "pt",
+    )
     scans = [_read(partial(read, files), "image", findings) for files in case.images]
     sound = [scan for scan in scans if scan is not None]
     if len(sound) < len(scans):
@@ -269,6 +278,7 @@ def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derive
         label_voxels=None if label is None else _hash_voxels(label.array),
         acquisition=dict(image.facts),
         derived=derived,
+        resampled=None if image.acquired is None else image.acquired.to_dict(),
     )
 
 

@@ -37,6 +37,9 @@ a whole body is shorter, and in micrometres a mouse's organ is longer."""
 HEAD_MM = ((145, 205), (190, 265), (120, np.inf))
 """Extent along R, A, S of a whole head with its face; a brain alone is smaller, a trunk larger."""
 
+LEAST_SUV, LARGEST_SUV = 0.1, 200.0
+"""The highest SUV of a PET is more than the one, and hardly a voxel, not even of the bladder, more than the other."""
+
 OUTSIDE_RANGE = 0.01
 """Of the voxels of ``other``, so many may lie outside of the declared range and be clipped."""
 
@@ -58,7 +61,7 @@ def image_findings(
 
     Args:
         array: voxels ``(X, Y, Z)`` along RAS+; CT in HU.
-        modality: ``ct``, ``mr`` or ``other``.
+        modality: ``ct``, ``mr``, ``pt`` or ``other``.
         spacing: mm along R, A, S.
         name: of the channel.
         limits: the declared range of ``other``.
@@ -73,6 +76,8 @@ def image_findings(
         return
     if modality == "ct":
         yield from _ct_findings(array, low, high, spacing)
+    elif modality == "pt":
+        yield from _pt_findings(low, high, float(np.percentile(array, PERCENTILES[1])), name)
     elif modality == "mr":
         yield from _mr_findings(array, spacing, name)
     elif limits is not None:
@@ -151,7 +156,7 @@ def extent_findings(shape: Sequence[int], spacing: NDArray[np.float64], modality
     Args:
         shape: voxels along R, A, S.
         spacing: mm along R, A, S.
-        modality: ``ct``, ``mr`` or ``other``.
+        modality: ``ct``, ``mr``, ``pt`` or ``other``.
     """
     extent = np.array(shape) * spacing
     low, high = EXTENT_MM
@@ -204,6 +209,19 @@ def _ct_findings(array: Array, low: float, high: float, spacing: NDArray[np.floa
         yield "error", f"a CT must show more than air; its highest value is {high:g} HU"
     elif _couch(array, spacing):
         yield "warning", "a couch is likely in the field of view; synthetic volumes will show one too"
+
+
+def _pt_findings(low: float, high: float, upper: float, name: str) -> Found:
+    """PET must be in SUV: activity per ml is thousands of times as large."""
+    if upper > LARGEST_SUV or high < LEAST_SUV:
+        yield (
+            "error",
+            f"{name} must be in SUV by body weight; it runs from {low:g} to {high:g}, its percentile "
+            f"{PERCENTILES[1]:g} is {upper:g} (is it in Bq/ml? divide by the injected activity, decayed to the scan, "
+            "per g of body weight, or give the DICOM series)",
+        )
+    elif low < -LEAST_SUV:
+        yield "warning", f"{name} has SUV below 0, down to {low:g}; what lies below the window is clipped"
 
 
 def _mr_findings(array: Array, spacing: NDArray[np.float64], name: str) -> Found:

@@ -19,15 +19,19 @@ from fibldm.datasets.texts import with_texts
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import SPLITS
 
-MODALITIES = ("ct", "mr", "other")
+MODALITIES = ("ct", "mr", "pt", "other")
 CT_WINDOW = (-1000.0, 1000.0)
+PT_WINDOW = (0.0, 20.0)
+"""SUV by body weight: nothing is 0, and most tumours lie below 20."""
 
 _MODALITY_NAMES = {
     "ct": "ct",
+    **dict.fromkeys(("pt", "pet", "suv"), "pt"),
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
 }
-_LATER = ("facts", "text", "second_modality", "second_window")
-_ONLY_FOR = {"window": "ct", "range": "other", "derive": "ct", "bias_field": "mr"}
+_WINDOWS = {"ct": CT_WINDOW, "pt": PT_WINDOW}
+_LATER = ("facts", "text", "second_modality", "second_window", "resample_tilt")
+_ONLY_FOR = {"window": ("ct", "pt"), "range": ("other",), "derive": ("ct",), "bias_field": ("mr",)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Plan:
 
     @property
     def modality(self) -> str:
-        """``ct``, ``mr`` or ``other``."""
+        """``ct``, ``mr``, ``pt`` or ``other``."""
         return str(self.settings.modality)
 
     @property
@@ -129,7 +133,7 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
     if source.licence is None:
         findings.notes.append("the licence of the data is not known; write it into a dataset.json beside the data")
     channels = settings.channels if len(settings.channels) > 1 else source.channels
-    window = (settings.window or CT_WINDOW) if modality == "ct" else None
+    window = (settings.window or _WINDOWS[modality]) if modality in _WINDOWS else None
     return Plan(
         replace(source, cases=tuple(sorted(cases, key=lambda case: case.name)), channels=channels),
         replace(settings, layout=source.layout, modality=modality, window=window),
@@ -148,7 +152,7 @@ def _modality(source: Source, settings: PrepareSettings) -> str:
         came = f"the dataset says {source.modality!r}" if source.modality else "nothing says it"
         raise FibldmError(
             f"`modality` must be {', '.join(MODALITIES)}; {came}",
-            "give `modality`: ct, mr, or other for microscopy, simulations and the like",
+            "give `modality`: ct, mr, pt (PET), or other for microscopy, simulations and the like",
         )
     if modality not in MODALITIES:
         raise unknown_choice("`modality`", modality, MODALITIES)
@@ -156,17 +160,20 @@ def _modality(source: Source, settings: PrepareSettings) -> str:
 
 
 def _stated_modality(source: Source) -> str | None:
-    """``ct`` or ``mr`` where all channels say the same."""
+    """``ct``, ``mr`` or ``pt`` where all channels say the same."""
     stated = {_MODALITY_NAMES.get(name.strip().lower()) for name in (source.modality or "").split(",")}
     return stated.pop() if len(stated) == 1 else None
 
 
 def _check(settings: PrepareSettings, modality: str, *, masked: int) -> None:
     for name, needed in _ONLY_FOR.items():
-        if getattr(settings, name) not in (None, False) and modality != needed:
-            raise FibldmError(f"`{name}` is for the modality {needed}; it is {modality}", "leave it out")
+        if getattr(settings, name) not in (None, False) and modality not in needed:
+            raise FibldmError(f"`{name}` is for the modality {' or '.join(needed)}; it is {modality}", "leave it out")
     if settings.window is not None and not -32768 <= settings.window[0] < settings.window[1] <= 32767:
-        raise FibldmError("`window` must be two increasing values in HU; got {:g} and {:g}".format(*settings.window))
+        units = "SUV" if modality == "pt" else "HU"
+        raise FibldmError(
+            f"`window` must be two increasing values in {units}; got {settings.window[0]:g} and {settings.window[1]:g}"
+        )
     if modality == "other" and settings.range is None:
         raise FibldmError(
             "the modality other needs `range`, what the least and the greatest value of the files mean",

@@ -18,7 +18,7 @@ from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.scan import Files, Scan
 from fibldm.volumes.second_image import SecondImages, check_overlap, covered
 
-MODALITIES = ("ct", "mr", "other")
+MODALITIES = ("ct", "mr", "pt", "other")
 WHAT = "second image"
 
 _TEMPLATES = (3, 4, 5)  # NIfTI's codes of spaces that belong to no scanner
@@ -50,7 +50,9 @@ def check_second(settings: PrepareSettings, count: int) -> None:
             "name them in a column second_image of the table",
         )
     if modality == "mr" and window is not None:
-        raise FibldmError("`second_window` is for ct and other; MR goes by percentiles of each image", "leave it out")
+        raise FibldmError(
+            "`second_window` is for ct, pt and other; MR goes by percentiles of each image", "leave it out"
+        )
     if modality == "other" and window is None:
         raise FibldmError("second images of the modality other need `second_window`, their range", "such as 0,255")
     if window is not None and not -_LARGEST <= window[0] < window[1] <= _LARGEST:
@@ -68,8 +70,9 @@ def about_second(settings: PrepareSettings) -> SecondImages:
     if settings.second_modality == "mr":
         lower, upper = PERCENTILES  # of each image; none is ever written, so that it has no range of output
         return SecondImages("mr", Intensity("percentile", lower=lower, upper=upper, output_low=-1.0, output_high=1.0))
-    low, high = settings.second_window or (-1000.0, 1000.0)
-    kind: Any = "window" if settings.second_modality == "ct" else "range"
+    usual = (0.0, 20.0) if settings.second_modality == "pt" else (-1000.0, 1000.0)
+    low, high = settings.second_window or usual
+    kind: Any = {"ct": "window", "pt": "suv"}.get(str(settings.second_modality), "range")
     return SecondImages(str(settings.second_modality), Intensity(kind, low=float(low), high=float(high)))
 
 
@@ -85,7 +88,7 @@ def second_image(case: Case, image: Scan, settings: PrepareSettings, findings: F
     if not case.second:
         return None
     with findings.collecting(f"{WHAT}: "):
-        scan = read_second(case.second, about_second(settings))
+        scan = read_second(case.second, about_second(settings), resample_tilt=settings.resample_tilt)
         if set(scan.sha256.split("+")) & set(image.sha256.split("+")):
             raise FibldmError("it must be another one than the image; both are the same file")
         first, second = _grid(image), _grid(scan)
@@ -100,13 +103,14 @@ def second_image(case: Case, image: Scan, settings: PrepareSettings, findings: F
     return None
 
 
-def read_second(files: Files, about: SecondImages) -> Scan:
-    """A second image from its files, as `checked_second` gives it.
+def read_second(files: Files, about: SecondImages, *, resample_tilt: bool = False) -> Scan:
+    """A second image from its files, as `checked_second` gives it; ``resample_tilt`` as in `read_scan`.
 
     Raises:
         FibldmError: it cannot be read, or `checked_second` refuses it.
     """
-    return checked_second(read_scan(files, scanner=about.modality != "other"), about)
+    scan = read_scan(files, scanner=about.modality != "other", resample_tilt=resample_tilt, suv=about.modality == "pt")
+    return checked_second(scan, about)
 
 
 def checked_second(scan: Scan, about: SecondImages) -> Scan:

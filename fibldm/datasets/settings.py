@@ -29,8 +29,9 @@ class PrepareSettings:
 
     Attributes:
         layout: one of `fibldm.datasets.layouts.LAYOUTS`.
-        modality: ``ct``, ``mr`` or ``other`` (microscopy, simulations, shapes); ``None`` takes what the dataset says.
-        window: HU that become -1 and 1, CT only; ``None`` means -1000 and 1000.
+        modality: ``ct``, ``mr``, ``pt`` (PET, in SUV by body weight) or ``other`` (microscopy, simulations, shapes);
+            ``None`` takes what the dataset says.
+        window: HU of CT or SUV of PET that become -1 and 1; ``None`` means -1000 and 1000, or 0 and 20.
         range: what becomes -1 and 1, in the units of the files; needed for ``other``, and for that only.
         labels: names by label value; they go before those of the dataset.
         remap: label values to change, as read to as written.
@@ -39,6 +40,8 @@ class PrepareSettings:
         bids_mask: pattern of the mask files of a BIDS dataset; ``None`` takes the only ones there are.
         spacing: mm, for formats that state none.
         resample_masks: whether masks on another grid are brought to the image's.
+        resample_tilt: whether DICOM series under a tilted gantry, or of uneven slice spacing, are brought to a regular
+            grid, and their masks with them.
         derive: ``"lung"`` makes lung masks of CT without masks.
         bias_field: whether the bias field of MR is corrected (N4).
         keep_columns: columns of a table that are carried along although they may tell the patient.
@@ -51,8 +54,9 @@ class PrepareSettings:
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
         seed: seed of the split.
-        second_modality: of the second images, where there are some: ``ct``, ``mr`` or ``other``.
-        second_window: of second images, what becomes -1 and 1: HU of ``ct``, where ``None`` means -1000 and 1000; units
+        second_modality: of the second images, where there are some: ``ct``, ``mr``, ``pt`` or ``other``.
+        second_window: of second images, what becomes -1 and 1: HU of ``ct`` and SUV of ``pt``, where ``None`` means
+            -1000 and 1000, or 0 and 20; units
             of the files of ``other``, which needs it.
     """
 
@@ -67,6 +71,7 @@ class PrepareSettings:
     bids_mask: str | None = None
     spacing: tuple[float, float, float] | None = None
     resample_masks: bool = False
+    resample_tilt: bool = False
     derive: str | None = None
     bias_field: bool = False
     keep_columns: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ def stored_image(array: Array, modality: str) -> Array:
 
     Args:
         array: voxels, CT in HU.
-        modality: ``ct``, ``mr`` or ``other``.
+        modality: ``ct``, ``mr``, ``pt`` or ``other``.
     """
     if modality != "ct":
         return as_float32(array)

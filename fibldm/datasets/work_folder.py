@@ -21,7 +21,7 @@ from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_json
 from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS
-from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.intensity import Intensity, Kind
 from fibldm.volumes.second_image import ABOUT
 from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
 
@@ -99,7 +99,8 @@ def write_lists(folder: Path, checked: Checked) -> None:
 def _intensity(plan: Plan, facts: Mapping[str, CaseFacts]) -> Intensity:
     window, limits = plan.settings.window, plan.settings.range
     if window is not None:
-        return Intensity("window", low=float(window[0]), high=float(window[1]))
+        kind: Kind = "suv" if plan.modality == "pt" else "window"
+        return Intensity(kind, low=float(window[0]), high=float(window[1]))
     if limits is not None:
         return Intensity("range", low=float(limits[0]), high=float(limits[1]))
     ranges = [facts[name].range for name, split in plan.splits.items() if split == "training"]
@@ -222,6 +223,7 @@ def _case_report(about: CaseFacts, stat: str) -> dict[str, Any]:
         "label_volume_ml": None if about.label_ml is None else by_text(about.label_ml),
         "label_derived": about.derived,
         "acquisition": dict(about.acquisition),
+        **({"resampled": dict(about.resampled)} if about.resampled is not None else {}),
     }
 
 

@@ -23,7 +23,7 @@ _SHOWN = {
     "gate": ("outside",),
 }
 OTHER = "other"
-"""The modality of microscopy, simulations, shapes: whatever is neither CT nor MR."""
+"""The modality of microscopy, simulations, shapes: whatever is neither CT, MR nor PET."""
 
 _OTHER_USE = "Research on synthetic images, such as augmentation of training data and tests of software."
 _OTHER_LIMITS = (
@@ -167,6 +167,8 @@ def _units(intensity: Mapping[str, Any]) -> str:
         return f"the units of the training data, from {intensity['low']:g} to {intensity['high']:g} as was declared"
     if intensity["kind"] == "window":
         return f"HU, from {intensity['low']:g} to {intensity['high']:g}"
+    if intensity["kind"] == "suv":
+        return f"SUV by body weight, from {intensity['low']:g} to {intensity['high']:g}"
     return "arbitrary units, as MR has them"
 
 

@@ -208,7 +208,8 @@ def _unit(intensity: Intensity) -> tuple[float, str]:
     """What a step of 1 in ``[-1, 1]`` is, and the unit of that."""
     if intensity.kind == "percentile":
         return 1.0, "of [-1, 1]"
-    return (intensity.high - intensity.low) / 2, "HU" if intensity.kind == "window" else "units of the data"
+    unit = intensity.units if intensity.kind != "range" else "units of the data"
+    return (intensity.high - intensity.low) / 2, unit
 
 
 def _spectrum_figure(measured: Sequence[Measured], spectra: NDArray[np.float64]) -> Estimate:

@@ -227,7 +227,7 @@ def _window(subject: Subject) -> tuple[float, float] | None:
     known = subject.facts.get("intensity") or {}
     if not known and subject.work is not None:
         known = load_intensity(subject.work.folder / "intensity.json").to_dict()
-    return (float(known["low"]), float(known["high"])) if known.get("kind") in ("window", "range") else None
+    return (float(known["low"]), float(known["high"])) if known.get("kind") in ("window", "suv", "range") else None
 
 
 def _check_drawn(files: Sequence[Path], subject: Subject) -> None:

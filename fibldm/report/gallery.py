@@ -135,7 +135,7 @@ class _Row:
 
 def _of_work(work: Path, splits: Sequence[str]) -> tuple[list[Shown], dict[int, str]]:
     intensity = load_intensity(work / "intensity.json")
-    window = (intensity.low, intensity.high) if intensity.kind == "window" else None
+    window = (intensity.low, intensity.high) if intensity.kind in ("window", "suv") else None
     found = [
         Shown(entry["case"], Path(entry["image"]), Path(entry["label"]) if "label" in entry else None, window)
         for split in splits
@@ -148,7 +148,7 @@ def as_drawn(file: Path) -> Shown:
     """A volume with the mask and the sidecar that lie beside it, where they do."""
     facts: dict[str, Any] = read_json(sidecar(file)) if sidecar(file).is_file() else {}
     intensity = facts.get("intensity", {})
-    window = (intensity["low"], intensity["high"]) if intensity.get("kind") == "window" else None
+    window = (intensity["low"], intensity["high"]) if intensity.get("kind") in ("window", "suv") else None
     stem, _, number = volume_stem(file).rpartition("_")
     origins = [stem] if stem and number.isdigit() else []
     masks = [file.parent / "masks" / f"{name}.nii.gz" for name in (*origins, volume_stem(file))]

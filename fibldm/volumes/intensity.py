@@ -14,16 +14,18 @@ from monai.transforms.transform import MapTransform
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import read_json
 
-Kind = Literal["window", "percentile", "range"]
+Kind = Literal["window", "suv", "percentile", "range"]
 Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
 Level = float | tuple[float, ...]
 """One number, or one for each channel."""
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "window": ("low", "high"),
+    "suv": ("low", "high"),
     "percentile": ("lower", "upper", "output_low", "output_high"),
     "range": ("low", "high"),
 }
+_UNITS: dict[str, Literal["HU", "SUV"]] = {"window": "HU", "suv": "SUV"}
 _INT16 = np.iinfo(np.int16)
 
 
@@ -32,12 +34,13 @@ class Intensity:
     """How a volume becomes a tensor in ``[-1, 1]``, and how a synthetic tensor becomes a volume again.
 
     Args:
-        kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside), ``"percentile"`` (MR: the
+        kind: ``"window"`` (CT: one fixed window in HU, exact inside, clipped outside), ``"suv"`` (PET: the same in SUV
+            by body weight), ``"percentile"`` (MR: the
             percentiles of each volume on the way in, one recorded range of the training split on the way out, so that
             no patient's own range is written; each channel has its own) or ``"range"`` (all else: a range that was
             declared, exact inside, clipped outside).
-        low: lower end of the window in HU, or of the range, of all channels; not of ``percentile``.
-        high: upper end of the window in HU, or of the range, of all channels; not of ``percentile``.
+        low: lower end of the window in HU or SUV, or of the range, of all channels; not of ``percentile``.
+        high: upper end of the window in HU or SUV, or of the range, of all channels; not of ``percentile``.
         lower: percentile that becomes -1, in ``[0, 100]``; ``percentile`` only.
         upper: percentile that becomes 1, in ``[0, 100]``; ``percentile`` only.
         output_low: what -1 becomes on output, in arbitrary units; of several channels, one number for each;
@@ -61,16 +64,16 @@ class Intensity:
             raise unknown_choice("intensity kind", self.kind, _FIELDS)
         if self.kind == "window":
             _check_increasing("window in HU", self.low, self.high, _INT16.min, _INT16.max)
-        elif self.kind == "range":
-            _check_increasing("a range", self.low, self.high)
+        elif self.kind in ("range", "suv"):
+            _check_increasing("a window in SUV" if self.kind == "suv" else "a range", self.low, self.high)
         else:
             _check_increasing("percentiles", self.lower, self.upper, 0, 100)
             _check_output(self.output_low, self.output_high)
 
     @property
-    def units(self) -> Literal["HU", "arbitrary"]:
-        """Units of a volume on disk."""
-        return "HU" if self.kind == "window" else "arbitrary"
+    def units(self) -> Literal["HU", "SUV", "arbitrary"]:
+        """Units of a volume on disk; SUV are by body weight."""
+        return _UNITS.get(self.kind, "arbitrary")
 
     @property
     def output_dtype(self) -> np.dtype:

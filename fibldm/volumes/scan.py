@@ -4,13 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.volumes.grid import SCANNER
+
+if TYPE_CHECKING:
+    from fibldm.volumes.dicom.acquired import AcquiredSlices
 
 Level = Literal["error", "warning"]
 Remark = tuple[Level, str]
@@ -58,6 +61,7 @@ class Scan:
         modality: "CT", "MR" or "PT" where the files state it, else empty.
         space: NIfTI's code of what the affine is measured in, see `fibldm.volumes.grid.SCANNER`.
         frame_of_reference: UID of the coordinate system, where the files state it, else empty.
+        acquired: of a series that was brought to a regular grid, where its slices lay; else ``None``.
     """
 
     array: NDArray[Any]
@@ -69,6 +73,7 @@ class Scan:
     modality: str = ""
     space: int = SCANNER
     frame_of_reference: str = ""
+    acquired: "AcquiredSlices | None" = None
 
     @property
     def spacing(self) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ class SecondImages:
     """What the second images of a work folder have in common.
 
     Attributes:
-        modality: ``ct``, ``mr`` or ``other``.
+        modality: ``ct``, ``mr``, ``pt`` or ``other``.
         intensity: how they are normalised, each with its own percentiles where it is by percentiles.
     """
 

@@ -1,5 +1,7 @@
 """A tree of DICOM studies: image series of CT or MR, with segmentations, RT structure sets or NIfTI files as masks.
 
+PET is taken where it is asked for (``modality`` pt), or where there is nothing else.
+
 IDs and UIDs link series, cases and patients in memory; what is said of them counts studies and series in their order.
 """
 
@@ -20,6 +22,7 @@ from fibldm.errors import FibldmError
 from fibldm.volumes.dicom.series import find_series
 
 _IMAGES = ("CT", "MR")
+_PET = ("PT",)
 _LISTED = 3
 
 
@@ -49,7 +52,10 @@ def dicom_tree(search: Search) -> Source:
     paths = sorted(files_below(source))
     files = [path for path in paths if path.is_file()]
     found = list(with_places(find_series(files)))
-    images = [item for item in found if _is_image(item)]
+    modalities = _PET if search.settings.modality == "pt" else _IMAGES
+    images = [item for item in found if _is_image(item, modalities)]
+    if not images and search.settings.modality is None:
+        images = [item for item in found if _is_image(item, modalities := _PET)]
     folders = {file.parent: item.where for item in images for file in item.series.files}
     unread = unread_files(files)
     for problem in lost_files(source, unread, folders):
@@ -57,7 +63,7 @@ def dicom_tree(search: Search) -> Source:
     if not images:
         came = f"none of {len(found)} series is one{findings.lines()}"
         raise FibldmError(
-            f"a tree of DICOM studies must hold a series of CT or MR; {came}",
+            f"a tree of DICOM studies must hold a series of {_named(modalities)}; {came}",
             "check the folder, or name the layout with `layout`",
         )
     links = linked(found, images, source, findings)
@@ -72,16 +78,16 @@ def dicom_tree(search: Search) -> Source:
             "transfer again what is lost, export masks together with the series they were drawn on, take out those "
             "that do not belong, or name files and masks in a CSV",
         )
-    modalities = {item.series.modality for item in images}
+    stated = {item.series.modality for item in images}
     gone = [path for path in paths if path.is_symlink() and not path.exists()]
-    findings.notes += _notes(source, found, masked, files)
-    findings.notes += _notes_on_masks(links, labels)
+    findings.notes += _notes(source, found, masked, files, modalities)
+    findings.notes += _notes_on_masks(links, labels, modalities)
     findings.notes += left_out_files(source, files, unread, folders, gone)
     return Source(
         layout="dicom",
         name="DICOM",
         cases=tuple(sorted((_case(item, labels, bool(order)) for item in masked), key=lambda case: case.name)),
-        modality=modalities.pop() if len(modalities) == 1 else None,
+        modality=stated.pop() if len(stated) == 1 else None,
         labels={value: name for name, value in labels.items()},
         notes=tuple(findings.notes),
     )
@@ -152,20 +158,22 @@ def _segments(files: Mapping[Path, Sequence[str]], labels: Mapping[str, int], me
     ]
 
 
-def _notes(source: Path, found: Sequence[Found], masked: Sequence[_Masked], files: Sequence[Path]) -> Iterator[str]:
+def _notes(
+    source: Path, found: Sequence[Found], masked: Sequence[_Masked], files: Sequence[Path], modalities: Sequence[str]
+) -> Iterator[str]:
     images = [item.image for item in masked]
-    others = [item for item in found if item.series.modality not in MASKS and not _is_image(item)]
+    others = [item for item in found if item.series.modality not in MASKS and not _is_image(item, modalities)]
     if others:
         kinds = Counter("scout" if item.series.localizer else item.series.modality or "unknown" for item in others)
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        yield f"{len(others)} series are no volumes of CT or MR and were left out ({listed})"
+        yield f"{len(others)} series are no volumes of {_named(modalities)} and were left out ({listed})"
     with_images = {_patient(item) for item in images}
     used = {file for item in masked for file in item.nifti}
     stray = [file for file in files if is_nifti(file) and file not in used]
     if stray:
         yield f"{len(stray)} NIfTI files lie beside no series and were left out ({places(source, stray)})"
     for what, items in {
-        "patients have no series of CT or MR and were left out": list(
+        f"patients have no series of {_named(modalities)} and were left out": list(
             {_patient(item): item for item in others if _patient(item) not in with_images}.values()
         ),
         "series have no mask": [item.image for item in masked if not item.dicom and not item.nifti],
@@ -175,12 +183,12 @@ def _notes(source: Path, found: Sequence[Found], masked: Sequence[_Masked], file
     }.items():
         if items:
             yield f"{len(items)} {what} ({_where(items)})"
-    modalities = Counter(item.series.modality for item in images)
-    if len(modalities) > 1:
-        yield " and ".join(f"{count} {name}" for name, count in sorted(modalities.items())) + " series are mixed"
+    counts = Counter(item.series.modality for item in images)
+    if len(counts) > 1:
+        yield " and ".join(f"{count} {name}" for name, count in sorted(counts.items())) + " series are mixed"
 
 
-def _notes_on_masks(links: Links, labels: Mapping[str, int]) -> Iterator[str]:
+def _notes_on_masks(links: Links, labels: Mapping[str, int], modalities: Sequence[str]) -> Iterator[str]:
     held = [{name for names in files.values() for name in names} for files in links.masks.values() if files]
     if others := [names for names in held if not names & labels.keys()]:
         listed = sorted(set().union(*others))
@@ -196,13 +204,18 @@ def _notes_on_masks(links: Links, labels: Mapping[str, int]) -> Iterator[str]:
         )
     if links.elsewhere:
         yield (
-            f"{len(links.elsewhere)} DICOM masks belong to series that are no volumes of CT or MR and were left out "
+            f"{len(links.elsewhere)} DICOM masks belong to series that are no volumes of {_named(modalities)} and were "
+            "left out "
             f"({_where(links.elsewhere)})"
         )
 
 
-def _is_image(item: Found) -> bool:
-    return item.series.image and item.series.modality in _IMAGES
+def _is_image(item: Found, modalities: Sequence[str]) -> bool:
+    return item.series.image and item.series.modality in modalities
+
+
+def _named(modalities: Sequence[str]) -> str:
+    return "PET" if modalities == _PET else " or ".join(modalities)
 
 
 def _patient(item: Found) -> str:

@@ -68,7 +68,7 @@ class ImageEncoding(Condition):
 
     Attributes:
         compression: voxels per latent cell along each axis.
-        modality: of the image, ``ct``, ``mr`` or ``other``.
+        modality: of the image, ``ct``, ``mr``, ``pt`` or ``other``.
         intensity: how it is normalised, as `fibldm.volumes.intensity.Intensity.to_dict` tells it.
     """
 
@@ -162,7 +162,7 @@ class ImageEncoding(Condition):
 
     def facts(self) -> dict[str, Any]:
         told = {name: value for name, value in self.intensity.items() if not name.startswith("output_")}
-        return {"scan": {"ct": "CT", "mr": "MR"}.get(self.modality, "image"), **told}
+        return {"scan": {"ct": "CT", "mr": "MR", "pt": "PET"}.get(self.modality, "image"), **told}
 
 
 class ImageMixture(nn.Module):

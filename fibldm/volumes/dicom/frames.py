@@ -74,9 +74,13 @@ _REST = (
     "ImageType FrameType Modality SliceThickness RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence "
     "PixelPaddingValue PixelPaddingRangeLimit PixelPresentation RedPaletteColorLookupTableDescriptor "
     "LossyImageCompression MagneticFieldStrength RepetitionTime ContrastBolusAgent ContrastBolusAgentSequence "
-    "SeriesDescription ProtocolName BodyPartExamined"
+    "SeriesDescription ProtocolName BodyPartExamined SUVType CorrectedImage DecayCorrection PatientWeight "
+    "RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate AcquisitionTime FrameReferenceTime "
+    "ActualFrameDuration"
 ).split()
-_HEADER = [*PIXELS, *_ONE_OF, *_TOLD_APART_BY, *_GEOMETRY, *_REST, _SHARED, _PER_FRAME]
+_OF_PET = (0x70530010, 0x70531000, 0x70531009, 0x00090010, 0x0009100D)
+"""Private factors of Philips and the scan's start of GE, each with the creator of its block; see `suv`."""
+_HEADER: list[str | int] = [*PIXELS, *_ONE_OF, *_TOLD_APART_BY, *_GEOMETRY, *_REST, *_OF_PET, _SHARED, _PER_FRAME]
 _SPLIT = "keep the files of one image series, or split it by the scanner's or archive's export"
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
@@ -125,7 +129,7 @@ class Frame:
         return " ".join(str(item).strip() for item in values).strip()
 
 
-def read_dataset(source: Any, keywords: Iterable[str], *, pixels: bool = False) -> "Dataset":
+def read_dataset(source: Any, keywords: Iterable[str | int], *, pixels: bool = False) -> "Dataset":
     """The named attributes of a DICOM file, and its voxels as stored if asked for.
 
     Values are not validated here: what is used is checked where it is used, and pydicom's warnings quote values.

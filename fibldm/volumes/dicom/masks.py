@@ -4,6 +4,7 @@ What is said of a file holds no patient, date, UID or path.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.files import hash_file
+from fibldm.volumes.dicom.acquired import AcquiredSlices
 from fibldm.volumes.dicom.contours import (
     Contour,
     contour_of,
@@ -25,7 +27,7 @@ from fibldm.volumes.dicom.contours import (
     unclosed,
 )
 from fibldm.volumes.dicom.files import read_file
-from fibldm.volumes.dicom.segments import mark, segment_labels, segmented
+from fibldm.volumes.dicom.segments import mark, moved_to_plain, segment_labels, segmented
 from fibldm.volumes.grid import LPS_TO_RAS, Grid, Volume
 from fibldm.volumes.scan import Remark, Scan
 
@@ -63,7 +65,7 @@ def read_segmentation(
     """A DICOM segmentation (binary, fractional or label map) as a uint8 label map in RAS+ order.
 
     A voxel of a fractional segment belongs to it from half of the maximum on. Slices that the file leaves out between
-    others are background.
+    others are background. Frames on slices that were brought to a regular grid are brought there with them.
 
     Args:
         file: one segmentation.
@@ -79,12 +81,15 @@ def read_segmentation(
     segments = segment_labels(dataset)
     values = {number: _value(names[name]) for number, name in segments.items() if name in names}
     _check_found(segments.values(), names)
-    labels, affine = segmented(dataset, values, segments, image)
+    acquired = None if image is None else image.acquired
+    acquired = acquired if acquired is not None and moved_to_plain(dataset, acquired) else None
+    labels, affine = segmented(dataset, values, segments, image if acquired is None else _plain(acquired))
     volume = Volume(labels, LPS_TO_RAS @ affine).canonical()
     left_out = sorted({name for name in segments.values() if name not in names})
     findings = [*_left_out(left_out, elsewhere), *_empty(labels, complete=not left_out)]
     found = {values[number]: segments[number] for number in values}
-    return Scan(volume.array, volume.affine, hash_file(file), findings=tuple(findings), names=found)
+    scan = Scan(volume.array, volume.affine, hash_file(file), findings=tuple(findings), names=found)
+    return scan if acquired is None else _regular(scan, acquired)
 
 
 def read_structures(
@@ -98,7 +103,8 @@ def read_structures(
     """Closed planar contours of an RT structure set as a uint8 label map on the grid of their image.
 
     A voxel belongs to a structure if its centre lies inside of it or on one of its contours; an inner contour is a
-    hole, contours that touch are one; nothing is filled in between slices. Points and open contours are left out.
+    hole, contours that touch are one; nothing is filled in between slices. Points and open contours are left out. On
+    slices that were brought to a regular grid, contours are filled as they were drawn and brought there with them.
 
     Args:
         file: one RT structure set.
@@ -117,13 +123,19 @@ def read_structures(
     _check_found(structures, names)
     _check_frame_of_reference(dataset, names, frame_of_reference)
     wanted = {name: items for name, items in structures.items() if name in names}
-    drawn = {name: [contour_of(item) for item in items if is_closed(item)] for name, items in wanted.items()}
+    acquired = image.acquired
+    drawn = {
+        name: [_drawn(contour_of(item), acquired) for item in items if is_closed(item)]
+        for name, items in wanted.items()
+    }
     findings = list(_left_out(structures.keys() - wanted.keys(), elsewhere))
     findings += [finding for name, items in wanted.items() for finding in unclosed(name, items)]
-    labels, remarks = _rasterised(drawn, names, image)
+    plain = image if acquired is None else _plain(acquired)
+    labels, remarks = _rasterised(drawn, names, plain)
     findings += [*remarks, *_empty(labels, complete=len(wanted) == len(structures))]
     found = {_value(names[name]): name for name in wanted}
-    return Scan(labels, image.affine, hash_file(file), findings=tuple(findings), names=found)
+    scan = Scan(labels, plain.affine, hash_file(file), findings=tuple(findings), names=found)
+    return scan if acquired is None else _regular(scan, acquired)
 
 
 def on_grid_of(mask: Scan, image: Scan) -> Scan:
@@ -149,6 +161,35 @@ def on_grid_of(mask: Scan, image: Scan) -> Scan:
         (("warning", f"{lost} labelled voxels lie outside of the image and were cut"),) if lost else ()
     )
     return Scan(padded, image.affine, mask.sha256, mask.facts, (*mask.findings, *lines), mask.names)
+
+
+def _plain(acquired: AcquiredSlices) -> Scan:
+    """An empty image of the slices as they were acquired, as if they were a regular stack."""
+    rows, columns = acquired.shape
+    voxels = np.broadcast_to(np.uint8(0), (columns, rows, len(acquired.positions)))
+    return Scan(voxels, LPS_TO_RAS @ acquired.plain_affine, "")
+
+
+def _drawn(contour: Contour, acquired: AcquiredSlices | None) -> Contour:
+    if acquired is None:
+        return contour
+    turn = LPS_TO_RAS[:3, :3]
+    return replace(contour, points=acquired.plain(contour.points @ turn) @ turn)
+
+
+def _regular(mask: Scan, acquired: AcquiredSlices) -> Scan:
+    """A mask of `_plain` on the regular grid of the slices' image."""
+    plain = _plain(acquired)
+    mask = on_grid_of(mask, plain)
+    if mask.array.shape != plain.array.shape:
+        raise FibldmError(
+            "a mask of slices that are brought to a regular grid must lie on their pixels; it lies between them",
+            "export it on the grid of its image",
+        )
+    labels = acquired.labels(mask.array.transpose(2, 1, 0)).transpose(2, 1, 0)
+    volume = Volume(labels, LPS_TO_RAS @ acquired.affine).canonical()
+    said: Remark = ("warning", "label was brought to the image's regular grid by its nearest voxels")
+    return replace(mask, array=volume.array, affine=volume.affine, findings=(*mask.findings, said))
 
 
 def _read(file: Path, classes: tuple[str, ...]) -> "Dataset":

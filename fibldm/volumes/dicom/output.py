@@ -11,6 +11,7 @@ from fibldm import __version__
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.files import hash_value, read_json, write_json
 from fibldm.volumes.dicom.label_codes import LabelCodes, load_label_codes
+from fibldm.volumes.dicom.patient_position import PATIENT_POSITIONS, state_position
 from fibldm.volumes.dicom.segmentation_writer import write_segmentation
 from fibldm.volumes.dicom.structure_set_writer import write_structure_set
 from fibldm.volumes.dicom.template import Modality, Template, read_template
@@ -19,8 +20,7 @@ from fibldm.volumes.grid import Grid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import sidecar
 
-PATIENT_POSITIONS = ("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL")
-"""Head or feet first; supine, prone, or lying on the right or left side (decubitus)."""
+_MODALITY_BY_UNITS: dict[str, Modality] = {"HU": "ct", "SUV": "pt", "arbitrary": "mr"}
 
 MASK_FORMATS = ("seg", "rtstruct", "both")
 """What a mask goes out as: a segmentation, an RT structure set, or both of them."""
@@ -93,7 +93,7 @@ class DicomOutput:
         """See that a volume can be written, before it is made.
 
         Raises:
-            FibldmError: neither CT nor MR, a label without coded meaning, several channels, sheared axes, or a
+            FibldmError: neither CT, MR nor PET, a label without coded meaning, several channels, sheared axes, or a
                 template that does not fit.
         """
         self.codes.find(names.values())
@@ -162,7 +162,7 @@ class DicomOutput:
             notice=notice,
         )
         for item in series if self.position else ():
-            item.PatientPosition = self.position
+            state_position(item, self.position)
         for kind in self._kinds:
             _WRITERS[kind](
                 _place(folder, kind),
@@ -201,9 +201,10 @@ def _place(folder: Path, kind: str) -> Path:
 def _modality(intensity: Intensity) -> Modality:
     if intensity.kind == "range":
         raise FibldmError(
-            "DICOM output needs a run of CT or MR; this one is of the modality other", "write NIfTI: leave out `format`"
+            "DICOM output needs a run of CT, MR or PET; this one is of the modality other",
+            "write NIfTI: leave out `format`",
         )
-    return "ct" if intensity.units == "HU" else "mr"
+    return _MODALITY_BY_UNITS[intensity.units]
 
 
 def _value_range(intensity: Intensity) -> tuple[float, float]:

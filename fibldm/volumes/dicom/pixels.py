@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,24 @@ _INT16 = np.iinfo(np.int16)
 
 @dataclass(frozen=True)
 class Voxels:
-    """Voxels ``(slice, row, column)`` of a series, SHA-256 of its files in that order, and what was found in them."""
+    """Voxels of a series.
+
+    Attributes:
+        array: ``(slice, row, column)``.
+        sha256: of its files in that order.
+        findings: what was found in them.
+        background: value where there is nothing: air in CT, 0 in PET, else the lowest value.
+    """
 
     array: Array
     sha256: str
     findings: tuple[Remark, ...]
+    background: float
+
+    def scaled(self, factors: Sequence[float]) -> "Voxels":
+        """PET with the values of each slice multiplied by its own factor, in float32; nothing is 0."""
+        scaled = self.array * np.asarray(factors, dtype=np.float64)[:, None, None]
+        return replace(self, array=scaled.astype(np.float32), background=0.0)
 
 
 def unreadable(frames: Sequence[Frame], modality: str) -> Iterator[Problem]:
@@ -61,7 +74,8 @@ def read_voxels(frames: Sequence[Frame], modality: str) -> Voxels:
 
     Args:
         frames: in the order of the slices.
-        modality: "CT", "MR" or "PT". Pixel padding becomes air (-1024 HU) in CT, else the lowest value that is none.
+        modality: "CT", "MR" or "PT". Pixel padding becomes air (-1024 HU) in CT, 0 in PET, else the lowest value
+            that is none.
 
     Returns:
         The voxels, in int16 where that is exact, else in float32.
@@ -88,10 +102,11 @@ def read_voxels(frames: Sequence[Frame], modality: str) -> Voxels:
             lowest = min(lowest, float(values[~padded].min()))
     if not np.isfinite(lowest):
         raise FibldmError("a DICOM series must hold an image; it holds nothing but padding", "export it again")
-    findings = list(_filled(array, padding, AIR_HU if modality == "CT" else lowest))
+    background = {"CT": float(AIR_HU), "PT": min(lowest, 0.0)}.get(modality, lowest)
+    findings = list(_filled(array, padding, background))
     if any(frame.text("LossyImageCompression") == "01" for frame in frames):
         findings.insert(0, ("warning", "the image was compressed with loss"))
-    return Voxels(array, digest.hexdigest(), tuple(findings))
+    return Voxels(array, digest.hexdigest(), tuple(findings), background)
 
 
 def _coloured(frame: Frame) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
+from fibldm.volumes.dicom.acquired import AcquiredSlices
 from fibldm.volumes.grid import LPS_TO_RAS
 from fibldm.volumes.scan import Scan
 
@@ -23,6 +24,7 @@ DAMAGED = (
 """What pydicom and highdicom raise where an object is not what the standard says."""
 
 _PARALLEL = 1e-2
+_ON_SLICE = 0.05
 _PRIORITY = "name labels in order of priority with `merge_masks`, which settles who wins"
 
 
@@ -75,6 +77,41 @@ def segmented(
         + ("its frames are not" if stated else "the file does not state the spacing, and its frames do not show it"),
         "export it again, on the grid of its image",
     )
+
+
+def moved_to_plain(dataset: "Dataset", acquired: AcquiredSlices) -> bool:
+    """Move frames that lie on slices of an irregular stack to where `AcquiredSlices.plain_affine` has these.
+
+    Args:
+        dataset: of a segmentation; it is changed.
+        acquired: the slices of its image.
+
+    Returns:
+        Whether they lie there; where one does not, nothing is changed.
+
+    Raises:
+        FibldmError: the file does not say where its frames lie.
+    """
+    try:
+        groups = [dataset.SharedFunctionalGroupsSequence[0], *dataset.PerFrameFunctionalGroupsSequence]
+        planes = [group.PlanePositionSequence[0] for group in groups if "PlanePositionSequence" in group]
+        turns = [group.PlaneOrientationSequence[0] for group in groups if "PlaneOrientationSequence" in group]
+        rows, columns = np.array(turns[0].ImageOrientationPatient, dtype=float).reshape(2, 3)
+        points = np.array([plane.ImagePositionPatient for plane in planes], dtype=float).reshape(-1, 3)
+    except DAMAGED as error:
+        message = f"a DICOM segmentation must say where its frames lie; it does not ({type(error).__name__})"
+        raise FibldmError(message, "export it again") from None
+    numbers = acquired.numbers(points)
+    off = np.abs(numbers - np.clip(np.rint(numbers), 0, len(acquired.positions) - 1))
+    if 1 - abs(np.cross(rows, columns) @ acquired.normal) > _PARALLEL or off.max() > _ON_SLICE:
+        return False
+    for plane, point in zip(planes, acquired.plain(points), strict=True):
+        plane.ImagePositionPatient = [f"{value:.6f}" for value in point]
+    step = float(np.linalg.norm(acquired.plain_affine[:3, 2]))
+    for group in groups:
+        if "PixelMeasuresSequence" in group:
+            group.PixelMeasuresSequence[0].SpacingBetweenSlices = f"{step:.8f}"
+    return True
 
 
 def _settle_slice_spacing(dataset: "Dataset", image: Scan | None) -> bool:

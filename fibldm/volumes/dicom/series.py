@@ -17,6 +17,7 @@ from fibldm.volumes.dicom.files import holds_dicom
 from fibldm.volumes.dicom.frames import MODALITIES, Frame, is_localizer, read_dataset, read_frames, sop_class, uid_name
 from fibldm.volumes.dicom.pixels import read_voxels, unreadable
 from fibldm.volumes.dicom.stack import stacked
+from fibldm.volumes.dicom.suv import suv_factors, suv_problems
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.scan import ACQUISITION, Covariate, Scan, as_body_part
 
@@ -105,12 +106,18 @@ def find_series(files: Iterable[Path]) -> list[Series]:
     return sorted(found, key=lambda series: (series.patient_id, series.study_uid, series.uid, series.files))
 
 
-def read_series(files: Sequence[Path]) -> Scan:
+def read_series(files: Sequence[Path], *, resample_tilt: bool = False, suv: bool = False) -> Scan:
     """Read one series, its files in any order, as a volume in RAS+; the place of a slice decides, not its number.
 
     CT comes in HU, PET in its units, each slice by its own rescale; int16 where that is exact, else float32. Scouts
     among other images are left out. A single slice becomes ``(X, Y, 1)`` of its slice thickness (its thin axis is the
     one closest to the normal). An enhanced multi-frame image is read as its frames.
+
+    Args:
+        files: of the series.
+        resample_tilt: whether slices that a tilted gantry shears, or that lie at uneven distances, are brought to a
+            regular grid (`fibldm.volumes.dicom.acquired`); a finding and `Scan.acquired` then say so.
+        suv: whether PET is brought to SUV by body weight (`fibldm.volumes.dicom.suv`), in float32 with padding 0.
 
     Raises:
         FibldmError: it is not one volume of parallel, evenly spaced slices in known units, or its voxels cannot be
@@ -119,16 +126,31 @@ def read_series(files: Sequence[Path]) -> Scan:
     frames = read_frames(files)
     images = [frame for frame in frames if not frame.localizer]
     modality = _modality(images)
-    ordered, affine = stacked(images, list(unreadable(images, modality)))
+    suv = suv and modality == "PT"
+    problems = [*unreadable(images, modality), *(suv_problems(images) if suv else ())]
+    stack = stacked(images, problems, resample=resample_tilt)
+    ordered, acquired = stack.frames, stack.acquired
     voxels = read_voxels(ordered, modality)
-    volume = Volume(voxels.array.transpose(2, 1, 0), affine).canonical()
-    findings = voxels.findings
+    if suv:
+        voxels = voxels.scaled(suv_factors(ordered))
+    findings, array = voxels.findings, voxels.array
+    if acquired is not None:
+        array = acquired.image(array, voxels.background)
+        findings = (*findings, ("warning", str(acquired)))
+    volume = Volume(array.transpose(2, 1, 0), stack.affine).canonical()
     if scouts := len(frames) - len(images):
         line = f"{scouts} localizers (scouts) under the same series were left out"
         findings = (("warning", line), *findings)
     facts, frame = _facts(ordered), _text(ordered[0].header, "FrameOfReferenceUID")
     return Scan(
-        volume.array, volume.affine, voxels.sha256, facts, findings, modality=modality, frame_of_reference=frame
+        volume.array,
+        volume.affine,
+        voxels.sha256,
+        facts,
+        findings,
+        modality=modality,
+        frame_of_reference=frame,
+        acquired=acquired,
     )
 
 

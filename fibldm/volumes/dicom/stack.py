@@ -5,11 +5,13 @@ from the origin along the normal of its plane; of axial slices it is their z.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError, some_of
+from fibldm.volumes.dicom.acquired import AcquiredSlices
 from fibldm.volumes.dicom.frames import Frame, Problem, in_plane, mixed, told_apart, unplaced
 from fibldm.volumes.grid import LPS_TO_RAS
 
@@ -21,17 +23,31 @@ _EVEN = 0.02
 _STRAIGHT = 0.2
 """How far a slice may be shifted within its plane, in pixels."""
 _LISTED = 3
+_RESAMPLE = "give `resample_tilt`, which brings such slices to a regular grid"
 
 
-def stacked(frames: Sequence[Frame], problems: Sequence[Problem] = ()) -> tuple[list[Frame], Array]:
+@dataclass(frozen=True)
+class Stack:
+    """Frames as one regular stack.
+
+    Attributes:
+        frames: in the order of their places.
+        affine: ``(4, 4)``, ``(column, row, slice)`` to RAS+ mm; the axes are as stored.
+        acquired: where the slices lie that have yet to be brought to this stack; ``None`` where they are on it.
+    """
+
+    frames: list[Frame]
+    affine: Array
+    acquired: AcquiredSlices | None = None
+
+
+def stacked(frames: Sequence[Frame], problems: Sequence[Problem] = (), *, resample: bool = False) -> Stack:
     """Frames in the order of their places along the stack, and the grid of their voxels.
 
     Args:
         frames: in any order.
         problems: what is wrong already, to be named together with what is wrong with the stack.
-
-    Returns:
-        The frames, and the affine ``(4, 4)`` from ``(column, row, slice)`` to RAS+ mm; the axes are as stored.
+        resample: whether slices may be sheared, as by a tilted gantry, or at uneven distances.
 
     Raises:
         FibldmError: there are problems, or the frames are of several images, have no place, share one, are uneven, have
@@ -44,12 +60,18 @@ def stacked(frames: Sequence[Frame], problems: Sequence[Problem] = ()) -> tuple[
     normal = np.cross(directions[:, 0], directions[:, 1])
     ordered = sorted(frames, key=lambda frame: float(_position(frame) @ normal))
     positions = np.array([_position(frame) for frame in ordered])
-    found += [*_together(ordered, positions @ normal), *_irregular(positions, normal, pixel.min())]
+    irregular = list(_irregular(positions, normal, pixel.min()))
+    resample = resample and bool(irregular) and all(remedy == _RESAMPLE for _, remedy in irregular)
+    found += [*_together(ordered, positions @ normal), *([] if resample else irregular)]
     if len(frames) == 1 and _thickness(frames[0]) is None:
         found.append(("its only slice does not state its Slice Thickness", "give a series of several slices"))
     if found:
         raise refusal(found)
-    return ordered, _affine(ordered[0], positions, normal)
+    if resample:
+        shape = int(frames[0].header.Rows), int(frames[0].header.Columns)
+        acquired = AcquiredSlices(positions, directions, pixel, shape)
+        return Stack(ordered, LPS_TO_RAS @ acquired.affine, acquired)
+    return Stack(ordered, _affine(ordered[0], positions, normal))
 
 
 def refusal(problems: Sequence[Problem]) -> FibldmError:
@@ -120,16 +142,23 @@ def _leaning(shifts: Array, places: Array, pixel: float) -> Problem:
         return f"its slices are shifted against each other, by up to {largest:.2f} mm", "export the original series"
     degrees = np.degrees(np.arctan2(np.linalg.norm(shifts[-1]), places[-1] - places[0]))
     reason = f"its slices are sheared, as by a gantry tilt of {degrees:.1f} degrees"
-    return reason, "convert the series with dcm2niix, which straightens a tilt, and give the NIfTI file"
+    return reason, _RESAMPLE
 
 
 def _uneven(places: Array) -> Problem:
     steps = np.diff(places)
     spacing = steps.min()
     counts = np.round(steps / spacing)
-    if np.abs(steps / spacing - counts).max() < 2 * _EVEN:
+    if np.abs(steps / spacing - counts).max() < 2 * _EVEN and not _in_a_row(counts):
         gaps = np.flatnonzero(counts > 1)
         where = some_of((f"between {places[gap]:.2f} and {places[gap + 1]:.2f} mm" for gap in gaps), _LISTED)
         return f"slices are missing {where} (spacing {spacing:.2f} mm)", "transfer the whole series again"
     reason = f"its slice spacing is uneven, {spacing:.2f} to {steps.max():.2f} mm"
-    return reason, "resample the series to even slices, as dcm2niix does, and give the NIfTI file"
+    return reason, _RESAMPLE
+
+
+def _in_a_row(counts: Array) -> bool:
+    """Whether wider steps follow each other to one end of the stack, as where a scan was planned in two spacings."""
+    wide = counts > 1
+    least = min(int(wide.sum()), int((~wide).sum()))
+    return least > 1 and np.count_nonzero(np.diff(wide)) == 1 and len(set(counts[wide])) == 1

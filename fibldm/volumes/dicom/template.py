@@ -15,13 +15,13 @@ import pydicom
 from highdicom.spatial import get_series_volume_positions
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage, MRImageStorage
+from pydicom.uid import CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from fibldm.errors import FibldmError
 from fibldm.volumes.grid import LPS_TO_RAS, Grid
 
-Modality = Literal["ct", "mr"]
+Modality = Literal["ct", "mr", "pt"]
 
 TECHNICAL: dict[Modality, tuple[str, ...]] = {
     "ct": (
@@ -33,10 +33,15 @@ TECHNICAL: dict[Modality, tuple[str, ...]] = {
         *("SequenceVariant", "MRAcquisitionType", "MagneticFieldStrength", "RepetitionTime", "EchoTime"),
         *("InversionTime", "FlipAngle", "EchoTrainLength", "NumberOfAverages", "PixelBandwidth"),
     ),
+    "pt": ("PatientPosition", "SliceThickness"),
 }
 """The tags that are taken, where all slices agree."""
 
-_MODALITIES: dict[str, Modality] = {CTImageStorage: "ct", MRImageStorage: "mr"}
+_MODALITIES: dict[str, Modality] = {
+    CTImageStorage: "ct",
+    MRImageStorage: "mr",
+    PositronEmissionTomographyImageStorage: "pt",
+}
 _PLACE_TOLERANCE_MM = 1e-2
 
 
@@ -45,7 +50,7 @@ class Template:
     """A real series as a template.
 
     Attributes:
-        modality: "ct" or "mr".
+        modality: "ct", "mr" or "pt".
         grid: where its voxels lie, in canonical (RAS+) order.
         tags: the values of `TECHNICAL` in which all slices agree, and nothing else.
     """
@@ -77,14 +82,14 @@ def read_template(folder: Path) -> Template:
     """The template that a folder with one series gives.
 
     Raises:
-        FibldmError: the folder does not hold exactly one CT or MR series of single-frame images, regularly spaced and
-            not sheared.
+        FibldmError: the folder does not hold exactly one CT, MR or PET series of single-frame images, regularly spaced
+            and not sheared.
     """
     slices = _headers(folder)
     kinds = {(str(header.get("SeriesInstanceUID")), str(header.get("SOPClassUID"))) for header in slices}
     if len(kinds) != 1 or not set(_MODALITIES) & {kind for _, kind in kinds}:
         raise FibldmError(
-            f"a template must be a folder with exactly one CT or MR series of single-frame images; "
+            f"a template must be a folder with exactly one CT, MR or PET series of single-frame images; "
             f"it holds {len(kinds)} {'kind' if len(kinds) == 1 else 'kinds'} of images in {len(slices)} DICOM files",
             "put the files of one series into a folder of their own",
         )

@@ -1,4 +1,4 @@
-"""Writing synthetic volumes as DICOM: a CT or MR series, marked as synthetic.
+"""Writing synthetic volumes as DICOM: a CT, MR or PET series, marked as synthetic.
 
 Nothing is resampled: axes are flipped and swapped to DICOM's customary viewing order within the volume's own slices,
 so that a reader finds the same voxels at the same places. UIDs follow from a key, so the same request gives the same
@@ -18,12 +18,20 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as ItemSequence
 from pydicom.sr.codedict import codes
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    generate_uid,
+)
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from fibldm import __version__
 from fibldm.errors import FibldmError
 from fibldm.files import atomic_folder, hash_value
+from fibldm.volumes.dicom.patient_position import state_position
 from fibldm.volumes.dicom.template import Modality, Template
 from fibldm.volumes.grid import LPS_TO_RAS, Volume, shear
 
@@ -70,9 +78,9 @@ def make_series(
     """The slices of a synthetic series, in order along their normal, ready for `write_series`.
 
     Args:
-        volume: CT in whole HU, stored as such; MR in arbitrary units, stored in 65536 steps of ``value_range``. Its
-            third axis becomes that of the slices.
-        modality: "ct" or "mr".
+        volume: CT in whole HU, stored as such; MR in arbitrary units and PET in SUV by body weight, stored in
+            65536 steps of ``value_range``. Its third axis becomes that of the slices.
+        modality: "ct", "mr" or "pt".
         value_range: smallest and largest value that the model can give; also the window shown at first.
         identity: decides patient and UIDs.
         template: gives technical tags; must fit, see `Template.check`.
@@ -90,13 +98,19 @@ def make_series(
     shared.DerivationDescription = shared.ImageComments = notice
     shared.update(_placed(turned, template))
     shared.RescaleSlope, shared.RescaleIntercept = _decimal(slope), _decimal(intercept)
-    shared.RescaleType = "HU" if modality == "ct" else "US"
+    if modality != "pt":
+        shared.RescaleType = "HU" if modality == "ct" else "US"
     shared.WindowCenter, shared.WindowWidth = _decimal(sum(value_range) / 2), _decimal(value_range[1] - value_range[0])
-    return [_slice(shared, stored[:, :, k], k, turned, identity) for k in range(stored.shape[2])]
+    if modality == "pt":
+        shared.NumberOfSlices = stored.shape[2]
+    slices = [_slice(shared, stored[:, :, k], k, turned, identity) for k in range(stored.shape[2])]
+    for number, dataset in enumerate(slices if modality == "pt" else (), start=1):
+        dataset.ImageIndex = number
+    return slices
 
 
 def quantisation_step(modality: Modality, value_range: tuple[float, float]) -> float:
-    """Distance of neighbouring stored values: 1 HU, or 1/65535 of the range of MR."""
+    """Distance of neighbouring stored values: 1 HU, or 1/65535 of the range of MR or PET."""
     return 1.0 if modality == "ct" else float(_decimal((value_range[1] - value_range[0]) / _UINT16.max))
 
 
@@ -147,11 +161,16 @@ def _stored(
             )
         return array.astype(np.int16), 1.0, 0.0
     slope, intercept = quantisation_step(modality, value_range), float(_decimal(value_range[0]))
+    if modality == "pt" and intercept:
+        raise FibldmError(
+            f"the window of PET must begin at 0 to be written as DICOM, which has no other; it begins at {intercept:g}",
+            "write NIfTI: leave out `format`",
+        )
     steps = np.rint((array.astype(np.float64) - intercept) / slope)
     if not (steps >= 0).all() or not (steps <= _UINT16.max).all():
         low, high = value_range
         raise FibldmError(
-            f"MR must lie within its range [{low:g}, {high:g}] to be written as DICOM; "
+            f"{modality.upper()} must lie within its range [{low:g}, {high:g}] to be written as DICOM; "
             f"it reaches from {array.min():g} to {array.max():g}"
         )
     return steps.astype(np.uint16), slope, intercept
@@ -163,7 +182,7 @@ def _shared(modality: Modality, identity: Identity, template: Template | None) -
     for keyword in (*_EMPTY, *_EMPTY_OF[modality]):
         setattr(shared, keyword, None)
     shared.SpecificCharacterSet = "ISO_IR 192"
-    shared.SOPClassUID = CTImageStorage if modality == "ct" else MRImageStorage
+    shared.SOPClassUID = _CLASSES[modality]
     shared.Modality = modality.upper()
     shared.StudyInstanceUID, shared.SeriesInstanceUID = identity.uid("study"), identity.uid("series")
     shared.FrameOfReferenceUID = identity.uid("frame of reference")
@@ -173,10 +192,14 @@ def _shared(modality: Modality, identity: Identity, template: Template | None) -
     if modality == "mr":
         # the terms for a research sequence and for none of the known variants
         shared.ScanningSequence, shared.SequenceVariant = "RM", "NONE"
+    if modality == "pt":
+        shared.update(_of_pet())
     if template is not None:
         shared.update(template.tags)
+    if modality == "pt":
+        state_position(shared, str(shared.get("PatientPosition") or ""))
     mark(shared)
-    shared.ImageType = ["DERIVED", "SECONDARY", "AXIAL" if modality == "ct" else "OTHER"]
+    shared.ImageType = _IMAGE_TYPES[modality]
     shared.StudyDescription, shared.SeriesDescription = "SYNTHETIC", f"SYNTHETIC {modality.upper()}"
     shared.BurnedInAnnotation, shared.LossyImageCompression = "NO", "00"
     shared.Manufacturer = shared.ManufacturerModelName = "FibLDM"
@@ -192,8 +215,31 @@ _EMPTY = (
 _EMPTY_OF: dict[Modality, tuple[str, ...]] = {
     "ct": ("KVP",),
     "mr": ("ScanOptions", "MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength"),
+    "pt": (
+        *("CollimatorType", "CorrectedImage", "AcquisitionDate", "AcquisitionTime", "ActualFrameDuration"),
+        "RadiopharmaceuticalInformationSequence",
+    ),
 }
 """Type 2 attributes: they must be there, and are empty where nothing is known."""
+
+
+_CLASSES = {"ct": CTImageStorage, "mr": MRImageStorage, "pt": PositronEmissionTomographyImageStorage}
+_IMAGE_TYPES = {
+    "ct": ["DERIVED", "SECONDARY", "AXIAL"],
+    "mr": ["DERIVED", "SECONDARY", "OTHER"],
+    "pt": ["DERIVED", "PRIMARY"],
+}
+"""The standard knows no SECONDARY of PET."""
+_NO_DATE, _NO_TIME = "19000101", "000000"
+
+
+def _of_pet() -> Dataset:
+    """What a PET series must say. Date and time may not be empty: they are the same in all, and tell nothing."""
+    pet = Dataset()
+    pet.SeriesDate, pet.SeriesTime, pet.FrameReferenceTime = _NO_DATE, _NO_TIME, 0
+    pet.Units, pet.SUVType, pet.CountsSource = "GML", "BW", "EMISSION"
+    pet.SeriesType, pet.DecayCorrection = ["STATIC", "IMAGE"], "NONE"
+    return pet
 
 
 def mark(dataset: Dataset) -> None:

@@ -21,7 +21,15 @@ class FibldmReader(ImageReader):
 
     Importing this module registers it; any format with a geometry is read when it is asked for by name, and ``.mha``,
     ``.mhd``, ``.nrrd`` and ``.nhdr`` also without.
+
+    Args:
+        resample_tilt: whether DICOM slices under a tilted gantry, or unevenly spaced, are brought to a regular grid.
+        suv: whether PET in DICOM is brought to SUV by body weight.
     """
+
+    def __init__(self, resample_tilt: bool = False, suv: bool = False) -> None:
+        super().__init__()
+        self.resample_tilt, self.suv = resample_tilt, suv
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         """Whether MONAI may choose this reader by itself."""
@@ -29,7 +37,8 @@ class FibldmReader(ImageReader):
 
     def read(self, data: Sequence[PathLike] | PathLike, **_: Any) -> Scan:
         """One image from its files."""
-        return read_scan(tuple(Path(str(file)) for file in ensure_tuple(data)))
+        files = tuple(Path(str(file)) for file in ensure_tuple(data))
+        return read_scan(files, resample_tilt=self.resample_tilt, suv=self.suv)
 
     def get_data(self, img: Scan) -> tuple[np.ndarray, dict[str, Any]]:
         """Array and metadata, in MONAI's words."""

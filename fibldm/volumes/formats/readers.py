@@ -33,6 +33,8 @@ def read_scan(
     key: Key = "image",
     item: str | None = None,
     scanner: bool = True,
+    resample_tilt: bool = False,
+    suv: bool = False,
 ) -> Scan:
     """An image or mask in RAS+ order.
 
@@ -44,18 +46,26 @@ def read_scan(
         item: which image of an HDF5 pack; ``None`` where a file holds one.
         scanner: whether other units than mm and colours are refused, as no scanner writes them; else lengths are
             brought to mm, and colours are three channels.
+        resample_tilt: as in `fibldm.volumes.dicom.series.read_series`, as is ``suv``; of DICOM only.
+        suv: see there.
 
     Raises:
         FibldmError: a file is missing, damaged or not what its name says; its format is not supported; its voxels or
             geometry are not usable; or ``spacing`` is missing, not positive, or given beside a geometry.
     """
-    scan = _as_stored(files, spacing, key, item, scanner)
+    if _readable_dicom(files):
+        from fibldm.volumes.dicom.series import read_series
+
+        _check_spacing("DICOM", spacing, needed=False)
+        scan = read_series(files, resample_tilt=resample_tilt, suv=suv)
+    else:
+        scan = _as_stored(files, spacing, key, item, scanner)
     x, y, z = scan.array.shape[:3]
     affine, found = straightened(Grid((x, y, z), scan.affine))
     return replace(scan, affine=affine, findings=(*scan.findings, *found))
 
 
-def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
+def _readable_dicom(files: Files) -> bool:
     for file in files:
         try:
             with file.open("rb") as stream:
@@ -63,11 +73,10 @@ def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None
         except OSError as error:
             message = f"a file must be readable; {error.strerror}"
             raise FibldmError(message, "check the path and its permissions") from error
-    if _is_dicom(files):
-        from fibldm.volumes.dicom.series import read_series
+    return _is_dicom(files)
 
-        _check_spacing("DICOM", spacing, needed=False)
-        return read_series(files)
+
+def _as_stored(files: Files, spacing: Spacing | None, key: Key, item: str | None, scanner: bool) -> Scan:
     suffix = _common_suffix(files)
     _check_spacing(suffix, spacing, needed=suffix in WITHOUT_GEOMETRY)
     if suffix in _NIFTI:
