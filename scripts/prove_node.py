@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ SHAPE, SPACING = (20, 22, 18), 10.0
 OPTIONS = ("--steps", "1", "--allow-extrapolation", "--device", "cpu", "--idle", "20", "--max-tries", "99")
 
 
-def forked(words: list[str]) -> None:
+def forked(words: list[str], modules: str = "fibldm.serving.dicom.node") -> None:
     """Run a command of fibldm for every line that comes, each in a process of its own."""
-    import_module("fibldm.serving.dicom.node")
+    import_module(modules)
     Synthesizer.from_bundle(Path(words[words.index("--bundle") + 1]), device="cpu")
     for _ in sys.stdin:
         if (child := os.fork()) == 0:
@@ -150,39 +151,63 @@ class Archive:
         return 0x0000
 
 
-class Node:
-    """The node under test: a process that is forked from one that has loaded all modules, which takes the longest."""
+class Forked:
+    """A service under test: a process that is forked from one that has loaded all modules, which takes the longest."""
 
-    def __init__(self, bundle: Path, out: Path, archive: int) -> None:
-        callers = [word for k in range(3) for word in ("--caller", f"SENDER{k}@127.0.0.1")]
-        places = ["--bundle", bundle, "--out", out / "node", "--port", "0", "--send", f"ARCHIVE@127.0.0.1:{archive}"]
-        command = [sys.executable, __file__, "--forked", "node", *places, *callers, *OPTIONS]
-        self._store, self.port, self._child = out / "node" / "jobs.sqlite", 0, 0
+    def __init__(self, words: Sequence[Any], log: Path) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._loaded = subprocess.Popen([str(word) for word in command], stderr=(out / "node.log").open("ab"), **pipes)
+        command = [sys.executable, *map(str, words)]
+        self._loaded = subprocess.Popen(command, stderr=log.open("ab"), **pipes)
+        self._child = 0
 
-    def start(self) -> None:
-        """Returns when it listens."""
+    def begin(self) -> None:
+        """A new process."""
         assert self._loaded.stdin is not None
         self._loaded.stdin.write("start\n")
         self._loaded.stdin.flush()
-        self._child = int(self._read("pid "))
-        self.port = int(self._read("FIBLDM listens on 127.0.0.1:"))
+        self._child = int(self.read("pid "))
 
     def kill(self) -> None:
         """By SIGKILL."""
-        self.port = 0
         os.kill(self._child, signal.SIGKILL)
-        self._read("ended ")
+        self.read("ended ")
 
-    def _read(self, beginning: str) -> str:
+    def end(self) -> bool:
+        """Whether it ends as it should when it is asked to."""
+        os.kill(self._child, signal.SIGTERM)
+        ended = int(self.read("ended ")) == 0
+        self._loaded.kill()
+        return ended
+
+    def read(self, beginning: str) -> str:
+        """The rest of the next line that begins so."""
         assert self._loaded.stdout is not None
         for line in self._loaded.stdout:
             if line.startswith(beginning):
                 return line.removeprefix(beginning)
             if line.startswith("ended "):
                 break
-        raise SystemExit("the node ended by itself; see node.log")
+        raise SystemExit("the service ended by itself; see its log")
+
+
+class Node(Forked):
+    """The node under test, by its port."""
+
+    def __init__(self, bundle: Path, out: Path, archive: int) -> None:
+        callers = [word for k in range(3) for word in ("--caller", f"SENDER{k}@127.0.0.1")]
+        places = ["--bundle", bundle, "--out", out / "node", "--port", "0", "--send", f"ARCHIVE@127.0.0.1:{archive}"]
+        super().__init__([__file__, "--forked", "node", *places, *callers, *OPTIONS], out / "node.log")
+        self._store, self.port = out / "node" / "jobs.sqlite", 0
+
+    def start(self) -> None:
+        """Returns when it listens."""
+        self.begin()
+        self.port = int(self.read("FIBLDM listens on 127.0.0.1:"))
+
+    def kill(self) -> None:
+        """By SIGKILL."""
+        self.port = 0
+        super().kill()
 
     def state(self) -> str:
         """What it is at, for the record."""
@@ -196,10 +221,7 @@ class Node:
         left = "SELECT 1 FROM jobs LEFT JOIN deliveries ON id = job WHERE state != 'done' OR NOT ifnull(ended, 0)"
         while self._rows(left) and time.monotonic() < until:
             time.sleep(0.5)
-        os.kill(self._child, signal.SIGTERM)
-        ended = int(self._read("ended ")) == 0
-        self._loaded.kill()
-        return ended
+        return self.end()
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self._store, timeout=30)

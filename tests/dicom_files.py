@@ -401,3 +401,26 @@ def box(columns: tuple[float, float], rows: tuple[float, float], place: float) -
 
 
 BOX = box((0.5, 4.5), (0.5, 2.5), 2)
+
+
+def box_structures(
+    file: Path, images: list[Path], origin: Sequence[float] = (-95.0, -110.0, -600.0), label: str = "left lung"
+) -> Path:
+    """A structure set of a box on slices 3 to 5, of voxels of 10 mm."""
+    headers = [pydicom.dcmread(image) for image in images]
+    x, y, z = (np.array(origin) + 10.0 * np.array((12, 4, 3))).tolist()
+    box = [(x, y), (x + 40, y), (x + 40, y + 40), (x, y + 40)]
+    contours = [[(*corner, z + 10 * k) for corner in box] for k in range(3)]
+
+    def refer(dataset: Dataset) -> None:
+        frame = dataset.ReferencedFrameOfReferenceSequence[0]
+        series = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
+        series.SeriesInstanceUID, series.ContourImageSequence = headers[0].SeriesInstanceUID, []
+        for header in headers:
+            item = Dataset()
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+            series.ContourImageSequence.append(item)
+        frame.FrameOfReferenceUID = headers[0].FrameOfReferenceUID
+        dataset.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = headers[0].FrameOfReferenceUID
+
+    return write_structures(file, {label: contours}, change=refer)

@@ -31,6 +31,13 @@ def studio(
     keep: Annotated[
         float | None, typer.Option(min=0, help="Days that jobs and results are kept; default: until they are deleted.")
     ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Minutes for which an RT structure set waits for its series, and images are kept."),
+    ] = 30.0,
+    max_tries: Annotated[
+        int, typer.Option(min=1, help="A mask that was in hand when the studio was killed so often is refused.")
+    ] = 3,
     adapter: shared.Adapters = [],
     device: shared.Device = None,
 ) -> dict[str, Any]:
@@ -48,7 +55,16 @@ def studio(
     from fibldm.volumes.masks import find_masks
 
     try:
-        from fibldm.serving.studio import Access, Limits, kept_token, listening, new_token, serving, studio_app
+        from fibldm.serving.studio import (
+            Access,
+            Limits,
+            kept_token,
+            listening,
+            new_token,
+            serving,
+            structure_sets,
+            studio_app,
+        )
     except ModuleNotFoundError as error:
         raise FibldmError(f"studio needs the package {error.name}", 'pip install "fibldm[studio]"') from error
     log_to_standard_error()
@@ -58,12 +74,16 @@ def studio(
         output = serving_output(bundle, out, device=device, adapters=read_strengths(adapter))
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
         limits = Limits(upload=largest * 2**20, waiting=waiting)
-        with Service(output, out, most=most, keep=None if keep is None else keep * 86400) as service:
+        days = None if keep is None else keep * 86400
+        with Service(output, out, most=most, keep=days, tries=max_tries) as service:
             access = Access(token or new_token(out), host, place.getsockname()[1], name)
             if not access.loopback:
                 print("warning: others reach this address, and what is sent is not encrypted: put it behind TLS")
-            with serving(studio_app(service, bundle, access, limits, examples), place):
-                print(f"open {access.start_link}")
+            with (
+                structure_sets(service, wait=60 * wait) as dicom,
+                serving(studio_app(service, bundle, access, limits, examples, dicom), place),
+            ):
+                print(f"open {access.start_link}", flush=True)
                 print(f"the token for programs lies in {token_file or out / 'token'}; Ctrl+C ends the studio")
                 emit_line({"ok": True, "address": access.address, "start": access.start_link})
                 service.run(ending)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import PLANTED, complete, write_segmentation, write_series, write_structures
+from dicom_files import PLANTED, box_structures, complete, write_segmentation, write_series, write_structures
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.dsutils import split_dataset
@@ -206,7 +206,8 @@ def test_results_are_those_of_synthesize(
     keep(study / "seg.dcm", tmp_path / "kept.dcm")
     mask = (tmp_path / "kept.dcm").rename(tmp_path / f"{hash_file(tmp_path / 'kept.dcm')[:16]}.dcm")
     caplog.set_level("INFO", logger="fibldm")
-    with Archive().opened() as archive, house(archive.peer, masks=masks) as node:
+    archives = Archive((SEG, STRUCTURE_SET, *IMAGES), (ExplicitVRLittleEndian, ImplicitVRLittleEndian))
+    with archives.opened() as archive, house(archive.peer, masks=masks) as node:
         with association(node.port) as opened:
             assert opened.send_c_echo().Status == 0x0000
         assert store(node.port, study / "seg.dcm", study / "seg.dcm") == [0x0000, 0x0000]
@@ -228,7 +229,7 @@ def test_results_are_those_of_synthesize(
 
 def test_a_structure_set_waits_for_its_series(house: Callable[..., Any], study: Path, tmp_path: Path) -> None:
     images = sorted((study / "ct").iterdir())
-    structures = structure_set(tmp_path / "structures.dcm", images)
+    structures = box_structures(tmp_path / "structures.dcm", images)
     with Archive().opened() as archive, house(archive.peer) as node:
         assert store(node.port, images[0], structures, *images[1:-1]) == [0x0000] * (SHAPE[0])
         (job,) = node.jobs
@@ -250,7 +251,7 @@ def test_a_structure_set_waits_for_its_series(house: Callable[..., Any], study: 
 
 def test_a_structure_set_without_its_series_is_refused(house: Callable[..., Any], study: Path, tmp_path: Path) -> None:
     images = sorted((study / "ct").iterdir())
-    structures = structure_set(tmp_path / "structures.dcm", images)
+    structures = box_structures(tmp_path / "structures.dcm", images)
     with house(limits=Limits(idle=20.0, wait=0.5)) as node:
         assert store(node.port, structures, images[0]) == [0x0000, 0x0000]
         node.work(lambda: node.jobs[0].state is State.REFUSED)
@@ -263,27 +264,6 @@ def test_a_structure_set_without_its_series_is_refused(house: Callable[..., Any]
         node.node._structures._wait = 0.0
         node.node._structures.look()
         assert list((node.service.folder / "series").iterdir()) == []
-
-
-def structure_set(file: Path, images: list[Path]) -> Path:
-    """The left lung as a box, on slices 3 to 5."""
-    headers = [pydicom.dcmread(image) for image in images]
-    x, y, z = (np.array(GRID["origin"]) + 10.0 * np.array((12, 4, 3))).tolist()
-    box = [(x, y), (x + 40, y), (x + 40, y + 40), (x, y + 40)]
-    contours = [[(*corner, z + 10 * k) for corner in box] for k in range(3)]
-
-    def refer(dataset: pydicom.Dataset) -> None:
-        frame = dataset.ReferencedFrameOfReferenceSequence[0]
-        series = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
-        series.SeriesInstanceUID, series.ContourImageSequence = headers[0].SeriesInstanceUID, []
-        for header in headers:
-            item = pydicom.Dataset()
-            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
-            series.ContourImageSequence.append(item)
-        frame.FrameOfReferenceUID = headers[0].FrameOfReferenceUID
-        dataset.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = headers[0].FrameOfReferenceUID
-
-    return write_structures(file, {"left lung": contours}, change=refer)
 
 
 def test_what_a_peer_does_not_take_is_said_and_not_tried_again(
@@ -377,7 +357,7 @@ def test_objects_that_are_not_taken(house: Callable[..., Any], study: Path, tmp_
     own = pydicom.dcmread(study / "seg.dcm")
     own.Manufacturer, own.SyntheticData = "FibLDM", "YES"
     own.save_as(tmp_path / "own.dcm")
-    drawn = pydicom.dcmread(structure_set(tmp_path / "drawn.dcm", sorted((study / "ct").iterdir())))
+    drawn = pydicom.dcmread(box_structures(tmp_path / "drawn.dcm", sorted((study / "ct").iterdir())))
     drawn.Manufacturer, drawn.SyntheticData = "FibLDM", "YES"
     drawn.save_as(tmp_path / "drawn.dcm")
     _, offset = split_dataset(study / "seg.dcm")

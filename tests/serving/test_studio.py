@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import logging
+import select
 import shutil
 import socket
 import threading
@@ -536,6 +537,20 @@ def test_connections_that_say_nothing_do_not_keep_others_out(
             for _ in range(2):
                 assert again.get(f"http://127.0.0.1:{port}/api/bundle").status_code == 200
                 time.sleep(0.1)
+
+
+def test_connections_that_are_made_at_once_are_so_many_at_most(
+    service: Service, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 20)
+    with studio(service, tiny_bundle, Limits()) as port, ExitStack() as opened:
+        idle = [opened.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)]
+        until = time.monotonic() + 5  # before the first is closed as it says nothing for 10 s
+        closed: set[socket.socket] = set()
+        while len(closed) < 80 and time.monotonic() < until:
+            closed |= {connection for connection in select.select(idle, [], [], 0.1)[0] if not connection.recv(1)}
+            idle = [connection for connection in idle if connection not in closed]
+        assert len(closed) == 80
 
 
 def test_a_port_that_is_taken_is_refused() -> None:

@@ -5,36 +5,21 @@ import logging
 import ssl
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from fibldm.errors import FibldmError
+from fibldm.serving.dicom.intake import Intake
 from fibldm.serving.dicom.limits import Limits, Pace
 from fibldm.serving.dicom.listening import Server, Sizes, tidy
-from fibldm.serving.dicom.objects import (
-    SEGMENTATIONS,
-    STORED,
-    STRUCTURE_SET,
-    Unwanted,
-    check_foreign,
-    check_segments,
-    header,
-    keep,
-)
+from fibldm.serving.dicom.objects import STORED, SYNTAXES, Unwanted
 from fibldm.serving.dicom.peers import Caller, known
-from fibldm.serving.dicom.structure_sets import FILE, StructureSets, referenced
-from fibldm.serving.service import Service
-from fibldm.serving.store import Job
-
-SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
-"""Uncompressed ones only: what is decoded is no larger than what was counted."""
 
 _UNKNOWN_CALLER, _UNKNOWN_CALLED, _BUSY = (1, 1, 3), (1, 1, 7), (2, 3, 1)  # result, source, reason: PS3.8, 9.3.4
 _SUCCESS, _OUT_OF_RESOURCES, _CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000  # PS3.4, B.2.3
@@ -47,21 +32,17 @@ class Door:
     """Listens, and takes on masks.
 
     Attributes:
-        service: gets the jobs.
+        intake: gets the objects.
         title: of this application entity.
         callers: who may call.
         limits: of what comes.
-        structures: gets images, and makes masks of structure sets.
-        owe: is told of every job that was taken on, before it is acknowledged.
         tls: None is without.
     """
 
-    service: Service
+    intake: Intake
     title: str
     callers: Sequence[Caller]
     limits: Limits
-    structures: StructureSets
-    owe: Callable[[Job], None]
     tls: ssl.SSLContext | None = None
     _paces: dict[tuple[str, str], Pace] = field(init=False, repr=False)
     _server: Server | None = field(init=False, default=None)
@@ -76,7 +57,7 @@ class Door:
         self._entity.acse_timeout = min(self.limits.idle, 30.0)
         self._entity.network_timeout = self._entity.dimse_timeout = self.limits.idle
         for sop_class in (Verification, *STORED):
-            self._entity.add_supported_context(sop_class, SYNTAXES)
+            self._entity.add_supported_context(sop_class, list(SYNTAXES))
 
     def open(self, host: str, port: int) -> int:
         """Listen, from other threads.
@@ -161,21 +142,5 @@ class Door:
             raise Unwanted(_OUT_OF_RESOURCES, "more bytes than are taken")
         if not self._paces[caller.ae_title, caller.address].allows():
             raise Unwanted(_OUT_OF_RESOURCES, "more objects a minute than are taken")
-        source, sop_class = Path(event.dataset_path), str(request.AffectedSOPClassUID)
-        found = header(source, sop_class, str(request.AffectedSOPInstanceUID))
-        if sop_class in SEGMENTATIONS:
-            check_segments(found, self.service.output.synthesizer.names.values())
-            self._take_on(source, "mask.dcm", held=False)
-        elif sop_class == STRUCTURE_SET:
-            check_foreign(found)
-            referenced(found)
-            self._take_on(source, FILE, held=True)
-        else:
-            self.structures.take_image(source, found)
-
-    def _take_on(self, source: Path, name: str, *, held: bool) -> None:
-        with self.service.incoming() as folder:
-            keep(source, folder / name)
-            job = self.service.submit(folder, held=held)
-            self.owe(job)
-        _logger.info("%s: acknowledged, %s", job.id, job.state)
+        sop_class, sop_instance = str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID)
+        self.intake.take(Path(event.dataset_path), sop_class, sop_instance)

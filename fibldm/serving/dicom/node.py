@@ -16,6 +16,7 @@ from pynetdicom.transport import AssociationSocket
 
 from fibldm.errors import FibldmError
 from fibldm.serving.dicom.door import Door
+from fibldm.serving.dicom.intake import Intake
 from fibldm.serving.dicom.limits import Limits
 from fibldm.serving.dicom.listening import close_socket
 from fibldm.serving.dicom.peers import Caller, Peer
@@ -60,11 +61,8 @@ class Node:
         names = [str(peer) for peer in peers]
         self._service, self._held = service, ExitStack()
         self._structures = StructureSets(service, wait=limits.wait, settled=settled)
-        self._door = Door(
-            *(service, title, callers, limits, self._structures),
-            owe=lambda job: service.store.owe(job.id, names),
-            tls=inward,
-        )
+        intake = Intake(service, self._structures, lambda job: service.store.owe(job.id, names))
+        self._door = Door(intake, title, callers, limits, inward)
         self._sender = Sender(service, title, peers, tls=outward, first=first)
         self._received = service.folder / ".received"
         self._ended = threading.Event()

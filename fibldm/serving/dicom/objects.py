@@ -1,16 +1,17 @@
-"""What comes by C-STORE: kept as it is encoded, and read in the little that the node must know of it."""
+"""What comes by C-STORE or STOW-RS: kept as it is encoded, and read in the little that the node must know of it."""
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fibldm.volumes.dicom.frames import read_dataset
+from fibldm.volumes.dicom.output import mask_files
 from fibldm.volumes.dicom.segments import segment_labels
 
 if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+    from pydicom.dataset import Dataset, FileMetaDataset
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage."""
@@ -18,6 +19,8 @@ STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 IMAGES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")
 """CT and MR Image Storage."""
 STORED = (*SEGMENTATIONS, STRUCTURE_SET, *IMAGES)
+SYNTAXES = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
+"""Explicit and Implicit VR Little Endian, uncompressed: what is decoded is no larger than what was counted."""
 
 _IMPLEMENTATION = "1.2.826.0.1.3680043.8.498.11509158844129203835191377603633433609"
 _READ = (
@@ -46,9 +49,8 @@ def keep(source: Path, place: Path) -> None:
     from pydicom.dataset import FileMetaDataset
     from pydicom.filewriter import write_file_meta_info
     from pydicom.uid import UID
-    from pynetdicom.dsutils import split_dataset
 
-    came, offset = split_dataset(source)
+    came, offset = split(source)
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = came.MediaStorageSOPClassUID
     meta.MediaStorageSOPInstanceUID = came.MediaStorageSOPInstanceUID
@@ -61,6 +63,19 @@ def keep(source: Path, place: Path) -> None:
         shutil.copyfileobj(stream, out, 2**20)
         out.flush()
         os.fsync(out.fileno())
+
+
+def split(file: Path) -> "tuple[FileMetaDataset, int]":
+    """What a file says before its object, and where the object begins.
+
+    Raises:
+        Exception: of many kinds, where the file is not one of the DICOM file format.
+    """
+    from pydicom.filereader import _read_file_meta_info, read_preamble
+
+    with file.open("rb") as stream:
+        read_preamble(stream, force=False)
+        return _read_file_meta_info(stream), stream.tell()
 
 
 def header(file: Path, sop_class: str, sop_instance: str) -> "Dataset":
@@ -106,3 +121,18 @@ def check_foreign(dataset: "Dataset") -> None:
     """
     if str(dataset.get("Manufacturer", "")) == "FibLDM" and str(dataset.get("SyntheticData", "")) == "YES":
         raise Unwanted(0xA900, "it is a result of FibLDM, not a mask")
+
+
+def results_of(root: Path, outputs: Iterable[str]) -> list[Path]:
+    """The files of a job's results: each series in order, and its mask; none of volumes in another format.
+
+    Args:
+        root: folder of the results.
+        outputs: of its outcome.
+    """
+    return [
+        file
+        for folder in map(root.joinpath, outputs)
+        if folder.is_dir()
+        for file in (*sorted(folder.glob("*.dcm")), *mask_files(folder))
+    ]

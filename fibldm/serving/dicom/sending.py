@@ -13,10 +13,10 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
+from fibldm.serving.dicom.objects import results_of
 from fibldm.serving.dicom.peers import Peer
 from fibldm.serving.service import Service
 from fibldm.serving.store import Delivery
-from fibldm.volumes.dicom.output import mask_files
 
 _FIRST, _LONGEST = 5.0, 900.0  # seconds until a try after the first that broke off, and at most
 _TIMEOUT, _CONNECTING = 60.0, 10.0  # seconds for an answer, and for a connection
@@ -105,12 +105,10 @@ class Sender(threading.Thread):
         return {"acknowledged": now.settled - len(now.refused), "not_taken": sorted(set(now.refused))}
 
     def _objects(self, id: str) -> list[Path]:
-        """The files of a job's results: each series in order, and its mask."""
         job = self._service.store.get(id)
         if job is None or job.outcome is None:
             raise _BrokeOff("its results are gone")
-        folders = [self._service.results(job) / name for name in job.outcome["outputs"]]
-        return [file for folder in folders for file in (*sorted(folder.glob("*.dcm")), *mask_files(folder))]
+        return results_of(self._service.results(job), job.outcome["outputs"])
 
 
 class _Called:

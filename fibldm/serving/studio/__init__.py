@@ -11,13 +11,17 @@
 * ``masks``: for the page, as NIfTI
 * ``refusals``: in one form
 * ``page``: the page, and the ways in which a browser is signed in
+* ``room``: for so many requests and jobs
+* ``related``, ``dicom_results``, ``dicomweb``: masks by STOW-RS, results by WADO-RS and QIDO-RS
+* ``described``: bodies, to OpenAPI
 * ``api``: the addresses
 * ``server``: uvicorn in a thread, and connections that say nothing
 """
 
 from fibldm.serving.studio.access import Access, kept_token, new_token
 from fibldm.serving.studio.api import studio_app
+from fibldm.serving.studio.dicomweb import structure_sets
 from fibldm.serving.studio.limits import Limits
 from fibldm.serving.studio.server import listening, serving
 
-__all__ = ["Access", "Limits", "kept_token", "listening", "new_token", "serving", "studio_app"]
+__all__ = ["Access", "Limits", "kept_token", "listening", "new_token", "serving", "structure_sets", "studio_app"]

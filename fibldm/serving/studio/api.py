@@ -1,11 +1,10 @@
 """The addresses of a studio."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -14,28 +13,37 @@ from starlette.responses import FileResponse, StreamingResponse
 
 from fibldm import __version__
 from fibldm.errors import FibldmError
+from fibldm.serving.dicom.structure_sets import StructureSets
 from fibldm.serving.service import Service
 from fibldm.serving.store import Job, State
 from fibldm.serving.studio.access import Access
 from fibldm.serving.studio.archive import zipped
 from fibldm.serving.studio.bundle_facts import bundle_view
+from fibldm.serving.studio.described import answer, body
+from fibldm.serving.studio.dicomweb import DicomWeb
 from fibldm.serving.studio.guard import Guard, Refusal
 from fibldm.serving.studio.limits import Limits
 from fibldm.serving.studio.masks import as_nifti, empty_mask
 from fibldm.serving.studio.page import add_page
 from fibldm.serving.studio.refusals import REFUSALS, describe_token, tell_refusals
+from fibldm.serving.studio.room import Room, busy
 from fibldm.serving.studio.uploads import files_into, form_of, options_of
 from fibldm.serving.studio.views import BundleView, JobView
 from fibldm.volumes.writer import sidecar
 
 _LOOK = 0.3  # seconds between two looks at a job whose events are listened to
 _SIGN = 15.0  # seconds after which a stream without news gives a sign of life
+T = TypeVar("T")
 _GZIP, _ZIP = "application/gzip", "application/zip"
-_BUSY = "the studio takes in as many requests as it can"
 
 
 def studio_app(
-    service: Service, bundle: Path, access: Access, limits: Limits | None = None, masks: Sequence[Path] = ()
+    service: Service,
+    bundle: Path,
+    access: Access,
+    limits: Limits | None = None,
+    masks: Sequence[Path] = (),
+    dicom: StructureSets | None = None,
 ) -> Guard:
     """The application of a studio, behind its guard.
 
@@ -45,6 +53,7 @@ def studio_app(
         access: who may ask.
         limits: how much may be sent.
         masks: files that people may begin with.
+        dicom: gets what comes by DICOMweb; None is without DICOMweb.
 
     Raises:
         FibldmError: the bundle is refused.
@@ -62,7 +71,10 @@ def studio_app(
     tell_refusals(app)
     add_page(app, access)
     facts = bundle_view(bundle, service, limits, masks)
-    Jobs(service, limits, facts, masks).add_to(app)
+    room = Room(service, limits)
+    Jobs(service, limits, room, facts, masks).add_to(app)
+    if dicom is not None:
+        DicomWeb(service, limits, room, dicom).add_to(app)
     describe_token(app)
     return Guard(app, access, limits)
 
@@ -73,34 +85,35 @@ class Jobs:
     Args:
         service: makes the volumes.
         limits: how much may be sent.
+        room: for requests.
         facts: of the generator.
         masks: files that people may begin with.
     """
 
-    def __init__(self, service: Service, limits: Limits, facts: BundleView, masks: Sequence[Path]) -> None:
+    def __init__(self, service: Service, limits: Limits, room: Room, facts: BundleView, masks: Sequence[Path]) -> None:
         self._service, self._limits, self._facts, self._masks = service, limits, facts, masks
-        self._reading, self._listening, self._submitting = 0, 0, threading.Lock()
+        self._room, self._listening = room, 0
 
     def add_to(self, app: FastAPI) -> None:
         """Give the addresses to an application."""
-        one, answer = "/api/jobs/{id}", Response
-        volume, nifti = _answer("NIfTI, or a DICOM series as a zip", _GZIP, _ZIP), _answer("NIfTI", _GZIP)
+        one, plain = "/api/jobs/{id}", Response
+        volume, nifti = answer("NIfTI, or a DICOM series as a zip", _GZIP, _ZIP), answer("NIfTI", _GZIP)
         app.get("/api/bundle", response_model=BundleView)(self.bundle)
-        app.post("/api/jobs", response_model=JobView, status_code=202, openapi_extra=_body(self._parts()))(self.submit)
+        app.post("/api/jobs", response_model=JobView, status_code=202, openapi_extra=body(self._parts()))(self.submit)
         app.get("/api/jobs", response_model=list[JobView])(self.jobs)
         app.get(one, response_model=JobView)(self.job)
-        app.delete(one, status_code=204, response_class=answer)(self.remove)
-        events = _answer("a job whenever it changed", "text/event-stream")
-        app.get(f"{one}/events", responses=events, response_class=answer)(self.events)
-        app.get(f"{one}/mask", responses=nifti, response_class=answer)(self.mask)
-        archive = _answer("all files of a job", _ZIP)
-        app.get(f"{one}/results", responses=archive, response_class=answer)(self.results)
-        app.get(f"{one}/results/{{number}}", responses=volume, response_class=answer)(self.result)
+        app.delete(one, status_code=204, response_class=plain)(self.remove)
+        events = answer("a job whenever it changed", "text/event-stream")
+        app.get(f"{one}/events", responses=events, response_class=plain)(self.events)
+        app.get(f"{one}/mask", responses=nifti, response_class=plain)(self.mask)
+        archive = answer("all files of a job", _ZIP)
+        app.get(f"{one}/results", responses=archive, response_class=plain)(self.results)
+        app.get(f"{one}/results/{{number}}", responses=volume, response_class=plain)(self.result)
         app.get(f"{one}/results/{{number}}/sidecar", response_model=dict[str, Any])(self.sidecar)
-        read = _body(self._mask())
-        app.post("/api/masks", responses=nifti, response_class=answer, openapi_extra=read)(self.read)
-        app.get("/api/masks/empty", responses=nifti, response_class=answer)(self.empty)
-        app.get("/api/masks/{number}", responses=nifti, response_class=answer)(self.example)
+        read = body(self._mask())
+        app.post("/api/masks", responses=nifti, response_class=plain, openapi_extra=read)(self.read)
+        app.get("/api/masks/empty", responses=nifti, response_class=plain)(self.empty)
+        app.get("/api/masks/{number}", responses=nifti, response_class=plain)(self.example)
 
     def bundle(self) -> BundleView:
         """The generator: labels, grid, conditions, sampling, card, licence; and the limits of the studio."""
@@ -108,22 +121,12 @@ class Jobs:
 
     async def submit(self, request: Request) -> JobView:
         """Ask for volumes of a mask; the same mask and options again are the same job."""
-        self._check_room()
-        form = await self._taken_in(request)
-        try:
-            return await run_in_threadpool(self._submitted, form)
-        finally:
-            self._reading -= 1
-            await form.close()
+        self._room.check()
+        return await self._taken_in(request, self._submitted)
 
     async def read(self, request: Request) -> Response:
         """A mask as the generator sees it: a label map in NIfTI, on the grid of the file."""
-        form = await self._taken_in(request)
-        try:
-            return _nifti(await run_in_threadpool(self._read, form))
-        finally:
-            self._reading -= 1
-            await form.close()
+        return _nifti(await self._taken_in(request, self._read))
 
     def empty(self) -> Response:
         """A mask of background on the model grid, to draw on."""
@@ -160,7 +163,7 @@ class Jobs:
         """The job whenever it changed (server-sent events `job`), until it is done or refused."""
         await run_in_threadpool(self._found, id)
         if self._listening >= self._limits.listeners:
-            raise _busy(f"at most {self._limits.listeners} streams of events are open at a time")
+            raise busy(f"at most {self._limits.listeners} streams of events are open at a time")
         return StreamingResponse(self._events(id), media_type="text/event-stream")
 
     def mask(self, id: str) -> Response:
@@ -187,24 +190,22 @@ class Jobs:
         """Where a volume comes from."""
         return FileResponse(sidecar(self._volume(id, number)), media_type="application/json")
 
-    async def _taken_in(self, request: Request) -> FormData:
-        """Its parts; whoever gets them counts as a reader until it says otherwise."""
-        if self._reading >= self._limits.readers:
-            raise _busy(_BUSY)
-        self._reading += 1
-        try:
-            return await form_of(request, self._service.output.synthesizer.beside, self._limits)
-        except BaseException:
-            self._reading -= 1
-            raise
+    async def _taken_in(self, request: Request, use: Callable[[FormData], T]) -> T:
+        """What becomes of the parts of a request."""
+        with self._room.reader():
+            form = await form_of(request, self._service.output.synthesizer.beside, self._limits)
+            try:
+                return await run_in_threadpool(use, form)
+            finally:
+                await form.close()
 
     def _submitted(self, form: FormData) -> JobView:
         asked = options_of(form)
         self._service.settings(asked)
         with self._service.incoming() as folder:
             files_into(folder, form, self._service.output.synthesizer.beside, self._limits)
-            with self._submitting:
-                self._check_room()
+            with self._room.submitting:
+                self._room.check()
                 job = self._service.submit(folder, asked)
         return self._seen(job.id)
 
@@ -212,10 +213,6 @@ class Jobs:
         with TemporaryDirectory() as folder:
             mask = files_into(Path(folder), form, self._service.output.synthesizer.beside, self._limits)
             return as_nifti(mask, self._service.output.synthesizer.names)
-
-    def _check_room(self) -> None:
-        if len(self._service.store.jobs(State.WAITING)) >= self._limits.waiting:
-            raise _busy(f"at most {self._limits.waiting} jobs wait at a time")
 
     async def _events(self, id: str) -> AsyncIterator[str]:
         self._listening += 1
@@ -285,10 +282,6 @@ class Jobs:
         return schema
 
 
-def _busy(message: str) -> Refusal:
-    return Refusal(429, message, "come again in a while", {"Retry-After": "10"})
-
-
 def _nifti(content: bytes) -> Response:
     return Response(content, media_type=_GZIP)
 
@@ -300,11 +293,3 @@ def _archive(root: Path, members: list[Path], name: str) -> Response:
 
 def _file(description: str) -> dict[str, Any]:
     return {"type": "string", "format": "binary", "description": description}
-
-
-def _body(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
-def _answer(description: str, *types: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"content": {name: {} for name in types}, "description": description}}

@@ -13,6 +13,8 @@ class Limits:
         inflated: bytes that a compressed file may become.
         voxels: of a mask or scan.
         dicom: bytes of a DICOM file, also once it is inflated; its elements take many times as much memory.
+        objects: of a request of DICOMweb.
+        series: bytes of the images that wait for a structure set.
         waiting: jobs that wait.
         readers: requests whose files are taken in at the same time; others are told to come again.
         listeners: event streams that are open at the same time.
@@ -24,6 +26,8 @@ class Limits:
     inflated: int = 2**30
     voxels: int = 2**28
     dicom: int = 2**27
+    objects: int = 4096
+    series: int = 2**32
     waiting: int = 32
     readers: int = 2
     listeners: int = 32

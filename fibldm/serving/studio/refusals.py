@@ -14,7 +14,8 @@ from fibldm.serving.studio.views import Refused
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Refused, "description": text}
     for status, text in (
-        (400, "not readable"), (401, "no token"), (403, "another page"), (404, "not there"), (408, "too slow"),
+        (400, "not readable"), (401, "no token"), (403, "another page"), (404, "not there"),
+        (406, "of no type that is asked for"), (408, "too slow"),
         (409, "not now"), (413, "too large"), (415, "another type"), (421, "another host"), (422, "refused"),
         (429, "too many"),
     )

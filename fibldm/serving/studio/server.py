@@ -34,8 +34,10 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch()
-        if len(self.connections) > _MOST_CONNECTIONS:
-            silent = [one for one in self.connections if isinstance(one, PatientProtocol) and one._since is not None]
+        ours = [one for one in self.connections if isinstance(one, PatientProtocol)]
+        held = [one for one in ours if not one.transport.is_closing()]  # many are made before a closed one goes
+        if len(held) > _MOST_CONNECTIONS:
+            silent = [one for one in held if one._since is not None]
             min(silent, key=lambda one: one._since or 0.0).transport.close()
 
     def data_received(self, data: bytes) -> None:

@@ -51,7 +51,7 @@ def scans_of(kinds: Mapping[str, Condition]) -> list[str]:
     return [name for name, kind in kinds.items() if kind.of_scan]
 
 
-def options_of(form: FormData) -> dict[str, Any]:
+def options_of(form: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked.
 
     Raises:
