@@ -45,6 +45,14 @@ def prepare(
     ] = False,
     derive: Annotated[str | None, typer.Option(help="lung: derive lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
+    missing_is_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--missing-is-unknown",
+            help="A label that a case does not have counts as not annotated there (unknown), not as absent, unless the "
+            "data say what was annotated (annotated_labels).",
+        ),
+    ] = False,
     keep_columns: Annotated[
         str | None, typer.Option(help="Columns to keep although they may identify the patient.")
     ] = None,
@@ -126,6 +134,7 @@ def prepare(
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,
         seed=seed,
+        missing_is_unknown=missing_is_unknown,
         second_modality=second_modality,
         second_window=second_window,
     )

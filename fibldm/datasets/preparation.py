@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fibldm import __version__
+from fibldm.datasets.annotated import hide_background, notes_on_annotated, partly_annotated
 from fibldm.datasets.case import CaseFacts, Record, prepare_case
 from fibldm.datasets.facts import notes_on_facts
 from fibldm.datasets.findings import Finding, Findings, table
@@ -110,6 +111,7 @@ def prepare(
         with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
             checked = _with_split(_check_all(plan, findings, folder, workers, progress))
             _refuse_bad(work, found, checked, complete=earlier is not None)
+            _hide_background(folder, checked, workers, progress)
             write_lists(folder, checked)
         if keep_salt:
             write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
@@ -222,7 +224,8 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
 
 
 def _record_key(case: Case, settings: PrepareSettings, stat: str) -> str:
-    return hash_value([__version__, asdict(settings), [asdict(mask) for mask in case.masks], case.item, stat])
+    said = [case.item, *([] if case.annotated is None else [case.annotated])]
+    return hash_value([__version__, asdict(settings), [asdict(mask) for mask in case.masks], *said, stat])
 
 
 def _stored_record(folder: Path, name: str, key: str) -> Record | None:
@@ -268,7 +271,26 @@ def _with_split(checked: Checked) -> Checked:
     unmasked = sum(about.label_ml is None for about in facts.values())
     if unmasked:
         findings.notes.append(f"cases without a mask, for the autoencoder only: {unmasked}")
-    return replace(checked, plan=plan)
+    kept = {name: about for name, about in facts.items() if name in plan.splits}
+    labels, missing_is_unknown = label_values(kept), plan.settings.missing_is_unknown
+    partly = partly_annotated(plan.source.cases, kept, labels, missing_is_unknown=missing_is_unknown)
+    masked = sum(about.label_ml is not None for about in kept.values())
+    findings.notes += notes_on_annotated(partly, labels, names, masked)
+    return replace(checked, plan=plan, partial=partly)
+
+
+def _hide_background(folder: Path, checked: Checked, workers: int, progress: bool) -> None:
+    """Make the background of partly annotated cases unknown in their written masks.
+
+    What is recorded of a case tells of its mask as read, so the record goes first: a run that follows an interrupted
+    one reads the case anew.
+    """
+    names = sorted(checked.partial)
+    for name in names:
+        (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)
+    calls = [(folder / f"labels/{name}.nii.gz",) for name in names]
+    bar = partial(track, what="partial masks", shown=progress)
+    list(in_processes(hide_background, calls, workers=workers, bar=bar, what="write a mask"))
 
 
 def _leaves_out(checked: Checked) -> bool:
