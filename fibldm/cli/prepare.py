@@ -11,7 +11,12 @@ _LISTS = ("datalist.json", "intensity.json", "report.json")
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a dataset, or a CSV or TSV table of its cases; several become one, labels matched by name."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Work folder to write.")],
     layout: Annotated[
         str, typer.Option(help="Layout: auto, decathlon, nnunet, bids, folders, csv, dicom, organs or pack.")

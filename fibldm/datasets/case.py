@@ -243,7 +243,22 @@ def _label_map(mask: Mask, image: Scan, settings: PrepareSettings, findings: Fin
                 f"not annotated; {UNKNOWN_LABEL} occurs, too"
             )
         array = np.where(array == mask.unknown, UNKNOWN_LABEL, array)
+    if mask.legend:
+        array = _in_legend(array, mask)
     return Scan(array, image.affine, scan.sha256)
+
+
+def _in_legend(read: Array, mask: Mask) -> Array:
+    kept = [0, *([UNKNOWN_LABEL] if mask.unknown is not None else [])]
+    if strange := sorted(set(np.unique(read).tolist()) - {*kept, *mask.legend}):
+        listed = ", ".join(f"{value:g}" for value in strange[:5])
+        raise FibldmError(
+            f"every label must have a name in the dataset's own legend, as it is matched by that; {listed} has none"
+        )
+    written = read.copy()
+    for value, new in mask.legend.items():
+        written[read == value] = new
+    return written
 
 
 def _on_grid(mask: Scan, image: Scan, findings: Findings) -> Array:

@@ -11,6 +11,7 @@ from fibldm.datasets.facts import FACTS
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.lung import LABELS as LUNGS
+from fibldm.datasets.modalities import MODALITIES, stated_modality
 from fibldm.datasets.pseudonyms import Pseudonyms, public_cases
 from fibldm.datasets.second_image import check_second
 from fibldm.datasets.settings import OF_THE_DATASET, PrepareSettings
@@ -20,13 +21,8 @@ from fibldm.datasets.texts import with_texts
 from fibldm.errors import FibldmError, unknown_choice
 from fibldm.volumes.datalist import ANNOTATED, SPLITS
 
-MODALITIES = ("ct", "mr", "other")
 CT_WINDOW = (-1000.0, 1000.0)
 
-_MODALITY_NAMES = {
-    "ct": "ct",
-    **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
-}
 _LATER = ("facts", "text", "missing_is_unknown", "second_modality", "second_window")
 _ONLY_FOR = {"window": "ct", "range": "other", "derive": "ct", "bias_field": "mr"}
 
@@ -132,7 +128,7 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
         cases = with_texts(cases, settings.text, findings)
     cases = public_cases(find_subjects(cases, findings, settings.subject_pattern), settings, pseudonyms, findings)
     given_split(cases)
-    if _stated_modality(source) not in (None, modality):
+    if stated_modality(source) not in (None, modality):
         findings.notes.append(f"the dataset says {source.modality}, --modality says {modality} and goes before it")
     if source.licence is None:
         findings.notes.append("the licence of the data is not known; write it into a dataset.json beside the data")
@@ -151,7 +147,7 @@ def by_text(values: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def _modality(source: Source, settings: PrepareSettings) -> str:
-    modality = settings.modality or _stated_modality(source)
+    modality = settings.modality or stated_modality(source)
     if modality is None:
         came = f"the dataset says {source.modality!r}" if source.modality else "nothing says it"
         raise FibldmError(
@@ -161,12 +157,6 @@ def _modality(source: Source, settings: PrepareSettings) -> str:
     if modality not in MODALITIES:
         raise unknown_choice("`modality`", modality, MODALITIES)
     return modality
-
-
-def _stated_modality(source: Source) -> str | None:
-    """``ct`` or ``mr`` where all channels say the same."""
-    stated = {_MODALITY_NAMES.get(name.strip().lower()) for name in (source.modality or "").split(",")}
-    return stated.pop() if len(stated) == 1 else None
 
 
 def _check(settings: PrepareSettings, modality: str, *, masked: int, unknown: Collection[int]) -> None:

@@ -6,7 +6,7 @@ parallel, and a case that is done is not done again when a run was interrupted o
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from fibldm.datasets.layouts import find_source
 from fibldm.datasets.plan import Plan, make_plan
 from fibldm.datasets.pseudonyms import SALT_FILE, Pseudonyms, key_of, key_path, pending_path, read_pseudonyms
 from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.several import joined_sources
 from fibldm.datasets.source import Case, Source
 from fibldm.datasets.split import ADD_PATIENTS, patients_to_split, too_few
 from fibldm.datasets.work_folder import (
@@ -71,7 +72,7 @@ class Report:
 
 
 def prepare(
-    source: Path,
+    source: Path | Sequence[Path],
     work: Path,
     settings: PrepareSettings | None = None,
     *,
@@ -83,7 +84,7 @@ def prepare(
     """Check every case of ``source`` and write the work folder ``work``, or find that it is there already.
 
     Args:
-        source: folder of a dataset, or a table of its cases; never changed.
+        source: folder of a dataset, or a table of its cases; never changed. Several become one, see `joined_sources`.
         work: folder to write.
         settings: what the user decides; ``None`` means the defaults.
         restart: whether a work folder of another source or other settings is written anew.
@@ -96,11 +97,16 @@ def prepare(
         FibldmError: a setting does not fit, the layout or split cannot be made, a case has an error (all findings are
             listed, and recorded in ``report.json``), ``work`` holds something else, or another process writes it.
     """
-    source, work, settings = Path(source), Path(work), settings or PrepareSettings()
+    sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    work, settings = Path(work), settings or PrepareSettings()
     if workers < 1:
         raise FibldmError(f"`workers` must be at least 1; got {workers}")
-    _refuse_overlap(source, work)
-    found = find_source(source, settings)
+    for path in sources:
+        _refuse_overlap(path, work)
+    if len(sources) == 1:
+        found = find_source(sources[0], settings)
+    else:
+        found, settings = joined_sources(sources, settings)
     with alone(beside(work), str(work), "wait until that has ended, or choose another folder"):
         earlier = _earlier_report(work)
         pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)

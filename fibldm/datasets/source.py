@@ -17,6 +17,7 @@ class Mask:
         elsewhere: of a DICOM mask, segments that other masks of the case take.
         item: which one of a pack; ``None`` of a file that holds one mask.
         unknown: the value of voxels that were not annotated (nnU-Net's ignore label); ``None`` where there is none.
+        legend: of a label map, what its values become; no others may occur. Empty: they stay as they are.
     """
 
     files: Files
@@ -25,6 +26,7 @@ class Mask:
     elsewhere: tuple[str, ...] = ()
     item: str | None = None
     unknown: int | None = None
+    legend: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
