@@ -13,6 +13,7 @@ from fibldm.datasets import preparation
 from fibldm.datasets.annotated import with_annotated
 from fibldm.datasets.preparation import Report, prepare
 from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.slices import write_slices
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
@@ -244,6 +245,24 @@ def test_of_ignored_voxels_nothing_is_said_where_a_label_was_not_annotated_eithe
     found = entries(tmp_path / "work")
     assert found["c1"]["annotated_labels"] == [1] and annotated_of(found["c1"]) is None
     assert "annotated_labels" not in found["c0"]
+
+
+def test_slices_of_such_a_folder_know_what_was_annotated_and_what_is_ignored(tmp_path: Path) -> None:
+    """Case 0 lacks the spleen; case 1 does, too, and has ignored slices; the others have all but these slices."""
+    source = make_nnunet(tmp_path / "source")
+    for number in (0, 1):
+        labels = without(np.asarray(read_volume(str(source / f"labelsTr/c{number}.nii.gz")).array), 2)
+        write_nifti(source / f"labelsTr/c{number}.nii.gz", without(labels, *([3] if not number else [])), AFFINE)
+    prepare(source, tmp_path / "work", PrepareSettings(missing_is_unknown=True), progress=False)
+    write_slices(tmp_path / "work", tmp_path / "slices", every=3)
+    report = prepare(tmp_path / "slices", tmp_path / "again", PrepareSettings(modality="ct"), progress=False)
+    assert "voxels of the ignore label (255) are unknown" in report.notes
+    found = entries(tmp_path / "again")
+    for case, entry in found.items():
+        before = written(tmp_path / "work", case[:2])[..., [int(case[-1])]]
+        assert np.array_equal(written(tmp_path / "again", case), before)
+        assert entry.get("annotated_labels") == ([1] if case[:2] in ("c0", "c1") else None)
+    assert {annotated_of(entry) for case, entry in found.items() if case[:2] == "c0"} == {(1,)}
 
 
 # --- what is refused

@@ -3,20 +3,16 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, path_shown, volume_entries
-from fibldm.datasets.layouts.facts import Search, channel_names, describe, label_names
+from fibldm.datasets.layouts.facts import IGNORE, Search, channel_names, describe, label_names, with_unknown
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError, shown
 from fibldm.volumes.formats.readers import SUPPORTED_SUFFIXES
-
-_IGNORE = "ignore"
-"""What nnU-Net calls the label of voxels that were not annotated."""
 
 _REMEDY = "give every case NAME the images NAME_0000, NAME_0001, ... and the label NAME"
 
@@ -46,8 +42,7 @@ def nnunet(search: Search) -> Source:
     else:
         cases = _listed_cases(search, listed, len(channels))
     if unknown is not None:
-        cases = [_with_unknown(case, unknown) for case in cases]
-        search.findings.notes.append(f"voxels of the ignore label ({unknown}) are unknown")
+        cases = with_unknown(search, cases, unknown)
     unlabelled = _by_case(search.path / "imagesTs", ending, len(channels), search.findings)
     cases += [_case(search, name, images) for name, images in unlabelled.items()]
     cases, segments = known_segments(cases, labels, search.findings)
@@ -75,17 +70,13 @@ def _labels(facts: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
             "overlap, and a voxel of a label map has one label",
             "name every value of the label maps instead",
         )
-    unknown = values.get(_IGNORE)
-    named = label_names({name: value for name, value in values.items() if name != _IGNORE} if values else labels)
+    unknown = values.get(IGNORE)
+    named = label_names({name: value for name, value in values.items() if name != IGNORE} if values else labels)
     if unknown is not None and (type(unknown) is not int or unknown in (0, *named)):
         raise FibldmError(
             f"the ignore label of dataset.json must be one value that no other label has; got {shown(unknown)}"
         )
     return named, unknown
-
-
-def _with_unknown(case: Case, unknown: int) -> Case:
-    return replace(case, masks=tuple(replace(mask, unknown=unknown) for mask in case.masks))
 
 
 def _listed_cases(search: Search, listed: Any, channels: int) -> list[Case]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fibldm.datasets.layouts.binary_masks import binary_masks, check_order
 from fibldm.datasets.layouts.entries import case_name, collected, is_dicom, visible
-from fibldm.datasets.layouts.facts import Search, describe
+from fibldm.datasets.layouts.facts import IGNORE, Search, describe, with_unknown
 from fibldm.datasets.layouts.manifest import LABEL, SECOND_IMAGE, Row, is_manifest, read_manifest, split_name
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
@@ -41,11 +41,15 @@ def table(search: Search) -> Source:
     if order and not binary and names is None and not findings.listed:
         message = "`merge_masks` is for folders of binary masks; the manifest has none"
         raise FibldmError(message, "leave it out, or give masks whose segments have names")
+    known = search.label_names
+    if (unknown := next((value for value, name in known.items() if name == IGNORE), None)) is not None and not binary:
+        cases = with_unknown(search, cases, unknown)
+    facts = search.facts | {"labels": {value: name for value, name in known.items() if value != unknown}}
     return describe(
         "csv",
         search,
         cases,
-        {"name": path.stem, **search.facts},
+        {"name": path.stem, **facts},
         remedy=f"correct {path.name}; a column 'case' gives names of your own",
         channels=channels if len(channels) > 1 else None,
         labels=dict(enumerate(order, start=1)) if binary else names,
