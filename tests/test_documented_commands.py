@@ -59,6 +59,7 @@ NOT_RUN = {
     "fibldm prepare table.csv": "needs texts; see test_texts.py",
     f"{ON_MINE} --config text": "needs a text encoder; see test_text.py",
     "fibldm synthesize --run runs/mine --masks masks/ --text": "needs a text encoder; see test_text.py",
+    "fibldm prepare liver_ct": "needs three datasets; see test_several.py",
     "fibldm prepare cases.csv --modality ct --second-modality": "needs second images; see test_image_condition.py",
     f"{ON_MINE} --config image": "needs second images; see test_image_condition.py",
     "fibldm synthesize --run runs/mine --masks masks/ --image": "needs second images; see test_image_condition.py",

@@ -11,7 +11,12 @@ _LISTS = ("datalist.json", "intensity.json", "report.json")
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder of a dataset, or a CSV or TSV table of its cases.")],
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a dataset, or a CSV or TSV table of its cases; several become one, labels matched by name."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Work folder to write.")],
     layout: Annotated[
         str, typer.Option(help="Layout: auto, decathlon, nnunet, bids, folders, csv, dicom, organs or pack.")
@@ -54,6 +59,14 @@ def prepare(
     ] = False,
     derive: Annotated[str | None, typer.Option(help="lung: derive lung masks from HU for CT without masks.")] = None,
     bias_field: Annotated[bool, typer.Option("--bias-field", help="MR only: correct the bias field (N4).")] = False,
+    missing_is_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--missing-is-unknown",
+            help="A label that a case does not have counts as not annotated there (unknown), not as absent, unless the "
+            "data say what was annotated (annotated_labels).",
+        ),
+    ] = False,
     keep_columns: Annotated[
         str | None, typer.Option(help="Columns to keep although they may identify the patient.")
     ] = None,
@@ -137,6 +150,7 @@ def prepare(
         skip_bad=skip_bad,
         subject_pattern=subject_pattern,
         seed=seed,
+        missing_is_unknown=missing_is_unknown,
         second_modality=second_modality,
         second_window=second_window,
     )

@@ -4,6 +4,7 @@
 * ``findings``: what is wrong and what has to be said, collected and told at once
 * ``source``: a dataset as found: cases, and where the labels of each come from
 * ``layouts``: find them: Decathlon, nnU-Net, BIDS, DICOM, TotalSegmentator, folders, tables
+* ``several``: several datasets as one, with a common legend; ``annotated``: what was annotated of each case
 * ``plan``: all that is settled before a voxel is read, with ``split`` (by patient) and ``pseudonyms`` (privacy)
 * ``case``: one case, read, checked and written
 * ``checks``, ``masks``, ``lung``, ``bias_field``: what a case needs: its checks, its masks, masks from HU, N4

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.datasets.checks import (
     PERCENTILES,
     extent_findings,
@@ -18,6 +19,7 @@ from fibldm.datasets.checks import (
     label_findings,
     likely_image_findings,
     spacing_findings,
+    undrawn_findings,
 )
 from fibldm.datasets.findings import Finding, Findings
 from fibldm.datasets.masks import read_mask
@@ -40,17 +42,18 @@ class CaseFacts:
     Attributes:
         shape: voxels.
         spacing: millimetres.
-        label_ml: volume of every label that occurs, background left out, in ml; ``None`` without a mask.
+        label_ml: volume of every label that occurs, without background and unknown, in ml; ``None`` without a mask.
         range: of each channel in its units: the two percentiles for MR, least and greatest value for others.
         image_sha256: hash of the bytes of each channel's files.
         label_sha256: hash of the bytes of each mask's files.
         image_voxels: hash of the image's voxels as written; equal for equal volumes.
-        label_voxels: hash of the label's voxels as written; ``None`` without a mask.
+        label_voxels: hash of the label's voxels as read, on RAS+ axes; ``None`` without a mask.
         acquisition: what the files say of how the image was made.
         derived: whether the mask was derived from the image.
         second_sha256: hash of the bytes of the second image's files, where there is one.
         second_voxels: hash of its voxels and grid as written; ``None`` without one.
         resampled: what was done to slices that were no regular stack, see `AcquiredSlices.to_dict`; else ``None``.
+        unknown: whether some voxels of the mask are unknown by themselves.
     """
 
     shape: tuple[int, int, int]
@@ -66,6 +69,7 @@ class CaseFacts:
     second_sha256: tuple[str, ...] = ()
     second_voxels: str | None = None
     resampled: Mapping[str, Any] | None = None
+    unknown: bool = False
 
     @property
     def voxels(self) -> list[str | None]:
@@ -214,8 +218,13 @@ def _label(case: Case, image: Scan, settings: PrepareSettings, findings: Finding
     read, merged = merged, merged.copy()
     for value, new in settings.remap.items():
         merged[read == value] = new
-    findings.add(label_findings(merged, settings.labels))
-    findings.add(likely_image_findings(merged, _channels(image)[0]))
+    known = merged
+    if any(mask.unknown is not None for mask in case.masks):
+        known = np.where(merged == UNKNOWN_LABEL, 0, merged)
+    findings.add(label_findings(known, settings.labels))
+    findings.add(likely_image_findings(known, _channels(image)[0]))
+    if case.annotated is not None:
+        findings.add(undrawn_findings(known, case.annotated, settings.labels))
     if findings.bad:
         return None
     return Scan(merged.astype(np.uint8), image.affine, "+".join(mask.sha256 for mask in sound))
@@ -236,7 +245,29 @@ def _label_map(mask: Mask, image: Scan, settings: PrepareSettings, findings: Fin
             held = ", ".join(f"{value:g}" for value in wrong[:5])
             raise FibldmError(f"a binary mask must hold 0 and 1; it holds {held}")
         array = np.where(array != 0, np.uint8(mask.value), np.uint8(0))
+    if mask.unknown is not None:
+        if mask.unknown != UNKNOWN_LABEL and (array == UNKNOWN_LABEL).any():
+            raise FibldmError(
+                f"labels must be within 0...{UNKNOWN_LABEL - 1} beside the value {mask.unknown} of voxels that were "
+                f"not annotated; {UNKNOWN_LABEL} occurs, too"
+            )
+        array = np.where(array == mask.unknown, UNKNOWN_LABEL, array)
+    if mask.legend:
+        array = _in_legend(array, mask)
     return Scan(array, image.affine, scan.sha256)
+
+
+def _in_legend(read: Array, mask: Mask) -> Array:
+    kept = [0, *([UNKNOWN_LABEL] if mask.unknown is not None else [])]
+    if strange := sorted(set(np.unique(read).tolist()) - {*kept, *mask.legend}):
+        listed = ", ".join(f"{value:g}" for value in strange[:5])
+        raise FibldmError(
+            f"every label must have a name in the dataset's own legend, as it is matched by that; {listed} has none"
+        )
+    written = read.copy()
+    for value, new in mask.legend.items():
+        written[read == value] = new
+    return written
 
 
 def _on_grid(mask: Scan, image: Scan, findings: Findings) -> Array:
@@ -279,6 +310,7 @@ def _facts(image: Scan, stored: Array, label: Scan | None, modality: str, derive
         acquisition=dict(image.facts),
         derived=derived,
         resampled=None if image.acquired is None else image.acquired.to_dict(),
+        unknown=label is not None and bool((label.array == UNKNOWN_LABEL).any()),
     )
 
 

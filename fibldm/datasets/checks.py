@@ -116,6 +116,20 @@ def label_findings(array: Array, names: Collection[int] = ()) -> Found:
         )
 
 
+def undrawn_findings(array: Array, annotated: Collection[int], names: Mapping[int, str]) -> Found:
+    """Whether a mask holds labels of which it is said that nobody drew them.
+
+    Args:
+        array: labels ``(X, Y, Z)``.
+        annotated: labels that were annotated.
+        names: of labels by value.
+    """
+    drawn = [int(value) for value in np.unique(array) if value and value not in annotated]
+    if drawn:
+        listed = ", ".join(names.get(value, str(value)) for value in drawn)
+        yield "error", f"a mask must hold annotated labels only; annotated_labels leaves out {listed}, which it holds"
+
+
 def likely_image_findings(label: Array, image: Array) -> Found:
     """Whether a label volume of many values is rather an image: they rise and fall with those of the image itself.
 
@@ -186,8 +200,8 @@ def as_float32(array: Array) -> NDArray[np.float32]:
 
 
 def label_counts(array: NDArray[np.uint8]) -> Mapping[int, int]:
-    """Voxels of every label that occurs, background left out."""
-    counts = np.bincount(array.ravel(), minlength=UNKNOWN_LABEL + 1)
+    """Voxels of every label that occurs; neither background nor unknown is one."""
+    counts = np.bincount(array.ravel(), minlength=UNKNOWN_LABEL + 1)[:UNKNOWN_LABEL]
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts) if value}
 
 

@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fibldm.datasets.annotated import with_annotated
 from fibldm.datasets.facts import FACTS
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.segments import numbered_as_asked
 from fibldm.datasets.lung import LABELS as LUNGS
+from fibldm.datasets.modalities import MODALITIES, stated_modality
 from fibldm.datasets.pseudonyms import Pseudonyms, public_cases
 from fibldm.datasets.second_image import check_second
 from fibldm.datasets.settings import OF_THE_DATASET, PrepareSettings
@@ -17,20 +19,14 @@ from fibldm.datasets.source import Source
 from fibldm.datasets.split import find_subjects, given_split, split_cases
 from fibldm.datasets.texts import with_texts
 from fibldm.errors import FibldmError, unknown_choice
-from fibldm.volumes.datalist import SPLITS
+from fibldm.volumes.datalist import ANNOTATED, SPLITS
 
-MODALITIES = ("ct", "mr", "pt", "other")
 CT_WINDOW = (-1000.0, 1000.0)
 PT_WINDOW = (0.0, 20.0)
 """SUV by body weight: nothing is 0, and most tumours lie below 20."""
 
-_MODALITY_NAMES = {
-    "ct": "ct",
-    **dict.fromkeys(("pt", "pet", "suv"), "pt"),
-    **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1gd", "t1c", "t2", "t2w", "flair", "pd", "adc", "dwi"), "mr"),
-}
 _WINDOWS = {"ct": CT_WINDOW, "pt": PT_WINDOW}
-_LATER = ("facts", "text", "second_modality", "second_window", "resample_tilt")
+_LATER = ("facts", "text", "missing_is_unknown", "second_modality", "second_window", "resample_tilt")
 _ONLY_FOR = {"window": ("ct", "pt"), "range": ("other",), "derive": ("ct",), "bias_field": ("mr",)}
 
 
@@ -101,7 +97,12 @@ class Plan:
                 **source.references,
             },
             "cases": {
-                case.name: {"subject": self.subjects[case.name], "split": case.split, **case.covariates}
+                case.name: {
+                    "subject": self.subjects[case.name],
+                    "split": case.split,
+                    **case.covariates,
+                    **({} if case.annotated is None else {ANNOTATED: list(case.annotated)}),
+                }
                 for case in source.cases
             },
         }
@@ -121,14 +122,16 @@ def make_plan(source: Source, settings: PrepareSettings, pseudonyms: Pseudonyms,
     """
     source = numbered_as_asked(source, settings.labels)
     modality = _modality(source, settings)
-    _check(settings, modality, masked=sum(bool(case.masks) for case in source.cases))
+    unknown = {mask.unknown for case in source.cases for mask in case.masks if mask.unknown is not None}
+    _check(settings, modality, masked=sum(bool(case.masks) for case in source.cases), unknown=unknown)
     check_second(settings, sum(bool(case.second) for case in source.cases))
     cases = [replace(case, private=case.private or settings.hide_names) for case in source.cases]
+    cases = with_annotated(cases, {**source.labels, **settings.labels}, settings.remap)
     if settings.text is not None:
         cases = with_texts(cases, settings.text, findings)
     cases = public_cases(find_subjects(cases, findings, settings.subject_pattern), settings, pseudonyms, findings)
     given_split(cases)
-    if _stated_modality(source) not in (None, modality):
+    if stated_modality(source) not in (None, modality):
         findings.notes.append(f"the dataset says {source.modality}, --modality says {modality} and goes before it")
     if source.licence is None:
         findings.notes.append("the licence of the data is not known; write it into a dataset.json beside the data")
@@ -147,7 +150,7 @@ def by_text(values: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def _modality(source: Source, settings: PrepareSettings) -> str:
-    modality = settings.modality or _stated_modality(source)
+    modality = settings.modality or stated_modality(source)
     if modality is None:
         came = f"the dataset says {source.modality!r}" if source.modality else "nothing says it"
         raise FibldmError(
@@ -159,13 +162,7 @@ def _modality(source: Source, settings: PrepareSettings) -> str:
     return modality
 
 
-def _stated_modality(source: Source) -> str | None:
-    """``ct``, ``mr`` or ``pt`` where all channels say the same."""
-    stated = {_MODALITY_NAMES.get(name.strip().lower()) for name in (source.modality or "").split(",")}
-    return stated.pop() if len(stated) == 1 else None
-
-
-def _check(settings: PrepareSettings, modality: str, *, masked: int) -> None:
+def _check(settings: PrepareSettings, modality: str, *, masked: int, unknown: Collection[int]) -> None:
     for name, needed in _ONLY_FOR.items():
         if getattr(settings, name) not in (None, False) and modality not in needed:
             raise FibldmError(f"`{name}` is for the modality {' or '.join(needed)}; it is {modality}", "leave it out")
@@ -188,5 +185,13 @@ def _check(settings: PrepareSettings, modality: str, *, masked: int) -> None:
     for name in settings.facts:
         if name not in FACTS:
             raise unknown_choice("`facts`", name, FACTS)
+    if settings.remap.keys() & unknown:
+        listed = ", ".join(map(str, sorted(settings.remap.keys() & unknown)))
+        raise FibldmError(
+            f"`remap` must leave the label of voxels that were not annotated (ignore) alone; got {listed}",
+            "leave it out",
+        )
+    if settings.missing_is_unknown and not masked:
+        raise FibldmError("`missing_is_unknown` is for data with masks; no case has one", "leave it out")
     if settings.spacing is not None and not all(length > 0 for length in settings.spacing):
         raise FibldmError(f"`spacing` must be three lengths above 0 in mm; got {settings.spacing}")

@@ -6,13 +6,14 @@ parallel, and a case that is done is not done again when a run was interrupted o
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fibldm import __version__
+from fibldm.datasets.annotated import hide_background, notes_on_annotated, partly_annotated
 from fibldm.datasets.case import CaseFacts, Record, prepare_case
 from fibldm.datasets.facts import notes_on_facts
 from fibldm.datasets.findings import Finding, Findings, table
@@ -20,6 +21,7 @@ from fibldm.datasets.layouts import find_source
 from fibldm.datasets.plan import Plan, make_plan
 from fibldm.datasets.pseudonyms import SALT_FILE, Pseudonyms, key_of, key_path, pending_path, read_pseudonyms
 from fibldm.datasets.settings import PrepareSettings
+from fibldm.datasets.several import joined_sources
 from fibldm.datasets.source import Case, Source
 from fibldm.datasets.split import ADD_PATIENTS, patients_to_split, too_few
 from fibldm.datasets.work_folder import (
@@ -70,7 +72,7 @@ class Report:
 
 
 def prepare(
-    source: Path,
+    source: Path | Sequence[Path],
     work: Path,
     settings: PrepareSettings | None = None,
     *,
@@ -82,7 +84,7 @@ def prepare(
     """Check every case of ``source`` and write the work folder ``work``, or find that it is there already.
 
     Args:
-        source: folder of a dataset, or a table of its cases; never changed.
+        source: folder of a dataset, or a table of its cases; never changed. Several become one, see `joined_sources`.
         work: folder to write.
         settings: what the user decides; ``None`` means the defaults.
         restart: whether a work folder of another source or other settings is written anew.
@@ -95,11 +97,16 @@ def prepare(
         FibldmError: a setting does not fit, the layout or split cannot be made, a case has an error (all findings are
             listed, and recorded in ``report.json``), ``work`` holds something else, or another process writes it.
     """
-    source, work, settings = Path(source), Path(work), settings or PrepareSettings()
+    sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    work, settings = Path(work), settings or PrepareSettings()
     if workers < 1:
         raise FibldmError(f"`workers` must be at least 1; got {workers}")
-    _refuse_overlap(source, work)
-    found = find_source(source, settings)
+    for path in sources:
+        _refuse_overlap(path, work)
+    if len(sources) == 1:
+        found = find_source(sources[0], settings)
+    else:
+        found, settings = joined_sources(sources, settings)
     with alone(beside(work), str(work), "wait until that has ended, or choose another folder"):
         earlier = _earlier_report(work)
         pseudonyms = _pseudonyms(work, needed=earlier is not None and not restart)
@@ -110,6 +117,7 @@ def prepare(
         with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
             checked = _with_split(_check_all(plan, findings, folder, workers, progress))
             _refuse_bad(work, found, checked, complete=earlier is not None)
+            _hide_background(folder, checked, workers, progress)
             write_lists(folder, checked)
         if keep_salt:
             write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
@@ -222,7 +230,8 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
 
 
 def _record_key(case: Case, settings: PrepareSettings, stat: str) -> str:
-    return hash_value([__version__, asdict(settings), [asdict(mask) for mask in case.masks], case.item, stat])
+    said = [case.item, *([] if case.annotated is None else [case.annotated])]
+    return hash_value([__version__, asdict(settings), [asdict(mask) for mask in case.masks], *said, stat])
 
 
 def _stored_record(folder: Path, name: str, key: str) -> Record | None:
@@ -268,7 +277,26 @@ def _with_split(checked: Checked) -> Checked:
     unmasked = sum(about.label_ml is None for about in facts.values())
     if unmasked:
         findings.notes.append(f"cases without a mask, for the autoencoder only: {unmasked}")
-    return replace(checked, plan=plan)
+    kept = {name: about for name, about in facts.items() if name in plan.splits}
+    labels, missing_is_unknown = label_values(kept), plan.settings.missing_is_unknown
+    partly = partly_annotated(plan.source.cases, kept, labels, missing_is_unknown=missing_is_unknown)
+    masked = sum(about.label_ml is not None for about in kept.values())
+    findings.notes += notes_on_annotated(partly, labels, names, masked)
+    return replace(checked, plan=plan, partial=partly)
+
+
+def _hide_background(folder: Path, checked: Checked, workers: int, progress: bool) -> None:
+    """Make the background of partly annotated cases unknown in their written masks.
+
+    What is recorded of a case tells of its mask as read, so the record goes first: a run that follows an interrupted
+    one reads the case anew.
+    """
+    names = sorted(checked.partial)
+    for name in names:
+        (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)
+    calls = [(folder / f"labels/{name}.nii.gz",) for name in names]
+    bar = partial(track, what="partial masks", shown=progress)
+    list(in_processes(hide_background, calls, workers=workers, bar=bar, what="write a mask"))
 
 
 def _leaves_out(checked: Checked) -> bool:

@@ -18,6 +18,7 @@ OF_THE_DATASET = {
         "subject_pattern",
         "seed",
         "text",
+        "missing_is_unknown",
     )
 }
 """Settings that change no voxel of a case, so that no case is read again when one of them is changed."""
@@ -54,6 +55,8 @@ class PrepareSettings:
         skip_bad: whether cases with errors are left out, instead of failing.
         subject_pattern: regular expression whose first group is the patient, searched in the image's path.
         seed: seed of the split.
+        missing_is_unknown: whether a label that a case does not have was not annotated there, where the case does not
+            say by itself what was; otherwise it is absent.
         second_modality: of the second images, where there are some: ``ct``, ``mr``, ``pt`` or ``other``.
         second_window: of second images, what becomes -1 and 1: HU of ``ct`` and SUV of ``pt``, where ``None`` means
             -1000 and 1000, or 0 and 20; units
@@ -81,6 +84,7 @@ class PrepareSettings:
     skip_bad: bool = False
     subject_pattern: str | None = None
     seed: int = 0
+    missing_is_unknown: bool = False
     second_modality: str | None = None
     second_window: tuple[float, float] | None = None
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fibldm import UNKNOWN_LABEL
-from fibldm.datasets.layouts.facts import REFERENCE_KEYS
+from fibldm.datasets.layouts.facts import IGNORE, REFERENCE_KEYS
 from fibldm.errors import FibldmError
 from fibldm.files import write_json, write_text
 from fibldm.locks import alone, beside
 from fibldm.progress import track
-from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS, read_datalist
+from fibldm.volumes.datalist import ANNOTATED, SECOND_IMAGE, SPLITS, UNKNOWN_VOXELS, annotated_of, read_datalist
 from fibldm.volumes.grid import SCANNER
 from fibldm.volumes.writer import write_nifti
 
@@ -57,9 +57,12 @@ def _write_all(work: Path, out: Path, every: float) -> int:
         raise FibldmError(f"the folder must be empty or absent; {out} is not", "choose another folder")
     datalist = read_datalist(work)
     cases = [(split, entry) for split in SPLITS for entry in datalist[split]]
-    rows = [row for split, entry in track(cases, "slices") for row in _cut({**entry, "split": split}, out, every)]
+    rows, unknown = list[dict[str, Any]](), False
+    for split, entry in track(cases, "slices"):
+        of_case, leaves_unknown = _cut({**entry, "split": split}, out, every)
+        rows, unknown = rows + of_case, unknown or leaves_unknown
     write_text(out / MANIFEST, _table(rows))
-    write_json(out / "dataset.json", _facts(datalist))
+    write_json(out / "dataset.json", _facts(datalist, unknown))
     return len(rows)
 
 
@@ -85,13 +88,14 @@ def relative_position(index: int, count: int) -> float:
     return round(index / (count - 1), 4) if count > 1 else 0.5
 
 
-def _cut(entry: Mapping[str, Any], out: Path, every: float) -> list[dict[str, Any]]:
-    """Write the slices of a case; a row of the manifest for each."""
+def _cut(entry: Mapping[str, Any], out: Path, every: float) -> tuple[list[dict[str, Any]], bool]:
+    """Write the slices of a case; a row of the manifest for each, and whether masks have voxels that are unknown."""
     volumes = {key: nibabel.Nifti1Image.from_filename(entry[key]) for key in _FILES if key in entry}
     label = np.asarray(volumes["label"].dataobj) if "label" in volumes else None
     count, spacing = volumes["image"].shape[2], float(nibabel.affines.voxel_sizes(volumes["image"].affine)[2])
     chosen = heights(spacing, count, every, label)
-    return [_write(entry, volumes, index, out, digits=len(str(count))) for index in chosen]
+    rows = [_write(entry, volumes, index, out, digits=len(str(count))) for index in chosen]
+    return rows, label is not None and not annotated_of(entry) and bool((label == UNKNOWN_LABEL).any())
 
 
 def _write(
@@ -102,8 +106,14 @@ def _write(
     for key, volume in volumes.items():
         part = volume.slicer[:, :, index : index + 1]
         space = int(part.header["sform_code"]) or SCANNER
-        write_nifti(out / files[key], np.asarray(part.dataobj), part.affine, space=space)
-    about = {name: value for name, value in entry.items() if name != SECOND_IMAGE}  # which are not cut
+        voxels = np.asarray(part.dataobj)
+        if key == "label" and annotated_of(entry):
+            voxels = np.where(voxels == UNKNOWN_LABEL, 0, voxels)  # as it was; the column says the rest
+        write_nifti(out / files[key], voxels, part.affine, space=space)
+    left_out = (SECOND_IMAGE, UNKNOWN_VOXELS, ANNOTATED)  # second images are not cut
+    about = {name: value for name, value in entry.items() if name not in left_out}
+    if entry.get(ANNOTATED):
+        about[ANNOTATED] = ";".join(map(str, entry[ANNOTATED]))
     return {**about, **files, "case": case, POSITION: relative_position(index, volumes["image"].shape[2])}
 
 
@@ -116,7 +126,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _facts(datalist: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(datalist: Mapping[str, Any], unknown: bool) -> dict[str, Any]:
     kept = {key: datalist[key] for key in ("name", "licence", *REFERENCE_KEYS) if datalist.get(key)}
     channels = {str(index): name for index, name in enumerate(datalist["channels"])}
-    return {**kept, "modality": channels, "labels": datalist["labels"]}
+    ignored = {str(UNKNOWN_LABEL): IGNORE} if unknown else {}
+    return {**kept, "modality": channels, "labels": datalist["labels"] | ignored}

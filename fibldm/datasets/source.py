@@ -16,6 +16,8 @@ class Mask:
         names: of a mask whose segments have names (DICOM, 3D Slicer's NRRD), values by these; others are left out.
         elsewhere: of such a mask, segments that other masks of the case take.
         item: which one of a pack; ``None`` of a file that holds one mask.
+        unknown: the value of voxels that were not annotated (nnU-Net's ignore label); ``None`` where there is none.
+        legend: of a label map, what its values become; no others may occur. Empty: they stay as they are.
     """
 
     files: Files
@@ -23,6 +25,8 @@ class Mask:
     names: Mapping[str, int] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
     item: str | None = None
+    unknown: int | None = None
+    legend: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Case:
         private: whether name and path may tell the patient (DICOM); they are then written nowhere.
         item: which image of a pack; ``None`` of a file that holds one case.
         second: files of another image of the patient, see `fibldm.datasets.second_image`; none where there is none.
+        annotated: the labels that were annotated, as they are written; ``None`` where the dataset does not say.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Case:
     private: bool = False
     item: str | None = None
     second: Files = ()
+    annotated: tuple[int, ...] | None = None
 
     @property
     def files(self) -> Files:

@@ -1,9 +1,9 @@
 """Write a work folder: volumes in RAS+, datalist, intensity and report, whole or not at all."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fibldm.datasets.second_image import about_second
 from fibldm.datasets.source import Case
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, write_json
-from fibldm.volumes.datalist import SECOND_IMAGE, SPLITS
+from fibldm.volumes.datalist import ANNOTATED, SECOND_IMAGE, SPLITS, UNKNOWN_VOXELS
 from fibldm.volumes.intensity import Intensity, Kind
 from fibldm.volumes.second_image import ABOUT
 from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
@@ -43,12 +43,14 @@ class Checked:
         facts: facts of the sound cases, by case name.
         stats: size and time of the files of every case, by case name; see `file_stat`.
         findings: what is wrong with cases, and what has to be said about the dataset.
+        partial: the labels that were annotated, by name of each case of which not all were.
     """
 
     plan: Plan
     facts: Mapping[str, CaseFacts]
     stats: Mapping[str, str]
     findings: Findings
+    partial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def write_lists(folder: Path, checked: Checked) -> None:
     if any(about.second_voxels is not None for about in facts.values()):
         write_json(folder / SECOND_IMAGES / ABOUT, about_second(plan.settings).to_dict())
     write_json(folder / "intensity.json", _intensity(plan, facts).to_dict())
-    write_json(folder / "datalist.json", _datalist(plan, facts))
+    write_json(folder / "datalist.json", _datalist(plan, facts, checked.partial))
     write_json(folder / "report.json", report_dict(checked, ok=True))
 
 
@@ -115,13 +117,14 @@ def _intensity(plan: Plan, facts: Mapping[str, CaseFacts]) -> Intensity:
     )
 
 
-def _datalist(plan: Plan, facts: Mapping[str, CaseFacts]) -> dict[str, Any]:
+def _datalist(plan: Plan, facts: Mapping[str, CaseFacts], partial: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     names = plan.label_names
     labels = {"0": "background", **{str(value): names.get(value, f"label {value}") for value in label_values(facts)}}
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for case in plan.source.cases:
         if case.name in plan.splits:
-            splits[plan.splits[case.name]].append(_entry(case, plan, facts[case.name]))
+            about = facts[case.name]
+            splits[plan.splits[case.name]].append({**_entry(case, plan, about), **_annotated(case, about, partial)})
     return {
         "name": plan.source.name,
         **plan.source.references,
@@ -129,7 +132,11 @@ def _datalist(plan: Plan, facts: Mapping[str, CaseFacts]) -> dict[str, Any]:
         "modality": plan.modality,
         "channels": list(plan.source.channels),
         "labels": labels,
-        "envelope": _envelope([facts[entry["case"]] for entry in splits["training"]], label_values(facts)),
+        "envelope": _envelope(
+            [facts[entry["case"]] for entry in splits["training"]],
+            [entry.get(ANNOTATED) for entry in splits["training"]],
+            label_values(facts),
+        ),
         "content": _content_hash(plan, facts, labels, splits),
         **splits,
     }
@@ -179,17 +186,38 @@ def _entry(case: Case, plan: Plan, about: CaseFacts) -> dict[str, Any]:
     }
 
 
-def _envelope(training: list[CaseFacts], labels: Iterable[int]) -> dict[str, Any]:
-    """What the training cases with masks cover: spacing and field of view in mm by RAS+ axis, label volumes in ml."""
+def _annotated(case: Case, about: CaseFacts, partial: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    if case.name not in partial:
+        return {}
+    return {ANNOTATED: list(partial[case.name]), **({UNKNOWN_VOXELS: True} if about.unknown else {})}
+
+
+def _envelope(
+    training: list[CaseFacts], annotated: Sequence[Collection[int] | None], labels: Iterable[int]
+) -> dict[str, Any]:
+    """What the training cases with masks cover: spacing and field of view in mm by RAS+ axis, label volumes in ml.
+
+    The volume of a label is that of the cases in which it was annotated.
+    """
     masked = [about for about in training if about.label_ml is not None] or training
     spacing = np.array([about.spacing for about in masked])
     view = spacing * np.array([about.shape for about in masked])
-    volumes = {str(value): [(about.label_ml or {}).get(value, 0.0) for about in masked] for value in labels}
+    volumes = {str(value): _volumes(value, training, annotated) for value in labels}
     return {
         "spacing_mm": {"min": spacing.min(axis=0).tolist(), "max": spacing.max(axis=0).tolist()},
         "field_of_view_mm": {"min": view.min(axis=0).tolist(), "max": view.max(axis=0).tolist()},
         "label_volume_ml": {value: {"min": min(ml), "max": max(ml)} for value, ml in volumes.items()},
     }
+
+
+def _volumes(value: int, training: list[CaseFacts], annotated: Sequence[Collection[int] | None]) -> list[float]:
+    """Volumes of a label in ml, of the cases with a mask in which it was annotated; 0 where there is none."""
+    known = [
+        about.label_ml.get(value, 0.0)
+        for about, labels in zip(training, annotated, strict=True)
+        if about.label_ml is not None and (labels is None or value in labels)
+    ]
+    return known or [0.0]
 
 
 def report_dict(checked: Checked, *, ok: bool) -> dict[str, Any]:

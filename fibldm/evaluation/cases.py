@@ -16,7 +16,7 @@ from fibldm.files import atomic_path, hash_file, hash_value
 from fibldm.runs import load_facts
 from fibldm.runs.stages import begun
 from fibldm.synthesis.bundle import open_bundle
-from fibldm.volumes.datalist import SPLITS, load_datalist, read_datalist
+from fibldm.volumes.datalist import SPLITS, annotated_of, load_datalist, read_datalist
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.formats.readers import read_scan
 from fibldm.volumes.grid import Array, ModelGrid, Volume, resample
@@ -38,6 +38,8 @@ class Case:
         image: NIfTI file.
         label: NIfTI file of its mask; None for a synthetic volume without one.
         series: the DICOM series that the image was read from; None where there is none.
+        annotated: the labels that were annotated in its mask, of which none is where that says unknown; None where all
+            were, or nothing is known of the voxels that it leaves unknown.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Case:
     image: Path
     label: Path | None
     series: Path | None = None
+    annotated: tuple[int, ...] | None = None
 
     @property
     def written(self) -> Path:
@@ -61,12 +64,29 @@ class Sample(NamedTuple):
         labels: ``(X, Y, Z)``, uint8, unknown (255) where padded or without a mask.
         valid: ``(X, Y, Z)``, whether the voxel lies in the field of view.
         spacing: mm along R, A, S; the case's own where that is within 10 % of the model grid's.
+        annotated: as `Case.annotated`.
     """
 
     image: NDArray[np.float32]
     labels: NDArray[np.uint8]
     valid: NDArray[np.bool_]
     spacing: tuple[float, float, float]
+    annotated: tuple[int, ...] | None = None
+
+    def against(self, found: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Labels that were found, and the mask that says what they are compared with.
+
+        Where not all labels were annotated, what the mask leaves unknown is none of those that were, so that one of
+        these found there is wrong; the other labels are not compared.
+
+        Args:
+            found: ``(X, Y, Z)``.
+        """
+        if self.annotated is None:
+            return found, self.labels
+        compared = np.where(np.isin(found, self.annotated), found, 0).astype(np.uint8)
+        outside = (self.labels == UNKNOWN_LABEL) & self.valid
+        return compared, np.where(outside, 0, self.labels).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,14 @@ class Evaluated:
             FibldmError: no case of a split has a mask.
         """
         return [
-            Case(entry["case"], str(entry["subject"]), split, Path(entry["image"]), Path(entry["label"]))
+            Case(
+                entry["case"],
+                str(entry["subject"]),
+                split,
+                Path(entry["image"]),
+                Path(entry["label"]),
+                annotated=annotated_of(entry),
+            )
             for split in splits or SPLITS
             for entry in load_datalist(self.work, split, masks=True)
         ]
@@ -215,7 +242,8 @@ class Evaluated:
             if mask.array.shape != image.array.shape or not np.allclose(mask.affine, image.affine, atol=1e-2):
                 raise FibldmError(f"{case.image} must lie on the grid of its mask {case.label}; it does not")
             labels = resample(mask, grid, kind="label", fill=UNKNOWN_LABEL).array.astype(np.uint8)
-        return Sample(moved[0] if len(moved) == 1 else np.stack(moved), labels, valid, grid.spacing)
+        together = moved[0] if len(moved) == 1 else np.stack(moved)
+        return Sample(together, labels, valid, grid.spacing, case.annotated)
 
     def key(self, case: Case) -> str:
         """SHA-256 of what `read` gives: the files' contents, the grid and the intensity."""
@@ -325,4 +353,5 @@ def _synthetic(file: Path, known: Mapping[str, Case]) -> Case:
         patient.split if patient else None,
         file,
         mask if mask.exists() else None,
+        annotated=patient.annotated if patient else None,
     )

@@ -99,7 +99,8 @@ def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], s
     names, measured = foreground(evaluated), []
     for case, other in track(pairs, "segment"):
         mask = evaluated.read(other)
-        found = overlaps(segmentation(evaluated, case, segmenter), mask.labels, names, mask.spacing)
+        seen, wanted = mask.against(segmentation(evaluated, case, segmenter))
+        found = overlaps(seen, wanted, names, mask.spacing)
         measured.append(Measured(case, named_values(found, names)))
     return measured
 

@@ -188,8 +188,8 @@ def _measured(
         cache = FeatureCache(evaluated, "lpips", hash_value([planes.fingerprint, reconstructor.fingerprint]))
         distances = cache.get(case, partial(planes, made=made))
         values |= dict(zip(planes.names(made.shape[-3:]), distances.tolist(), strict=True))
-    before = dice_by_label(segmentation(evaluated, case, segmenter), sample.labels, labels)
-    after = dice_by_label(segmenter.segment(made), sample.labels, labels)
+    before = dice_by_label(*sample.against(segmentation(evaluated, case, segmenter)), labels)
+    after = dice_by_label(*sample.against(segmenter.segment(made)), labels)
     changes = {f"dice_change/{names[label]}": after[label] - before[label] for label in labels}
     if changes:
         values |= {"dice_change": float(np.mean(list(changes.values()))), **changes}

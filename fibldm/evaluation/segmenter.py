@@ -17,7 +17,7 @@ from fibldm.runs import StageFolder, decisive
 from fibldm.runs.config_files import ConfigFiles
 from fibldm.runs.configuration import Configuration, stage_configuration
 from fibldm.verbatim import verbatim
-from fibldm.volumes.datalist import read_datalist
+from fibldm.volumes.datalist import ANNOTATED, read_datalist, with_annotation
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ def trained_segmenter(
         **({} if cases is None else _instead(evaluated, cases)),
         **(overrides or {}),
     }
-    configs = settings.pop("configs", ())
+    configs = list(settings.pop("configs", ()))
+    if any(case.annotated is not None for case in (*(cases or ()), *evaluated.real("training", "validation"))):
+        configs.append("partial_masks")
     configuration = stage_configuration(
         "segmenter", work=evaluated.work, run_dir=evaluated.folder, configs=configs, overrides=settings
     )
@@ -154,9 +156,14 @@ def _means(maps: Sequence[Tensor]) -> Tensor:
 
 def _instead(evaluated: Evaluated, cases: Sequence[Case]) -> dict[str, Any]:
     """Overrides that train on other cases, known by their content."""
-    items = verbatim([{"image": str(case.image), "label": str(case.label), "case": case.name} for case in cases])
-    content = hash_value([evaluated.key(case) for case in cases])
-    return {"train::dataset::data": items, "stage::inputs::data": content}
+    items = [{"image": str(case.image), "label": str(case.label), "case": case.name} for case in cases]
+    content = [evaluated.key(case) for case in cases]
+    annotated = [case.annotated for case in cases]
+    if any(labels is not None for labels in annotated):
+        known = [{} if labels is None else {ANNOTATED: labels} for labels in annotated]
+        told = [item | more for item, more in zip(items, known, strict=True)]
+        items, content = with_annotation(told, sorted(evaluated.labels)), [*content, str(annotated)]
+    return {"train::dataset::data": verbatim(items), "stage::inputs::data": hash_value(content)}
 
 
 def _key(configuration: Configuration, evaluated: Evaluated) -> str:

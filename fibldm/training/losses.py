@@ -31,6 +31,8 @@ class Weighted(NamedTuple):
         t: times of the samples in (0, 1], ``(B,)``, on the CPU; None where there are none.
         importance: how much less often the time of a sample is drawn than all times alike, times what a sample of a
             prior weighs, ``(B, 1, ...)``; weighs everything of it; None for 1.
+        merged: of a segmentation, classes that nobody told from the first one, ``(B, L)`` booleans; None where all are
+            told apart.
     """
 
     value: Tensor
@@ -38,6 +40,7 @@ class Weighted(NamedTuple):
     factor: Tensor | None = None
     t: Tensor | None = None
     importance: Tensor | None = None
+    merged: Tensor | None = None
 
     def times(self) -> Tensor:
         """The times of the samples, where the loss needs them.
@@ -301,15 +304,48 @@ class SegmentationLoss(nn.Module):
 
     Dice is averaged over samples and labels, background included (Milletari et al. 2016, "V-Net", equation 3, without
     the squares; Isensee et al. 2021, "nnU-Net", add the cross entropy).
+
+    Where labels of a sample were not annotated, its background may be any of them: their probabilities count together,
+    as one class, in both terms (Shi et al. 2021, "Marginal loss and exclusion loss for partially supervised multi-organ
+    segmentation", equations 3 and 4; a label-set loss of Fidon et al. 2021).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.dice = DiceLoss()
+        self.dice, self.dice_by_class = DiceLoss(), DiceLoss(reduction="none")
 
     def forward(self, prediction: Tensor, target: Weighted) -> Tensor:
         """A scalar, for logits ``(B, L, X, Y, Z)`` and channel numbers ``(B, 1, X, Y, Z)``, integers in 0..L-1."""
+        if target.merged is not None:
+            return self._marginal(prediction, target, target.merged)
         labels = one_hot(target.value, prediction.shape[1])
         dice: Tensor = self.dice(prediction.softmax(dim=1) * target.weight, labels * target.weight)
         error = F.cross_entropy(prediction, target.value[:, 0], reduction="none")[:, None]
         return dice + (error * target.weight).sum() / target.weight.sum().clamp(min=1e-6)
+
+    def _marginal(self, prediction: Tensor, target: Weighted, merged: Tensor) -> Tensor:
+        logs = marginal_log_probabilities(prediction, merged)
+        told_apart = (~merged).to(logs.dtype)
+        told_apart[:, 0] = 1  # what is merged, as one class
+        labels = one_hot(target.value, prediction.shape[1])
+        by_class = self.dice_by_class(logs.exp() * target.weight, labels * target.weight).flatten(1)
+        dice: Tensor = (by_class * told_apart).sum() / told_apart.sum()
+        error = F.nll_loss(logs, target.value[:, 0], reduction="none")[:, None]
+        return dice + (error * target.weight).sum() / target.weight.sum().clamp(min=1e-6)
+
+
+def marginal_log_probabilities(logits: Tensor, merged: Tensor) -> Tensor:
+    """Logarithms of the probabilities ``(B, L, ...)``, the first one that of all classes merged with it.
+
+    Args:
+        logits: ``(B, L, ...)``.
+        merged: ``(B, L)`` booleans, the first of each sample True.
+    """
+    logs = logits.log_softmax(dim=1)
+    outside = ~_per_class(merged, logits)
+    together = logs.masked_fill(outside, -math.inf).logsumexp(dim=1, keepdim=True)
+    return torch.cat([together, logs[:, 1:]], dim=1)
+
+
+def _per_class(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(*values.shape, *[1] * (like.ndim - 2))

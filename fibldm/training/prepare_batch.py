@@ -37,6 +37,9 @@ class VolumePrepareBatch(PrepareBatch):
 class SegmentationPrepareBatch(PrepareBatch):
     """Segmentation: every voxel is asked for the channel of its label; unknown voxels and padding do not count.
 
+    Of a case of which not all labels were annotated, the batch holds ``annotated`` (see `with_annotation`): its unknown
+    voxels are the background or one of the labels that nobody drew, and that is what is asked for.
+
     Args:
         labels: label values, distinct, in the order of the network's output channels; others count as unknown.
     """
@@ -51,9 +54,23 @@ class SegmentationPrepareBatch(PrepareBatch):
         image, label, valid = (to_device(batchdata[name], device) for name in ("image", "label", "valid"))
         channel = to_device(self.channels, device)[label.long()]
         known = channel != UNKNOWN_LABEL
+        merged = self._merged(batchdata.get("annotated"))
+        if merged is not None:
+            merged = to_device(merged, device)
+            partly = merged[:, 1:].any(dim=1)
+            known = known | (label == UNKNOWN_LABEL) & partly.view(-1, *[1] * (label.ndim - 1))
+            channel = torch.where(channel == UNKNOWN_LABEL, 0, channel)
         parts = (image, torch.where(known, channel, 0), known * valid.float())
         image, value, weight = (part.to(device, **kwargs) for part in parts)
-        return image, Weighted(value, weight)
+        return image, Weighted(value, weight, merged=merged)
+
+    def _merged(self, annotated: Tensor | None) -> Tensor | None:
+        """Classes that are not told from the background, ``(B, L)``; None where there are none, which the CPU knows."""
+        if annotated is None or bool(annotated.all()):
+            return None
+        merged = annotated == 0
+        merged[:, 0] = True
+        return merged
 
 
 class _Drawn(NamedTuple):

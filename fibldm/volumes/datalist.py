@@ -1,6 +1,6 @@
 """Split a dataset by patient, once, and read the split back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,14 @@ SPLITS = ("training", "validation", "test")
 
 SECOND_IMAGE = "second_image"
 
+ANNOTATED = "annotated_labels"
+"""The labels that were annotated, of a case of which not all were: what its mask leaves unknown is none of them."""
+
+UNKNOWN_VOXELS = "unknown_voxels"
+"""True of such a case whose mask also has voxels of which nothing at all is known (an ignore label)."""
+
 _FILES = ("image", "label", SECOND_IMAGE)
-_OF_CASE = (*_FILES, "case", "subject")
+_OF_CASE = (*_FILES, "case", "subject", ANNOTATED, UNKNOWN_VOXELS)
 _SHOWN = 3
 
 
@@ -70,3 +76,21 @@ def read_datalist(work: Path | str) -> dict[str, Any]:
 def known_of(case: Mapping[str, Any]) -> dict[str, Any]:
     """What a datalist says of a case beside its files, name and patient; None is unknown."""
     return {name: value for name, value in case.items() if name not in _OF_CASE}
+
+
+def annotated_of(case: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The labels of which none is where a case's mask says unknown; ``None`` where nothing is known of these voxels."""
+    labels = None if case.get(UNKNOWN_VOXELS) else case.get(ANNOTATED)
+    return None if labels is None else tuple(int(label) for label in labels)
+
+
+def with_annotation(cases: Sequence[Mapping[str, Any]], labels: Sequence[int]) -> list[dict[str, Any]]:
+    """Cases as items of a dataset, with ``annotated``: a number for each of ``labels``, 0 where it was not annotated.
+
+    Where nothing is known of a case's unknown voxels, all are 1: its unknown voxels count nowhere.
+    """
+    known = [annotated_of(case) for case in cases]
+    return [
+        {**case, "annotated": [int(said is None or label in (0, *said)) for label in labels]}
+        for case, said in zip(cases, known, strict=True)
+    ]

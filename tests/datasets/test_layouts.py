@@ -271,7 +271,10 @@ def test_nnunet_lists_all_that_is_wrong_a2(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "one value; whole are regions of several values"),
-        ({"labels": {"background": 0, "lung": 1, "ignore": 2}}, "dataset.json has an ignore label"),
+        (
+            {"labels": {"background": 0, "lung": 1, "ignore": 1}},
+            "ignore label .* must be one value that no other label",
+        ),
         ({"file_ending": ".tif"}, "file_ending of dataset.json must be one of .nii.gz, .nii, .*got '.tif'"),
         ({"channel_names": {"1": "CT"}}, "the channels of dataset.json must be"),
     ],

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case, Evaluated
-from fibldm.evaluation.faithfulness import measure_faithfulness
+from fibldm.evaluation.faithfulness import measure_faithfulness, measure_overlaps
 from fibldm.evaluation.measurements import Measurements, evaluate
 from fibldm.evaluation.results import Section, record
 from fibldm.evaluation.utility import measure_utility
 from fibldm.files import read_json, write_json
+from fibldm.volumes.datalist import ANNOTATED, UNKNOWN_VOXELS
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import write_labels, write_synthetic
@@ -273,3 +275,34 @@ def test_utility_is_what_synthetic_volumes_teach_beside_what_real_scans_teach(
 def test_volumes_of_test_masks_teach_nothing(evaluated: Evaluated, synthesize: Synthesize) -> None:
     with pytest.raises(FibldmError, match="all of these are of validation or test patients; synthesize from the masks"):
         measure_utility(evaluated, synthesize({0: [0], 3: [0]}), Thresholds(), lambda cases: Thresholds())
+
+
+def test_what_is_found_of_an_annotated_label_outside_is_wrong_and_of_others_nothing_is_said(
+    evaluated: Evaluated, tmp_path: Path
+) -> None:
+    """Nobody drew the lesion; the volume shows it, and lung where there is none; only one of them is a fault."""
+    labels, shown = anatomy(0), anatomy(0)
+    shown[:2] = 2
+    image, mask = tmp_path / "q.nii.gz", tmp_path / "q_mask.nii.gz"
+    write_synthetic(image, Volume(scan(shown), AFFINE), {})
+    write_labels(mask, Volume(np.where(labels == 2, 2, UNKNOWN_LABEL).astype(np.uint8), AFFINE))
+    lung, wrong = int((labels == 2).sum()), int((shown[:2] == 2).sum())
+
+    def measured(annotated: tuple[int, ...] | None) -> dict[str, float]:
+        case = Case("q", "q", "test", image, mask, annotated=annotated)
+        (row,) = measure_overlaps(evaluated, [(case, case)], Thresholds())  # type: ignore[arg-type]
+        return {name: figure for name, figure in row.values.items() if name.startswith("dice/")}
+
+    assert measured((2,)) == {"dice/lung": pytest.approx(2 * lung / (2 * lung + wrong))}
+    assert measured(None) == {"dice/lung": 1}
+
+
+def test_cases_of_the_work_folder_and_volumes_of_their_masks_know_what_was_annotated(
+    evaluated: Evaluated, synthesize: Synthesize
+) -> None:
+    datalist = read_json(evaluated.work / "datalist.json")
+    datalist["test"][0][ANNOTATED] = [2]
+    datalist["test"][1] |= {ANNOTATED: [2], UNKNOWN_VOXELS: True}
+    write_json(evaluated.work / "datalist.json", datalist)
+    known = {case.name: case.annotated for case in (*evaluated.real("test"), *synthesize({0: [0], 1: [0], 2: [0]}))}
+    assert [known[name] for name in ("p0", "p1", "p2", "p0_000", "p1_000")] == [(2,), None, None, (2,), None]

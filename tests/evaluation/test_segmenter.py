@@ -96,6 +96,70 @@ def test_a_label_becomes_its_channel_and_unknown_and_padding_do_not_count() -> N
     assert asked.value.flatten().tolist() == [0, 1, 2, 0, 0, 2]
 
 
+def test_of_a_case_that_lacks_labels_background_and_these_are_asked_for_together() -> None:
+    """Sample 0 lacks label 5; sample 1 has all; its unknown voxels, and padding of both, do not count."""
+    labels = torch.tensor([[2, UNKNOWN_LABEL, UNKNOWN_LABEL], [5, 0, UNKNOWN_LABEL]], dtype=torch.uint8)
+    valid = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.uint8)
+    batch = {name: part.view(2, 1, 3, 1, 1) for name, part in {"label": labels, "valid": valid}.items()}
+    batch |= {"image": torch.zeros(2, 1, 3, 1, 1), "annotated": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    _, asked = SegmentationPrepareBatch([0, 2, 5])(batch, device="cpu")
+    assert asked.value.flatten(1).tolist() == [[1, 0, 0], [2, 0, 0]]
+    assert asked.weight.flatten(1).tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert asked.merged is not None and asked.merged.tolist() == [[True, False, True], [True, False, False]]
+    batch["annotated"] = torch.ones(2, 3, dtype=torch.long)
+    _, plain = SegmentationPrepareBatch([0, 2, 5])(batch, device="cpu")
+    assert plain.merged is None and plain.weight.flatten(1).tolist() == [[1, 0, 0], [1, 1, 0]]
+
+
+def test_the_marginal_loss_is_that_of_the_labels_that_were_told_apart() -> None:
+    """Of logits with class 2 taken into the background, by the plain loss of two classes."""
+    logits, channels = logits_and_channels()
+    channels = channels.clamp(max=1)
+    merged = torch.tensor([[True, False, True]] * 2)
+    background = logits[:, [0, 2]].logsumexp(dim=1, keepdim=True)
+    weight = (torch.rand(2, 1, 4, 5, 6, generator=torch.Generator().manual_seed(1)) > 0.3).float()
+    expected = SegmentationLoss()(torch.cat([background, logits[:, 1:2]], dim=1), Weighted(channels, weight))
+    torch.testing.assert_close(SegmentationLoss()(logits, Weighted(channels, weight, merged=merged)), expected)
+
+
+def test_nothing_merged_is_the_plain_loss() -> None:
+    logits, channels = logits_and_channels()
+    weight = torch.ones(2, 1, 4, 5, 6)
+    merged = torch.tensor([[True, False, False]] * 2)
+    plain = SegmentationLoss()(logits, Weighted(channels, weight))
+    torch.testing.assert_close(SegmentationLoss()(logits, Weighted(channels, weight, merged=merged)), plain)
+
+
+def planted(naive: bool) -> tuple[Tensor, Tensor]:
+    """Labels, and what a network finds that saw each of 1 and 2 in one case only, though both are in both."""
+    grey, truth = torch.tensor([-0.8, -0.8, 0.0, 0.8, -0.8, 0.8, 0.0, -0.8]), torch.tensor([0, 0, 1, 2, 0, 2, 1, 0])
+    outside = 0 if naive else UNKNOWN_LABEL
+    labels = torch.stack([torch.where(truth == kept, kept, outside) for kept in (1, 2)])
+    batch = {
+        "image": grey.expand(2, 8).reshape(2, 1, 8, 1, 1),
+        "label": labels.to(torch.uint8).view(2, 1, 8, 1, 1),
+        "valid": torch.ones(2, 1, 8, 1, 1),
+        "annotated": torch.tensor([[1, 1, 1]] * 2 if naive else [[1, 1, 0], [1, 0, 1]]),
+    }
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 16, 1), nn.Tanh(), nn.Conv3d(16, 3, 1))
+    inputs, asked = SegmentationPrepareBatch([0, 1, 2])(batch, device="cpu")
+    optimizer, loss = torch.optim.Adam(network.parameters(), 0.05), SegmentationLoss()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(network(inputs), asked).backward()
+        optimizer.step()
+    probabilities = network(inputs)[0].detach().softmax(dim=0).flatten(1)
+    return truth, probabilities
+
+
+def test_labels_that_no_case_has_all_of_are_learned_and_never_as_background() -> None:
+    """Planted: each voxel is found for sure; by the naive way the background keeps a large share of both labels."""
+    truth, probabilities = planted(naive=False)
+    assert float(probabilities.gather(0, truth[None]).min()) > 0.9
+    assert float(planted(naive=True)[1][0, truth > 0].min()) > 0.3
+
+
 # --- what it gives
 
 

@@ -44,6 +44,7 @@ COMBINATIONS = [
     *((stage, DATA[0], (name,)) for stage in TABLE if stage != "latents" for name in TRACKERS),
     *(("autoencoder", DATA[0], (name,)) for name in AUTOENCODERS),
     *((stage, DATA[0], ("augment_torchio_mr",)) for stage in ("autoencoder", "segmenter")),
+    ("segmenter", DATA[0], ("partial_masks",)),
     ("diffusion", DATA[0], ("unet_generative",)),
     ("diffusion", DATA[0], ("token",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),

@@ -25,10 +25,21 @@ def check_order(order: Sequence[str], folders: Iterable[Path]) -> None:
         raise FibldmError(f"`merge_masks` must name every mask once; got {', '.join(order)}")
 
 
-def binary_masks(folder: Path, order: Sequence[str], findings: Findings, where: str) -> tuple[Mask, ...]:
-    """The masks of ``folder`` in the given order, with the values 1, 2, ...; what is wrong goes to ``findings``."""
+def binary_masks(
+    folder: Path, order: Sequence[str], findings: Findings, where: str, *, may_lack: bool = False
+) -> tuple[Mask, ...]:
+    """The masks of ``folder`` in the given order, with the values 1, 2, ...; what is wrong goes to ``findings``.
+
+    Args:
+        folder: of one case.
+        order: the masks that are wanted, the most important first.
+        findings: gets what is wrong.
+        where: before what is wrong.
+        may_lack: whether some of them may be missing, but not all.
+    """
     files = _by_name(folder)
-    if missing := [name for name in order if name not in files]:
+    missing = [name for name in order if name not in files]
+    if missing and not (may_lack and len(missing) < len(order)):
         findings.error(f"{where} has no mask {', '.join(missing)}")
     numbered = enumerate(order, start=1)
     return tuple(Mask(collected(files[name], findings), value) for value, name in numbered if name in files)

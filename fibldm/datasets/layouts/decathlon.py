@@ -9,6 +9,7 @@ from fibldm.datasets.layouts.facts import Search, describe
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError, shown
+from fibldm.volumes.datalist import ANNOTATED
 from fibldm.volumes.scan import Covariate
 
 
@@ -52,6 +53,8 @@ def _case(search: Search, entry: Mapping[str, Any]) -> Case:
     files = collected(search.path / image, search.findings)
     masks = () if label is None else (Mask(collected(search.path / label, search.findings)),)
     name, covariates = case_name(entry_key(Path(image))), _text(search, entry)
+    if entry.get(ANNOTATED) is not None:
+        covariates[ANNOTATED] = entry[ANNOTATED]
     return Case(name, (files,), masks, Path(image).as_posix(), covariates=covariates)
 
 

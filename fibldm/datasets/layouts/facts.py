@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from fibldm.datasets.settings import PrepareSettings
 from fibldm.datasets.source import Case, Source
 from fibldm.errors import FibldmError, shown
 from fibldm.files import read_json
+
+IGNORE = "ignore"
+"""What the label of voxels that were not annotated is called, as in nnU-Net."""
 
 REFERENCE_KEYS = ("description", "reference", "attribution")
 _LISTED = 5
@@ -118,6 +121,12 @@ def _check(cases: Sequence[Case], search: Search, remedy: str) -> None:
             f"{len(findings.listed)} findings:{findings.lines()}",
             remedy,
         )
+
+
+def with_unknown(search: Search, cases: Sequence[Case], value: int) -> list[Case]:
+    """The cases whose masks have a value for voxels that were not annotated, which is noted."""
+    search.findings.notes.append(f"voxels of the ignore label ({value}) are unknown")
+    return [replace(case, masks=tuple(replace(mask, unknown=value) for mask in case.masks)) for case in cases]
 
 
 def channel_names(facts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.entries import case_name, collected, entry_key, path_shown, volume_entries
-from fibldm.datasets.layouts.facts import Search, channel_names, describe, label_names
+from fibldm.datasets.layouts.facts import IGNORE, Search, channel_names, describe, label_names, with_unknown
 from fibldm.datasets.layouts.segments import known_segments
 from fibldm.datasets.source import Case, Mask, Source
 from fibldm.errors import FibldmError, shown
@@ -30,17 +30,19 @@ def nnunet(search: Search) -> Source:
     """The cases of imagesTr/ and labelsTr/ (or of the list ``dataset``); those of imagesTs/ have no mask.
 
     Raises:
-        FibldmError: labels are regions or hold an ignore label; the file ending is not supported; or a channel, image
-            or label is missing (all of them listed).
+        FibldmError: labels are regions, or the ignore label is no value of its own; the file ending is not supported;
+            or a channel, image or label is missing (all of them listed).
     """
     facts = search.dataset_json
     channels, ending = channel_names(facts), _file_ending(facts)
-    labels = _labels(facts)
+    labels, unknown = _labels(facts)
     listed = facts.get("dataset")
     if listed is None:
         cases = _folder_cases(search, ending, len(channels))
     else:
         cases = _listed_cases(search, listed, len(channels))
+    if unknown is not None:
+        cases = with_unknown(search, cases, unknown)
     unlabelled = _by_case(search.path / "imagesTs", ending, len(channels), search.findings)
     cases += [_case(search, name, images) for name, images in unlabelled.items()]
     cases, segments = known_segments(cases, labels, search.findings)
@@ -57,7 +59,8 @@ def _file_ending(facts: Mapping[str, Any]) -> str:
     return str(ending)
 
 
-def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
+def _labels(facts: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
+    """Names by value, and the value of voxels that were not annotated, ``None`` where there is none."""
     labels = facts.get("labels") or {}
     values = labels if isinstance(labels, dict) else {}
     regions = [str(name) for name, value in values.items() if isinstance(value, list)]
@@ -67,12 +70,13 @@ def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
             "overlap, and a voxel of a label map has one label",
             "name every value of the label maps instead",
         )
-    if "ignore" in values:
+    unknown = values.get(IGNORE)
+    named = label_names({name: value for name, value in values.items() if name != IGNORE} if values else labels)
+    if unknown is not None and (type(unknown) is not int or unknown in (0, *named)):
         raise FibldmError(
-            "every voxel must be annotated; dataset.json has an ignore label, which marks voxels that are not",
-            "annotate them, or leave those cases and the label out",
+            f"the ignore label of dataset.json must be one value that no other label has; got {shown(unknown)}"
         )
-    return label_names(labels)
+    return named, unknown
 
 
 def _listed_cases(search: Search, listed: Any, channels: int) -> list[Case]:

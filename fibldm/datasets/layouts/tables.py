@@ -1,12 +1,10 @@
 """A dataset whose cases stand in a CSV or TSV manifest."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from fibldm.datasets.findings import Findings
 from fibldm.datasets.layouts.binary_masks import binary_masks, check_order
 from fibldm.datasets.layouts.entries import case_name, collected, is_dicom, visible
-from fibldm.datasets.layouts.facts import Search, describe
+from fibldm.datasets.layouts.facts import IGNORE, Search, describe, with_unknown
 from fibldm.datasets.layouts.manifest import LABEL, SECOND_IMAGE, Row, is_manifest, read_manifest, split_name
 from fibldm.datasets.layouts.segments import name_segments
 from fibldm.datasets.source import Case, Mask, Source
@@ -36,18 +34,22 @@ def table(search: Search) -> Source:
     binary = [label for label in labels if _is_binary(label)]
     if binary:
         check_order(order, binary)
-    cases = [_case(path.parent, row, order, findings) for row in rows]
+    cases = [_case(path.parent, row, search) for row in rows]
     if binary and len(binary) < len(labels):
         findings.error(f"labels must all be folders of binary masks or none; {len(binary)} of {len(labels)} are")
     cases, names = name_segments(cases, findings, () if binary else order, search.label_names)
     if order and not binary and names is None and not findings.listed:
         message = "`merge_masks` is for folders of binary masks; the manifest has none"
         raise FibldmError(message, "leave it out, or give masks whose segments have names")
+    known = search.label_names
+    if (unknown := next((value for value, name in known.items() if name == IGNORE), None)) is not None and not binary:
+        cases = with_unknown(search, cases, unknown)
+    facts = search.facts | {"labels": {value: name for value, name in known.items() if value != unknown}}
     return describe(
         "csv",
         search,
         cases,
-        {"name": path.stem, **search.facts},
+        {"name": path.stem, **facts},
         remedy=f"correct {path.name}; a column 'case' gives names of your own",
         channels=channels if len(channels) > 1 else None,
         labels=dict(enumerate(order, start=1)) if binary else names,
@@ -70,14 +72,15 @@ def _is_binary(path: Path) -> bool:
     return path.is_dir() and any(entry.name.lower().endswith(volumes) for entry in visible(path))
 
 
-def _case(folder: Path, row: Row, order: Sequence[str], findings: Findings) -> Case:
+def _case(folder: Path, row: Row, search: Search) -> Case:
+    findings = search.findings
     where, label, split = f"line {row.line}: ", row.values.get(LABEL), row.values.get("split")
     images = tuple(collected(folder / image, findings, where) for image in row.images)
     second = collected(folder / path, findings, where) if (path := row.values.get(SECOND_IMAGE)) else ()
     return Case(
         name=case_name(row.case),
         images=images,
-        masks=_masks(folder / label, order, findings, where) if label else (),
+        masks=_masks(folder / label, search, where) if label else (),
         path=row.images[0].as_posix(),
         subject=row.values.get("subject"),
         split=split_name(split) if split else None,
@@ -87,7 +90,9 @@ def _case(folder: Path, row: Row, order: Sequence[str], findings: Findings) -> C
     )
 
 
-def _masks(label: Path, order: Sequence[str], findings: Findings, where: str) -> tuple[Mask, ...]:
+def _masks(label: Path, search: Search, where: str) -> tuple[Mask, ...]:
+    settings, findings = search.settings, search.findings
     if _is_binary(label):
-        return binary_masks(label, order, findings, f"{where}the folder of binary masks")
+        folder = f"{where}the folder of binary masks"
+        return binary_masks(label, settings.merge_masks, findings, folder, may_lack=settings.missing_is_unknown)
     return (Mask(collected(label, findings, where)),)

@@ -1,6 +1,6 @@
 """A folder a case with ct.nii.gz or mri.nii.gz and binary masks under segmentations/, as TotalSegmentator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from fibldm.datasets.findings import Findings
@@ -35,7 +35,7 @@ def organs(search: Search) -> Source:
     folders = [folder for folder in within if (folder / _MASKS).is_dir() or _images(folder)]
     check_order(order, (folder / _MASKS for folder in folders))
     meta = _read_meta(source / "meta.csv", findings)
-    cases = [_case(folder, order, meta, findings) for folder in folders]
+    cases = [_case(folder, search, meta) for folder in folders]
     modalities = sorted({_IMAGES[entry_key(path)] for folder in folders for path in _images(folder)})
     if len(modalities) > 1:
         findings.error(f"all cases must be of one modality; found {' and '.join(modalities)}")
@@ -50,7 +50,9 @@ def _images(folder: Path) -> list[Path]:
     return [path for path in visible(folder) if path.is_file() and entry_key(path) in _IMAGES]
 
 
-def _case(folder: Path, order: Sequence[str], meta: Mapping[str, dict[str, Covariate]], findings: Findings) -> Case:
+def _case(folder: Path, search: Search, meta: Mapping[str, dict[str, Covariate]]) -> Case:
+    settings, findings = search.settings, search.findings
+    may_lack = settings.missing_is_unknown
     images = _images(folder)
     if len(images) != 1:
         found = ", ".join(path.name for path in images) or "none"
@@ -62,7 +64,9 @@ def _case(folder: Path, order: Sequence[str], meta: Mapping[str, dict[str, Covar
     return Case(
         name=case_name(folder.name),
         images=tuple(collected(path, findings) for path in images[:1]),
-        masks=binary_masks(folder / _MASKS, order, findings, f"{folder.name}/{_MASKS}"),
+        masks=binary_masks(
+            folder / _MASKS, settings.merge_masks, findings, f"{folder.name}/{_MASKS}", may_lack=may_lack
+        ),
         path=f"{folder.name}/{images[0].name}" if images else folder.name,
         split=str(split) if split is not None else None,
         covariates=known,

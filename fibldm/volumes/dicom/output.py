@@ -161,8 +161,9 @@ class DicomOutput:
             whole=whole,
             notice=notice,
         )
-        for item in series if self.position else ():
-            state_position(item, self.position)
+        if self.position:
+            for item in series:
+                state_position(item, self.position)
         for kind in self._kinds:
             _WRITERS[kind](
                 _place(folder, kind),
