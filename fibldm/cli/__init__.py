@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "encode",
     "synthesize",
+    "synthesize-masks",
     "edit",
     "edit-masks",
     "watch",

@@ -53,8 +53,12 @@ COMMANDS = {
         "How much do volumes of one mask differ? A map of their standard deviation, and its size in each label.",
         ("settings", "device", "perceptual", "lungs"),
     ),
+    "masks": (
+        "Are drawn masks like real ones? Volume, shape, topology, contacts, copies; asked and got volume; beside real.",
+        ("settings", "device", "perceptual", "lungs"),
+    ),
     EVERYTHING: (
-        "All of these but copies, gate, ct, spread, and utility, which needs volumes of the training masks.",
+        "All of these but copies, gate, ct, spread, masks, and utility, which needs volumes of the training masks.",
         ("lungs",),
     ),
 }

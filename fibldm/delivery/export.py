@@ -40,6 +40,7 @@ from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.loading import generating_stage, residual_noise_file
 from fibldm.volumes.gate import read_gate
+from fibldm.volumes.label_images import channels_are_labels
 
 PARTS = ("configs", "docs", "models", "LICENSE")
 WORDS = "export.yaml"
@@ -104,14 +105,16 @@ def export(run: Path, out: Path, settings: ExportSettings, *, also: Also | None 
         on the figures, and ``files``.
 
     Raises:
-        FibldmError: the run is not finished, an adapter is refused, the licence is not known, the run's networks cannot
-            be described, its figures are of several samplings and none is chosen, or another process writes the bundle.
+        FibldmError: the run is not finished or draws masks, an adapter is refused, the licence is not known, the run's
+            networks cannot be described, its figures are of several samplings and none is chosen, or another process
+            writes the bundle.
     """
     words = CardText.read(out / WORDS)
     notice = licence_notice(settings.licence, settings.licence_file, words.attribution)
     remedy = "wait until that has ended, or choose another `out`"
     with alone(beside(out), str(out), remedy), atomic_folder(out, PARTS) as folder:
         stage = generating_stage(run, unconditional=settings.unconditional)
+        _check_drawn(run)
         adapted = _adapted(run, settings)
         measured = _measured(run, stage, adapted)
         facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling), adapted)
@@ -135,6 +138,13 @@ def export(run: Path, out: Path, settings: ExportSettings, *, also: Also | None 
         **written,
         "files": sorted(str(file.relative_to(out)) for part in (*PARTS, MANIFEST) for file in _files(out / part)),
     }
+
+
+def _check_drawn(run: Path) -> None:
+    if channels_are_labels(load_facts(run)):
+        raise FibldmError(
+            f"a bundle must draw volumes; {run} draws masks", "give the run folder itself to `fibldm synthesize-masks`"
+        )
 
 
 def _adapted(run: Path, settings: ExportSettings) -> Synthesizer | None:

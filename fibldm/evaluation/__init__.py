@@ -10,6 +10,7 @@
 * ``reconstruction``: what does the autoencoder lose?
 * ``gate``: how often volumes, and scans that were spoilt, lie outside of the ranges of training
 * ``ct`` (with ``ct_density``): HU of labels, and what densitometry counts in lungs
+* ``masks`` (with ``mask_shapes``): are masks from nothing like real ones, with the volumes that were asked for?
 * ``seed_spread``: a map of how much volumes of one mask differ
 * ``dicom_volumes``: what was written as DICOM, as NIfTI
 * ``perceptual``: LPIPS in three planes, of realism and reconstruction

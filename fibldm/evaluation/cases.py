@@ -156,6 +156,11 @@ class Evaluated:
         )
 
     @property
+    def drawn(self) -> dict[str, Any]:
+        """What tells whether the run draws volumes or masks, see `fibldm.volumes.label_images.channels_are_labels`."""
+        return {"channels": self.channels, "labels": self.labels}
+
+    @property
     def folder(self) -> Path:
         """Where measurements go."""
         return self.run_dir / "evaluation"

@@ -14,6 +14,7 @@ from fibldm.evaluation.cases import Case, Evaluated, need_masks
 from fibldm.evaluation.ct import measure_ct
 from fibldm.evaluation.faithfulness import measure_faithfulness
 from fibldm.evaluation.gate import measure_gate
+from fibldm.evaluation.masks import masks_of, measure_masks
 from fibldm.evaluation.memorisation import measure_copies
 from fibldm.evaluation.perceptual import PlaneDistance
 from fibldm.evaluation.provenance import Provenance, read_provenance
@@ -29,6 +30,7 @@ from fibldm.synthesis import Synthesizer
 from fibldm.synthesis.bundle import open_bundle
 from fibldm.synthesis.loading import generating_weights, knows_masks
 from fibldm.volumes.gate import Gate, gate_of_bundle, read_gate, required
+from fibldm.volumes.label_images import check_what_is_drawn
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Measurements:
     weights: str | None = None
     perceptual: Path | None = None
     lungs: Sequence[str] | None = None
+    of_masks: bool = False
 
     @cached_property
     def synthetic(self) -> list[Case]:
         if self.synthetic_folder is None:
             raise FibldmError("this measurement needs synthetic volumes; none were given", "give --synthetic FOLDER")
-        return self.evaluated.synthetic(self.synthetic_folder)
+        of = masks_of if self.of_masks else self.evaluated.synthetic
+        return of(self.synthetic_folder)
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -99,6 +103,9 @@ class Measurements:
     def ct(self) -> Section:
         return measure_ct(self.evaluated, self.synthetic, lungs=self.lungs)
 
+    def masks(self) -> Section:
+        return measure_masks(self.evaluated, self.synthetic)
+
     def spread(self) -> Section:
         return measure_spread(self.evaluated, self.synthetic)
 
@@ -143,10 +150,11 @@ MEASUREMENTS: Mapping[str, Callable[[Measurements], Section]] = {
     "gate": Measurements.gate,
     "ct": Measurements.ct,
     "spread": Measurements.spread,
+    "masks": Measurements.masks,
 }
-NOT_BY_DEFAULT = ("copies", "utility", "gate", "ct", "spread")
+NOT_BY_DEFAULT = ("copies", "utility", "gate", "ct", "spread", "masks")
 """The baseline of the audit, and what needs more than any run has: volumes of training masks, ranges of training, HU,
-several volumes of a mask."""
+several volumes of a mask, masks instead of volumes."""
 
 DEFAULT_MEASUREMENTS = tuple(name for name in MEASUREMENTS if name not in NOT_BY_DEFAULT)
 
@@ -196,7 +204,11 @@ def evaluate(
         evaluated = Evaluated.open(run_dir, work)
     folder = None if synthetic is None else Path(synthetic)
     of, network = (Path(path) if path else None for path in (bundle, perceptual))
-    measurements = Measurements(evaluated, folder, segmenter_settings, device, of, trust, weights, network, lungs)
+    if "masks" in names and len(names) > 1:
+        raise FibldmError(f"masks are measured by themselves; got {', '.join(names)}", "measure volumes apart")
+    check_what_is_drawn(evaluated.drawn, bundle or run_dir, masks="masks" in names)
+    shared = (segmenter_settings, device, of, trust, weights, network, lungs)
+    measurements = Measurements(evaluated, folder, *shared, of_masks="masks" in names)
     _ = measurements.planes  # before a segmenter is trained, as what follows
     if drawn := [name for name in names if name != "reconstruction"]:
         say(measurements.provenance.text)

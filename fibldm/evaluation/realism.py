@@ -93,7 +93,7 @@ def measure_realism(
     figures = {
         **_distances(features),
         **frechet_by_plane(described, evaluated.grid.size),
-        "spectrum": _compared(spectrum_distance, spectra),
+        "spectrum": compared_sets(spectrum_distance, spectra),
         "ms_ssim": likeness,
     }
     facts = {
@@ -159,36 +159,36 @@ def _frechet_of_slabs(slabs: Arrays) -> Estimate:
     def distance(x: Array, y: Array) -> float:
         return frechet_distance(x.reshape(-1, dimensions), y.reshape(-1, dimensions))
 
-    return _compared(distance, Arrays(*(part.reshape(n, each, dimensions) for part in scaled)))
+    return compared_sets(distance, Arrays(*(part.reshape(n, each, dimensions) for part in scaled)))
 
 
 def _distances(features: dict[str, Arrays]) -> dict[str, Estimate]:
     scaled = {name: standardised(arrays) for name, arrays in features.items()}
     measures: dict[str, Callable[[Arrays], Estimate]] = {
-        "kid": partial(_compared, partial(squared_mmd, kernel=polynomial_kernel)),
+        "kid": partial(compared_sets, partial(squared_mmd, kernel=polynomial_kernel)),
         "mmd": _mmd,
         "frechet": _frechet,
-        "precision": partial(_compared, precision),
-        "recall": partial(_compared, lambda x, y: precision(y, x)),
-        "density": partial(_compared, density),
-        "coverage": partial(_compared, coverage),
+        "precision": partial(compared_sets, precision),
+        "recall": partial(compared_sets, lambda x, y: precision(y, x)),
+        "density": partial(compared_sets, density),
+        "coverage": partial(compared_sets, coverage),
     }
     return {f"{of}/{name}": measure(arrays) for of, measure in measures.items() for name, arrays in scaled.items()}
 
 
 def _mmd(arrays: Arrays) -> Estimate:
     bandwidth = median_bandwidth(np.concatenate([arrays.real, arrays.reference]))
-    return _compared(partial(squared_mmd, kernel=gaussian_kernel(bandwidth)), arrays)
+    return compared_sets(partial(squared_mmd, kernel=gaussian_kernel(bandwidth)), arrays)
 
 
 def _frechet(arrays: Arrays) -> Estimate:
     n, dimensions = arrays.real.shape
     if n > dimensions:
-        return _compared(frechet_distance, arrays)
+        return compared_sets(frechet_distance, arrays)
     return Estimate(None, None, None, n, None, f"{TOO_FEW}: {n} patients for {dimensions} features")
 
 
-def _compared(distance: Callable[[Array, Array], float], arrays: Arrays) -> Estimate:
+def compared_sets(distance: Callable[[Array, Array], float], arrays: Arrays) -> Estimate:
     synthetic, real, reference = arrays
     return estimate(
         lambda chosen: distance(synthetic[chosen], reference[chosen]),

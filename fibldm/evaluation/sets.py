@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
 from fibldm.evaluation.cases import Case
@@ -81,5 +82,9 @@ def _first_of_each(cases: Iterable[Case]) -> list[Case]:
 
 def choose(cases: Sequence[Case], n: int) -> list[Case]:
     """The same places of all lists of one length, by a seeded choice."""
-    kept = np.sort(np.random.default_rng(_SEED).permutation(len(cases))[:n])
-    return [cases[index] for index in kept]
+    return [cases[index] for index in seeded_places(len(cases), n)]
+
+
+def seeded_places(length: int, n: int) -> NDArray[np.intp]:
+    """``n`` of the places of a list, sorted; the same for every list of this length."""
+    return np.sort(np.random.default_rng(_SEED).permutation(length)[:n])

@@ -5,6 +5,7 @@ Volumes and latents:
 * ``autoencoder``: volumes to latents and back
 * ``vector_quantised``, ``spade_autoencoder``, ``maisi``, ``identity_autoencoder``: other first stages of the same
   interface
+* ``label_autoencoder``: one of masks, whose channels are labels
 * ``tiling`` (with ``tiles``, ``receptive_field``): volumes of any size in bounded memory
 * ``strides``: compression of each axis by itself
 * ``wavelet``: the Haar transform at its outer end

@@ -196,7 +196,7 @@ class Autoencoder(nn.Module):
                 own generator.
         """
         posterior = self.encode(volume)
-        return Reconstruction(self.decode(posterior.sample(_noise(posterior.mean, seeds)), mask), posterior)
+        return Reconstruction(self.decode(posterior.sample(seeded_noise(posterior.mean, seeds)), mask), posterior)
 
     @property
     def _strides(self) -> tuple[int, ...]:
@@ -307,7 +307,8 @@ def shown_per_axis(factors: Sequence[int]) -> str:
 
 
 @torch.compiler.disable  # generators are no part of a graph
-def _noise(like: Tensor, seeds: Tensor | None) -> Tensor:
+def seeded_noise(like: Tensor, seeds: Tensor | None) -> Tensor:
+    """Standard normal, of the shape of ``like``, by the seed of each sample; None draws from torch's own generator."""
     if seeds is None:
         return torch.randn_like(like)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]

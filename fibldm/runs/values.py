@@ -21,7 +21,7 @@ _WHOLE = {
     "epochs": 0,  # networks with nothing to learn have none
 }
 _NOT_NEGATIVE = frozenset("clip_norm codebook_weight kl_weight learning_rate perceptual_weight spectral_weight".split())
-_SHARES = frozenset("covariate_dropout ema_momentum foreground_patches label_dropout mask_dropout subset".split())
+_SHARES = frozenset("ema_momentum foreground_patches label_dropout mask_dropout subset".split())
 _SWITCHES = frozenset(
     "activation_checkpointing init_strict init_trust log_variance lora_apart masks_only".split()
     + "restart tf32 watch_training".split()
@@ -78,6 +78,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -104,7 +108,11 @@ def _rules() -> dict[str, tuple[str, Callable[[Any], bool]]]:
     for key in _NOT_NEGATIVE:
         rules[key] = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
     for key in _SHARES:
-        rules[key] = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+        rules[key] = ("a number from 0 to 1", _is_share)
+    rules["covariate_dropout"] = (
+        "a number from 0 to 1, or such numbers by name",
+        lambda value: _is_share(value) or (isinstance(value, Mapping) and all(map(_is_share, value.values()))),
+    )
     for key in _SWITCHES:
         rules[key] = ("true or false", lambda value: isinstance(value, bool))
     return rules

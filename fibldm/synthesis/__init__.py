@@ -10,6 +10,7 @@
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
 * ``outputs``: mask files in, marked files out
+* ``label_maps``: masks from nothing, of a generator that was trained on masks
 * ``evaluator``: the same as a MONAI engine
 * ``bundle``, ``definitions``: bundles are read, and networks made of what they say
 """

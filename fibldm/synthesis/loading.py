@@ -23,6 +23,7 @@ from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.gate import gate_of_bundle, read_gate
 from fibldm.volumes.grid import ModelGrid
 from fibldm.volumes.intensity import Intensity
+from fibldm.volumes.label_images import check_what_is_drawn
 
 
 def parts_of_run(
@@ -33,6 +34,7 @@ def parts_of_run(
     strength: float,
     others: Mapping[str | Path, float],
     device: str | torch.device,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """The fields of a `Synthesizer` from a run; see `Synthesizer.from_run`.
 
@@ -43,6 +45,7 @@ def parts_of_run(
     if not Path(run_dir).is_dir():
         raise FibldmError(f"the run must be a folder; {run_dir} is none", "check the path")
     facts = load_facts(run_dir)
+    check_what_is_drawn(facts, run_dir, masks=masks)
     stage = generating_stage(Path(run_dir), unconditional=unconditional)
     noise = residual_noise_file(Path(run_dir), facts)
     network = stage.trained(checkpoint, device="cpu")
@@ -78,6 +81,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
     require_switches(trust=trust)
     _check_device(device)
     with open_bundle(path, trust=trust) as bundle:
+        check_what_is_drawn(bundle.facts, path, masks=False)
         network, autoencoder = bundle.network("network"), bundle.network("autoencoder")
         weights, fingerprint = (hash_weights(part.state_dict()) for part in (network, autoencoder))
         first_stage = FrozenFirstStage(cast(Autoencoder, autoencoder)).to(device)

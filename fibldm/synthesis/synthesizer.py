@@ -111,6 +111,7 @@ class Synthesizer:
         others: Mapping[str | Path, float] | None = None,
         adapters: Mapping[str | Path, float] | None = None,
         device: str | torch.device = "cpu",
+        masks: bool = False,
     ) -> "Synthesizer":
         """The generator of a run: of its ControlNet stage, or of its diffusion stage where that knows the mask itself.
 
@@ -122,16 +123,18 @@ class Synthesizer:
             others: runs whose ControlNets are added, with their strengths; they stand on the same base network.
             adapters: see `adapted`.
             device: where it works.
+            masks: whether it must draw masks, see `fibldm.synthesis.label_maps`, or volumes.
 
         Raises:
-            FibldmError: a stage is not finished, its files do not fit each other, the runs or adapters do not, or there
-                is no such checkpoint or device.
+            FibldmError: it draws the other of masks and volumes, a stage is not finished, its files do not fit each
+                other, the runs or adapters do not, or there is no such checkpoint or device.
         """
         choices: dict[str, Any] = {
             "checkpoint": checkpoint,
             "strength": strength,
             "others": others or {},
             "device": device,
+            "masks": masks,
         }
         return cls(**parts_of_run(run_dir, unconditional=unconditional, **choices)).adapted(adapters or {})
 

@@ -73,6 +73,17 @@ def weighted_error(prediction: Tensor, target: Weighted, norm: Norm) -> Tensor:
     return _mean(error, target)
 
 
+def cross_entropy(logits: Tensor, target: Weighted) -> Tensor:
+    """In nats per place, each weighing as its weight says; a scalar.
+
+    Args:
+        logits: ``(B, L, ...)``.
+        target: shares of the labels, as ``2 p - 1``.
+    """
+    shares = (target.value + 1) / 2
+    return _mean(-(shares * logits.log_softmax(dim=1)).sum(dim=1, keepdim=True), target)
+
+
 def _mean(values: Tensor, target: Weighted) -> Tensor:
     weight = target.weight.expand_as(values)
     for factor in (target.factor, target.importance):
@@ -92,7 +103,7 @@ class AutoencoderLoss(nn.Module):
     A term of weight 0 is neither computed nor built.
 
     Args:
-        norm: of the reconstruction error.
+        norm: of the reconstruction error; "cross_entropy" is that of masks, see `fibldm.models.label_autoencoder`.
         kl_weight: of the KL divergence; small, as in Rombach et al. 2022, appendix G.
         codebook_weight: of the codebook and commitment loss, where the autoencoder has a codebook instead.
         spectral_weight: of the L1 distance between the amplitudes of the Fourier transforms, which keeps texture that
@@ -108,7 +119,7 @@ class AutoencoderLoss(nn.Module):
 
     def __init__(
         self,
-        norm: Norm = "l1",
+        norm: Norm | Literal["cross_entropy"] = "l1",
         *,
         kl_weight: float = 1e-6,
         codebook_weight: float = 1.0,
@@ -120,7 +131,7 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         if perceptual_weight and perceptual is None:
             raise FibldmError(f"a perceptual weight of {perceptual_weight} needs a perceptual distance; got none")
-        self.norm: Norm = norm
+        self.norm: Norm | Literal["cross_entropy"] = norm
         self.perceptual = perceptual
         self.of_volume = {"spectral": spectral_weight, "perceptual": perceptual_weight}
         self.of_latent = {"kl": kl_weight, "codebook": codebook_weight}
@@ -129,7 +140,10 @@ class AutoencoderLoss(nn.Module):
 
     def terms(self, prediction: Reconstruction, target: Weighted) -> dict[str, Tensor]:
         """Every term without its weight, by name, for a volume ``(B, C, X, Y, Z)`` in ``[-1, 1]``; scalars."""
-        terms = {"reconstruction": weighted_error(prediction.volume, target, self.norm)}
+        if self.norm == "cross_entropy":
+            terms = {"reconstruction": cross_entropy(prediction.volume, target)}
+        else:
+            terms = {"reconstruction": weighted_error(prediction.volume, target, self.norm)}
         if prediction.quantisation is not None:
             terms["codebook"], terms["perplexity"] = prediction.quantisation
         elif self.of_latent["kl"]:

@@ -10,6 +10,7 @@
 * ``envelope``: what the training data covered, outside which a mask is refused
 * ``second_image``: a second image of a patient, brought to the model grid of the first
 * ``label_values``, ``masks``: values of labels; the masks to synthesise from
+* ``label_images``: masks in place of images, a channel for each label
 * ``interchange``: volumes as SimpleITK and TorchIO know them
 * ``pictures``: three planes of a volume
 * ``writer``, ``bids_writer``: synthetic volumes with geometry, mark and provenance

@@ -19,7 +19,7 @@ from fibldm.volumes.formats.segment_nrrd import named_segments, segments_of
 from fibldm.volumes.grid import Grid, Volume, turned_like
 from fibldm.volumes.label_values import are_whole, fractions_shown, settled
 from fibldm.volumes.scan import Remark
-from fibldm.volumes.writer import write_labels
+from fibldm.volumes.writer import sidecar, write_labels
 
 _logger = logging.getLogger("fibldm")
 _NIFTI = (".nii.gz", ".nii")
@@ -35,8 +35,8 @@ _WHAT = (
 def find_masks(sources: list[Path]) -> list[Path]:
     """The mask files that a list of files and folders names, in order of their names.
 
-    Cases of letters do not matter. What else lies in a folder is left out, and named in the log; files that begin with
-    a dot are not, as they are unfinished or hold the attributes of another file.
+    Cases of letters do not matter. What else lies in a folder is left out, and named in the log, but for the sidecars
+    of masks; files that begin with a dot are not, as they are unfinished or hold the attributes of another file.
 
     Raises:
         FibldmError: there is none, a file that is named by itself is none, or two have the same name.
@@ -111,7 +111,7 @@ def _has_dicom_name(file: Path) -> bool:
 def _masks_in(folder: Path) -> list[Path]:
     found = sorted(folder.glob("[!.]*"))
     masks = [file for file in found if file.is_file() and mask_suffix(file) is not None]
-    taken = {*masks, *(part for mask in masks for part in parts_of(mask))}
+    taken = {*masks, *(sidecar(mask) for mask in masks), *(part for mask in masks for part in parts_of(mask))}
     left_out = [file.name for file in found if file not in taken]
     if left_out:
         named = some_of(left_out, _SHOWN)

@@ -47,6 +47,9 @@ COMBINATIONS = [
     ("segmenter", DATA[0], ("partial_masks",)),
     ("diffusion", DATA[0], ("unet_generative",)),
     ("diffusion", DATA[0], ("token",)),
+    *((stage, DATA[0], ("masks",)) for stage in ("autoencoder", "latents")),
+    *(("autoencoder", DATA[0], names) for names in (("masks_autoencoder",), ("masks", "masks_autoencoder"))),
+    ("diffusion", DATA[0], ("masks_by_volume",)),
     ("controlnet", DATA[0], ("controlnet_generative",)),
     *(
         (stage, DATA[0], (name,))

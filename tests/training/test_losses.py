@@ -29,6 +29,7 @@ from fibldm.training.losses import (
     AutoencoderLoss,
     DenoisingLoss,
     Weighted,
+    cross_entropy,
     gaussian_likelihood,
     kl_divergence,
     spectral_distance,
@@ -60,6 +61,18 @@ def test_the_charbonnier_error_is_the_root_of_square_and_epsilon() -> None:
     assert number(error) == pytest.approx(expected, rel=1e-6)
     (gradient,) = torch.autograd.grad(error, volume)
     assert gradient.tolist() == [[[0.0, pytest.approx(0.75, rel=1e-6), 0.0]]]
+
+
+def test_the_error_of_masks_is_cross_entropy_of_the_voxels_that_count() -> None:
+    labels = torch.tensor([0, 2, 1, 0]).view(1, 4, 1, 1)
+    shown = nn.functional.one_hot(labels, 3).movedim(-1, 1).float() * 2 - 1
+    logits = normal(1, 3, 4, 1, 1)
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0]).view(1, 1, 4, 1, 1)
+    expected = nn.functional.cross_entropy(logits[:, :, [0, 1, 3]], labels[:, [0, 1, 3]])
+    torch.testing.assert_close(cross_entropy(logits, Weighted(shown, weight)), expected)
+    latent = Posterior(torch.zeros(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1))
+    terms = AutoencoderLoss("cross_entropy").terms(Reconstruction(logits, latent), Weighted(shown, weight))
+    torch.testing.assert_close(terms["reconstruction"], expected)
 
 
 def test_an_unknown_norm_lists_the_norms() -> None:

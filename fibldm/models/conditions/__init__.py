@@ -6,6 +6,7 @@
 * ``text`` (with ``text_encoders``): findings and reports as tokens of an encoder
 * ``text_tokens``: what a network sees of them
 * ``covariates``: age, sex and the like as tokens for cross-attention
+* ``label_volumes``: how much of each label there is, as covariates of networks that draw masks
 * ``boxes`` (with ``box_texts`` and ``box_cells``): where things of a class are and how large, in any number
 * ``image``: a second image of the patient, voxel by voxel as channels of the latent's size
 * ``covariate_vectors``: the same in the time embedding
