@@ -69,7 +69,9 @@ def _networks(bundle: Any, network: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _of_diffusion(facts: Mapping[str, Any], network: Any) -> dict[str, Any]:
     """What later stages read of the configuration of stage 2."""
-    way = next((way for route, way in (("channels", "concat"), ("norms", "spade")) if "mask" in network.routes[route]), None)
+    way = next(
+        (way for route, way in (("channels", "concat"), ("norms", "spade")) if "mask" in network.routes[route]), None
+    )
     own = {key: as_configuration(facts[key]) for key in _OF_GENERATOR}
     conditions = {"mask": None, "covariates": None, **own.pop("conditions")}
     times = {"_target_": "fibldm.models.timesteps.UniformTimes"}

@@ -50,7 +50,7 @@ def parts_of_run(
     student = Student.of_stage(stage)
     if student is not None and (strength != 1 or others):
         raise FibldmError(
-            "a distilled network has what steers it in its weights, at strength 1; got a strength or further ControlNets",
+            "a distilled network has its ControlNet in its weights, at strength 1; got a strength or others beside it",
             "leave them out, or draw with its teacher",
         )
     weights = hash_weights(network.state_dict())

@@ -25,7 +25,7 @@ from fibldm.errors import FibldmError
 from fibldm.models.conditions.condition import Condition
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork
-from fibldm.models.process import Process, Target
+from fibldm.models.process import Prediction, Process, Target
 from fibldm.models.samplers import Denoise, Sampler, ddim, draw_noise
 from fibldm.models.timesteps import UniformTimes, sampling_times
 from fibldm.models.transfer import to_device
@@ -124,11 +124,30 @@ class Teacher:
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, shown: Mapping[str, Tensor]) -> Tensor:
-        nothing = {name: self.conditions[name].null(part) for name, part in shown.items()}
-        own, without = (Denoiser(self.network, self.process, self.target, part) for part in (shown, nothing))
-        denoise, times = self.sampling.guide(own, without), self.sampling.times(self.process)
-        z = to_device(noise, self.device).float()
+        z, times = to_device(noise, self.device).float(), self.sampling.times(self.process)
+        if self.sampling.guidance == 1:
+            denoise: Denoise = Denoiser(self.network, self.process, self.target, shown)
+        else:
+            nothing = {name: self.conditions[name].null(part) for name, part in shown.items()}
+            both = {name: torch.cat([part, nothing[name]]) for name, part in shown.items()}
+            together = _Together(Denoiser(self.network, self.process, self.target, both))
+            denoise = self.sampling.guide(together.conditional, together.unconditional)
         return self.sampling.draw(denoise, z, times, process=self.process, generators=[torch.Generator()])
+
+
+class _Together:
+    """Both predictions that guidance compares, by one call of the network on twice the batch."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self.denoise = denoise
+
+    def conditional(self, z_t: Tensor, t: Tensor) -> Prediction:
+        own, self.without = self.denoise(torch.cat([z_t, z_t]), torch.cat([t, t])).z_0.chunk(2)
+        return Prediction(own)
+
+    def unconditional(self, z_t: Tensor, t: Tensor) -> Prediction:
+        """Of the call of `conditional` just before, which has the same arguments."""
+        return Prediction(self.without)
 
 
 class LoadCase(LoadLatent):
@@ -187,10 +206,11 @@ class DistillationPrepareBatch(LatentPrepareBatch):
         z_0 = to_device(self.teacher.latents(noise, shown, keys), device)
         seen = self._seen(noise, shown)
         t = self.knots[:-1].float().repeat_interleave(len(noise))
+        valid = to_device(batchdata["valid"], device).float()
         z_t, z_0 = torch.cat(seen), z_0.repeat(self.calls, *[1] * (z_0.ndim - 1))
         asked = Weighted(
             asked_of(self.process, self.target, z_0, z_t, t).to(device, **kwargs),
-            to_device(batchdata["valid"], device).float().repeat(self.calls, *[1] * (z_0.ndim - 1)).to(device, **kwargs),
+            valid.repeat(self.calls, *[1] * (z_0.ndim - 1)).to(device, **kwargs),
             to_device(self.process.output_scale(self.target, t).square(), device).view(-1, *[1] * (z_0.ndim - 1)),
             t=t,
         )
