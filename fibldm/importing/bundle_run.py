@@ -91,7 +91,7 @@ def _of_diffusion(facts: Mapping[str, Any], network: Any) -> dict[str, Any]:
 def _keep(folder: StageFolder, config: Mapping[str, Any], network: nn.Module, facts: Mapping[str, Any]) -> None:
     """As a stage that had nothing to learn."""
     folder.begin({**config, "not_decisive": []}, {"bundle": f"{facts['name']} {facts['version']}"})
-    best = {"model": network.state_dict(), "epoch": 0, "loss": 0.0}
+    best: dict[str, Any] = {"model": network.state_dict(), "epoch": 0, "loss": 0.0}
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder.checkpoints / "best.pt") as temporary:
         torch.save(best, temporary)

@@ -137,6 +137,11 @@ def trained() -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if TABLE[stage].is_trained)
 
 
+def usual() -> tuple[str, ...]:
+    """Those of a run that nobody has to ask for, in their order."""
+    return tuple(kind.name for kind in TABLE.values() if kind.in_pipeline in ("always", "optional"))
+
+
 def files_of_stages() -> tuple[str, ...]:
     """The configurations that make any stage, each once."""
     return tuple(dict.fromkeys(file for kind in TABLE.values() for file in kind.files))

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from fibldm.cli import run as cli
 from fibldm.delivery.export import ExportSettings, export
 from fibldm.delivery.verify import run_checks
+from fibldm.editing.editor import Editor, EditRequest
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
+from fibldm.importing.bundle_run import run_of_bundle
 from fibldm.models.denoiser import Denoiser
 from fibldm.models.process import Process, RectifiedFlow, VariancePreserving
 from fibldm.models.samplers import ddim
@@ -420,3 +422,36 @@ def test_a_recipe_with_a_student_must_draw_in_its_steps(tmp_path: Path) -> None:
     drawing = SynthesisSettings.of(**recipe.synthesize)
     with pytest.raises(FibldmError, match="draws as it was trained to: steps 1 or 2; got 5"):
         check_recipe(recipe, recipe.stages(), drawing, ExportSettings("CC0-1.0"), tmp_path)
+
+
+def test_a_region_is_edited_with_the_teacher(distilled: Path, mask_file: Path) -> None:
+    mask = read_volume(mask_file)
+    with pytest.raises(FibldmError, match="whole volumes in 2 calls; edit with its teacher"):
+        Editor(Synthesizer.from_run(distilled))(EditRequest(mask, mask, mask, "a"))
+
+
+def test_a_bundle_begins_a_run_whose_student_is_that_of_the_bundle(
+    tiny_run: Path, tiny_stage: TinyStage, mask_file: Path, tmp_path: Path
+) -> None:
+    source, bundle, run = (tmp_path / name for name in ("source", "bundle", "run"))
+    for stage in ("autoencoder", "latents"):
+        shutil.copytree(tiny_run / stage, source / stage)
+    tiny_stage("diffusion", source, "mask_concat").run()
+    export(source, bundle, ExportSettings("CC0-1.0"))
+    assert [folder.name for folder in run_of_bundle(bundle, run)] == ["autoencoder", "diffusion"]
+    for stage in ("autoencoder", "diffusion"):
+        weights = [StageFolder(folder, stage).require()["weights"] for folder in (source, run)]
+        assert weights[0] == weights[1]
+    tiny_stage("latents", run, latent_space=str(bundle)).run()
+    mask, settings = read_volume(mask_file), SamplingSettings(steps=2, guidance=1.5, residual_noise=0.0)
+    made = [Synthesizer.from_bundle(bundle), Synthesizer.from_run(run)]
+    one, other = (part(mask, settings=settings, allow_extrapolation=True).volume.array for part in made)
+    np.testing.assert_array_equal(one, other)
+    tiny_stage("distillation", run, **SETTINGS).run()
+    student = Synthesizer.from_run(run).student
+    assert student is not None and student.teacher == made[0].source["weights"]
+    with pytest.raises(FibldmError, match="a bundle begins a new run"):
+        run_of_bundle(bundle, run)
+    export(run, tmp_path / "student", ExportSettings("CC0-1.0"))
+    with pytest.raises(FibldmError, match="has a ControlNet or was distilled"):
+        run_of_bundle(tmp_path / "student", tmp_path / "another")
