@@ -140,7 +140,7 @@ class Editor:
         edit = edit or EditSettings()
         if self.synthesizer.student is not None:
             raise FibldmError(
-                "a region is drawn in many steps beside what stays; a distilled network was trained for whole volumes in "
+                "a region is drawn in many steps, beside what stays; a distilled network draws whole volumes in "
                 f"{counted(self.synthesizer.student.calls, 'call')}",
                 "edit with its teacher",
             )

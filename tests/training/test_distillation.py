@@ -426,7 +426,7 @@ def test_a_recipe_with_a_student_must_draw_in_its_steps(tmp_path: Path) -> None:
 
 def test_a_region_is_edited_with_the_teacher(distilled: Path, mask_file: Path) -> None:
     mask = read_volume(mask_file)
-    with pytest.raises(FibldmError, match="whole volumes in 2 calls; edit with its teacher"):
+    with pytest.raises(FibldmError, match="draws whole volumes in 2 calls; edit with its teacher"):
         Editor(Synthesizer.from_run(distilled))(EditRequest(mask, mask, mask, "a"))
 
 
