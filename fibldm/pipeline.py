@@ -26,10 +26,11 @@ from fibldm.report.report import ReportSettings, bundle_report, write_report
 from fibldm.runs import StageFolder
 from fibldm.runs.causes import unwrapped
 from fibldm.runs.configuration import Configuration, check_grid
-from fibldm.runs.stages import begun, kind_of
-from fibldm.synthesis import OutputConflict, SynthesisSettings, synthesize_files
+from fibldm.runs.stages import begun, kind_of, taught
+from fibldm.synthesis import OutputConflict, SamplingSettings, SynthesisSettings, synthesize_files
 from fibldm.synthesis.asked import COVARIATES, MASK, check, check_names, read
 from fibldm.synthesis.loading import sees_mask
+from fibldm.synthesis.student import Student
 from fibldm.training.budget import in_minutes
 from fibldm.training.shares import TotalBudget, expected_encoding, note_encoding, shares_of
 from fibldm.verbatim import as_word
@@ -175,6 +176,8 @@ def _check(
         )
     check_names([name for name in parser["conditions"] if name not in (MASK, COVARIATES)], drawing.asked)
     _ = drawing.table, drawing.known_scans
+    for made in (made for name, made in configurations.items() if taught(name)):
+        Student(int(made.parser()["student_calls"]), "", SamplingSettings()).check(drawing.sampling, None)
     shares_of(list(configurations), recipe.shares)
     TrainingStep("segmenter", recipe.configs, recipe.of_segmenter).configuration(work, run)
     if recipe.perceptual is not None:
@@ -222,8 +225,9 @@ def check_asked(
 
 
 def _generating(configurations: Mapping[str, Configuration]) -> Configuration:
-    """The stage that volumes will be drawn with."""
-    return [configuration for name, configuration in configurations.items() if kind_of(name).generates][-1]
+    """The stage that says what volumes will be drawn from: the last that generates, or the teacher of that."""
+    made = [part for name, part in configurations.items() if kind_of(name).generates and not taught(name)]
+    return made[-1]
 
 
 def _check_begun(run: Path, configurations: Mapping[str, Configuration]) -> None:

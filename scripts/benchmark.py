@@ -46,9 +46,8 @@ from fibldm.models.tiling import tiled_decode
 from fibldm.models.timesteps import sampling_times
 from fibldm.phantoms.phantoms import write_phantoms
 from fibldm.planning.traced_step import Request, trace_stage
-from fibldm.runs import STAGES
 from fibldm.runs.configuration import stage_configuration
-from fibldm.runs.stages import trained
+from fibldm.runs.stages import TABLE, usual
 from fibldm.runs.workflow import StageWorkflow
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.training.inferers import Precision, fast_bfloat16
@@ -93,7 +92,7 @@ class Bench:
         """Phantoms, and a run with an epoch of each stage."""
         write_phantoms(self.folder / "source", subjects=6, seed=0, progress=iter)
         prepare(self.folder / "source", self.folder / "work", progress=False)
-        for stage in STAGES:
+        for stage in usual():
             self.workflow(stage, self.folder / "run", **SIZE[stage]).run()
 
     def workflow(self, stage: str, run: Path, **overrides: Any) -> StageWorkflow:
@@ -167,7 +166,7 @@ def _process_memory() -> dict[str, int]:
 def training_step(bench: Bench, meter: Meter, *, stage: str, options: Mapping[str, Any] | None = None) -> None:
     """Epochs of a stage, with other settings if asked for, each followed by the bare loop over the same batches."""
     run = Path(tempfile.mkdtemp(dir=bench.folder))
-    for earlier in STAGES[: STAGES.index(stage)]:
+    for earlier in usual()[: usual().index(stage)]:
         (run / earlier).symlink_to(bench.folder / "run" / earlier)
     epochs = bench.warm_up + bench.repeats
     length = {"epochs": epochs, "val_interval": epochs, "checkpoint_every": epochs}
@@ -305,7 +304,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings of speed and memory, each by itself on top of the bench's."""
 
-_TRAINED = trained()
+_TRAINED = tuple(stage for stage in usual() if TABLE[stage].is_trained)
 _OF_STEP = {f"{stage} step": (stage, {}) for stage in _TRAINED} | {
     f"{stage}, {name}": (stage, options) for stage in _TRAINED for name, options in OPTIONS.items()
 }

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fibldm.runs.configuration import Configuration, stage_configuration
+from fibldm.runs.stages import usual
 
 ROOT = Path(__file__).parents[1]
+STAGES = usual()
+"""Of a run that nobody asked more of."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

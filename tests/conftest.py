@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import data_file, tiny_configuration
+from builders import STAGES, data_file, tiny_configuration
 from monai.bundle import config_parser
 from processes import server
 
 from fibldm.datasets.preparation import prepare
 from fibldm.files import read_json, write_json
 from fibldm.phantoms.phantoms import write_phantoms
-from fibldm.runs import STAGES
 from fibldm.runs.configuration import Configuration
 from fibldm.volumes.datalist import SPLITS
 
@@ -160,7 +159,7 @@ def tiny_stage(phantom_work: Path, tiny_data: Path) -> TinyStage:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_stage: TinyStage, made_once: MadeOnce) -> Path:
-    """A run folder with every stage trained for an epoch; read only, as all tests share it."""
+    """A run folder with every usual stage trained for an epoch; read only, as all tests share it."""
 
     def make(folder: Path) -> None:
         for stage in STAGES:

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from builders import data_file, tiny_configuration, write_nifti
+from builders import STAGES, data_file, tiny_configuration, write_nifti
 from monai.transforms import LoadImaged
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from fibldm.evaluation.memorisation import TrainingDetails, detail_of
 from fibldm.evaluation.reconstruction import Reconstructor, image_quality
 from fibldm.files import read_json, write_json
 from fibldm.models.autoencoder import FrozenFirstStage
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import Synthesizer
 from fibldm.volumes.datalist import load_datalist, read_datalist

@@ -80,7 +80,7 @@ NOT_RUN = {
 # Blocks that take more than a minute on two cores; they run where FIBLDM_LONG is set.
 LONG = ("phantoms_fine", "fibldm plan", "hippocampus_mri --out", "lung_ct.csv", "runs/disease")
 
-# Runs that pages suppose: which earlier run each is like, and the stages that it lacks.
+# Runs that pages suppose: which earlier run each is like, and the stages that it lacks, if that has them.
 LIKE = {
     "lungs": ("mine", "diffusion"),
     "lesions": ("mine", "diffusion"),
@@ -90,6 +90,7 @@ LIKE = {
     "imported": ("mine", "diffusion"),
     "adapted": ("tuned", "diffusion"),
     "texture": ("mine", "diffusion"),
+    "fast": ("mine", "distillation"),
 }
 
 # Options that make commands small, by how they begin.

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from builders import data_file, tiny_configuration
+from builders import STAGES, data_file, tiny_configuration
 from safetensors.torch import load_file
 
 from fibldm.evaluation.cases import Evaluated
@@ -15,7 +15,7 @@ from fibldm.evaluation.reconstruction import Reconstructor
 from fibldm.files import read_json
 from fibldm.models.autoencoder import FrozenFirstStage
 from fibldm.models.identity_autoencoder import IdentityAutoencoder
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.runs.configuration import Configuration
 from fibldm.synthesis import SamplingSettings, synthesize_files
 from fibldm.volumes.datalist import load_datalist

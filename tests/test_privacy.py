@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from builders import STAGES
 from dicom_files import BIRTH_DATE, DATE, NAME, complete, write_segmentation, write_series
 from highdicom.seg import segread
 
 from fibldm.cli import run
 from fibldm.files import read_json
 from fibldm.phantoms.phantoms import LABELS, make_phantom
-from fibldm.runs import STAGES
 from fibldm.volumes.grid import Volume
 
 PATIENTS = ("PLANTED-4711", "PLANTED-4712", "PLANTED-4713", "PLANTED-4714")

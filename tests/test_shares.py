@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import STAGES
 
 from fibldm.cli import run as fibldm
 from fibldm.errors import FibldmError
@@ -11,7 +12,7 @@ from fibldm.files import read_json, write_json
 from fibldm.pipeline import train_steps
 from fibldm.planning.timing import encoding_seconds
 from fibldm.recipe import Recipe, TrainingStep
-from fibldm.runs import BUDGET, STAGES, StageFolder
+from fibldm.runs import BUDGET, StageFolder
 from fibldm.runs.configuration import stage_configuration
 from fibldm.training.shares import TotalBudget, note_encoding, shares_of
 

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from builders import data_file, tiny_configuration
+from builders import STAGES, data_file, tiny_configuration
 from monai.bundle import ConfigParser
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from fibldm.evaluation.radiomics import gradient_magnitude
 from fibldm.evaluation.segmentation_metrics import hd95
 from fibldm.evaluation.spectrum import frequency_edges, radial_spectrum
 from fibldm.files import read_json
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.runs.config_files import shipped
 from fibldm.runs.configuration import Configuration
 from fibldm.runs.stages import TABLE

@@ -151,6 +151,7 @@ def metadata(facts: Mapping[str, Any], words: CardText, figures: Mapping[str, An
         "covariates": facts["covariates"],
         **({"conditions": facts["further"]} if "further" in facts else {}),
         "sampling": facts["sampling"],
+        **({"distilled": facts["distilled"]} if "distilled" in facts else {}),
         "network_data_format": _data_format(facts),
     }
 

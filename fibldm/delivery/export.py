@@ -34,11 +34,12 @@ from fibldm.models.conditions.condition import present
 from fibldm.models.conditions.token import TOKEN, TokenNames, TokenVectors
 from fibldm.models.time_vectors import time_width
 from fibldm.runs import StageFolder, hash_weights, load_facts
-from fibldm.runs.stages import kind_of
+from fibldm.runs.stages import kind_of, taught
 from fibldm.synthesis import SamplingSettings, Synthesizer
 from fibldm.synthesis.bundle import FORMAT, GENERATOR
 from fibldm.synthesis.definitions import build
 from fibldm.synthesis.loading import generating_stage, residual_noise_file
+from fibldm.synthesis.student import Student
 from fibldm.volumes.gate import read_gate
 from fibldm.volumes.label_images import channels_are_labels
 
@@ -117,7 +118,9 @@ def export(run: Path, out: Path, settings: ExportSettings, *, also: Also | None 
         _check_drawn(run)
         adapted = _adapted(run, settings)
         measured = _measured(run, stage, adapted)
-        facts = _write_generator(run, folder, settings, out.name, measured.default(settings.sampling), adapted)
+        student = Student.of_stage(stage)
+        usual = measured.default(settings.sampling, SamplingSettings() if student is None else student.own)
+        facts = _write_generator(run, folder, settings, out.name, usual, adapted)
         write_text(folder / "LICENSE", notice)
         write_json(folder / "configs" / "metadata.json", metadata(facts, words, measured.figures))
         write_json(folder / "configs" / "inference.json", inference_configuration(facts))
@@ -207,6 +210,8 @@ def _write_generator(
         sampling = replace(sampling, shift=None)  # as it is asked for, so that volumes of before are not made anew
     if weights["residual_noise"] is None:
         sampling = replace(sampling, residual_noise=SamplingSettings.residual_noise)
+    if (student := Student.of_stage(stage)) is not None:
+        student.check(sampling, shift)
     items = {split: sorted({item["case"] for item in listed}) for split, listed in known["items"].items()}
     facts = {
         "format": FORMAT,
@@ -224,6 +229,7 @@ def _write_generator(
         **of_network,
         "mask_dropout": float(stage.component("mask_dropout")),
         **({"adapters": _told(settings.adapters)} if settings.adapters else {}),
+        **({"distilled": student.to_dict()} if student is not None else {}),
         **({"gate": gate.to_dict()} if (gate := read_gate(run, known)) else {}),
         "licence": settings.licence,
         "data_licence": _data_licence(known["licence"], settings.adapters),
@@ -257,7 +263,7 @@ def _data_licence(own: str | None, adapters: Mapping[str | Path, float]) -> str 
 
 def _definition(stage: StageFolder) -> Any:
     """The network of a stage; what a ControlNet stands on was trained by the stage before."""
-    base = kind_of(stage.name).base
+    base = str(stage.parser()["teacher"]) if taught(stage.name) else kind_of(stage.name).base
     known = {} if base is None else {"base": _definition(StageFolder(stage.run_dir, base))}
     return literal(stage.parser(device="cpu"), "network_def", known=known)
 

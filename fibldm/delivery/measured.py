@@ -56,8 +56,12 @@ class Measured:
             if name != _WITHOUT_VOLUMES
         }
 
-    def default(self, chosen: Mapping[str, Any]) -> SamplingSettings:
+    def default(self, chosen: Mapping[str, Any], usual: SamplingSettings | None = None) -> SamplingSettings:
         """The sampling that was measured, with what was chosen in its place; where nothing was measured, the usual one.
+
+        Args:
+            chosen: settings by name.
+            usual: where nothing was measured; None is that of `SamplingSettings`.
 
         Raises:
             FibldmError: sections were measured with several samplings, and what differs was not chosen; or a setting is
@@ -82,6 +86,8 @@ class Measured:
         if known:
             one = next(iter(known.values()))
             measured |= {name: getattr(one, name) for name in names}
+        elif usual is not None:
+            measured |= {name: getattr(usual, name) for name in names}
         if chosen.get("sampler", measured.get("sampler")) != measured.get("sampler"):
             measured.pop("eta", None)  # which was of the other sampler
         return SamplingSettings.from_dict({**measured, **chosen})

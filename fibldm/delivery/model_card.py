@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from fibldm.delivery.measured import Measured, followed
 from fibldm.errors import FibldmError
 from fibldm.synthesis.definitions import build
+from fibldm.synthesis.student import Student
 from fibldm.typed_settings import counted
 from fibldm.volumes.gate import MEASURES, gate_of_bundle
 
@@ -119,6 +120,7 @@ def card(facts: Mapping[str, Any], words: CardText, measured: Measured, *, size:
         labels=", ".join(f"{value} {name}" for value, name in facts["labels"].items()),
         megabytes=f"{size / 1e6:.1f}",
         sampling=sampling.described,
+        distilled=student.described if (student := Student.from_dict(facts.get("distilled"))) is not None else "",
         calls=counted(sampling.calls_on(build(facts["process"], "process")), "network call"),
         measured=_rows(measured.figures, _SHOWN),
         ways=measured.ways(sampling),

@@ -29,12 +29,13 @@ from fibldm.models.one_tensor import OneTensorDecoder, OneTensorEncoder, OneTens
 from fibldm.runs.renamed import current
 from fibldm.synthesis import Synthesizer, synthesize_files
 from fibldm.synthesis.bundle import GENERATOR, inside
+from fibldm.typed_settings import counted
 from fibldm.verbatim import as_argument, verbatim
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.writer import write_labels
 
-_STEPS = 2
+_STEPS = 2  # or those that a distilled network was trained for
 _TOLERANCE = 1e-4
 _ROUNDING = 2e-3  # of whole HU, or of other threads
 _MULTIPLES = (1, 2, 3)
@@ -132,6 +133,12 @@ class BundleUnderTest:
     @cached_property
     def synthesizer(self) -> Synthesizer:
         return Synthesizer.from_bundle(self.bundle, trust=self.trust)
+
+    @property
+    def steps(self) -> int:
+        """Of a sampling that is tried: few, and as a distilled network needs them."""
+        student = self.synthesizer.student
+        return _STEPS if student is None else student.calls
 
     @cached_property
     def current(self) -> Path:
@@ -328,7 +335,7 @@ def _synthesis(trial: BundleUnderTest) -> str:
     (file,) = synthesize_files(
         *(None, trial.masks, out),
         count=1,
-        steps=_STEPS,
+        steps=trial.steps,
         bundle=trial.bundle,
         trust=trial.trust,
         allow_extrapolation=True,
@@ -337,7 +344,7 @@ def _synthesis(trial: BundleUnderTest) -> str:
     volume = read_volume(file)
     if volume.array.shape[:3] != tuple(trial.synthesizer.grid.size) or not np.isfinite(volume.array).all():
         raise FibldmError("a volume must be finite and lie on the grid of its mask")
-    return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {_STEPS} steps"
+    return f"a volume of {' x '.join(map(str, volume.array.shape))} voxels in {counted(trial.steps, 'step')}"
 
 
 def _inference(trial: BundleUnderTest) -> str:
@@ -348,7 +355,7 @@ def _inference(trial: BundleUnderTest) -> str:
         "bundle_root": str(trial.bundle),
         "output_dir": str(trial.folder / "monai"),
         **trial.masks_given,
-        "inferer::steps": _STEPS,
+        "inferer::steps": trial.steps,
         "trust": trial.trust,
         "allow_extrapolation": True,
         "device": "cpu",

@@ -17,6 +17,7 @@ from fibldm.models.inpainting import KnownLatents
 from fibldm.models.tiling import tiled_encode
 from fibldm.synthesis import PreparedMask, SamplingSettings, SynthesisRequest, Synthesizer
 from fibldm.synthesis.asked import meant
+from fibldm.typed_settings import counted
 from fibldm.volumes.grid import Grid, Volume, resample, turned_like
 from fibldm.volumes.masks import as_labels
 
@@ -134,9 +135,15 @@ class Editor:
 
         Raises:
             FibldmError: mask or region do not lie on the scan, the region is empty, the scan holds a voxel that is not
-                finite, or see `Synthesizer.prepare` and `Synthesizer.draw`.
+                finite, the network was distilled, or see `Synthesizer.prepare` and `Synthesizer.draw`.
         """
         edit = edit or EditSettings()
+        if self.synthesizer.student is not None:
+            raise FibldmError(
+                "a region is drawn in many steps, beside what stays; a distilled network draws whole volumes in "
+                f"{counted(self.synthesizer.student.calls, 'call')}",
+                "edit with its teacher",
+            )
         settings = self.synthesizer.as_trained(settings or self.synthesizer.sampling)
         scan, region = request.scan.canonical(), request.region.canonical()
         mask = as_labels(request.mask).canonical()

@@ -12,7 +12,7 @@ from fibldm.planning.timing import count, time_encoding, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, is_trained, stage_parser, trace_stage
 from fibldm.progress import track
 from fibldm.runs.config_files import read_configuration
-from fibldm.runs.stages import DEFAULT_RECIPE, kind_of, trained
+from fibldm.runs.stages import DEFAULT_RECIPE, kind_of, taught, trained
 from fibldm.volumes.coverage import measure_coverage
 from fibldm.volumes.datalist import read_datalist
 
@@ -51,7 +51,8 @@ def plan(request: Request, *, memory: float | None = None, controlnet: bool = Fa
     available = device_memory(request.device) if memory is None else memory
     grid = measure_coverage(request.work, stage_parser("autoencoder", request).get_parsed_content("grid"))
     request, left_out = (request, set()) if controlnet else by_default_recipe(request)
-    planned = [stage for stage in trained() if stage not in left_out and is_trained(stage, request)]
+    named = [stage for stage in trained() if stage not in left_out and not taught(stage)]  # a student needs its teacher
+    planned = [stage for stage in named if is_trained(stage, request)]
     stages = {stage: _described(stage, request, available) for stage in track(planned, "plan")}
     fits_here = all(stage["minutes"] is not None for stage in stages.values())
     return {

@@ -27,6 +27,8 @@ class StageKind:
         is_trained: by epochs, or by minutes.
         on_latents: whether it learns from what the stage ``latents`` cached, or else from volumes.
         base: the earlier stage whose network stands in its configuration as ``base``, frozen; None has none.
+        stands_on: those of which the last that was begun takes the place of `base`, as the key ``teacher`` of its
+            configuration says; its network and conditions are those of that stage.
         share: of the minutes of a run.
         share_of_others: what it takes of the shares of others where it is trained.
         generates: whether volumes are drawn with its network, which are those of the last such stage that was begun.
@@ -41,6 +43,7 @@ class StageKind:
     is_trained: bool = True
     on_latents: bool = False
     base: str | None = None
+    stands_on: tuple[str, ...] = ()
     share: float = 0.0
     share_of_others: Mapping[str, float] = field(default_factory=dict)
     generates: bool = False
@@ -78,6 +81,16 @@ _ROWS = (
         brings_mask=True,
         imports=("controlnet",),
     ),
+    StageKind(
+        "distillation",
+        ("common_training", "train_diffusion", "train_distillation"),
+        "fibldm train distillation",
+        in_pipeline="on request",
+        on_latents=True,
+        share=0.3,
+        generates=True,
+        stands_on=("diffusion", "controlnet"),
+    ),
     StageKind("segmenter", ("common_training", "train_segmenter"), "fibldm evaluate", in_pipeline="never"),
 )
 
@@ -114,9 +127,19 @@ def begun(run: str | Path) -> list[StageKind]:
     return [TABLE[stage] for stage in STAGES if (Path(run) / stage).exists()]
 
 
+def taught(stage: str) -> bool:
+    """Whether a stage learns from another one's network, whose architecture and conditions it takes."""
+    return bool(kind_of(stage).stands_on)
+
+
 def trained() -> tuple[str, ...]:
     """Those stages of a run that are trained, in their order."""
     return tuple(stage for stage in STAGES if TABLE[stage].is_trained)
+
+
+def usual() -> tuple[str, ...]:
+    """Those of a run that nobody has to ask for, in their order."""
+    return tuple(kind.name for kind in TABLE.values() if kind.in_pipeline in ("always", "optional"))
 
 
 def files_of_stages() -> tuple[str, ...]:

@@ -7,6 +7,7 @@
 * ``loading``: the parts of a synthesizer, from a run or a bundle
 * ``checking``: volumes outside of the ranges of training are drawn again, or left out
 * ``adapters``: updates of low rank, put on a generator
+* ``student``: what a distilled network was trained for, and is therefore asked for
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
 * ``outputs``: mask files in, marked files out

@@ -19,6 +19,7 @@ from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.runs.stages import TABLE, StageKind, begun
 from fibldm.runs.values import require_switches
 from fibldm.synthesis.bundle import GENERATOR, open_bundle
+from fibldm.synthesis.student import Student
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.gate import gate_of_bundle, read_gate
 from fibldm.volumes.grid import ModelGrid
@@ -49,6 +50,12 @@ def parts_of_run(
     stage = generating_stage(Path(run_dir), unconditional=unconditional)
     noise = residual_noise_file(Path(run_dir), facts)
     network = stage.trained(checkpoint, device="cpu")
+    student = Student.of_stage(stage)
+    if student is not None and (strength != 1 or others):
+        raise FibldmError(
+            "a distilled network has its ControlNet in its weights, at strength 1; got a strength or others beside it",
+            "leave them out, or draw with its teacher",
+        )
     weights = hash_weights(network.state_dict())
     conditions = {**present(stage.component("conditions")), "mask": stage.component("mask")}
     if strength != 1 or others:
@@ -69,6 +76,7 @@ def parts_of_run(
         "gate": read_gate(Path(run_dir), facts),
         "data": None if others else facts["data"],
         **_of_facts(facts),
+        **({} if student is None else {"student": student, "sampling": student.own}),
     }
 
 
@@ -99,6 +107,7 @@ def parts_of_bundle(path: str | Path, *, trust: bool, device: str | torch.device
                 "residual_noise": bundle.residual_noise(),
                 "mask_dropout": facts.get("mask_dropout"),
                 "sampling": bundle.sampling(),
+                "student": Student.from_dict(facts.get("distilled")),
                 "gate": gate_of_bundle(facts),
                 "data": None if facts.get("adapters") else facts["data"],
                 **_of_facts(facts),
@@ -177,7 +186,7 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
     if base.component("mask_way") is None:
         others = fitting
         fitting = [kind for kind in fitting if brings_mask(run_dir, kind) != unconditional]
-        if not fitting and not unconditional and any(kind.brings_mask for kind in others):
+        if not fitting and not unconditional and any(kind.name == steered.name for kind in others):
             raise FibldmError(
                 f"neither stage 2 of {run_dir} nor its ControlNet knows masks (control_mask is false)",
                 "ask for volumes without masks: `fibldm synthesize` without --masks, `fibldm export --unconditional`, "
@@ -194,7 +203,12 @@ def generating_stage(run_dir: Path, *, unconditional: bool = False) -> StageFold
 
 
 def brings_mask(run_dir: Path, kind: StageKind) -> bool:
-    """Whether a stage that was begun follows masks even where its base does not: a ControlNet that sees them."""
+    """Whether a stage that was begun follows masks even where stage 2 does not: a ControlNet that sees them.
+
+    A student does so if its teacher does.
+    """
+    if kind.stands_on:
+        return brings_mask(run_dir, TABLE[str(StageFolder(run_dir, kind.name).parser()["teacher"])])
     return kind.brings_mask and sees_mask(StageFolder(run_dir, kind.name).parser())
 
 
@@ -213,7 +227,7 @@ def knows_masks(run_dir: Path) -> bool:
 
 def generating_weights(run_dir: Path) -> set[str]:
     """Fingerprints of the stages that volumes are drawn with: from masks, and without where stage 2 knows none."""
-    stages = [StageFolder(run_dir, kind.name) for kind in begun(run_dir) if kind.brings_mask]
+    stages = [StageFolder(run_dir, kind.name) for kind in begun(run_dir) if kind.brings_mask or kind.stands_on]
     if StageFolder(run_dir, "diffusion").done():
         stages.append(generating_stage(run_dir, unconditional=True))
     return {str(done["weights"]) for stage in stages if (done := stage.done())}

@@ -36,6 +36,7 @@ from fibldm.synthesis.checking import DRAWS_AGAIN, Check, CopyCheck, OutsideRang
 from fibldm.synthesis.loading import parts_of_bundle, parts_of_run
 from fibldm.synthesis.request import UNCONDITIONAL, PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import SamplingSettings
+from fibldm.synthesis.student import Student
 from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.gate import Gate, required
 from fibldm.volumes.grid import ModelGrid, Volume, resample, turned_like
@@ -76,6 +77,7 @@ class Synthesizer:
         choice: for the sidecar, what is not as it was trained: checkpoint, strength, further ControlNets, adapters.
         gate: in which ranges intensities of training cases lie; None where that was not measured.
         data: fingerprint of the dataset that all of its networks were trained on; None where some were on others.
+        student: what it was distilled for and from; None is no distilled network.
         mark: what drawn noise is marked with; None, for comparisons, leaves voxels without a mark, and sidecars say so.
     """
 
@@ -98,6 +100,7 @@ class Synthesizer:
     choice: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
     data: str | None = None
+    student: Student | None = None
     mark: Mark | None = field(default_factory=Mark.from_environment)
 
     @classmethod
@@ -413,6 +416,7 @@ class Synthesizer:
             "torch": torch.__version__,
             "source": self.source,
             **({"choice": dict(self.choice)} if self.choice else {}),
+            **({"distilled": self.student.to_dict()} if self.student is not None else {}),
             "number": request.number,
             "sampling": settings.to_dict(),
             "covariates": covariates,
@@ -441,7 +445,13 @@ class Synthesizer:
         return self.mark.recorded()
 
     def as_trained(self, settings: SamplingSettings) -> SamplingSettings:
-        """Settings with the shift of the training times where they give none, and no noise that is not known."""
+        """Settings with the shift of the training times where they give none, and no noise that is not known.
+
+        Raises:
+            FibldmError: a dynamic threshold is asked of latents, or of a distilled network what it was not trained for.
+        """
+        if self.student is not None:
+            self.student.check(settings, self.shift)
         known = {"latents": not self.first_stage.is_identity, "residual_noise": self.residual_noise is not None}
         return settings.as_trained(shift=self.shift, **known)
 

@@ -6,6 +6,7 @@
 * ``draws``: randomness keyed by (seed, epoch, case, view)
 * ``prepare_batch``, ``masked_volumes``: from a batch to what the network sees and is asked for
 * ``losses`` (with ``variational_bound``, ``uncertainty``), ``perceptual``, ``adversarial``: what the stages minimise
+* ``distillation``: a teacher's pairs of noise and latent, and what its student is asked for
 * ``loss_aware``: tells times that follow the loss of it
 * ``initialise``, ``first_guess``: weights to begin with, and weights that stay
 * ``adapter``, ``base_latents``: updates of low rank kept apart, and what a run takes from the base that it adapts

@@ -11,6 +11,7 @@ from fibldm.manifest import check_manifest
 from fibldm.models.conditions.covariates import Categorical, CovariateEncoding, Numeric
 from fibldm.models.latents import LatentSpace
 from fibldm.runs import load_facts
+from fibldm.runs.renamed import current_generator
 from fibldm.runs.stage_folder import StageFolder
 from fibldm.runs.stages import begun
 
@@ -30,7 +31,7 @@ def facts_of_base(source: str | Path, autoencoder: str) -> dict[str, Any]:
     source = Path(source)
     if (source / _GENERATOR).is_file():
         check_manifest(source)
-        facts = read_json(source / _GENERATOR)
+        facts = current_generator(read_json(source / _GENERATOR))
         space, known = facts["space"], (facts["conditions"].get("covariates") or {}).get("kinds", {})
     elif (source / "latents").is_dir():
         space, known = load_facts(source)["space"], _fitted_in(source)

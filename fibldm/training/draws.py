@@ -71,10 +71,21 @@ class EpochSampler(Sampler[Draw]):
         seed: seed of the run.
         views: draws of every case in one epoch.
         shuffle: False keeps the order and draws the same in every epoch, as validation needs it.
+        repeats: passes after which the same seeds come again, in another order; None always has new ones.
+
+    Raises:
+        FibldmError: ``repeats`` is no whole number of at least 1.
     """
 
-    def __init__(self, length: int, *, seed: int, views: int = 1, shuffle: bool = True) -> None:
+    def __init__(
+        self, length: int, *, seed: int, views: int = 1, shuffle: bool = True, repeats: int | None = None
+    ) -> None:
+        if repeats is not None and (isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1):
+            raise FibldmError(
+                f"seeds repeat after a whole number of passes, at least 1; got {repeats!r}", "null never repeats them"
+            )
         self.length, self.seed, self.views, self.shuffle = length, seed, views, shuffle
+        self.repeats = repeats
         self.epoch = 0
         self.draws: int | None = None
 
@@ -116,9 +127,10 @@ class EpochSampler(Sampler[Draw]):
         order = np.arange(self.length * self.views)
         if self.shuffle:
             np.random.default_rng([self.seed, number]).shuffle(order)
+        seeds = number if self.repeats is None else number % self.repeats
         for position in self._of_rank(order)[first:end]:
             index, view = divmod(int(position), self.views)
-            yield Draw(index, view, key_seed(self.seed, number, index, view))
+            yield Draw(index, view, key_seed(self.seed, seeds, index, view))
 
     def _of_rank(self, order: np.ndarray) -> np.ndarray:
         rank, ranks = idist.get_rank(), idist.get_world_size()

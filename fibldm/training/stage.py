@@ -18,6 +18,7 @@ from fibldm.models.low_rank import fits
 from fibldm.models.tokens import has_tokens
 from fibldm.runs import StageFolder, hash_weights
 from fibldm.runs.renamed import current
+from fibldm.runs.stages import taught
 from fibldm.runs.values import check_values, require_minutes
 from fibldm.runs.workflow import running_parser
 from fibldm.training.adapter import keep_adapter, require_apart, require_base
@@ -35,6 +36,7 @@ _logger = logging.getLogger("fibldm")
 
 # Recorded as numbers: a run is read again without the data that they come from.
 _COUNTS = ("epochs", "image_channels", "label_channels")
+_NAMES = ("teacher",)  # likewise: a later stage must not change which one it was
 
 
 class Stage:
@@ -96,6 +98,7 @@ class Stage:
             parser = ConfigParser(config)
         check_values(config)  # MONAI's own command does not
         config = {**config, **{key: int(parser.get_parsed_content(key)) for key in _COUNTS if key in config}}
+        config |= {key: str(parser.get_parsed_content(key)) for key in _NAMES if key in config}
         config["minutes"] = _minutes(parser)
         if config["epochs"] < self.least_epochs:
             raise FibldmError(
@@ -169,7 +172,8 @@ class Stage:
         allow_tf32(bool(get("tf32")))
         if apart := _later(parser, "lora_apart", False):
             require_apart(self.folder.name, get, tokens=has_tokens(network))
-        if (apart or get("lora_rank")) and not get("init_from"):
+        begun = bool(get("init_from")) or taught(self.folder.name)  # a student has its teacher's weights
+        if (apart or get("lora_rank")) and not begun:
             raise FibldmError("lora_rank adapts weights that are there; init_from names none", "give init_from")
         if get("init_from") and not (self.folder.checkpoints / "last.pt").exists():
             trust = bool(_later(parser, "init_trust", False))

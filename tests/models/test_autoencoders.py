@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import kl_numbers, normal, tiny_configuration
+from builders import STAGES, kl_numbers, normal, tiny_configuration
 from generative.networks.nets import VQVAE as GenerativeVQVAE
 from generative.networks.nets import AutoencoderKL as GenerativeAutoencoderKL
 from ignite.engine import Engine
@@ -24,7 +24,7 @@ from fibldm.models.maisi import MaisiAutoencoder
 from fibldm.models.spade_autoencoder import SpadeAutoencoder
 from fibldm.models.strides import set_strides, total_stride
 from fibldm.models.vector_quantised import VectorQuantisedAutoencoder
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.runs.config_files import shipped
 from fibldm.runs.stages import TABLE
 from fibldm.training.handlers import EMA

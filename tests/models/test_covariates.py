@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from builders import awake, unet_numbers
+from builders import STAGES, awake, unet_numbers
 from conftest import TinyStage
 from monai.bundle import create_workflow
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
@@ -34,7 +34,7 @@ from fibldm.models.denoiser import Denoiser
 from fibldm.models.network import ConditionedNetwork, combine_controlnets, steered
 from fibldm.models.process import RectifiedFlow
 from fibldm.models.timesteps import UniformTimes
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.runs.configuration import stage_configuration
 from fibldm.synthesis import Output, SamplingSettings, SynthesisRequest, SynthesisSettings, Synthesizer, jobs_of
 from fibldm.training.inferers import AutocastInferer

@@ -17,9 +17,14 @@ from fibldm.planning.plan import by_default_recipe, device_memory, largest_batch
 from fibldm.planning.timing import count, time_stage
 from fibldm.planning.traced_step import Request, StageMemory, trace_stage
 from fibldm.runs import StageFolder
-from fibldm.runs.stages import trained
+from fibldm.runs.stages import TABLE, usual
 
 FLOAT = 4
+
+
+def trained() -> list[str]:
+    """The stages that are planned."""
+    return [stage for stage in usual() if TABLE[stage].is_trained]
 
 
 @pytest.fixture(scope="module")

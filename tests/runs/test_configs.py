@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from builders import STAGES
 from conftest import TinyStage
 from monai.bundle import ConfigParser, ConfigWorkflow
 from processes import by_monai, finish, start
@@ -20,7 +21,7 @@ from processes import by_monai, finish, start
 from fibldm import __version__
 from fibldm.cli import run
 from fibldm.errors import FibldmError
-from fibldm.runs import STAGES, StageFolder, decisive
+from fibldm.runs import StageFolder, decisive
 from fibldm.runs.config_files import ConfigFiles, configs_folder, shipped
 from fibldm.runs.configuration import Configuration, IncompatibleGrid, check_grid, stage_configuration
 from fibldm.runs.options import parse_overrides

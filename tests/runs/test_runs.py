@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from builders import STAGES
 from conftest import TinyStage
 
 from fibldm.errors import FibldmError
 from fibldm.files import read_json, write_json
-from fibldm.runs import STAGES, StageFolder, hash_weights, load_facts
+from fibldm.runs import StageFolder, hash_weights, load_facts
 from fibldm.training.latents import Latents, LoadLatent
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")

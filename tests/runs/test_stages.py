@@ -100,10 +100,11 @@ def test_a_recipe_has_a_stage_of_the_table_where_it_is_named(
 
 
 def test_minutes_are_shared_with_a_stage_of_the_table(made_up: StageKind, tmp_path: Path) -> None:
-    assert trained() == ("autoencoder", "diffusion", "controlnet", "refined")
+    assert trained() == ("autoencoder", "diffusion", "controlnet", "distillation", "refined")
     shares = shares_of([*STAGES[:3], "refined"])
     assert shares == {"autoencoder": 0.35, "diffusion": 0.65, "refined": 0.25}
-    assert shares_of(STAGES) == {"autoencoder": 0.3, "diffusion": 0.5, "controlnet": 0.2, "refined": 0.25}
+    usual = {"autoencoder": 0.3, "diffusion": 0.5, "controlnet": 0.2}
+    assert shares_of(STAGES) == {**usual, "distillation": 0.3, "refined": 0.25}
     assert TotalBudget(tmp_path, 10.0, shares).minutes_of("refined") == 10.0
     assert TotalBudget(tmp_path, 10.0, shares).minutes_of("diffusion") == pytest.approx(10 * 0.65 / 0.9, abs=1e-4)
 

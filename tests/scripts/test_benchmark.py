@@ -9,9 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from builders import script
-
-from fibldm.runs import STAGES
+from builders import STAGES, script
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from builders import STAGES
 from conftest import TinyStage
 from processes import by_monai, finish, run_words, start
 
 from fibldm.files import hash_file
 from fibldm.models.autoencoder import FrozenFirstStage
-from fibldm.runs import STAGES, StageFolder
+from fibldm.runs import StageFolder
 from fibldm.training.prepare_batch import LatentPrepareBatch, VolumePrepareBatch
 
 TRAINED = ("autoencoder", "diffusion", "controlnet")
