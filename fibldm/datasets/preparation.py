@@ -39,7 +39,7 @@ from fibldm.locks import alone, beside
 from fibldm.progress import track
 from fibldm.typed_settings import counted
 from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
-from fibldm.workers import in_processes
+from fibldm.workers import Engine, Work, engine_of
 
 MAX_LABELS = 200
 """More labels than this are taken for an image given as a label volume."""
@@ -75,7 +75,8 @@ def prepare(
     settings: PrepareSettings | None = None,
     *,
     restart: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
+    cluster: str | None = None,
     keep_salt: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -86,8 +87,9 @@ def prepare(
         work: folder to write.
         settings: what the user decides; ``None`` means the defaults.
         restart: whether a work folder of another source or other settings is written anew.
-        workers: processes that read at the same time; each holds one case in memory. More than one needs a main module
-            that can be imported (``if __name__ == "__main__"``).
+        workers: processes that read at the same time, each of them one case; None is this one alone. More than one
+            needs a main module that can be imported (``if __name__ == "__main__"``).
+        cluster: address of a scheduler of Dask, whose workers read instead; they must see source and work folder.
         keep_salt: whether the salt of the patients' names is written into ``work`` as well.
         progress: whether to show a progress bar on standard error, where that is a terminal.
 
@@ -96,8 +98,7 @@ def prepare(
             listed, and recorded in ``report.json``), ``work`` holds something else, or another process writes it.
     """
     source, work, settings = Path(source), Path(work), settings or PrepareSettings()
-    if workers < 1:
-        raise FibldmError(f"`workers` must be at least 1; got {workers}")
+    engine = engine_of(workers, cluster)
     _refuse_overlap(source, work)
     found = find_source(source, settings)
     with alone(beside(work), str(work), "wait until that has ended, or choose another folder"):
@@ -108,7 +109,7 @@ def prepare(
         if earlier is not None and not restart:
             return _unchanged(work, earlier, plan.split(earlier["left_out"]))
         with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
-            checked = _with_split(_check_all(plan, findings, folder, workers, progress))
+            checked = _with_split(_check_all(plan, findings, folder, engine, progress))
             _refuse_bad(work, found, checked, complete=earlier is not None)
             write_lists(folder, checked)
         if keep_salt:
@@ -200,7 +201,7 @@ def _same_files(case: Case, settings: PrepareSettings, earlier: Mapping[str, Any
     return facts is not None and facts.voxels == about["voxels"]
 
 
-def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progress: bool) -> Checked:
+def _check_all(plan: Plan, findings: Findings, folder: Path, engine: Engine, progress: bool) -> Checked:
     """Read, check and write every case that an earlier, interrupted run has not done."""
     cases, settings = plan.source.cases, plan.case_settings
     stats = {case.name: file_stat(case) for case in cases}
@@ -208,17 +209,24 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
     done = {name: record for name in keys if (record := _stored_record(folder, name, keys[name])) is not None}
     waiting = [case for case in cases if case.name not in done]
     bar = partial(track, what="prepare", shown=progress)
-    calls = [(case, settings, folder) for case in waiting]
-    prepared = in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
-    for case, record in zip(waiting, prepared, strict=True):
-        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": asdict(record)})
-        done[case.name] = record
+    items = [(case, settings, folder, keys[case.name]) for case in waiting]
+    records = engine.each(Work(_recorded, what="read a case", folder=folder), items, bar)
+    done |= {case.name: record for case, record in zip(waiting, records, strict=True)}
     facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
     findings.listed += [finding for case in cases for finding in done[case.name].findings]
     findings.listed += [*_copies(facts), *_label_findings(facts)]
     known = {case.name: {**facts[case.name].acquisition, **case.covariates} for case in cases if case.name in facts}
     findings.notes += notes_on_facts(plan.settings.facts, known)
     return Checked(plan, facts, stats, findings)
+
+
+def _recorded(case: Case, settings: PrepareSettings, folder: Path, key: str) -> Record:
+    """The record of a case, which is kept as soon as the case is done."""
+    if (there := _stored_record(folder, case.name, key)) is not None:
+        return there
+    record = prepare_case(case, settings, folder)
+    write_json(folder / RECORDS / f"{case.name}.json", {"key": key, "record": asdict(record)})
+    return record
 
 
 def _record_key(case: Case, settings: PrepareSettings, stat: str) -> str:
