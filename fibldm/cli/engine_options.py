@@ -12,7 +12,7 @@ Cluster = Annotated[
     typer.Option(
         "--cluster",
         metavar="ADDRESS",
-        help="Instead of processes: scheduler of Dask (tcp://HOST:8786, or its scheduler file); its workers must see the "
-        "same folders.",
+        help="Instead of processes: scheduler of Dask (tcp://HOST:8786, or its scheduler file); its workers must see "
+        "the same folders.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Synthesis on engines: the bytes of one process whoever draws, what is there is kept, what is refused is told at once."""
+"""Synthesis on engines: the bytes of one process whoever draws; what is there is kept, what is refused told at once."""
 
 import logging
 import os
