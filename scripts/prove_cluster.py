@@ -2,10 +2,10 @@
 
     python scripts/prove_cluster.py --bundle BUNDLE --masks MASKS --count 20 --out proof
 
-One process draws all volumes first. Then each worker draws some alone, for its rate; the slow one is stopped nine tenths
-of the time. Then all of them draw together, and one is killed, with its nanny, when a third of the volumes is there. Each
-worker has a network namespace of its own where the machine permits it (root and `ip netns`), else it is a process.
-Needs the extra cluster. Writes OUT/proof.json.
+One process draws all volumes first. Then each worker draws some alone, for its rate; the slow one is stopped nine
+tenths of the time. Then all of them draw together, and one is killed, with its nanny, when a third of the volumes is
+there. Each worker has a network namespace of its own where the machine permits it (root and `ip netns`), else it is a
+process. Needs the extra cluster. Writes OUT/proof.json.
 """
 
 import argparse

@@ -5,6 +5,7 @@ and its agreement with the mask of another patient the floor.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
