@@ -1,17 +1,13 @@
-"""One job for several processes that need not know each other: a folder that all of them see is enough."""
+"""Shares of processes that need not know each other, as tasks of an array: a folder that all of them see is enough."""
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from fibldm.errors import FibldmError
 
 Part = TypeVar("Part")
-
-_LOOK_EVERY = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,27 +61,3 @@ class Shard:
     def take(self, parts: Sequence[Part]) -> list[Part]:
         """The parts of this process, in their order."""
         return list(parts[self.rank :: self.ranks])
-
-
-def wait_for(files: Sequence[Path], *, patience: float) -> None:
-    """Return as soon as all files exist.
-
-    Args:
-        files: each is written whole or not at all.
-        patience: seconds to wait without a new one.
-
-    Raises:
-        FibldmError: none came for so long; names the first of those that are missing.
-    """
-    missing, changed = list(files), time.monotonic()
-    while still := [file for file in missing if not file.exists()]:
-        if len(still) < len(missing):
-            changed = time.monotonic()
-        if time.monotonic() - changed >= patience:
-            raise FibldmError(
-                f"{len(still)} files must come from the other processes; none came for {patience:g} s, "
-                f"the first that is missing is {still[0]}",
-                "look whether another process broke off, and run the same command again; what is there is kept",
-            )
-        missing = still
-        time.sleep(min(_LOOK_EVERY, patience))

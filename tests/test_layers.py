@@ -18,7 +18,18 @@ PACKAGE = Path(fibldm.__file__).parent
 # A room is a folder or a module of the package; those of one level never import each other.
 LEVELS: tuple[dict[str, set[str]], ...] = (
     {
-        "ground": {"fibldm", "errors", "files", "licences", "locks", "manifest", "typed_settings", "shards", "workers"}
+        "ground": {
+            "fibldm",
+            "errors",
+            "files",
+            "licences",
+            "locks",
+            "manifest",
+            "typed_settings",
+            "shards",
+            "workers",
+            "cluster",
+        }
         | {"out_of_memory", "progress", "surroundings", "verbatim"}
     },
     {"runs": {"runs"}},

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fibldm.cli.engine_options import Cluster, Workers
+
 
 def audit(
     synthetic: Annotated[Path, typer.Option("--synthetic", help="Folder of synthetic volumes.")],
@@ -26,6 +28,8 @@ def audit(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available.")
     ] = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
 ) -> dict[str, Any]:
     """Look for copies of training scans, also turned, mirrored, moved, scaled, blurred, noisy or with other contrast.
 
@@ -39,6 +43,7 @@ def audit(
     from fibldm.evaluation.audit.audit import NO_EVIDENCE
     from fibldm.synthesis import Synthesizer
     from fibldm.volumes.datalist import read_datalist
+    from fibldm.workers import engine_of
 
     if (data is None) == (train is None) or (data is not None and holdout is not None):
         raise FibldmError("an audit needs training scans: give `data`, or `train` with `holdout`")
@@ -53,11 +58,12 @@ def audit(
         held_out = [] if holdout is None else scans_of_folder(holdout, "scans that were held out")
     if run is not None and bundle is not None:
         raise FibldmError("weights come from a run or from a bundle; both were given", "leave out `run` or `bundle`")
+    engine = engine_of(workers, cluster)
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generator = None if run is None else Synthesizer.from_run(run, device=on)
     generator = generator if bundle is None else Synthesizer.from_bundle(bundle, device=on)
     volumes = scans_of_folder(synthetic, "synthetic volumes", channels)
-    result = run_audit(training, held_out, volumes, out, synthesizer=generator, data=known)
+    result = run_audit(training, held_out, volumes, out, synthesizer=generator, data=known, engine=engine)
     print(result["verdict"])
     for copy in result.get("copies", []):
         print("  {synthetic} of {train}, similarity {score:.3f}, transform: {transform}".format(**copy))

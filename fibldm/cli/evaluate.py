@@ -14,6 +14,7 @@ evaluate = typer.Typer(
 )
 
 EVERYTHING = "all"
+_ENGINE = ("workers", "cluster")
 # In the order of the help text: what each asks, and the options that it has no use for.
 COMMANDS = {
     "faithfulness": (
@@ -27,7 +28,7 @@ COMMANDS = {
     ),
     "reconstruction": (
         "What does the autoencoder lose? PSNR, (MS-)SSIM, LPIPS, error, spectrum, segmentation on the test scans.",
-        ("synthetic", "weights", "lungs"),
+        ("synthetic", "weights", "lungs", *_ENGINE),
     ),
     "audit": (
         "Are volumes copies of training scans? What `fibldm audit` does, recorded with the other figures.",
@@ -35,7 +36,7 @@ COMMANDS = {
     ),
     "copies": (
         "The baseline of the audit: is one closer to a training scan than any real test scan? Only as volumes lie.",
-        ("perceptual", "lungs"),
+        ("perceptual", "lungs", *_ENGINE),
     ),
     "utility": (
         "Can a segmenter learn from them? Trained on volumes of the training masks alone, measured on real test scans.",
@@ -43,15 +44,15 @@ COMMANDS = {
     ),
     "gate": (
         "How good is the check of `fibldm synthesize --check`? Real, synthetic and spoilt volumes outside its ranges.",
-        ("perceptual", "lungs"),
+        ("perceptual", "lungs", *_ENGINE),
     ),
     "ct": (
         "Are they as dense as real CT? HU of each label; HAA, LAA-950, 15th percentile, profile of lungs; beside real.",
-        ("settings", "device", "perceptual"),
+        ("settings", "device", "perceptual", *_ENGINE),
     ),
     "spread": (
         "How much do volumes of one mask differ? A map of their standard deviation, and its size in each label.",
-        ("settings", "device", "perceptual", "lungs"),
+        ("settings", "device", "perceptual", "lungs", *_ENGINE),
     ),
     "masks": (
         "Are drawn masks like real ones? Volume, shape, topology, contacts, copies; asked and got volume; beside real.",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fibldm.cli.engine_options import Cluster, Workers
 from fibldm.cli.train import Work
 from fibldm.errors import FibldmError
 
@@ -55,6 +56,8 @@ def every_option(
     weights: Weights = None,
     perceptual: Perceptual = None,
     lungs: Lungs = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
 ) -> dict[str, Any]:
     """The options of all commands, in the order of their help; a command leaves some of them out."""
     raise NotImplementedError

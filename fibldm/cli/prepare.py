@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fibldm.cli.engine_options import Cluster
+
 _LISTS = ("datalist.json", "intensity.json", "report.json")
 
 
@@ -113,6 +115,7 @@ def prepare(
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes; default: one per CPU core.")] = None,
+    cluster: Cluster = None,
     keep_salt: Annotated[
         bool, typer.Option("--keep-salt", help="Store the salt of the pseudonyms in the work folder.")
     ] = False,
@@ -154,8 +157,10 @@ def prepare(
         second_modality=second_modality,
         second_window=second_window,
     )
-    workers = workers if workers is not None else cores()
-    report = prepare_dataset(source, out, settings, restart=restart, workers=workers, keep_salt=keep_salt)
+    workers = cores() if workers is None and cluster is None else workers
+    report = prepare_dataset(
+        source, out, settings, restart=restart, workers=workers, cluster=cluster, keep_salt=keep_salt
+    )
     for line in (*table(report.findings), *(f"note: {note}" for note in report.notes)):
         print(line, file=sys.stderr)
     print(_summary(report))

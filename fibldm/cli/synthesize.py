@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fibldm.cli import synthesis_options as shared
+from fibldm.cli.engine_options import Cluster, Workers
 from fibldm.cli.synthesis_options import read_named, read_strengths, with_boxes
 
 _ELSE = shared.FROM_BUNDLE
@@ -123,6 +124,8 @@ def synthesize(
         ),
     ] = None,
     device: shared.Device = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
 ) -> dict[str, Any]:
     """Write a synthetic volume on the grid of every mask, marked as synthetic, with a sidecar.
 
@@ -168,6 +171,8 @@ def synthesize(
         strength=strength,
         others=read_strengths(with_controlnet, "--with-controlnet", "RUN"),
         device=device,
+        workers=workers,
+        cluster=cluster,
     )
     if bids is not None:
         names = {int(value): name for value, name in _facts(run, bundle, trust)["labels"].items() if int(value)}

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def run_stage(
     minutes: float | None = None,
     devices: int = 1,
     print_config: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Print the equivalent MONAI command and run it here; of several ranks only the first says what happens."""
     began = time.monotonic()
@@ -72,6 +74,7 @@ def run_stage(
     if first:
         log_to_standard_error()
     own = ({"restart": True} if restart else {}) | ({} if minutes is None else {"minutes": minutes})
+    own |= more or {}
     settings = parse_overrides(overrides) | own
     config = [*config, _TOGETHER] if devices > 1 and _TOGETHER not in config else config
     configuration = stage_configuration(stage, work=data, run_dir=run, configs=config, overrides=settings)

@@ -41,7 +41,7 @@ from fibldm.locks import alone, beside
 from fibldm.progress import track
 from fibldm.typed_settings import counted
 from fibldm.volumes.second_image import FOLDER as SECOND_IMAGES
-from fibldm.workers import in_processes
+from fibldm.workers import Engine, Work, engine_of
 
 MAX_LABELS = 200
 """More labels than this are taken for an image given as a label volume."""
@@ -77,7 +77,8 @@ def prepare(
     settings: PrepareSettings | None = None,
     *,
     restart: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
+    cluster: str | None = None,
     keep_salt: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -88,8 +89,9 @@ def prepare(
         work: folder to write.
         settings: what the user decides; ``None`` means the defaults.
         restart: whether a work folder of another source or other settings is written anew.
-        workers: processes that read at the same time; each holds one case in memory. More than one needs a main module
-            that can be imported (``if __name__ == "__main__"``).
+        workers: processes that read at the same time, each of them one case; None is this one alone. More than one
+            needs a main module that can be imported (``if __name__ == "__main__"``).
+        cluster: address of a scheduler of Dask, whose workers read instead; they must see source and work folder.
         keep_salt: whether the salt of the patients' names is written into ``work`` as well.
         progress: whether to show a progress bar on standard error, where that is a terminal.
 
@@ -99,8 +101,7 @@ def prepare(
     """
     sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
     work, settings = Path(work), settings or PrepareSettings()
-    if workers < 1:
-        raise FibldmError(f"`workers` must be at least 1; got {workers}")
+    engine = engine_of(workers, cluster)
     for path in sources:
         _refuse_overlap(path, work)
     if len(sources) == 1:
@@ -115,9 +116,9 @@ def prepare(
         if earlier is not None and not restart:
             return _unchanged(work, earlier, plan.split(earlier["left_out"]))
         with key_of(work, pseudonyms, plan.source.cases), replaced(work) as folder:
-            checked = _with_split(_check_all(plan, findings, folder, workers, progress))
+            checked = _with_split(_check_all(plan, findings, folder, engine, progress))
             _refuse_bad(work, found, checked, complete=earlier is not None)
-            _hide_background(folder, checked, workers, progress)
+            _hide_background(folder, checked, engine, progress)
             write_lists(folder, checked)
         if keep_salt:
             write_text(work / SALT_FILE, f"{pseudonyms.salt}\n")
@@ -208,7 +209,7 @@ def _same_files(case: Case, settings: PrepareSettings, earlier: Mapping[str, Any
     return facts is not None and facts.voxels == about["voxels"]
 
 
-def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progress: bool) -> Checked:
+def _check_all(plan: Plan, findings: Findings, folder: Path, engine: Engine, progress: bool) -> Checked:
     """Read, check and write every case that an earlier, interrupted run has not done."""
     cases, settings = plan.source.cases, plan.case_settings
     stats = {case.name: file_stat(case) for case in cases}
@@ -216,17 +217,24 @@ def _check_all(plan: Plan, findings: Findings, folder: Path, workers: int, progr
     done = {name: record for name in keys if (record := _stored_record(folder, name, keys[name])) is not None}
     waiting = [case for case in cases if case.name not in done]
     bar = partial(track, what="prepare", shown=progress)
-    calls = [(case, settings, folder) for case in waiting]
-    prepared = in_processes(prepare_case, calls, workers=workers, bar=bar, what="read a case")
-    for case, record in zip(waiting, prepared, strict=True):
-        write_json(folder / RECORDS / f"{case.name}.json", {"key": keys[case.name], "record": asdict(record)})
-        done[case.name] = record
+    items = [(case, settings, folder, keys[case.name]) for case in waiting]
+    records = engine.each(Work(_recorded, what="read a case", folder=folder), items, bar)
+    done |= {case.name: record for case, record in zip(waiting, records, strict=True)}
     facts = {case.name: about for case in cases if (about := done[case.name].facts) is not None}
     findings.listed += [finding for case in cases for finding in done[case.name].findings]
     findings.listed += [*_copies(facts), *_label_findings(facts)]
     known = {case.name: {**facts[case.name].acquisition, **case.covariates} for case in cases if case.name in facts}
     findings.notes += notes_on_facts(plan.settings.facts, known)
     return Checked(plan, facts, stats, findings)
+
+
+def _recorded(case: Case, settings: PrepareSettings, folder: Path, key: str) -> Record:
+    """The record of a case, which is kept as soon as the case is done."""
+    if (there := _stored_record(folder, case.name, key)) is not None:
+        return there
+    record = prepare_case(case, settings, folder)
+    write_json(folder / RECORDS / f"{case.name}.json", {"key": key, "record": asdict(record)})
+    return record
 
 
 def _record_key(case: Case, settings: PrepareSettings, stat: str) -> str:
@@ -285,7 +293,7 @@ def _with_split(checked: Checked) -> Checked:
     return replace(checked, plan=plan, partial=partly)
 
 
-def _hide_background(folder: Path, checked: Checked, workers: int, progress: bool) -> None:
+def _hide_background(folder: Path, checked: Checked, engine: Engine, progress: bool) -> None:
     """Make the background of partly annotated cases unknown in their written masks.
 
     What is recorded of a case tells of its mask as read, so the record goes first: a run that follows an interrupted
@@ -294,9 +302,9 @@ def _hide_background(folder: Path, checked: Checked, workers: int, progress: boo
     names = sorted(checked.partial)
     for name in names:
         (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)
-    calls = [(folder / f"labels/{name}.nii.gz",) for name in names]
+    items = [(folder / f"labels/{name}.nii.gz",) for name in names]
     bar = partial(track, what="partial masks", shown=progress)
-    list(in_processes(hide_background, calls, workers=workers, bar=bar, what="write a mask"))
+    list(engine.each(Work(hide_background, what="wrote a mask", folder=folder), items, bar))
 
 
 def _leaves_out(checked: Checked) -> bool:

@@ -1,7 +1,7 @@
 """The volumes that are measured: real cases of a work folder and synthetic ones, on the model grid of a run."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from fibldm import UNKNOWN_LABEL
 from fibldm.errors import FibldmError, some_of
 from fibldm.evaluation.dicom_volumes import as_nifti, series_in
 from fibldm.files import atomic_path, hash_file, hash_value
+from fibldm.progress import track
 from fibldm.runs import load_facts
 from fibldm.runs.stages import begun
 from fibldm.synthesis.bundle import open_bundle
@@ -23,6 +24,7 @@ from fibldm.volumes.grid import Array, ModelGrid, Volume, resample
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.masks import volumes_in
 from fibldm.volumes.writer import volume_stem
+from fibldm.workers import Engine, Processes, Work
 
 _AIR = -1.0
 
@@ -100,6 +102,7 @@ class Evaluated:
         intensity: between files and ``[-1, 1]``.
         labels: names by label value, background included.
         channels: names of the image channels, in order.
+        engine: computes features.
     """
 
     run_dir: Path
@@ -108,7 +111,11 @@ class Evaluated:
     intensity: Intensity
     labels: dict[int, str]
     channels: tuple[str, ...] = ("image",)
+    engine: Engine = Processes()
     _recent: "_Recent" = field(default_factory=lambda: _Recent(), compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "engine": Processes(), "_recent": _Recent()}  # for one worker of the engine
 
     @classmethod
     def open(cls, run_dir: str | Path, work: str | Path) -> "Evaluated":
@@ -296,13 +303,29 @@ class FeatureCache:
         """The array of a case, from disk where this content was seen before."""
         return self._get(self.evaluated.key(case), lambda: compute(self.evaluated.read(case)))
 
+    def fill(self, cases: Sequence[Case], compute: Callable[[Sample], Array]) -> None:
+        """Have the engine compute the arrays of several cases, where it is not this process.
+
+        Args:
+            cases: those that will be asked for.
+            compute: can be sent to another process.
+        """
+        if self.evaluated.engine.here:
+            return
+        missing = [case for case in dict.fromkeys(cases) if not self._file(self.evaluated.key(case)).exists()]
+        self.evaluated.folder.mkdir(parents=True, exist_ok=True)
+        work = Work(_feature, _Given((self, compute)), f"computed {self.name}", self.evaluated.folder)
+        items = [(case,) for case in missing]
+        for _ in self.evaluated.engine.each(work, items, lambda places: track(places, self.name)):
+            pass
+
     def get_pair(self, case: Case, other: Case, compute: Callable[[Sample, Sample], Array]) -> Array:
         """The same of two cases, in this order."""
         key = hash_value([self.evaluated.key(case), self.evaluated.key(other)])
         return self._get(key, lambda: compute(self.evaluated.read(case), self.evaluated.read(other)))
 
     def _get(self, key: str, compute: Callable[[], Array]) -> Array:
-        file = self.evaluated.folder / "cache" / f"{self.name}-{self.fingerprint[:16]}" / f"{key[:32]}.npy"
+        file = self._file(key)
         if file.exists():
             stored: Array = np.load(file, allow_pickle=False)
             return stored
@@ -310,6 +333,24 @@ class FeatureCache:
         with atomic_path(file) as temporary:
             np.save(temporary, computed, allow_pickle=False)
         return computed
+
+    def _file(self, key: str) -> Path:
+        return self.evaluated.folder / "cache" / f"{self.name}-{self.fingerprint[:16]}" / f"{key[:32]}.npy"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A kit that comes as it is."""
+
+    kit: tuple[FeatureCache, Callable[[Sample], Array]]
+
+    def __call__(self) -> tuple[FeatureCache, Callable[[Sample], Array]]:
+        return self.kit
+
+
+def _feature(kit: tuple[FeatureCache, Callable[[Sample], Array]], case: Case) -> None:
+    cache, compute = kit
+    cache.get(case, compute)
 
 
 def each_channel(image: NDArray[np.float32]) -> list[NDArray[np.float32]]:

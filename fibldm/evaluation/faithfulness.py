@@ -5,13 +5,14 @@ and its agreement with the mask of another patient the floor.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fibldm.errors import FibldmError
-from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, need_masks
+from fibldm.evaluation.cases import Case, Evaluated, FeatureCache, Sample, need_masks
 from fibldm.evaluation.results import SHUFFLED, Section
 from fibldm.evaluation.segmentation_metrics import FEWEST_VOXELS, named_values, overlaps
 from fibldm.evaluation.segmenter import Segmenter
@@ -70,8 +71,15 @@ def foreground(evaluated: Evaluated) -> dict[int, str]:
 
 def segmentation(evaluated: Evaluated, case: Case, segmenter: Segmenter) -> NDArray[np.uint8]:
     """Labels found in a case on the model grid, ``(X, Y, Z)``; computed once."""
-    cache = FeatureCache(evaluated, "segmentation", segmenter.fingerprint)
-    return cache.get(case, lambda sample: segmenter.segment(sample.image))
+    return _segmentations(evaluated, segmenter).get(case, partial(_segmented, segmenter))
+
+
+def _segmentations(evaluated: Evaluated, segmenter: Segmenter) -> FeatureCache:
+    return FeatureCache(evaluated, "segmentation", segmenter.fingerprint)
+
+
+def _segmented(segmenter: Segmenter, sample: Sample) -> NDArray[np.uint8]:
+    return segmenter.segment(sample.image)
 
 
 def mean_estimates(
@@ -97,6 +105,7 @@ def described(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 def measure_overlaps(evaluated: Evaluated, pairs: Sequence[tuple[Case, Case]], segmenter: Segmenter) -> list[Measured]:
     """What is found in the first of each pair against the mask of the second."""
     names, measured = foreground(evaluated), []
+    _segmentations(evaluated, segmenter).fill([case for case, _ in pairs], partial(_segmented, segmenter))
     for case, other in track(pairs, "segment"):
         mask = evaluated.read(other)
         seen, wanted = mask.against(segmentation(evaluated, case, segmenter))

@@ -31,6 +31,7 @@ from fibldm.synthesis.bundle import open_bundle
 from fibldm.synthesis.loading import generating_weights, knows_masks
 from fibldm.volumes.gate import Gate, gate_of_bundle, read_gate, required
 from fibldm.volumes.label_images import check_what_is_drawn
+from fibldm.workers import engine_of
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ def evaluate(
     weights: str | None = None,
     perceptual: str | Path | None = None,
     lungs: Sequence[str] | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Section]:
     """Measure, say and record each in ``RUN/evaluation/metrics.json``.
@@ -188,6 +191,9 @@ def evaluate(
         weights: the beginning of the fingerprint of other weights than those of run or bundle, whose volumes these are.
         perceptual: file of weights of a ResNet of slices, for LPIPS of realism and reconstruction; None leaves it out.
         lungs: names of the labels that are the lungs, of `ct`; None goes by their names.
+        workers: processes of this machine that compute features, segmentations and matches at the same time; None is
+            this one alone.
+        cluster: address of a scheduler of Dask, whose workers compute instead.
         say: where the figures go, as text.
 
     Raises:
@@ -202,6 +208,7 @@ def evaluate(
         evaluated = Evaluated.open_bundle(bundle, work, out=run_dir, trust=trust)
     else:
         evaluated = Evaluated.open(run_dir, work)
+    evaluated = replace(evaluated, engine=engine_of(workers, cluster))
     folder = None if synthetic is None else Path(synthetic)
     of, network = (Path(path) if path else None for path in (bundle, perceptual))
     if "masks" in names and len(names) > 1:

@@ -81,7 +81,7 @@ def measure_realism(
     radiomics = Radiomics.on_grid(evaluated.labels, evaluated.grid.spacing)
     described = _arrays(
         FeatureCache(evaluated, "segmenter-slabs", segmenter.fingerprint),
-        lambda sample: segmenter.described(sample.image),
+        partial(_described, segmenter),
         sets,
     )
     features = {
@@ -199,6 +199,7 @@ def compared_sets(distance: Callable[[Array, Array], float], arrays: Arrays) -> 
 
 def _arrays(cache: FeatureCache, compute: Callable[[Sample], NDArray[Any]], sets: Sets) -> Arrays:
     cases = [*sets.synthetic, *sets.real, *sets.reference]
+    cache.fill(cases, compute)
     computed = np.stack([cache.get(case, compute) for case in track(cases, f"realism: {cache.name}")])
     return Arrays(*np.split(computed.astype(np.float64), 3))
 
@@ -207,7 +208,15 @@ def _spectra(evaluated: Evaluated, sets: Sets) -> Arrays:
     """Over the bins of the model grid: the cases' own spacings differ by up to 10 %."""
     edges = frequency_edges(evaluated.grid.size, evaluated.grid.spacing)
     cache = FeatureCache(evaluated, "spectrum", hash_value([_SPECTRUM_VERSION, edges.tolist()]))
-    return _arrays(cache, lambda sample: channel_spectra(sample.image, sample.spacing, edges=edges), sets)
+    return _arrays(cache, partial(_spectrum, edges), sets)
+
+
+def _spectrum(edges: NDArray[Any], sample: Sample) -> NDArray[Any]:
+    return channel_spectra(sample.image, sample.spacing, edges=edges)
+
+
+def _described(segmenter: Segmenter, sample: Sample) -> NDArray[Any]:
+    return segmenter.described(sample.image)
 
 
 def _likeness(evaluated: Evaluated, sets: Sets) -> tuple[Estimate, int]:

@@ -18,7 +18,7 @@ from fibldm.volumes.envelope import Envelope
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import Volume
 from fibldm.volumes.masks import as_labels
-from fibldm.workers import in_processes
+from fibldm.workers import Processes, Work
 
 HOST_SHARE = 0.2
 """Of what surrounds a label in training masks; the labels that make up less are no place for it."""
@@ -65,7 +65,7 @@ class Anatomy:
         masks = [Path(case["label"]) for case in load_datalist(work, "training", masks=True) if "label" in case]
         calls = [(mask,) for mask in masks]
         bar = partial(track, what="training masks")
-        facts = list(in_processes(_facts, calls, workers=workers, bar=bar, what="read a training mask"))
+        facts = list(Processes(workers).each(Work(_facts, what="read a training mask"), calls, bar))
         names = {int(value): name for value, name in described["labels"].items()}
         return cls(names, _hosts(facts), Envelope.from_dict(described["envelope"]), _variation(facts))
 

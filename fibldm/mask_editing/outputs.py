@@ -17,7 +17,7 @@ from fibldm.progress import track
 from fibldm.volumes.grid import Volume, turned_like
 from fibldm.volumes.masks import as_labels, find_masks, hash_mask, mask_stem, read_mask
 from fibldm.volumes.writer import sidecar, write_labels
-from fibldm.workers import cores, in_processes
+from fibldm.workers import Processes, Work, cores
 
 LOCK = ".edit-masks.lock"
 
@@ -68,7 +68,7 @@ def edit_masks(
     del parsed  # read again where they are done: what is sent to a process is words
     with alone(Path(out) / LOCK, str(out), "wait until that has ended, or choose another --out"):
         bar = partial(track, what="edit")
-        return list(in_processes(_edited, calls, workers=processes, bar=bar, what="edited a mask"))
+        return list(Processes(processes).each(Work(_edited, what="edited a mask", folder=Path(out)), calls, bar))
 
 
 def _edited(

@@ -22,7 +22,7 @@ from fibldm.phantoms.rendering import draw_scan, render
 from fibldm.phantoms.table import fibrotic_share
 from fibldm.progress import Bar, track
 from fibldm.volumes.writer import write_nifti
-from fibldm.workers import in_processes
+from fibldm.workers import Processes, Work
 
 LABELS: dict[int, str] = {
     0: "background",
@@ -149,7 +149,7 @@ def write_phantoms(
         for session in range(1, sessions + 1)
     ]
     bar = progress or partial(track, what="phantoms")
-    images = list(in_processes(_write_examination, calls, workers=workers, bar=bar, what="drew a phantom"))
+    images = list(Processes(workers).each(Work(_write_examination, what="drew a phantom"), calls, bar))
     if findings:
         _write_findings(Path(out), images, [(seed, subject) for _, seed, subject, *_ in calls])
     return images

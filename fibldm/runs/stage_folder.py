@@ -58,17 +58,20 @@ class StageFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def alone(self, part: str = "") -> AbstractContextManager[None]:
+    def alone(self, part: str = "", patience: float = 0.0) -> AbstractContextManager[None]:
         """Keep other processes from writing the stage while a block runs.
 
         Args:
             part: which one of several that share the stage; each part is for one process.
+            patience: seconds to wait for another one.
 
         Raises:
             FibldmError: another process writes it; says which one.
         """
         file = Path(self.run_dir) / f".{self.name.replace('/', '-')}{part}.lock"
-        return alone(file, f"{self.path}{part}", "wait until that has ended, or use another run folder")
+        return alone(
+            file, f"{self.path}{part}", "wait until that has ended, or use another run folder", patience=patience
+        )
 
     def begin(self, config: dict[str, Any], inputs: dict[str, str], *, restart: bool = False) -> Progress:
         """Claim the folder for a configuration and what it builds on.

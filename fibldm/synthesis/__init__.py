@@ -10,17 +10,20 @@
 * ``student``: what a distilled network was trained for, and is therefore asked for
 * ``synthesizer``: everything that turns a mask into a volume
 * ``mask_source``: mask files, each read once for all its volumes
-* ``outputs``: mask files in, marked files out
 * ``label_maps``: masks from nothing, of a generator that was trained on masks
+* ``outputs``: volumes as marked files
+* ``shared_work``: looks at masks and batches of volumes, as items that an engine hands out
+* ``synthesize``: mask files in, marked files out
 * ``evaluator``: the same as a MONAI engine
 * ``bundle``, ``definitions``: bundles are read, and networks made of what they say
 """
 
 from fibldm.synthesis.checking import OutsideRanges
 from fibldm.synthesis.mask_source import Job, MaskSource, jobs_of
-from fibldm.synthesis.outputs import Output, OutputConflict, synthesize_files
+from fibldm.synthesis.outputs import Output, OutputConflict
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
 from fibldm.synthesis.settings import FileFormat, SamplingSettings, SynthesisSettings
+from fibldm.synthesis.synthesize import synthesize_files
 from fibldm.synthesis.synthesizer import Synthesizer
 
 __all__ = [

@@ -58,6 +58,10 @@ class MaskSource:
         """The memory that its labels take."""
         return 0 if self._labels is None else self._labels.array.nbytes
 
+    def expect(self, sha256: str) -> None:
+        """Take it for granted what the file held when another process looked at it; it must still hold that."""
+        self.__dict__["sha256"], self._released = sha256, True
+
     def release(self) -> None:
         """Give the labels' memory back; they are read again when they are asked for again."""
         self._released, self._labels = self._released or self._labels is not None, None
@@ -80,6 +84,10 @@ class RecentMasks:
 
     limit: int
     _masks: list[MaskSource] = field(default_factory=list, init=False, repr=False)
+
+    def forget(self, mask: MaskSource) -> None:
+        """Give up a mask whose turn is over."""
+        self._masks = [other for other in self._masks if other is not mask]
 
     def use(self, mask: MaskSource) -> list[MaskSource]:
         """Note that a mask was used; gives those that were released for it."""
@@ -111,6 +119,14 @@ class Job(NamedTuple):
 def stem_of(mask: MaskSource | None) -> str:
     """The name of a mask, also of none."""
     return UNCONDITIONAL if mask is None else mask.stem
+
+
+def together(jobs: Iterable[Job]) -> dict[MaskSource | None, list[int]]:
+    """The numbers of the volumes of each mask."""
+    numbers: dict[MaskSource | None, list[int]] = {}
+    for mask, number in jobs:
+        numbers.setdefault(mask, []).append(number)
+    return numbers
 
 
 def jobs_of(files: Iterable[Path | None], names: Mapping[int, str], count: int) -> list[Job]:

@@ -1,30 +1,22 @@
-"""Mask files in, marked files out; what lies there already and was made in the same way is kept."""
+"""Marked files of volumes; what lies there already and was made in the same way is kept."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fibldm.errors import FibldmError
 from fibldm.files import hash_value, read_json
-from fibldm.locks import alone
-from fibldm.progress import track
-from fibldm.runs.stages import begun
-from fibldm.runs.values import require_switches
-from fibldm.shards import Shard
 from fibldm.synthesis.asked import read
 from fibldm.synthesis.checking import Check, OutsideRanges, Rejected, summary
-from fibldm.synthesis.loading import brings_mask
-from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, jobs_of, stem_of
+from fibldm.synthesis.mask_source import Job, MaskSource, RecentMasks, stem_of, together
 from fibldm.synthesis.request import PreparedMask, Synthesis, SynthesisRequest
-from fibldm.synthesis.settings import OF_SAMPLING, SamplingSettings, SynthesisSettings
+from fibldm.synthesis.settings import SamplingSettings, SynthesisSettings
 from fibldm.synthesis.synthesizer import Synthesizer
 from fibldm.volumes.grid import Volume
-from fibldm.volumes.masks import find_masks, keep_mask
+from fibldm.volumes.masks import keep_mask
 from fibldm.volumes.writer import sidecar, write_synthetic
 
 if TYPE_CHECKING:
@@ -80,26 +72,43 @@ class Output:
         Raises:
             FibldmError: as `write`; of several masks that are refused, all are told.
         """
-        numbers: dict[MaskSource | None, list[int]] = {}
-        for mask, number in jobs:
-            numbers.setdefault(mask, []).append(number)
         missing: set[Job] = set()
         refused: list[FibldmError] = []
-        for mask, asked in numbers.items():
-            own = {job for job in (Job(mask, number) for number in asked) if not self._is_there(job)}
-            missing |= own
-            try:
-                if own:
-                    self._prepare(mask)
-            except FibldmError as error:
-                refused.append(error)
+        for mask, numbers in together(jobs).items():
+            lacking, error = self.look([Job(mask, number) for number in numbers])
+            missing |= set(lacking)
+            refused += [] if error is None else [error]
         if refused:
-            raise _together(refused, len({job.mask for job in missing}))
-        for mask in list(numbers)[:1]:
-            self._tell(mask)
+            raise refusal(refused, len({job.mask for job in missing}))
+        self.tell(jobs)
         if missing:
             tell_unmarked(self.synthesizer, self.settings.sampling)
         return [job for job in jobs if job in missing]
+
+    def look(self, jobs: Sequence[Job]) -> tuple[list[Job], FibldmError | None]:
+        """The jobs of one mask whose volumes do not lie there yet, and why the mask is refused, if it is.
+
+        Raises:
+            OutputConflict: another volume or mask of this name lies there.
+        """
+        lacking = [job for job in jobs if not self._is_there(job)]
+        try:
+            if lacking:
+                self._prepare(lacking[0].mask)
+        except FibldmError as error:
+            return lacking, error
+        return lacking, None
+
+    def tell(self, jobs: Sequence[Job]) -> None:
+        """Say what is asked beside the masks, or beside the first of them."""
+        for job in jobs[:1]:
+            self._tell(job.mask)
+
+    def forget(self, mask: MaskSource) -> None:
+        """Give up what is known of a mask whose turn is over."""
+        self._recent.forget(mask)
+        self._prepared.pop(mask, None)
+        self._kept.discard(mask)
 
     def write(self, jobs: Sequence[Job]) -> list[Path]:
         """Make and write some volumes together.
@@ -119,19 +128,24 @@ class Output:
     def attempt(self, jobs: Sequence[Job]) -> list[Rejected]:
         """Make and write some volumes together, but for those that the checks leave out, which are told.
 
+        Where some of them lie there, as another process was lost while it wrote them, all are drawn again: what a
+        network computes for a volume may differ in the last bit with those beside it.
+
         Raises:
             FibldmError: see `write`.
         """
-        missing = [job for job in jobs if not self._is_there(job)]
-        prepared = [self._prepare(job.mask).numbered(job.number) for job in missing]
+        missing = {job for job in jobs if not self._is_there(job)}
+        if not missing:
+            return []
+        prepared = [self._prepare(job.mask).numbered(job.number) for job in jobs]
         made = self.synthesizer.attempt(
             prepared,
             settings=self.settings.sampling,
             check=self.settings.check,
             reject_copies=self.settings.known_scans,
         )
-        for job, part, attempt in zip(missing, prepared, made, strict=True):
-            if isinstance(attempt, Synthesis):
+        for job, part, attempt in zip(jobs, prepared, made, strict=True):
+            if isinstance(attempt, Synthesis) and job in missing:
                 self._write(job, part.request.mask, attempt)
         return [attempt for attempt in made if isinstance(attempt, Rejected)]
 
@@ -267,7 +281,7 @@ def tell_unmarked(synthesizer: Synthesizer, sampling: SamplingSettings) -> None:
         _logger.info("only header and sidecar say that these volumes are synthetic, not their voxels: %s", mark["why"])
 
 
-def _together(refused: Sequence[FibldmError], masks: int) -> FibldmError:
+def refusal(refused: Sequence[FibldmError], masks: int) -> FibldmError:
     """One error that tells all that are refused of so many masks."""
     told = list(dict.fromkeys(error.message for error in refused))
     if len(told) == 1:
@@ -278,103 +292,3 @@ def _together(refused: Sequence[FibldmError], masks: int) -> FibldmError:
         f"{len(refused)} of {masks} masks are refused, nothing was made:" + "".join(f"\n  {line}" for line in shown),
         "; ".join(remedies),
     )
-
-
-def _needs_masks() -> FibldmError:
-    return FibldmError(
-        "masks must be given to this generator, as its volumes follow them; got none",
-        "give `masks` or `data`, or `unconditional` for volumes that follow no mask",
-    )
-
-
-def _steers_without_masks(run_dir: Path) -> bool:
-    """Whether the ControlNet of a run follows something else than masks."""
-    return any(kind.brings_mask and not brings_mask(run_dir, kind) for kind in begun(run_dir))
-
-
-def synthesize_files(
-    run_dir: str | Path | None,
-    masks: Sequence[str | Path],
-    out: str | Path,
-    *,
-    settings: SynthesisSettings | SamplingSettings | None = None,
-    bundle: str | Path | None = None,
-    unconditional: bool = False,
-    trust: bool = False,
-    checkpoint: str = "best",
-    strength: float = 1.0,
-    others: Mapping[str | Path, float] | None = None,
-    device: str | torch.device | None = None,
-    **options: Any,
-) -> list[Path]:
-    """Write volumes of every mask that ``masks`` names (files and folders), with a progress bar.
-
-    Without masks they follow none, and lie on the model grid: of a generator that was trained so, or of any other where
-    that is asked for.
-
-    All masks are looked at before the first volume is made.
-
-    Several processes, as torchrun starts them, share the volumes.
-
-    Args:
-        run_dir: a finished run, see `Synthesizer.from_run`; None where there is a ``bundle``.
-        masks: files and folders of them, see `find_masks`.
-        out: folder to write to; see `Output`.
-        settings: what is asked, or of that only how to sample; None as the bundle does by default, or for a run as
-            `SamplingSettings` are.
-        bundle: see `Synthesizer.from_bundle`.
-        unconditional: draw without masks from a generator that knows masks: by stage 2 where that knows none, else with
-            a mask of which all is unknown.
-        trust: see `Synthesizer.from_bundle`.
-        checkpoint: which weights, see `Synthesizer.from_run`.
-        strength: of the ControlNet, as are ``others``: see `Synthesizer.from_run`.
-        others: runs with further ControlNets, and their strengths.
-        device: None takes CUDA where there is one, for each process its own.
-        **options: of `SynthesisSettings` by their names, over ``settings``: ``count=4, covariates={"age": 63}``.
-
-    Returns:
-        What this process wrote.
-
-    Raises:
-        FibldmError: no mask, or one that is refused, as covariates and adapters may be, masks for a generator without
-            any, a run that is not finished, or a bundle that is refused; none of both, or both; an option is unknown or
-            has another type; or another process writes to ``out``.
-        OutsideRanges: a check left volumes out; the others are written.
-    """
-    require_switches(unconditional=unconditional, trust=trust)
-    certain = {name: value for name, value in options.items() if bundle is None or name not in OF_SAMPLING}
-    early = SynthesisSettings.of(settings, **certain)
-    _ = early.files.dicom  # refused before the generator is loaded
-    if masks and unconditional:
-        raise FibldmError("volumes follow masks, or they are unconditional; got masks and `unconditional`", "give one")
-    files: list[Path | None] = [*find_masks([Path(mask) for mask in masks])] if masks else [None]
-    early.check_masks([file for file in files if file is not None])
-    shard = Shard.from_environment()
-    on = device or (f"cuda:{shard.local}" if torch.cuda.is_available() else "cpu")
-    if (run_dir is None) == (bundle is None):
-        raise FibldmError(f"either a run or a bundle must be given; got {run_dir} and {bundle}", "give one of them")
-    if not masks and (strength != 1 or others) and not (run_dir is not None and _steers_without_masks(Path(run_dir))):
-        raise FibldmError("without masks no ControlNet counts; got a strength", "leave it out, or give `masks`")
-    may_draw = bool(masks) or unconditional
-    if run_dir is not None and not may_draw and any(brings_mask(Path(run_dir), kind) for kind in begun(run_dir)):
-        raise _needs_masks()
-    if run_dir is not None:
-        choices: dict[str, Any] = {"checkpoint": checkpoint, "strength": strength, "others": others}
-        synthesizer = Synthesizer.from_run(run_dir, unconditional=not masks, **choices, device=on)
-    elif checkpoint != "best" or strength != 1 or others or bundle is None:
-        raise FibldmError("a bundle has one set of weights, without choice of checkpoint or strength", "leave it out")
-    else:
-        synthesizer = Synthesizer.from_bundle(bundle, trust=trust, device=on)
-    if not may_draw and synthesizer.network.sees_mask:
-        raise _needs_masks()
-    asked = SynthesisSettings.of(settings or synthesizer.sampling, **options)
-    output = Output(synthesizer, Path(out), asked)
-    jobs = shard.take(jobs_of(files, synthesizer.names, asked.count))
-    remedy = "wait until that has ended, choose another `out`, or let them share the work by RANK and WORLD_SIZE"
-    with alone(Path(out) / f".synthesize{shard.suffix}.lock", str(out), remedy):
-        missing, rejected = output.missing(jobs), list[Rejected]()
-        batches = [missing[start : start + asked.batch_size] for start in range(0, len(missing), asked.batch_size)]
-        for batch in track(batches, "synthesize", shown=shard.is_first):
-            rejected += output.attempt(batch)
-        output.conclude(jobs, rejected)
-    return [output.path(job) for job in jobs]

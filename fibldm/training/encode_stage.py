@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,15 +24,16 @@ from fibldm.progress import track
 from fibldm.runs import BUDGET, Progress, StageFolder, load_facts
 from fibldm.runs.values import check_values
 from fibldm.runs.workflow import running_parser
-from fibldm.shards import Shard, wait_for
+from fibldm.shards import Shard
 from fibldm.training.base_latents import facts_of_base
-from fibldm.training.distributed import on_first_rank
+from fibldm.training.distributed import local_device, on_first_rank
 from fibldm.training.gate_ranges import GateRanges
 from fibldm.training.latent_report import REMEDY, draw_interpolation, report_latents
 from fibldm.training.view_cache import SPLITS, Draw, ViewCache, plain_tensor
 from fibldm.volumes.datalist import SECOND_IMAGE, known_of
 from fibldm.volumes.gate import has_gate, write_gate
 from fibldm.volumes.second_image import SecondImages
+from fibldm.workers import Work, engine_of
 
 Result = TypeVar("Result")
 
@@ -39,6 +41,7 @@ INTERPOLATION = "interpolation.png"
 RESIDUAL_NOISE = "residual_noise.safetensors"
 
 _LONG = 3.0  # seconds
+_TO_BEGIN = 60.0  # seconds for another process to write two small files
 _RECONSTRUCTED = 64  # training cases that tell the residual noise
 
 _logger = logging.getLogger("fibldm")
@@ -51,8 +54,9 @@ class EncodeStage:
     (seed, case, view). Views that lie there already are kept, so an interrupted run goes on; of a finished one, those
     that are gone or damaged are made again.
 
-    Several processes share the cases (`Shard`); it is enough that they see the same folder. The first waits for the
-    files of all and writes ``latents.json``, which is the same for any number of processes.
+    An engine encodes case by case. Several processes, each with an engine of its own, may share the cases (`Shard`); it
+    is enough that they see the same folder. None waits for another, but for those that torch.distributed joins: the one
+    that finds all files there writes ``latents.json``, which is the same for any number of processes.
 
     Args:
         run_dir: the run folder.
@@ -71,7 +75,8 @@ class EncodeStage:
         seed: of the augmentation.
         device: to encode on.
         restart: begin anew although the folder holds another configuration's latents.
-        patience: seconds that a process waits for another without a sign of it.
+        workers: processes of this machine that encode at the same time; None is this one alone.
+        cluster: address of a scheduler of Dask, whose workers encode instead.
         check: refuses what must not be trained on, before anything is written; None has nothing to say.
     """
 
@@ -91,7 +96,8 @@ class EncodeStage:
         seed: int,
         device: torch.device,
         restart: bool = False,
-        patience: float = 3600.0,
+        workers: int | None = None,
+        cluster: str | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
         self.run_dir, self.datalist, self.facts, self.inputs = Path(run_dir), datalist, facts, inputs
@@ -100,8 +106,8 @@ class EncodeStage:
         folder = self.run_dir / "latents"
         ranges = GateRanges(facts)
         self.cache = ViewCache(folder, datalist, preprocessing, augmentation, views, draw, seed, device, ranges)
-        self.scale, self.device, self.restart, self.patience = scale, device, restart, patience
-        self.base, self.check = base, check
+        self.scale, self.device, self.restart = scale, device, restart
+        self.base, self.check, self.workers, self.cluster = base, check, workers, cluster
         if base is not None and scale is not None:
             raise FibldmError("latents have one scale; got latent_scale and latent_space", "leave one of them out")
 
@@ -112,7 +118,7 @@ class EncodeStage:
 
         Raises:
             FibldmError: the autoencoder is not trained or makes latents that are not finite, the folder holds latents
-                of other inputs, another process broke off, or one that is none of those that share the work is at it.
+                of other inputs, or a process that is none of those that share the work is at it.
         """
         shard, folder = Shard.from_environment(), StageFolder(self.run_dir, "latents")
         with folder.alone(shard.suffix):
@@ -124,7 +130,8 @@ class EncodeStage:
         config = {key: value for key, value in running_parser(self).get().items() if key != "epochs"}
         check_values(config)  # MONAI's own command does not
         with folder.kept_until_begun(self.restart and shard.is_first):
-            if self.check is not None and shard.is_first and (self.restart or folder.done() is None):
+            begins = shard.is_first or (idist.get_world_size() == 1 and not (folder.path / "inputs.json").exists())
+            if self.check is not None and begins and (self.restart or folder.done() is None):
                 self.check()
             if self._begin(folder, config, {**self.inputs, "autoencoder": autoencoder}, shard) == "done":
                 self._restore(folder, stage, shard)
@@ -137,15 +144,35 @@ class EncodeStage:
     ) -> None:
         with self._counted(folder, shard):
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-            self._encode_all(shard.take(self.cache.cases()), first_stage, autoencoder, shown=shard.is_first)
-            if shard.is_first:
+            self._encode_all(shard.take(self.cache.cases()), first_stage, shown=shard.is_first)
+            if idist.get_world_size() > 1:
+                idist.barrier()
+                if shard.is_first:
+                    self._complete(folder, first_stage, autoencoder, known)
+            elif lacking := sum(bool(self.cache.missing(*case)) for case in self.cache.cases()):
+                _logger.info("latents: the last process to end completes them; %d cases are left to others", lacking)
+            else:
+                self._complete_once(folder, first_stage, autoencoder, known)
+
+    def _complete_once(
+        self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str, known: Mapping[str, Any]
+    ) -> None:
+        """Complete the stage, unless another process that found all files there has begun to, or has done it."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder.alone(".last"))
+            except FibldmError as error:
+                _logger.info("latents: another process completes them (%s)", error.message)
+                return
+            if folder.done() is None:
                 self._complete(folder, first_stage, autoencoder, known)
 
-    def _encode_all(
-        self, cases: Sequence[tuple[str, int]], first_stage: FrozenFirstStage, autoencoder: str, *, shown: bool
-    ) -> None:
-        for split, index in track(cases, "encode", shown=shown):
-            self.cache.encode(split, index, first_stage, autoencoder)
+    def _encode_all(self, cases: Sequence[tuple[str, int]], first_stage: FrozenFirstStage, *, shown: bool) -> None:
+        """Let the engine write the views of these cases that are missing."""
+        engine = engine_of(self.workers, self.cluster)
+        work = Work(encode_case, CaseKit(self.run_dir, (self, first_stage)), "encoded a case", self.cache.folder)
+        for _ in engine.each(work, cases, lambda places: track(places, "encode", shown=shown)):
+            pass
 
     def _restore(self, folder: StageFolder, stage: StageFolder, shard: Shard) -> None:
         """Make the files again that a finished stage has lost; what later stages were told of them stays."""
@@ -153,10 +180,12 @@ class EncodeStage:
         if lost:
             count = sum(len(self.cache.missing(*case)) for case in lost)
             first_stage = FrozenFirstStage(stage.trained()).to(self.device)
-            self._encode_all(lost, first_stage, stage.require()["weights"], shown=shard.is_first)
+            self._encode_all(lost, first_stage, shown=shard.is_first)
             _logger.info("latents: made %d files again that were gone or damaged (%s)", count, folder.path)
         else:
             _logger.info("latents: done already (%s), nothing to encode", folder.path)
+        if idist.get_world_size() > 1:
+            idist.barrier()
         if shard.is_first:
             self._catch_up_on_gate()
 
@@ -165,8 +194,12 @@ class EncodeStage:
         facts = load_facts(self.run_dir)
         if has_gate(self.run_dir, facts):
             return
-        wait_for([file for _, file in self.cache.plain_files(facts["items"]["training"])], patience=self.patience)
-        self._measure_gate(facts)
+        if all(file.exists() for _, file in self.cache.plain_files(facts["items"]["training"])):
+            self._measure_gate(facts)
+        else:
+            _logger.info(
+                "latents: ranges for --check wait for files that other processes make; run `fibldm encode` again"
+            )
 
     def _measure_gate(self, facts: Mapping[str, Any]) -> None:
         files = self.cache.plain_files(facts["items"]["training"])
@@ -223,15 +256,15 @@ class EncodeStage:
                 f"got --restart and WORLD_SIZE={shard.ranks}",
                 f"move {folder.path} away and leave --restart out",
             )
-        if not shard.is_first:
-            wait_for([folder.path / "inputs.json"], patience=self.patience)
-        return folder.begin(config, inputs, restart=self.restart)
+        if shard.ranks == 1:
+            return folder.begin(config, inputs, restart=self.restart)
+        with folder.alone(".begin", patience=_TO_BEGIN):
+            return folder.begin(config, inputs)
 
     def _complete(
         self, folder: StageFolder, first_stage: FrozenFirstStage, autoencoder: str, known: Mapping[str, Any]
     ) -> None:
         items = {split: self.cache.items(split) for split in SPLITS}
-        wait_for([folder.path / item["file"] for part in items.values() for item in part], patience=self.patience)
         if "space" in known:
             space = LatentSpace.from_dict(known["space"])
         elif self.scale is None:
@@ -323,6 +356,37 @@ class EncodeStage:
         spacing = self.facts["grid"]["spacing"]
         file = self.cache.folder / INTERPOLATION
         draw_interpolation(file, first_stage, (one, two), (mean_one, mean_two), spacing=spacing, masks=masks)
+
+
+@dataclass(frozen=True)
+class CaseKit:
+    """What a process needs to encode.
+
+    Attributes:
+        run_dir: the run folder, where the stage has begun.
+        here: stage and first stage of this process; others make their own.
+    """
+
+    run_dir: Path
+    here: tuple[EncodeStage, FrozenFirstStage] | None
+
+    def __call__(self) -> tuple[ViewCache, FrozenFirstStage, str]:
+        trained = StageFolder(self.run_dir, "autoencoder")
+        stage, first_stage = self.here or (StageFolder(self.run_dir, "latents").component("stage"), None)
+        cache = stage.cache
+        if first_stage is None:
+            device = local_device() if torch.device(cache.device).type == "cuda" else torch.device("cpu")
+            cache, first_stage = replace(cache, device=device), FrozenFirstStage(trained.trained()).to(device)
+        return cache, first_stage, trained.require()["weights"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"run_dir": self.run_dir, "here": None}
+
+
+def encode_case(kit: tuple[ViewCache, FrozenFirstStage, str], split: str, index: int) -> None:
+    """Write the views of a case that are missing; see `ViewCache.encode`."""
+    cache, first_stage, autoencoder = kit
+    cache.encode(split, index, first_stage, autoencoder)
 
 
 def covariates_by_case(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

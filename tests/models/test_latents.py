@@ -26,10 +26,10 @@ from fibldm.evaluation.spectrum import channel_spectra
 from fibldm.files import hash_file, read_json, write_tensors
 from fibldm.models.autoencoder import FrozenFirstStage, Posterior
 from fibldm.models.latents import LatentSpace
-from fibldm.runs import decisive
+from fibldm.runs import StageFolder, decisive
 from fibldm.runs.config_files import read_configuration
 from fibldm.runs.renamed import current
-from fibldm.shards import Shard, wait_for
+from fibldm.shards import Shard
 from fibldm.training.encode_stage import EncodeStage
 from fibldm.training.gate_ranges import GateRanges
 from fibldm.training.latent_report import REMEDY, Channel, LatentReport, draw_interpolation, report_latents
@@ -81,32 +81,42 @@ def encode(tiny_stage: TinyStage, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     def run(folder: Path, rank: int, ranks: int, **overrides: Any) -> None:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        tiny_stage("latents", folder, **{"views": 2, "stage::patience": 0.0, **overrides}).run()
+        tiny_stage("latents", folder, **{"views": 2, **overrides}).run()
 
     return run
 
 
 def hashes(run: Path) -> dict[str, str]:
+    untold = ("inputs.json", "done.json", "budget.json")  # the last one is a time
     files = [path for path in (run / "latents").rglob("*") if path.suffix in (".safetensors", ".json", ".png")]
-    return {path.name: hash_file(path) for path in files if path.name not in ("inputs.json", "done.json")}
+    return {path.name: hash_file(path) for path in files if path.name not in untold}
 
 
 def test_ranks_that_come_one_after_the_other_write_what_one_process_writes(
+    encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In any order, and none waits: the last one completes the stage."""
+    whole, shared = trained("whole"), trained("shared")
+    encode(whole, 0, 1)
+    with caplog.at_level(logging.INFO, "fibldm"):
+        for rank in (2, 0):
+            encode(shared, rank, 3)
+            assert not (shared / "latents" / "latents.json").exists()
+            assert re.search("the last process to end completes them; [1-9] cases are left to others", caplog.text)
+    encode(shared, 1, 3)
+    assert hashes(shared) == hashes(whole)
+    assert {"report.json", "interpolation.png", "latents.json"} < hashes(whole).keys()
+    encode(shared, 1, 3)  # a rank that starts late finds it done
+
+
+def test_what_a_lost_rank_leaves_is_done_by_whoever_comes(
     encode: Callable[..., None], trained: Callable[[str], Path]
 ) -> None:
     whole, shared = trained("whole"), trained("shared")
     encode(whole, 0, 1)
-    with pytest.raises(FibldmError, match=r"files must come from the other processes; none came for 0 s"):
-        encode(shared, 0, 3)
-    assert not (shared / "latents" / "latents.json").exists()
-    for rank in (2, 1):
-        encode(shared, rank, 3)
-    assert not (shared / "latents" / "done.json").exists()  # that is for the first to say
-    encode(shared, 0, 3)
-    times = {"budget.json"}
-    assert {**hashes(shared), **dict.fromkeys(times)} == {**hashes(whole), **dict.fromkeys(times)}
-    assert {"report.json", "interpolation.png", "latents.json"} < hashes(whole).keys()
-    encode(shared, 1, 3)  # a rank that starts late finds it done
+    encode(shared, 1, 2)
+    encode(shared, 0, 1)
+    assert hashes(shared) == hashes(whole)
 
 
 def test_every_rank_encodes_its_own_cases_only(
@@ -114,15 +124,38 @@ def test_every_rank_encodes_its_own_cases_only(
 ) -> None:
     shared, items = trained("shared"), read_json(tiny_run / "latents" / "latents.json")["items"]
     cases = list(dict.fromkeys(item["case"] for split in ("training", "validation") for item in items[split]))
-    with pytest.raises(FibldmError, match="the first that is missing"):
-        encode(shared, 0, 2)
+    encode(shared, 0, 2)
     written = {name.rpartition("_view")[0] for name in hashes(shared) if "_view" in name}
     assert written == set(cases[::2])
 
 
-def test_a_rank_does_not_begin_before_the_first(encode: Callable[..., None], trained: Callable[[str], Path]) -> None:
-    with pytest.raises(FibldmError, match=r"1 files must come .* the first that is missing is .*inputs\.json"):
-        encode(trained("run"), 1, 2)
+def test_only_one_of_those_that_find_all_there_completes(
+    encode: Callable[..., None], trained: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained("run")
+    encode(run, 0, 2)
+    with StageFolder(run, "latents").alone(".last"), caplog.at_level(logging.INFO, "fibldm"):
+        encode(run, 1, 2)
+    assert "another process completes them" in caplog.text
+    assert not (run / "latents" / "latents.json").exists()
+
+
+@pytest.mark.parametrize("engine", ["processes", "cluster"])
+def test_an_engine_writes_what_one_process_writes(
+    engine: str, encode: Callable[..., None], trained: Callable[[str], Path]
+) -> None:
+    from distributed import LocalCluster
+
+    whole, shared = trained("whole"), trained("shared")
+    encode(whole, 0, 1)
+    if engine == "processes":
+        encode(shared, 0, 1, workers=2)
+    else:
+        options = {"n_workers": 2, "processes": False, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+        with LocalCluster(threads_per_worker=1, **options) as made:
+            encode(shared, 0, 1, cluster=made.scheduler_address)
+    assert hashes(shared) == hashes(whole)
+    encode(shared, 0, 1)  # the engine decides nothing
 
 
 def test_latents_that_are_gone_or_damaged_are_told_and_made_again(
@@ -210,27 +243,6 @@ def test_without_ranks_one_process_does_everything(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert Shard.from_environment() == Shard(0, 1)
-
-
-def test_waiting_ends_with_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [tmp_path / name for name in "abc"]
-    files[1].touch()
-    monkeypatch.setattr("time.sleep", lambda seconds: next(file for file in files if not file.exists()).touch())
-    wait_for(files, patience=5.0)
-    assert all(file.exists() for file in files)
-
-
-def test_waiting_is_patient_as_long_as_files_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, now = [tmp_path / name for name in "abcd"], [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += 4
-        next(file for file in files if not file.exists()).touch()
-
-    monkeypatch.setattr("time.sleep", sleep)
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    wait_for(files, patience=5.0)
-    assert now[0] == 16  # longer than the patience, but never without a new file for so long
 
 
 def test_latents_that_are_not_finite_are_refused(

@@ -23,6 +23,7 @@ from fibldm.volumes.masks import volumes_in
 from fibldm.volumes.matching import METHOD, Matcher, turned_back
 from fibldm.volumes.pictures import Pair, write_comparison
 from fibldm.volumes.writer import volume_stem
+from fibldm.workers import Engine, Processes
 
 NO_EVIDENCE = "no evidence of copying at this threshold"
 NOT_POSSIBLE = "audit not possible"
@@ -73,6 +74,7 @@ def audit(
     *,
     synthesizer: Synthesizer | None = None,
     data: str | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Look synthetic volumes up among training scans, beside scans that were held out; `out` keeps what was found.
 
@@ -86,6 +88,7 @@ def audit(
             `fibldm.volumes.known_scans`) and ``matches.json``, with which an audit goes on.
         synthesizer: the generator, of one channel; None leaves out whether its weights tell the training scans.
         data: fingerprint of the dataset whose training cases ``training`` are; None where they came as a folder.
+        engine: looks volumes up; None is this process.
 
     Returns:
         What ``audit.json`` holds.
@@ -114,6 +117,7 @@ def audit(
     matcher = Matcher.of((_varying(scan) for scan in track(training, "training scans")), spacing)
     matcher.write(out / TRAINING)
     lookup = Lookup(out / "matches.json", matcher, contents)
+    lookup.fill([*held_out, *synthetic], engine or Processes(), out / TRAINING)
     seen = _see(lookup, training, held_out, synthetic)
     similarities = {scan.name: seen[scan.file].match.similarity for scan in held_out}
     calibration = Calibration.of(similarities, {scan.name: scan.subject for scan in held_out})

@@ -38,6 +38,7 @@ def measure_audit(evaluated: Evaluated, synthetic: Sequence[Case], synthesizer: 
         evaluated.folder / FOLDER,
         synthesizer=synthesizer,
         data=str(read_datalist(evaluated.work)["content"]),
+        engine=evaluated.engine,
     )
     told = ("verdict", "threshold", "held_out_named", "memorised_patients", "membership", "own_masks", "of", "facts")
     facts = {name: result[name] for name in told if name in result}
