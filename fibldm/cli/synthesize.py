@@ -55,8 +55,8 @@ def synthesize(
         bool | None,
         typer.Option(
             "--tiles/--no-tiles",
-            help="Draw a mask larger than the training grid in overlapping tiles of its size, as one volume; default: "
-            "where it has more than twice the voxels.",
+            help="Draw a mask larger than the training grid in overlapping tiles of its size, as one volume; "
+            f"{_ELSE} whole.",
         ),
     ] = None,
     checkpoint: Annotated[

@@ -1,7 +1,7 @@
 """Latents larger than those of training, sampled as one from overlapping tiles.
 
-A network is at its best at the size it was trained on, and attention over a larger latent costs memory that grows with
-the square of its cells. At every call of the sampler each tile of the training's size is looked at by itself, and what
+Attention over a larger latent costs memory that grows with the square of its cells; a tile of the training's size does
+not. A network that always saw a whole body draws a part of one less well, though, see ``docs/diffusion.md``. At every call of the sampler each tile of the training's size is looked at by itself, and what
 is said of the cells that tiles share is blended (Bar-Tal et al. 2023, "MultiDiffusion", eq. 5, there for images). There
 is one latent with one noise, which the sampler moves as a whole: neighbours agree as they are drawn, and nothing is
 stitched together afterwards. Memory beyond that latent is that of a few tiles, whatever its size.
@@ -28,8 +28,6 @@ OVERLAP = 0.25
 AT_ONCE = 4
 """Tiles in one call of the network; the same on every machine, as rounding depends on it."""
 
-_LARGER = 2.0  # times the cells of training; up to there a latent is one tile
-
 
 @dataclass(frozen=True)
 class JointTiles:
@@ -46,16 +44,14 @@ class JointTiles:
     windows: tuple[Window, ...]
 
     @classmethod
-    def plan(cls, cells: Sequence[int], trained: Sequence[int], *, asked: bool | None = None) -> "JointTiles | None":
-        """Tiles of the size of training, evenly spread; None where the latent is taken as one.
+    def plan(cls, cells: Sequence[int], trained: Sequence[int]) -> "JointTiles | None":
+        """Tiles of the size of training, evenly spread; None where the latent is of that size itself.
 
         Args:
             cells: size of the latent.
             trained: that of training, nowhere larger.
-            asked: whether to cut; None does so where the latent has more than twice the cells of training.
         """
-        larger = math.prod(cells) > _LARGER * math.prod(trained)
-        if tuple(cells) == tuple(trained) or not (larger if asked is None else asked):
+        if tuple(cells) == tuple(trained):
             return None
         size = tuple(min(pair) for pair in zip(cells, trained, strict=True))
         axes = [_starts(length, side) for length, side in zip(cells, size, strict=True)]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("nifti", "dicom")
 
-_TOLD_IF_GIVEN = ("eta", "tiles")
+_TOLD_IF_GIVEN = {"eta": None, "tiles": False}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class SamplingSettings:
         residual_noise: of what the decoder leaves out, see `fibldm.models.residual_noise`; 1 is as measured, 0 gives
             the middle of what a volume may be, smoother than any real one.
         tiles: draw a latent larger than those of training in overlapping tiles of their size, as one, see
-            `fibldm.models.joint_tiles`; False draws it whole. None takes tiles where it has more than twice their
-            cells.
+            `fibldm.models.joint_tiles`; False draws it whole.
 
     Raises:
         FibldmError: a value is out of range.
@@ -67,7 +66,7 @@ class SamplingSettings:
     dynamic_threshold: float | None = None
     residual_noise: float = 1.0
     eta: float | None = None
-    tiles: bool | None = None
+    tiles: bool = False
 
     def __post_init__(self) -> None:
         sampler(self.sampler, self.eta)
@@ -120,7 +119,11 @@ class SamplingSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As sidecars tell them; some only where they are given, so that volumes from before them are not made anew."""
-        return {name: value for name, value in asdict(self).items() if name not in _TOLD_IF_GIVEN or value is not None}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _TOLD_IF_GIVEN or value != _TOLD_IF_GIVEN[name]
+        }
 
     def as_trained(self, *, shift: float, latents: bool, residual_noise: bool) -> "SamplingSettings":
         """The settings as a generator follows them.

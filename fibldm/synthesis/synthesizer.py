@@ -530,7 +530,7 @@ class Synthesizer:
         ]
         if self.grid.size[2] == 1:
             trained[2] = 1
-        return JointTiles.plan(cells, trained, asked=settings.tiles)
+        return JointTiles.plan(cells, trained) if settings.tiles else None
 
     def _denoiser(self, conditions: Mapping[str, Tensor]) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, conditions)

@@ -24,12 +24,8 @@ def test_tiles_cover_the_latent_and_overlap(cells: tuple[int, ...], trained: tup
         assert all(later - start <= (1 - OVERLAP) * side for start, later in zip(starts, starts[1:], strict=False))
 
 
-@pytest.mark.parametrize(
-    ("asked", "cells", "cut"),
-    [(None, 8, False), (None, 12, False), (None, 20, True), (True, 12, True), (False, 40, False), (True, 8, False)],
-)
-def test_tiles_are_for_what_is_larger(asked: bool | None, cells: int, cut: bool) -> None:
-    assert (JointTiles.plan((cells, 8, 8), (8, 8, 8), asked=asked) is not None) == cut
+def test_a_latent_of_the_training_size_is_one() -> None:
+    assert JointTiles.plan((8, 8, 8), (8, 8, 8)) is None
 
 
 def test_what_is_local_is_said_as_of_the_whole() -> None:

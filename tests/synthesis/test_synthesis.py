@@ -965,9 +965,9 @@ def test_weights_of_an_epoch_that_was_kept(tiny_run, phantom_work, tmp_path):
 
 
 def test_a_larger_mask_is_drawn_from_tiles_as_one(synthesizer):
-    """The sidecar tells the tiles, the seed decides, calls are those made; small masks and --no-tiles have none."""
+    """The sidecar tells the tiles, the seed decides, each tile is a call; other masks and settings have none."""
     large = body(shape=(70, 27, 19), spacing=(5.0, 5.0, 5.0))
-    settings = replace(QUICK, guidance=2.0)
+    settings = replace(QUICK, guidance=2.0, tiles=True)
     made, again = (synthesizer(large, settings=settings, allow_extrapolation=True) for _ in range(2))
     tiles = made.provenance["tiles"]
     assert tiles["number"] > 1
