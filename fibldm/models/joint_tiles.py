@@ -1,10 +1,11 @@
 """Latents larger than those of training, sampled as one from overlapping tiles.
 
 Attention over a larger latent costs memory that grows with the square of its cells; a tile of the training's size does
-not. A network that always saw a whole body draws a part of one less well, though, see ``docs/diffusion.md``. At every call of the sampler each tile of the training's size is looked at by itself, and what
-is said of the cells that tiles share is blended (Bar-Tal et al. 2023, "MultiDiffusion", eq. 5, there for images). There
-is one latent with one noise, which the sampler moves as a whole: neighbours agree as they are drawn, and nothing is
-stitched together afterwards. Memory beyond that latent is that of a few tiles, whatever its size.
+not. A network that always saw a whole body draws a part of one less well, though, see ``docs/diffusion.md``. At every
+call of the sampler each tile of the training's size is looked at by itself, and what is said of the cells that tiles
+share is blended (Bar-Tal et al. 2023, "MultiDiffusion", eq. 5, there for images). There is one latent with one noise,
+which the sampler moves as a whole: neighbours agree as they are drawn, and nothing is stitched together afterwards.
+Memory beyond that latent is that of a few tiles, whatever its size.
 """
 
 import itertools
