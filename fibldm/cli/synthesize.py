@@ -52,6 +52,14 @@ def synthesize(
         float | None, typer.Option(help="Runs in pixel space only: share of voxels kept unclamped, often 0.995.")
     ] = None,
     residual_noise: shared.ResidualNoise = None,
+    tiles: Annotated[
+        bool | None,
+        typer.Option(
+            "--tiles/--no-tiles",
+            help="Draw a mask larger than the training grid in overlapping tiles of its size, as one volume; "
+            f"{_ELSE} whole.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="Checkpoint: best, or an epoch kept by keep_every, such as epoch_0010.")
     ] = "best",

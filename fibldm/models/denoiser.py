@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,30 @@ class Denoiser:
         scale = _per_sample(self.process.output_scale(self.target, t).to(z_t.device), z_t)
         return Prediction(z_0, output[:, channels:] + 2 * scale.log())
 
+    def beside(self, other: "Denoiser") -> "Denoiser":
+        """What this one says of the first half of a batch, and one with other conditions of the second, in one call.
+
+        Args:
+            other: of the same network, with conditions of the same names and sizes, such as their nulls.
+        """
+        pairs = {name: torch.cat([part, other.conditions[name]]) for name, part in self.conditions.items()}
+        return replace(self, conditions=pairs)
+
+    def within(self, windows: Sequence[tuple[slice, ...]], cells: Sequence[int]) -> "Denoiser":
+        """Of parts cut out of the latent: all samples of the first window, then all of the second, and so on.
+
+        Args:
+            windows: where the parts lie, in cells.
+            cells: size of the latent.
+        """
+        conditions = {
+            name: torch.cat(
+                [_cut(part, window, cells) if name in self.network.in_space else part for window in windows]
+            )
+            for name, part in self.conditions.items()
+        }
+        return replace(self, conditions=conditions)
+
 
 def guided(
     conditional: Denoise,
@@ -64,6 +88,7 @@ def guided(
     *,
     rescale: float = 0.0,
     interval: Sequence[float] = (0.0, 1.0),
+    both: Denoise | None = None,
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6), in terms of ``z_0``.
 
@@ -80,18 +105,26 @@ def guided(
         rescale: share of the rescaled ``z_0``, in [0, 1]; 0.7 in the paper, 0 leaves it out.
         interval: guides at ``low < t <= high`` only, and spares the second call elsewhere (Kynkäänniemi et al. 2024,
             there in noise levels); 1 is noise.
+        both: says in one call what both say: of a batch twice, with the condition and with its null; see
+            `Denoiser.beside`. None calls one after the other. They differ in rounding.
     """
     if scale == 1:
         return conditional
     low, high = interval
 
     def denoise(z_t: Tensor, t: Tensor) -> Prediction:
-        prediction = conditional(z_t, t)
-        given = prediction.z_0
         inside = (low < t) & (t <= high)
         if not inside.any():
-            return prediction
-        beyond = torch.lerp(unconditional(z_t, t).z_0, given, scale)
+            return conditional(z_t, t)
+        if both is None:
+            prediction, null = conditional(z_t, t), unconditional(z_t, t).z_0
+        else:
+            said = both(torch.cat([z_t, z_t]), torch.cat([t, t]))
+            null = said.z_0[len(z_t) :]
+            halves = (None if part is None else part[: len(z_t)] for part in said[1:])
+            prediction = Prediction(said.z_0[: len(z_t)], *halves)
+        given = prediction.z_0
+        beyond = torch.lerp(null, given, scale)
         if rescale:
             beyond = torch.lerp(beyond, beyond * (_deviation(given) / _deviation(beyond)), rescale)
         return prediction._replace(z_0=torch.where(_per_sample(inside, given), beyond, given))
@@ -121,6 +154,13 @@ def thresholded(denoise: Denoise, space: LatentSpace, share: float) -> Denoise:
         return prediction._replace(z_0=space.normalise(volume.clamp(-limit, limit) / limit))
 
     return inside
+
+
+def _cut(condition: Tensor, window: Sequence[slice], cells: Sequence[int]) -> Tensor:
+    """A window, in cells of the latent, of a condition that has one or more of its own places for each of them."""
+    grains = [length // count for length, count in zip(condition.shape[2:], cells, strict=True)]
+    parts = zip(window, grains, strict=True)
+    return condition[:, :, *(slice(part.start * grain, part.stop * grain) for part, grain in parts)]
 
 
 def _deviation(z: Tensor) -> Tensor:

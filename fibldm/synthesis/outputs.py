@@ -212,7 +212,16 @@ class Output:
                 self.dicom.check(labels.grid, self.synthesizer.names, self.synthesizer.intensity)
             allow = self.settings.allow_extrapolation
             self._prepared[mask] = self.synthesizer.prepare(request, allow_extrapolation=allow)
+            self._tell_tiles(self._prepared[mask])
         return self._prepared[mask]
+
+    def _tell_tiles(self, prepared: PreparedMask) -> None:
+        if (tiles := self.synthesizer.tiles(prepared, self.settings.sampling)) is not None:
+            size, trained = (" x ".join(map(str, shape)) for shape in (prepared.grid.shape, self.synthesizer.grid.size))
+            _logger.info(
+                "%s: its grid, %s voxels, is larger than that of training, %s: drawn as one from %d overlapping tiles",
+                *(prepared.request.name, size, trained, len(tiles.windows)),
+            )
 
     def _asked(self, mask: MaskSource | None) -> dict[str, Any]:
         return self.settings.asked_of(None if mask is None else mask.file, self.synthesizer.beside)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMATS = ("nifti", "dicom")
 _OF_DICOM = ("template", "label_codes", "patient_position", "mask_format")
 
+_TOLD_IF_GIVEN = {"eta": None, "tiles": False}
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -48,6 +50,8 @@ class SamplingSettings:
             space only. None leaves it out.
         residual_noise: of what the decoder leaves out, see `fibldm.models.residual_noise`; 1 is as measured, 0 gives
             the middle of what a volume may be, smoother than any real one.
+        tiles: draw a latent larger than those of training in overlapping tiles of their size, as one, see
+            `fibldm.models.joint_tiles`; False draws it whole.
 
     Raises:
         FibldmError: a value is out of range.
@@ -63,6 +67,7 @@ class SamplingSettings:
     dynamic_threshold: float | None = None
     residual_noise: float = 1.0
     eta: float | None = None
+    tiles: bool = False
 
     def __post_init__(self) -> None:
         sampler(self.sampler, self.eta)
@@ -114,8 +119,12 @@ class SamplingSettings:
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As sidecars tell them; ``eta`` only where it is given, so that volumes from before it are not made anew."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("eta", None)}
+        """As sidecars tell them; some only where they are given, so that volumes from before them are not made anew."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _TOLD_IF_GIVEN or value != _TOLD_IF_GIVEN[name]
+        }
 
     def as_trained(self, *, shift: float, latents: bool, residual_noise: bool) -> "SamplingSettings":
         """The settings as a generator follows them.
@@ -158,14 +167,15 @@ class SamplingSettings:
         """The sampler, with its ``eta``."""
         return sampler(self.sampler, self.eta)
 
-    def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
-        """The denoiser with guidance as these settings want it."""
+    def guide(self, conditional: Denoise, unconditional: Denoise, both: Denoise | None = None) -> Denoise:
+        """The denoiser with guidance as these settings want it, see `guided`."""
         return guided(
             conditional,
             unconditional,
             self.guidance,
             rescale=self.guidance_rescale,
             interval=self.guidance_interval,
+            both=both,
         )
 
     @property

@@ -22,12 +22,13 @@ from fibldm.models.conditions.covariates import CovariateEncoding
 from fibldm.models.conditions.mask import MaskEncoding
 from fibldm.models.denoiser import Denoiser, thresholded
 from fibldm.models.inpainting import KnownLatents
+from fibldm.models.joint_tiles import JointTiles
 from fibldm.models.latents import LatentSpace
 from fibldm.models.mark import Mark
 from fibldm.models.network import ConditionedNetwork
 from fibldm.models.process import Process, Target
 from fibldm.models.residual_noise import ResidualNoise
-from fibldm.models.samplers import draw_noise
+from fibldm.models.samplers import Denoise, draw_noise
 from fibldm.models.tiling import tiled_decode
 from fibldm.synthesis.adapters import with_adapters
 from fibldm.synthesis.asked import check as check_asked
@@ -405,11 +406,12 @@ class Synthesizer:
         Args:
             prepared: its mask.
             settings: as they were followed.
-            calls: of the network.
+            calls: of the network, on the whole latent.
         """
         request, grid = prepared.request, prepared.grid
         same_spacing = bool(np.allclose(grid.spacing, prepared.source.grid.spacing))
         further = {name: kind.recorded(prepared.asked[name]) for name, kind in self.beside.items()}
+        tiles = self.tiles(prepared, settings)
         covariates = further.pop("covariates")
         return {
             "fibldm": fibldm.__version__,
@@ -422,7 +424,8 @@ class Synthesizer:
             "covariates": covariates,
             **({"conditions": further} if further else {}),
             "follows_mask": request.mask is not None,
-            "network_calls": calls,
+            "network_calls": calls if tiles is None else calls * len(tiles.windows),
+            **({} if tiles is None else {"tiles": tiles.told()}),
             "channels": list(self.channels),
             "intensity": self.intensity.to_dict(),
             "units": self.intensity.units,
@@ -480,7 +483,13 @@ class Synthesizer:
         cells = [length // step for length, step in zip(drawn.shape[2:], self.mask.factors, strict=True)]
         noise = draw_noise((len(self.space.mean), *cells), generators).to(drawn.device)
         nothing = {name: self.conditions[name].null(part) for name, part in given.items()}
-        denoise = settings.guide(self._denoiser(given), self._denoiser(nothing))
+        asked, null = self._denoiser(given), self._denoiser(nothing)
+        tiles = self._tiles_of(cells, settings)
+
+        def over(denoiser: Denoiser) -> Denoise:
+            return denoiser if tiles is None else tiles.around(partial(denoiser.within, cells=cells))
+
+        denoise = settings.guide(over(asked), over(null), over(asked.beside(null)))
         if settings.dynamic_threshold is not None:
             denoise = thresholded(denoise, self.space, settings.dynamic_threshold)
         sampler = partial(settings.draw, process=self.process, generators=generators)
@@ -520,6 +529,21 @@ class Synthesizer:
         values = {name: drawn if name == "mask" else [part.asked[name] for part in placed] for name in self.conditions}
         seen = {name: kind for name, kind in self.conditions.items() if name in self.network.sees}
         return {name: kind.encode(values[name]).to(drawn.device) for name, kind in seen.items()}
+
+    def tiles(self, prepared: PreparedMask, settings: SamplingSettings) -> JointTiles | None:
+        """The tiles in which a volume is drawn; None where it is drawn whole."""
+        cells = [length // step for length, step in zip(prepared.grid.shape, self.mask.factors, strict=True)]
+        return self._tiles_of(cells, settings)
+
+    def _tiles_of(self, cells: Sequence[int], settings: SamplingSettings) -> JointTiles | None:
+        steps = [step * self.network.multiple for step in self.mask.factors]
+        trained = [
+            -(-length // step) * step // factor
+            for length, step, factor in zip(self.grid.size, steps, self.mask.factors, strict=True)
+        ]
+        if self.grid.size[2] == 1:
+            trained[2] = 1
+        return JointTiles.plan(cells, trained) if settings.tiles else None
 
     def _denoiser(self, conditions: Mapping[str, Tensor]) -> Denoiser:
         return Denoiser(self.network, self.process, self.target, conditions)

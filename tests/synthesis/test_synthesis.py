@@ -168,12 +168,12 @@ def test_the_mask_matters(synthesizer):
 def counted_calls(synthesizer: Synthesizer, settings: SamplingSettings) -> tuple[int, int]:
     """UNet passes that a volume really took, and those that its provenance tells."""
     seen: list[int] = []
-    hook = synthesizer.network.unet.register_forward_hook(lambda *_: seen.append(1))
+    hook = synthesizer.network.unet.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     try:
         made = synthesizer(body(), settings=settings)
     finally:
         hook.remove()
-    return len(seen), made.provenance["network_calls"]
+    return sum(seen), made.provenance["network_calls"]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
@@ -962,3 +962,30 @@ def test_weights_of_an_epoch_that_was_kept(tiny_run, phantom_work, tmp_path):
     assert made["best"].source["weights"] == done["weights"] != made["epoch_0001"].source["weights"]
     with pytest.raises(FibldmError, match="checkpoint must be one of best, epoch_0001; got 'epoch_1'"):
         Synthesizer.from_run(run_dir, checkpoint="epoch_1")
+
+
+def test_a_larger_mask_is_drawn_from_tiles_as_one(synthesizer):
+    """The sidecar tells the tiles, the seed decides, each tile is a call; other masks and settings have none."""
+    large = body(shape=(70, 27, 19), spacing=(5.0, 5.0, 5.0))
+    settings = replace(QUICK, guidance=2.0, tiles=True)
+    made, again = (synthesizer(large, settings=settings, allow_extrapolation=True) for _ in range(2))
+    tiles = made.provenance["tiles"]
+    assert tiles["number"] > 1
+    assert made.provenance["network_calls"] == settings.network_calls * tiles["number"]
+    assert np.array_equal(made.volume.array, again.volume.array)
+    assert made.volume.array.shape == large.array.shape
+    whole = synthesizer(large, settings=replace(settings, tiles=False), allow_extrapolation=True)
+    assert "tiles" not in whole.provenance and not np.array_equal(made.volume.array, whole.volume.array)
+    assert "tiles" not in synthesizer(body(), settings=settings).provenance
+
+
+def test_guidance_in_one_call_is_as_in_two(synthesizer, monkeypatch):
+    """To 1e-4 of the range."""
+    settings = replace(QUICK, guidance=2.0)
+    joint = synthesizer(body(), settings=settings)
+    real = SamplingSettings.guide
+    monkeypatch.setattr(SamplingSettings, "guide", lambda self, one, two, both=None: real(self, one, two))
+    apart = synthesizer(body(), settings=settings)
+    width = synthesizer.intensity.high - synthesizer.intensity.low
+    difference = np.abs(joint.volume.array.astype(float) - apart.volume.array).max()
+    assert difference <= max(1.0, 1e-4 * width)
