@@ -68,6 +68,7 @@ NOT_RUN = {
     ),
     "fibldm synthesize --run runs/boxes": "needs labels of these names; see test_boxes.py",
     "torchrun": "starts processes of its own; see test_distributed.py",
+    "fibldm prepare TREE --out work --modality pt": "needs PET; see test_pet.py",
     "dask": "starts processes of a cluster; see test_workers.py",
     "fibldm synthesize --bundle bundles/mine --masks masks --count 10": "needs a cluster; see test_shared_work.py",
     "docker": "needs Docker",

@@ -8,9 +8,10 @@ from typing import Any
 from fibldm.errors import FibldmError
 from fibldm.files import read_json
 from fibldm.synthesis import SamplingSettings
+from fibldm.synthesis.settings import TOLD_IF_GIVEN
 
 _WITHOUT_VOLUMES = "reconstruction"
-_MAY_BE_LEFT_OUT = {"seed", "eta"}
+_MAY_BE_LEFT_OUT = {"seed", *TOLD_IF_GIVEN}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("nifti", "dicom")
 _OF_DICOM = ("template", "label_codes", "patient_position", "mask_format")
 
-_TOLD_IF_GIVEN = {"eta": None, "tiles": False}
+TOLD_IF_GIVEN = {"eta": None, "tiles": False}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class SamplingSettings:
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in _TOLD_IF_GIVEN or value != _TOLD_IF_GIVEN[name]
+            if name not in TOLD_IF_GIVEN or value != TOLD_IF_GIVEN[name]
         }
 
     def as_trained(self, *, shift: float, latents: bool, residual_noise: bool) -> "SamplingSettings":

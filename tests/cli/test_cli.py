@@ -274,7 +274,9 @@ def test_every_measurement_is_a_command_with_the_options_that_it_uses() -> None:
     assert list(commands) == list(module.COMMANDS) and {*commands} == {*MEASUREMENTS, module.EVERYTHING}
     options = {name: [part.name for part in command.params] for name, command in commands.items()}
     shared = ["data", "synthetic", "run", "bundle", "out", "settings", "device", "trust", "weights"]
-    assert options["faithfulness"] == shared and options["realism"] == [*shared, "perceptual"] == options["all"]
+    engine = ["workers", "cluster"]
+    assert options["faithfulness"] == [*shared, *engine]
+    assert options["realism"] == [*shared, "perceptual", *engine] == options["all"]
     assert options["reconstruction"] == [*shared[:1], *shared[2:8], "perceptual"]
     assert options["ct"] == [*shared[:5], "trust", "weights", "lungs"] and options["spread"] == options["ct"][:-1]
     told = commands["all"].help

@@ -102,7 +102,7 @@ def test_colours_are_three_channels_c21(tmp_path: Path) -> None:
         (replace(OTHER, range=None), "the modality other needs `range`"),
         (replace(OTHER, range=(5, 5)), "`range` must be two increasing numbers; got 5 and 5"),
         (replace(OTHER, modality="mr"), "`range` is for the modality other; it is mr"),
-        (replace(OTHER, window=(0, 1)), "`window` is for the modality ct; it is other"),
+        (replace(OTHER, window=(0, 1)), "`window` is for the modality ct or pt; it is other"),
         (replace(OTHER, derive="lung"), "`derive` is for the modality ct; it is other"),
         (replace(OTHER, bias_field=True), "`bias_field` is for the modality mr; it is other"),
     ],
@@ -113,7 +113,7 @@ def test_options_that_do_not_fit_are_refused(settings: PrepareSettings, message:
 
 
 def test_neither_dicom_nor_bids_is_written(tmp_path: Path) -> None:
-    with pytest.raises(FibldmError, match="DICOM output needs a run of CT or MR; this one is of the modality other"):
+    with pytest.raises(FibldmError, match="needs a run of CT, MR or PET; this one is of the modality other"):
         DicomOutput.read().check(Volume(stack(0), MICRONS).grid, {}, Intensity("range", low=0, high=1))
     with pytest.raises(FibldmError, match="must fit the modality of the run, OTHER; got T1w"):
         check_bids("T1w", modality="other", skull_stripped=True)

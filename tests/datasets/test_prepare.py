@@ -531,9 +531,9 @@ def test_foreign_folders_are_never_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (PrepareSettings(), "`modality` must be ct, mr, other; nothing says it; give `modality`: ct"),
-        (PrepareSettings(modality="pet"), "`modality` must be one of ct, mr, other; got 'pet'"),
-        (PrepareSettings(modality="mr", window=(0, 1)), "`window` is for the modality ct; it is mr"),
+        (PrepareSettings(), "`modality` must be ct, mr, pt, other; nothing says it; give `modality`: ct"),
+        (PrepareSettings(modality="pet"), "`modality` must be one of ct, mr, pt, other; got 'pet'"),
+        (PrepareSettings(modality="mr", window=(0, 1)), "`window` is for the modality ct or pt; it is mr"),
         (
             PrepareSettings(modality="ct", window=(100, 100)),
             "two increasing values in HU; got 100 and 100",

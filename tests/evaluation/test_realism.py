@@ -23,6 +23,7 @@ from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.grid import ModelGrid, Volume
 from fibldm.volumes.intensity import Intensity
 from fibldm.volumes.writer import write_labels, write_synthetic
+from fibldm.workers import Engine, Processes
 
 GRID = ModelGrid((1.5, 2.0, 2.5), (24, 20, 18))
 LABELS = {0: "background", 1: "organ", 4: "lesion"}
@@ -65,6 +66,7 @@ class Patients:
     grid: ModelGrid = GRID
     samples: dict[str, Sample] = field(default_factory=dict)
     reads: int = 0
+    engine: Engine = Processes()
 
     def real(self, *splits: str) -> list[Case]:
         cases = [case(f"p{i:02d}", "training" if i < 20 else "test") for i in range(30)]

@@ -198,7 +198,7 @@ def test_second_images_belong_to_what_a_work_folder_was_made_of(work: Path, tmp_
         (PrepareSettings(modality="ct", second_modality="pet"), "`second_modality` must be one of|unknown"),
         (
             PrepareSettings(modality="ct", second_modality="mr", second_window=(0, 1)),
-            "`second_window` is for ct and other",
+            "`second_window` is for ct, pt and other",
         ),
         (PrepareSettings(modality="ct", second_modality="other"), "need `second_window`"),
         (PrepareSettings(modality="ct", second_modality="ct"), "second image: a CT must have air|second image: .*HU"),

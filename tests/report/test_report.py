@@ -167,7 +167,7 @@ def test_every_figure_stands_with_its_interval_beside_real_scans(measured) -> No
     assert re.findall(r"<td>(.*?)</td>", row) == ["0.125", "[0.1, 0.15]", "0.05", "0.5", "12"]
     assert "1 volume, drawn by dpmpp_2m in 5 steps at guidance 1.5, 10 network calls each." in text
     assert WEIGHTS in text and "is too &lt;smooth&gt;" in text
-    assert "Not measured: realism, reconstruction, audit, utility, gate, ct, spread (" in text
+    assert "Not measured: realism, reconstruction, audit, utility, gate, ct, spread" in text
 
 
 def test_the_audit_names_copies_on_top_of_its_tables(measured) -> None:
@@ -464,7 +464,8 @@ def test_a_browser_without_a_network_shows_slices_with_their_letters_and_complai
         timeout=60,
         check=True,
     )
-    assert "CONSOLE" not in made.stderr
+    said = [line for line in made.stderr.splitlines() if "CONSOLE" in line and "fallback to software WebGL" not in line]
+    assert said == []  # but for what some Chromium says of machines without a GPU
     assert '<div id="viewer">' in made.stdout  # shown by its program, which the policy lets run
     assert re.findall(r'aria-label="synthetic, (\w+) slice (\d+) of (\d+)"', made.stdout) == [
         ("axial", "2", "10"),

@@ -664,6 +664,7 @@ NEW = {"not_decisive", "decisive_unless"}
 def test_a_configuration_says_itself_which_keys_decide(stage: str, extra: tuple[str, ...]) -> None:
     config = make(stage, DATA[0], *extra).parser().get()
     left_out = {*LEFT_OUT, *NEW, "latent_draw", "masks_only", "latent_space", "lora_alpha", "lora_apart"}
+    left_out |= {"workers", "cluster"}
     assert decisive(config) == {key: value for key, value in config.items() if key not in left_out}
     changed = {**config, "latent_draw": "mean", "mine": 1}  # neither as before, nor known to anybody
     assert {key for key in decisive(changed) if key not in decisive(config)} == {"latent_draw", "mine"}

@@ -49,6 +49,9 @@ class Generator:
     def checks(self, check: int | None, reject_copies: object) -> list[Any]:
         return []
 
+    def tiles(self, prepared: PreparedMask, settings: SamplingSettings) -> None:
+        return None
+
     def as_trained(self, settings: SamplingSettings) -> SamplingSettings:
         return settings
 

@@ -451,9 +451,9 @@ def test_folders_that_are_no_template(tmp_path):
         _change(file, SOPClassUID=pydicom.uid.SecondaryCaptureImageStorage)
     wrong = {
         "absent": "a template must be a folder .*there is no such folder",
-        "empty": "exactly one CT or MR series of single-frame images; it holds 0 kinds of images in 0 DICOM files",
+        "empty": "exactly one CT, MR or PET series of single-frame images; it holds 0 kinds of images in 0 DICOM files",
         "two": "it holds 2 kinds of images in 7 DICOM files; put the files of one series into a folder",
-        "scan": "exactly one CT or MR series.*it holds 1 kind of images",
+        "scan": "exactly one CT, MR or PET series.*it holds 1 kind of images",
         "gap": "must be parallel, alike and regularly spaced; give a regularly spaced series without gantry tilt",
         "unplaced": "must say where its slices lie; some do not",
     }

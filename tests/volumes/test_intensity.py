@@ -137,8 +137,8 @@ def test_units_and_output() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "minmax"}, r"intensity kind must be one of window, percentile, range; got 'minmax'"),
-        ({}, r"intensity kind must be one of window, percentile, range; got None"),
+        ({"kind": "minmax"}, r"intensity kind must be one of window, suv, percentile, range; got 'minmax'"),
+        ({}, r"intensity kind must be one of window, suv, percentile, range; got None"),
         ({"kind": "window", "low": -1000}, r"must give numbers for low, high; high came as None"),
         ({"kind": "window", "low": 5, "high": 5}, r"window in HU must be finite and increasing .* got 5 and 5"),
         ({"kind": "window", "low": -1000, "high": 40000}, r"within \[-32768, 32767\]; got -1000 and 40000"),
