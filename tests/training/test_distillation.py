@@ -36,7 +36,7 @@ from fibldm.training.losses import DenoisingLoss
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
 
-PAIRS, STEPS = 64, 600
+PAIRS, STEPS = 96, 800
 FLOW = RectifiedFlow()
 
 
@@ -195,7 +195,7 @@ def test_the_student_of_a_mixture_is_its_closed_form(calls: int) -> None:
     """On a line a flow keeps quantiles; the exact denoiser itself, in as many steps, is far from them."""
     network = student_of(teacher(of_mixture, 24), calls)
     for steps in range(1, calls + 1):
-        assert far(drawn(network, NOISE, steps), quantile(NOISE)) < 0.05
+        assert far(drawn(network, NOISE, steps), quantile(NOISE)) < 0.06
     assert far(drawn(Exact(of_mixture), NOISE, calls), quantile(NOISE)) > 0.2
 
 
