@@ -36,7 +36,7 @@ from fibldm.training.losses import DenoisingLoss
 from fibldm.volumes.formats.nifti import read_volume
 from fibldm.volumes.writer import sidecar
 
-PAIRS, STEPS = 64, 600
+PAIRS, STEPS = 96, 800
 FLOW = RectifiedFlow()
 
 
