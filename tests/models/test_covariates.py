@@ -561,7 +561,8 @@ def test_guidance_goes_from_all_unknown_to_what_is_asked(synthesizer: Synthesize
     assert np.array_equal(made(0.0, age=60, sex="F"), made(0.0, sex="M"))
     assert not np.array_equal(made(1.0, age=60, sex="F"), made(1.0, sex="M"))
     mask = replace(mask, array=np.full_like(mask.array, UNKNOWN_LABEL))
-    assert np.array_equal(made(1.0), made(0.0))
+    one, none = made(1.0), made(0.0)
+    assert np.abs(one.astype(int) - none).max() <= 1  # HU: guidance asks in a batch of two, which rounds otherwise
 
 
 def test_a_run_without_covariates_has_none(
