@@ -63,7 +63,7 @@ class Segmenter:
             got.mkdir()
             for name, image in wanted.items():
                 _linked(image, given / f"{name}{self.suffix}.nii.gz")
-            self._run(given, got, out.with_suffix(".log"))
+            self._run(given, got, out.with_name(f"{out.name}.log"))
             for name, file in _found(got, list(wanted), self.suffix).items():
                 write_labels(temporary / f"{name}.nii.gz", _on_grid(file, read_grid(wanted[name])))
             shutil.rmtree(given)
